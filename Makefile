@@ -1,0 +1,50 @@
+# Each target is enough on its own: without an active virtual environment it makes .venv first.
+ifdef VIRTUAL_ENV
+VENV := $(VIRTUAL_ENV)
+else
+VENV := .venv
+endif
+BASE_PYTHON ?= python3
+PYTHON := $(VENV)/bin/python
+# One thread a process: the tests run two processes side by side.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2
+INSTALLED := $(VENV)/.linvideo-installed
+
+.PHONY: help install demo test test-all bench lint clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+$(INSTALLED): setup.py constraints.txt
+	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "linvideo needs Python >= 3.11, this is " + sys.version)'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test,bench]"
+	touch $@
+
+install: $(INSTALLED)  ## make .venv (or use the active environment) and install everything with tested versions
+
+demo: $(INSTALLED)  ## convert the embedded model and write videos and report.html into runs/demo-<time>
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PYTHON) -m linvideo demo --output_dir runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: $(INSTALLED)  ## run the test suite (kernels in Triton's interpreter, ahead-of-time compiles, the rest)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m "not full"
+	$(PYTEST) tests/aot -m "not full"
+	$(PYTEST) tests --ignore tests/kernels --ignore tests/aot -m "not full"
+
+test-all: $(INSTALLED)  ## the same with the full product of the axes (slow)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
+	$(PYTEST) tests/aot
+	$(PYTEST) tests --ignore tests/kernels --ignore tests/aot
+
+bench: $(INSTALLED)  ## time linear_attn against softmax attention and other peers on this device
+	$(PYTHON) -m benchmarks.op
+	$(PYTHON) -m pytest -q -p no:xdist --benchmark-enable --benchmark-columns=median,iqr,rounds benchmarks
+
+lint: $(INSTALLED)  ## check style and formatting
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+clean:  ## remove caches and build output (keeps .venv and runs/)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

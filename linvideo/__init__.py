@@ -1,0 +1,30 @@
+"""linvideo: linear attention for video diffusion transformers (LinVideo, arXiv 2510.08318)."""
+
+from linvideo import _diffusers_hook
+
+_LAZY = {
+    name: "linvideo.models"
+    for name in (
+        "LinVideoWanTransformer3DModel",
+        "ModelMixin",
+        "attention_types",
+        "convert",
+        "describe",
+        "finalize",
+        "load_pipeline",
+        "save_pipeline",
+    )
+}
+__version__ = "0.1.0"
+__all__ = sorted(_LAZY)
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_diffusers_hook.install()

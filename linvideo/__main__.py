@@ -1,0 +1,7 @@
+"""`python -m linvideo` and `torchrun -m linvideo`: the same as the console script."""
+
+import sys
+
+from linvideo.cli import main
+
+sys.exit(main())

@@ -1,0 +1,201 @@
+"""The `linvideo` command: flags in, one call of the Python API, a readable answer out.
+
+Bad input ends with one line on standard error and exit status 2.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def demo(args: argparse.Namespace) -> None:
+    from linvideo.demo.run import run_demo
+
+    run_demo(args.output_dir, overwrite=args.overwrite, device=args.device, seed=args.seed, videos=args.videos)
+
+
+def convert(args: argparse.Namespace) -> None:
+    from linvideo import models
+
+    refuse_existing(args)
+    pipeline = load(args)
+    layers = "all" if args.layers == ["all"] else args.layers
+    converted = models.convert(pipeline, layers, mode=args.mode, feature_map=args.feature_map, copy=False)
+    models.save_pipeline(converted, args.output_dir, overwrite=args.overwrite)
+    print(models.describe(converted.transformer))
+    print(f"saved to {args.output_dir}; its linear layers are untrained: `linvideo train` is what makes them good")
+
+
+def train(argv: list[str]) -> None:
+    from linvideo.training import Trainer, load_config
+
+    result = Trainer(load_config(argv)).train()
+    print(f"linear layers: {result.layers_linear}; saved the converted pipeline to {result.pipeline_path}")
+
+
+def generate(args: argparse.Namespace) -> None:
+    import torch
+    from diffusers.utils import export_to_video
+
+    from linvideo import models
+    from linvideo.evaluation.generate import generate_video
+
+    output = args.output
+    if output.suffix != ".mp4" or output.is_dir():
+        raise ValueError(f"--output must name an .mp4 file, got {output}")
+    if output.exists() and not args.overwrite:
+        raise ValueError(f"{output} exists; choose another --output or pass --overwrite")
+    pipeline = load(args)
+    models.wan_transformer(pipeline)
+    pipeline.to(args.device)
+    video = generate_video(
+        pipeline,
+        args.prompt,
+        negative_prompt=args.negative_prompt,
+        height=args.height,
+        width=args.width,
+        num_frames=args.num_frames,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(args.seed),
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = output.with_name(f".{output.stem}.writing.mp4")
+    try:
+        export_to_video(video, str(aside), fps=args.fps)
+        aside.replace(output)
+    finally:
+        aside.unlink(missing_ok=True)
+    print(f"wrote {output}")
+
+
+def info(args: argparse.Namespace) -> None:
+    from linvideo import models
+
+    pipeline = load(args, text_encoder=None, vae=None)  # the large parts that say nothing about attention
+    description = models.describe(models.wan_transformer(pipeline))
+    print(f"{type(pipeline).__name__}, scheduler {type(pipeline.scheduler).__name__}")
+    print(description)
+
+
+def load(args: argparse.Namespace, **components):
+    import torch
+
+    from linvideo import models
+
+    return models.load_pipeline(args.model, torch_dtype=getattr(torch, args.dtype), **components)
+
+
+def choose_device(name: str | None) -> str:
+    import torch
+
+    from linvideo.training.devices import check_device
+
+    check_device(name)
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def refuse_existing(args: argparse.Namespace) -> None:
+    """Before anything is loaded, so that a slow load does not end in a refusal."""
+    folder = args.output_dir
+    if folder.exists() and not args.overwrite and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists; choose another --output_dir or pass --overwrite")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; --help has the rest."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def layer_number(text: str) -> int | str:
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'expected 0-based layer numbers or "all", got {text!r}')
+    return text if text == "all" else int(text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="linvideo", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(run=run)
+        return sub
+
+    def add_model(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--model", required=True, help="pipeline folder or Hub id, converted or stock")
+        sub.add_argument("--dtype", choices=DTYPES, default="float32")
+
+    def add_output_dir(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--output_dir", type=Path, required=True)
+        sub.add_argument("--overwrite", action="store_true", help="replace what is in the output place")
+
+    sub = command("demo", demo, "convert the embedded model, compare it with its teacher and write a report")
+    add_output_dir(sub)
+    sub.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--videos", type=int, default=48, help="videos per model that the metrics are taken over")
+
+    sub = command("convert", convert, "give layers of a Wan pipeline linear attention, without training")
+    add_model(sub)
+    add_output_dir(sub)
+    sub.add_argument("--layers", nargs="+", type=layer_number, default=["all"], help='0-based layer numbers, or "all"')
+    sub.add_argument("--mode", choices=["mixed", "linear"], default="linear")
+    sub.add_argument("--feature_map", default="hedgehog")
+
+    command("train", train, "selective transfer and fine-tuning from a config: --config FILE, --section.key VALUE")
+
+    sub = command("generate", generate, "make a video with a pipeline, converted or stock")
+    add_model(sub)
+    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--negative_prompt", default="")
+    sub.add_argument("--height", type=int, default=480)
+    sub.add_argument("--width", type=int, default=832)
+    sub.add_argument("--num_frames", type=int, default=81)
+    sub.add_argument("--num_inference_steps", type=int, default=50)
+    sub.add_argument("--guidance_scale", type=float, default=5.0)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--fps", type=int, default=16)
+    sub.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    sub.add_argument("--output", type=Path, default=Path("output.mp4"), help="the mp4 file")
+    sub.add_argument("--overwrite", action="store_true")
+
+    sub = command("info", info, "say what a pipeline's attention layers are")
+    add_model(sub)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] == ["train"]:
+            train(argv[1:])  # its flags are the config's own; jsonargparse reads them
+            return 0
+        args = make_parser().parse_args(argv)
+        if hasattr(args, "device"):
+            args.device = choose_device(args.device)
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"linvideo: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        # Not the user's input: a run that diverged or a failed kernel check. Everything else keeps its traceback.
+        if type(error).__module__.split(".")[0] != "linvideo":
+            raise
+        print(f"linvideo: error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f"linvideo: error: {error.name} is missing; pip install 'linvideo[train]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("linvideo: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""The demo: the embedded teacher is converted, half of its layers linear, and compared with itself.
+
+Everything goes through the public API, the way a real Wan folder would: load_pipeline, Trainer, convert, generate.
+"""
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+
+from linvideo.demo import teacher, world
+from linvideo.demo.evaluate import caption_numbers, evaluate
+from linvideo.demo.kernel_check import check_kernels
+from linvideo.demo.report import write_report
+from linvideo.evaluation import report
+from linvideo.evaluation.latency import attention_latency, device_name
+from linvideo.models import convert, load_pipeline, new_folder
+from linvideo.training import TrainConfig, Trainer
+from linvideo.training.devices import check_device
+from linvideo.training.objectives import ObjectiveConfig
+from linvideo.training.sensitivity import SensitivityConfig
+from linvideo.training.trajectories import TrajectoryConfig
+
+SHOWN = 4  # videos in the side-by-side film; the report shows the first of each
+
+
+def run_demo(
+    output_dir: str | os.PathLike,
+    overwrite: bool = False,
+    device: str | None = None,
+    seed: int = 0,
+    videos: int = 48,
+) -> dict:
+    """Run the whole demo and return what it writes to metrics.json.
+
+    Args:
+        output_dir: gets pipeline/ (the converted folder), training/ (the run), side_by_side.mp4, frames.png,
+            metrics.json and report.html. It appears, complete, when the demo ends.
+        overwrite: replace what an earlier demo left in output_dir.
+        device: "cpu" or "cuda"; None takes a GPU where there is one.
+        seed: of the training run; the videos that are judged always start from the same noise.
+        videos: per model that metrics are taken over.
+
+    Raises:
+        ValueError: output_dir is in use and overwrite is False or no demo made it, fewer videos than the film shows, or
+            a device that is not there.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.is_file():
+        raise ValueError(f"expected a folder to write to, got the file {output_dir}")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{output_dir} exists; choose another --output_dir or pass --overwrite")
+        if not (output_dir / "report.html").is_file():
+            raise ValueError(
+                f"refusing to overwrite {output_dir}: it has content but no report.html, so no demo made it"
+            )
+    if videos < SHOWN:
+        raise ValueError(f"videos must be at least {SHOWN}, got {videos}")
+    check_device(device)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    started = time.time()
+    with new_folder(output_dir) as folder:
+        outcome = write_demo(folder, device, seed, videos)
+    print(f"done in {time.time() - started:.0f} s: open {output_dir / 'report.html'}")
+    return outcome
+
+
+def write_demo(folder: Path, device: str, seed: int, videos: int) -> dict:
+    started = time.time()
+    print(f"loading the embedded teacher from {teacher.FOLDER}")
+    pipeline = load_pipeline(teacher.FOLDER).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    trainer = Trainer(demo_config(folder / "training", seed), pipeline, prompts=world.all_captions())
+    result = trainer.train()
+    os.rename(result.pipeline_path, folder / "pipeline")
+    print(f"linear layers: {result.layers_linear} of {len(pipeline.transformer.blocks)}")
+
+    stage_started = time.time()
+    alternate = list(range(1, len(pipeline.transformer.blocks), 2))
+    transformers = {
+        "teacher": pipeline.transformer,
+        "same_layers_untrained": trainer.warmed_up(result.layers_linear),
+        "alternate_untrained": convert(pipeline.transformer, alternate, mode="linear"),
+        "final": load_pipeline(folder / "pipeline").to(device).transformer,
+    }
+    outcome, films = evaluate(pipeline, transformers, videos)
+    seconds = result.seconds | {"evaluation": time.time() - stage_started}
+
+    stage_started = time.time()
+    outcome["kernel_check"] = check_kernels(folder / "pipeline", device)
+    print_kernel_check(outcome["kernel_check"])
+    seconds["kernel_check"] = time.time() - stage_started
+
+    stage_started = time.time()
+    lengths = [256, 1024, 4096, 16384] if device.startswith("cpu") else [1024, 4096, 16384, 65536]
+    outcome["latency_ms"] = attention_latency(device, lengths)
+    seconds["latency"] = time.time() - stage_started
+
+    outcome |= {
+        "layers_linear": result.layers_linear,
+        "sensitivity": {str(layer): error for layer, error in result.sensitivity.items()},
+        "r": {str(layer): value for layer, value in result.r.items()},
+        "videos": videos,
+        "seconds": seconds | {"total": time.time() - started},
+        "environment": {
+            "device": device_name(device),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    report.write_video(report.side_by_side([film[:SHOWN] for film in films.values()]), folder / "side_by_side.mp4")
+    (folder / "metrics.json").write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
+    captions = [world.all_captions()[number] for number in caption_numbers(videos)]
+    write_report(folder, outcome, films, captions)
+    return outcome
+
+
+def print_kernel_check(check: dict | None) -> None:
+    if check is None:
+        print("no training step through the kernels: Triton is not installed here")
+        return
+    loss_error = abs(check["loss_kernels"] - check["loss_reference"])
+    print(
+        f"one training step through the kernels ({check['kernels']}): loss differs by {loss_error:.1e}, gradients by"
+        f" {check['gradient_error']:.1e} (relative) from the reference"
+    )
+
+
+def demo_config(output_dir: Path, seed: int) -> TrainConfig:
+    """The short recipe for the embedded model; everything not named here is linvideo's default."""
+    return TrainConfig(
+        output_dir=str(output_dir),
+        seed=seed,
+        train_batch_size=8,
+        max_train_steps=300,
+        checkpoints_total_limit=1,
+        trajectories=TrajectoryConfig(
+            num_trajectories=192,
+            num_inference_steps=teacher.NUM_INFERENCE_STEPS,
+            guidance_scale=teacher.GUIDANCE_SCALE,
+            height=world.SIZE,
+            width=world.SIZE,
+            num_frames=world.FRAMES,
+            batch_size=16,
+        ),
+        sensitivity=SensitivityConfig(num_states=96),
+        objective=ObjectiveConfig(name="hybrid", mse_steps=100),
+    )

@@ -1,0 +1,42 @@
+"""Videos from a pipeline; what differs between a real Wan folder and the embedded one is settled here."""
+
+import logging
+
+import torch
+
+
+def generate_video(pipeline, prompt: str | list[str], num_frames: int = 81, output_type: str = "np", **kwargs):
+    """Run the pipeline and return its first video (prompt: str) or all of them (list), in the pipeline's output_type.
+
+    Args:
+        pipeline: a WanPipeline, stock or converted.
+        prompt: one caption or several.
+        num_frames: frames of the result, exactly.
+        kwargs: height, width (pixels), num_inference_steps, guidance_scale, negative_prompt, generator, latents, ... as
+            WanPipeline takes them.
+
+    Raises:
+        ValueError: num_frames does not fit the VAE's temporal compression (it must be 1 plus a multiple of it), or
+            height or width is no multiple of 16.
+    """
+    temporal = pipeline.vae_scale_factor_temporal
+    if num_frames < 1 or (num_frames - 1) % temporal:
+        raise ValueError(f"num_frames must be 1 plus a multiple of {temporal} for this VAE, got {num_frames}")
+    for side in ("height", "width"):
+        if kwargs.get(side, 16) % 16 or kwargs.get(side, 16) < 16:
+            raise ValueError(f"{side} must be a positive multiple of 16, got {kwargs[side]}")
+    if kwargs.get("num_inference_steps", 1) < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, got {kwargs['num_inference_steps']}")
+    if temporal == 1:
+        # The pipeline rounds to 1 plus a multiple of the factor, which with 1 always adds a frame, and warns of it.
+        num_frames -= 1
+        logging.getLogger(type(pipeline).__module__).setLevel(logging.ERROR)
+    with torch.no_grad():
+        videos = pipeline(
+            prompt=prompt,
+            num_frames=num_frames,
+            max_sequence_length=min(512, pipeline.tokenizer.model_max_length),
+            output_type=output_type,
+            **kwargs,
+        ).frames
+    return videos[0] if isinstance(prompt, str) else videos

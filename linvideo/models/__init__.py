@@ -1,0 +1,31 @@
+"""Diffusers transformers with linear self-attention: conversion, description, loading and saving."""
+
+from diffusers import ModelMixin
+
+from linvideo.models.convert import convert, finalize
+from linvideo.models.describe import Description, describe
+from linvideo.models.pipelines import load_pipeline, new_folder, save_pipeline, wan_transformer
+from linvideo.models.wan import (
+    ATTENTION_TYPES,
+    LinVideoWanAttnProcessor,
+    LinVideoWanTransformer3DModel,
+    attention_types,
+    set_attention_types,
+)
+
+__all__ = [
+    "ATTENTION_TYPES",
+    "Description",
+    "LinVideoWanAttnProcessor",
+    "LinVideoWanTransformer3DModel",
+    "ModelMixin",  # diffusers looks the base class up in the library that model_index.json names
+    "attention_types",
+    "convert",
+    "describe",
+    "finalize",
+    "load_pipeline",
+    "new_folder",
+    "save_pipeline",
+    "set_attention_types",
+    "wan_transformer",
+]

@@ -1,0 +1,80 @@
+"""What a transformer's self-attention layers are."""
+
+from dataclasses import dataclass
+
+from diffusers import WanTransformer3DModel
+
+from linvideo.models.wan import stored_attention_type
+
+
+@dataclass(frozen=True)
+class Description:
+    """Layers are 0-based; `r` maps each mixed layer to its value; parameters are counts."""
+
+    model_class: str
+    num_layers: int
+    layers_softmax: list[int]
+    layers_linear: list[int]
+    layers_mixed: list[int]
+    r: dict[int, float]
+    feature_map: str | None  # None: no layer has a linear branch
+    heads: int
+    head_dim: int
+    parameters: int
+    parameters_linear_attn: int  # of `parameters`, those in linear branches
+    dtype: str
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model_class}: {self.num_layers} layers, {self.heads} heads x {self.head_dim}, {self.dtype}",
+            f"  linear  ({len(self.layers_linear)}): {_ranges(self.layers_linear)}",
+            f"  mixed   ({len(self.layers_mixed)}): {_ranges(self.layers_mixed)}",
+            f"  softmax ({len(self.layers_softmax)}): {_ranges(self.layers_softmax)}",
+        ]
+        if self.r:
+            lines.append("  r: " + ", ".join(f"{layer}: {value:.3f}" for layer, value in self.r.items()))
+        if self.feature_map is not None:
+            lines.append(f"  feature map: {self.feature_map}")
+        lines.append(f"  parameters: {self.parameters:,}, of these {self.parameters_linear_attn:,} in linear branches")
+        return "\n".join(lines)
+
+
+def describe(model: WanTransformer3DModel) -> Description:
+    """Describe a Wan transformer, stock or converted, by the weights it holds (not by what its layers run as).
+
+    Raises:
+        ValueError: `model` is no WanTransformer3DModel.
+    """
+    if not isinstance(model, WanTransformer3DModel):
+        raise ValueError(
+            f"expected a WanTransformer3DModel (of a pipeline: its transformer), got {type(model).__name__}"
+        )
+    attentions = [block.attn1 for block in model.blocks]
+    types = [stored_attention_type(attn) for attn in attentions]
+    branches = [attn.linear_attn for attn, kind in zip(attentions, types, strict=True) if kind != "softmax"]
+    layers = {kind: [i for i, other in enumerate(types) if other == kind] for kind in ("softmax", "linear", "mixed")}
+    return Description(
+        model_class=type(model).__name__,
+        num_layers=len(types),
+        layers_softmax=layers["softmax"],
+        layers_linear=layers["linear"],
+        layers_mixed=layers["mixed"],
+        r={i: attentions[i].linear_attn.r.item() for i in layers["mixed"]},
+        feature_map=branches[0].feature_map if branches else None,
+        heads=model.config.num_attention_heads,
+        head_dim=model.config.attention_head_dim,
+        parameters=sum(p.numel() for p in model.parameters()),
+        parameters_linear_attn=sum(p.numel() for branch in branches for p in branch.parameters()),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def _ranges(layers: list[int]) -> str:
+    """[0, 2, 3, 4] -> "0, 2-4"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], layer]
+        else:
+            runs.append([layer])
+    return ", ".join("-".join(map(str, run)) for run in runs) or "none"

@@ -1,0 +1,125 @@
+"""Loading and saving whole pipelines as ordinary diffusers folders."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffusers import DiffusionPipeline, WanTransformer3DModel
+from safetensors import SafetensorError
+
+from linvideo import _diffusers_hook
+
+_INDEX = "model_index.json"
+
+
+def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipeline:
+    """Load a diffusers pipeline, converted or stock, from a local folder or a Hugging Face Hub repository.
+
+    Args:
+        path_or_repo: a folder with model_index.json, or a repository id "owner/name".
+        kwargs: passed to `DiffusionPipeline.from_pretrained`, for instance `torch_dtype`.
+
+    Files from others are data: weights come from safetensors only, and code in the folder is run only with
+    trust_remote_code=True.
+
+    Raises:
+        ValueError: no pipeline is there, a part of it is missing or damaged, use_safetensors=False was asked for, or
+            the folder is a converted one that names the stock class for its transformer.
+    """
+    if not kwargs.pop("use_safetensors", True):
+        raise ValueError("weights are read from safetensors only, got use_safetensors=False")
+    if not isinstance(path_or_repo, str | os.PathLike):
+        raise ValueError(f"expected a path or a repository id, got {path_or_repo!r}")
+    location = os.fspath(path_or_repo)
+    if os.path.exists(location) and not os.path.isfile(os.path.join(location, _INDEX)):
+        raise ValueError(f"expected a pipeline folder with {_INDEX}, got {location} without one")
+    if not os.path.exists(location) and (location.count("/") != 1 or location.startswith((".", "/", "~"))):
+        raise ValueError(f'expected a pipeline folder or a repository id "owner/name", got {location!r}')
+
+    _diffusers_hook.install()
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(location, use_safetensors=True, **kwargs)
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
+        # diffusers trusts what it reads: a damaged model_index.json surfaces as any of these
+        clear = isinstance(error, OSError | SafetensorError | ValueError) and str(error).strip()
+        reason = str(error).strip().splitlines()[0] if clear else repr(error)
+        raise ValueError(f"cannot load a pipeline from {location}: {reason}") from error
+    for name, component in pipeline.components.items():
+        # a stock class keeps config keys that it does not know
+        if type(component) is WanTransformer3DModel and "attention_types" in component.config:
+            raise ValueError(
+                f"{location}: {name} has linear attention layers, but {_INDEX} names {type(component).__name__} for it;"
+                ' expected ["linvideo", "LinVideoWanTransformer3DModel"]'
+            )
+    return pipeline
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: str | os.PathLike, overwrite: bool = False) -> None:
+    """Save a pipeline so that `folder` is only ever absent, the old one, or complete.
+
+    It is written to a temporary folder beside the target and then renamed. With `overwrite` the old pipeline is
+    moved away just before that rename, and deleted after it.
+
+    Args:
+        folder: the target; it may exist if it is empty.
+        overwrite: replace a pipeline that is there.
+
+    Raises:
+        ValueError: the target is a file, a folder with content and overwrite is False, or one with content that is no
+            pipeline (never replaced). Nothing is changed then.
+    """
+    target = Path(folder).resolve()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"expected a folder to save to, got the file {folder}")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{folder} exists and is not empty; choose another folder or pass overwrite=True")
+        if not (target / _INDEX).is_file():
+            raise ValueError(f"refusing to overwrite {folder}: it has content but no {_INDEX}, so it is no pipeline")
+
+    with new_folder(target) as folder:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+@contextlib.contextmanager
+def new_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """An empty temporary folder beside `target` to write into; on a clean exit it becomes `target`.
+
+    What stood there is moved away just before and deleted just after; if the move fails it is put back. An exception
+    inside leaves the target as it was and nothing else behind.
+    """
+    target = Path(target).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        new, old = workspace / "new", workspace / "old"
+        new.mkdir()
+        yield new
+        if target.exists():
+            os.rename(target, old)
+        try:
+            os.rename(new, target)
+        except OSError:
+            if old.exists():
+                os.rename(old, target)
+            raise
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+
+
+def wan_transformer(pipeline: DiffusionPipeline) -> WanTransformer3DModel:
+    """The pipeline's transformer, stock or converted.
+
+    Raises:
+        ValueError: it has none, or another family's.
+    """
+    transformer = getattr(pipeline, "transformer", None)
+    if not isinstance(transformer, WanTransformer3DModel):
+        raise ValueError(
+            f"expected a pipeline with a Wan transformer, got {type(pipeline).__name__} with"
+            f" {type(transformer).__name__}"
+        )
+    return transformer

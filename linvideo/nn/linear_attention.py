@@ -1,0 +1,88 @@
+"""The linear branch of a self-attention layer, and its mixture with softmax attention.
+
+LinVideo (arXiv 2510.08318), section on selective transfer: per layer one learnable scalar r in [0, 1],
+
+    o = r * softmax_attn(q, k, v) + (1 - r) * linear_attn(q, k, v),
+
+where the linear branch is Hedgehog's phi(x) = [softmax(x W), softmax(-x W)], W one [D, D] matrix per head, separate for
+q and k. q and k arrive after the layer's q/k norm and RoPE.
+"""
+
+import torch
+from torch import nn
+
+from linvideo.ops import linear_attn
+
+# "identity" is missing on purpose: without positive features the normalised form is undefined.
+FEATURE_MAPS = ("hedgehog", "elu", "relu", "softmax")
+
+
+class LinearAttentionBranch(nn.Module):
+    """Normalised linear attention with its feature weights and, when `mixed`, the mixing scalar r.
+
+    Args:
+        heads: number of heads H.
+        head_dim: channels per head D, a multiple of 8 up to 128.
+        feature_map: one of `FEATURE_MAPS`; only "hedgehog" has weights.
+        mixed: whether the branch owns `r` and can mix itself with softmax attention.
+        r_init: start of r in [0, 1]; 1 is all softmax. It is a plain parameter: the trainer clamps it.
+
+    Parameters (fp32): `q_weight`, `k_weight` [H, D, D], which the op casts to q's dtype, and `r` [1], never
+    0-dimensional because FSDP2 cannot shard a scalar. They are raw parameters, not `nn.Linear`, so that quantizers,
+    layerwise casting and LoRA target patterns leave them alone.
+
+    W starts at s = D**0.25 times the identity. For small x, phi(q).phi(k) = (2/D) (1 + s^2 q'.k' / D + ...), where '
+    takes the mean over channels away, so that this s gives exp(q'.k' / sqrt(D)) to first order: the layer starts as
+    close as phi allows to the softmax attention that it replaces.
+
+    Raises:
+        ValueError: for a size, feature map or r_init outside the ranges above.
+    """
+
+    def __init__(
+        self, heads: int, head_dim: int, feature_map: str = "hedgehog", mixed: bool = True, r_init: float = 0.8
+    ):
+        super().__init__()
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
+        if head_dim % 8 or not 8 <= head_dim <= 128:
+            raise ValueError(f"head_dim must be a multiple of 8 up to 128, got {head_dim}")
+        if feature_map not in FEATURE_MAPS:
+            raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {feature_map!r}")
+        if not 0.0 <= r_init <= 1.0:
+            raise ValueError(f"r_init must lie in [0, 1], got {r_init}")
+        self.heads, self.head_dim, self.feature_map = heads, head_dim, feature_map
+
+        self.register_parameter("q_weight", None)
+        self.register_parameter("k_weight", None)
+        if feature_map == "hedgehog":
+            start = head_dim**0.25 * torch.eye(head_dim, dtype=torch.float32)
+            self.q_weight = nn.Parameter(start.repeat(heads, 1, 1))
+            self.k_weight = nn.Parameter(start.repeat(heads, 1, 1))
+        self.register_parameter("r", None)
+        if mixed:
+            self.r = nn.Parameter(torch.full((1,), float(r_init), dtype=torch.float32))
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Linear attention over q, k, v [B, N, H, D]; mixed with `softmax_out` [B, N, H, D] when that is given.
+
+        Returns [B, N, H, D] in v's dtype (softmax_out's when mixing). Mixing happens here, and not in the attention
+        processor, because offloading hooks place a module's parameters only around that module's own forward.
+        """
+        out = linear_attn(q, k, v, feature_map=self.feature_map, q_weight=self.q_weight, k_weight=self.k_weight)
+        if softmax_out is None:
+            return out
+        if self.r is None:
+            raise ValueError("this layer is linear, not mixed: it has no r to mix softmax attention with")
+        r = self.r.float()  # model.to(torch.bfloat16) casts r too
+        return (r * softmax_out + (1 - r) * out).to(softmax_out.dtype)
+
+    def drop_r(self) -> None:
+        """Turn a mixed branch into a linear one, in place."""
+        self.r = None
+
+    def extra_repr(self) -> str:
+        mixed = self.r is not None
+        return f"heads={self.heads}, head_dim={self.head_dim}, feature_map={self.feature_map}, mixed={mixed}"

@@ -1,0 +1,5 @@
+"""Operators. Importing this package needs torch only; Triton is loaded when a kernel is launched."""
+
+from linvideo.ops.linear_attn import linear_attn
+
+__all__ = ["linear_attn"]

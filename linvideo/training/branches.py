@@ -1,0 +1,26 @@
+"""The linear branches of a converted model and their mixing scalars r."""
+
+import torch
+
+from linvideo.nn import LinearAttentionBranch
+
+
+def linear_branches(model: torch.nn.Module) -> dict[int, LinearAttentionBranch]:
+    """Layer (0-based) -> branch, for the layers that have one."""
+    branches = {layer: getattr(block.attn1, "linear_attn", None) for layer, block in enumerate(model.blocks)}
+    return {layer: branch for layer, branch in branches.items() if branch is not None}
+
+
+def gates(model: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
+    """Layer -> r of shape [1], for the mixed layers."""
+    return {layer: branch.r for layer, branch in linear_branches(model).items() if branch.r is not None}
+
+
+def feature_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Name in the model's state dict -> W_q or W_k, [H, D, D]; empty for feature maps without weights."""
+    return {
+        f"blocks.{layer}.attn1.linear_attn.{name}": getattr(branch, name)
+        for layer, branch in linear_branches(model).items()
+        for name in ("q_weight", "k_weight")
+        if getattr(branch, name) is not None
+    }

@@ -1,0 +1,21 @@
+"""Whether a device asked for is there, before anything slow starts."""
+
+import torch
+
+
+def check_device(name: str | None) -> None:
+    """Raise ValueError, in one line, when PyTorch does not know the device `name` or has none here; None passes."""
+    if name is None:
+        return
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    backend = getattr(torch, device.type, None) if device else None
+    if not hasattr(backend, "is_available"):
+        raise ValueError(f"device must be a torch device such as cpu or cuda, got {name!r}")
+    kind = "GPU" if device.type == "cuda" else f"{device.type} device"
+    if not backend.is_available():
+        raise ValueError(f"device {name!r} asked for, but PyTorch sees no {kind} here")
+    if device.type != "cpu" and device.index is not None and device.index >= backend.device_count():
+        raise ValueError(f"device {name!r} asked for, but PyTorch sees only {backend.device_count()} {kind}(s) here")

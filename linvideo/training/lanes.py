@@ -1,0 +1,91 @@
+"""States on the student's own trajectories, without roll-outs: B lanes, each one video being sampled by the student.
+
+Every training step evaluates the student at the lanes' states anyway; that velocity also moves each lane one Euler step
+along the sampler's grid (guided, when the sampler is). A lane that reaches the end restarts from fresh noise with
+another prompt. Lanes start on stored teacher states, so they stand at all t from the first step. The lanes are hidden
+state: they belong in the checkpoint. Multistep schedulers are replaced by Euler on their own grid.
+"""
+
+import torch
+
+from linvideo.training.flow import guide, like, predict_velocity
+from linvideo.training.prompts import PromptEmbeddings
+from linvideo.training.seeding import draw_noise, stable_hash
+from linvideo.training.store import TrajectoryStore
+
+
+class StudentLanes:
+    """Args:
+    store: teacher trajectories made with the same grid.
+    timesteps [n], sigmas [n + 1]: the sampler's grid.
+    guidance_scale, negative_probability: as for the trajectories.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        store: TrajectoryStore,
+        prompts: PromptEmbeddings,
+        timesteps: torch.Tensor,
+        sigmas: torch.Tensor,
+        seed: int,
+        device: torch.device | str,
+    ):
+        self.prompts, self.seed = prompts, seed
+        self.guidance_scale = store.request["guidance_scale"]
+        self.negative_probability = store.request["negative_probability"]
+        self.timesteps, self.sigmas = timesteps.cpu(), sigmas.cpu()
+        start = store.draw(count, seed, "lanes", prompts=prompts, device=device)
+        self.x = start.x
+        # [count] each, on the CPU: the step on the grid, the condition, how often the lane began anew
+        self.step = (start.timestep.cpu()[:, None] - self.timesteps).abs().argmin(dim=1)
+        self.prompt, self.negative = start.prompt, start.negative
+        self.restarts = torch.zeros(count, dtype=torch.long)
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        """[B], what the model is given (1000 t)."""
+        return self.timesteps[self.step].to(self.x.device)
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        """[B], the lanes' t."""
+        return self.sigmas[self.step].to(self.x.device)
+
+    @property
+    def sigma_next(self) -> torch.Tensor:
+        return self.sigmas[self.step + 1].to(self.x.device)
+
+    def prompt_embeds(self) -> torch.Tensor:
+        """[B, L, E], the condition each lane is trained under; kept until the lane restarts."""
+        return self.prompts.take(self.prompt, self.negative, self.x.device)
+
+    @torch.no_grad()
+    def advance(self, student: torch.nn.Module, u: torch.Tensor) -> None:
+        """Move every lane one sampler step; u [B, ...] is the student's velocity at the lanes' states, as they are."""
+        u = u.detach()
+        if self.guidance_scale > 1:  # the sampler also needs the condition that was not evaluated
+            other = self.prompts.take(self.prompt, ~self.negative, self.x.device)
+            u_other = predict_velocity(student, self.x, self.timestep, other)
+            flip = like(self.negative, u)
+            u = guide(torch.where(flip, u_other, u), torch.where(flip, u, u_other), self.guidance_scale)
+        self.x = self.x + like(self.sigma_next - self.sigma, u) * u
+        self.step = self.step + 1
+        finished = (self.step >= len(self.timesteps)) | ~self.x.isfinite().flatten(1).all(dim=1).cpu()
+        for lane in finished.nonzero().flatten().tolist():
+            self._restart(lane)
+
+    def _restart(self, lane: int) -> None:
+        self.restarts[lane] += 1
+        name = (self.seed, "lane", lane, int(self.restarts[lane]))
+        self.x[lane] = draw_noise(tuple(self.x.shape[1:]), *name, "noise").to(self.x.device)
+        self.step[lane] = 0
+        self.prompt[lane] = stable_hash(*name, "prompt") % len(self.prompts)
+        self.negative[lane] = stable_hash(*name, "negative") / 2**63 < self.negative_probability
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name) for name in ("x", "step", "prompt", "negative", "restarts")}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value.to(getattr(self, name).device))

@@ -1,0 +1,142 @@
+"""Prompts: captions from a text file, and their embeddings, computed once by the pipeline's own text encoder."""
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from linvideo.training.files import write_safetensors
+from linvideo.training.fingerprint import fingerprint
+
+
+@dataclass
+class PromptConfig:
+    """Which prompts the trajectories are made from.
+
+    Args:
+        prompts_file: text file, one caption a line, '#' starts a comment line; None is linvideo's own caption list.
+        negative_prompt: the prompt guidance pushes away from; use the one you generate with.
+        max_sequence_length: text tokens per prompt; None is min(512, the tokenizer's limit).
+        encode_batch_size: prompts per call of the text encoder.
+    """
+
+    prompts_file: str | None = None
+    negative_prompt: str = ""
+    max_sequence_length: int | None = None
+    encode_batch_size: int = 8
+
+    def __post_init__(self):
+        if self.max_sequence_length is not None and self.max_sequence_length < 1:
+            raise ValueError(f"prompts.max_sequence_length must be at least 1, got {self.max_sequence_length}")
+        if self.encode_batch_size < 1:
+            raise ValueError(f"prompts.encode_batch_size must be at least 1, got {self.encode_batch_size}")
+
+
+def read_prompts(path: str | Path | None = None) -> list[str]:
+    """Captions of a text file, one a line; empty lines and lines that start with '#' are skipped.
+
+    Raises:
+        ValueError: no such file, not UTF-8, or no caption in it.
+    """
+    source = resources.files("linvideo") / "data" / "captions.txt" if path is None else Path(path)
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the prompts file {source}: {error}") from None
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise ValueError(f"the prompts file {source} holds no caption, expected one a line")
+    return prompts
+
+
+class PromptEmbeddings:
+    """Embeddings of a list of prompts and of one negative prompt.
+
+    Args:
+        embeds: [P, L, E]; negative: [1, L, E]. Trailing positions that are zero in all of them, which is how Wan pads,
+            are kept off memory and disk and come back in `take`.
+    """
+
+    def __init__(self, embeds: torch.Tensor, negative: torch.Tensor, length: int | None = None):
+        if embeds.dim() != 3 or negative.shape != (1, *embeds.shape[1:]):
+            raise ValueError(
+                "expected embeddings [P, L, E] and a negative one [1, L, E], "
+                f"got {list(embeds.shape)} and {list(negative.shape)}"
+            )
+        self.length = embeds.shape[1] if length is None else length
+        used = torch.cat([embeds, negative]).ne(0).any(dim=2).any(dim=0).nonzero()
+        keep = int(used[-1]) + 1 if len(used) else 1
+        # one tensor, the negative prompt last: a batch of both kinds is then a single gather
+        self.table = torch.cat([embeds[:, :keep], negative[:, :keep]]).cpu().contiguous()
+
+    def __len__(self) -> int:
+        """Number of prompts, the negative one not counted."""
+        return len(self.table) - 1
+
+    def take(
+        self, indices: torch.Tensor, negative: torch.Tensor | None = None, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
+        """[B, L, E] for prompt `indices` [B], with the negative prompt where `negative` [B] is true."""
+        indices = indices.cpu() if negative is None else torch.where(negative.cpu(), len(self), indices.cpu())
+        embeds = self.table[indices].to(device)
+        return torch.nn.functional.pad(embeds, (0, 0, 0, self.length - embeds.shape[1]))
+
+    def digest(self) -> str:
+        """Identifies these embeddings in the manifest of what was made with them."""
+        return hashlib.blake2b(self.table.float().numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def encode_prompts(
+    pipeline, prompts: list[str], config: PromptConfig | None = None, cache: str | Path | None = None
+) -> PromptEmbeddings:
+    """Embeddings by `pipeline.encode_prompt`, read from the file `cache` when it holds exactly these, else written
+    there.
+
+    Raises:
+        ValueError: no prompts, or a max_sequence_length beyond the tokenizer's.
+    """
+    config = config or PromptConfig()
+    if not prompts:
+        raise ValueError("expected at least one prompt, got none")
+    limit = pipeline.tokenizer.model_max_length
+    length = min(512, limit) if config.max_sequence_length is None else config.max_sequence_length
+    if length > limit:
+        raise ValueError(f"max_sequence_length must be at most the tokenizer's {limit}, got {length}")
+
+    request = repr((prompts, config.negative_prompt, length, fingerprint(pipeline.text_encoder)))
+    key = hashlib.blake2b(request.encode(), digest_size=16).hexdigest()
+    if cache is not None and (found := _read_cache(Path(cache), key)) is not None:
+        return PromptEmbeddings(*found, length=length)
+
+    batches = []
+    negative = None
+    with torch.no_grad():
+        for start in range(0, len(prompts), config.encode_batch_size):
+            embeds, negatives = pipeline.encode_prompt(
+                prompt=prompts[start : start + config.encode_batch_size],
+                negative_prompt=config.negative_prompt,
+                do_classifier_free_guidance=negative is None,
+                max_sequence_length=length,
+            )
+            batches.append(embeds.cpu())
+            negative = negatives[:1].cpu() if negative is None else negative
+    result = PromptEmbeddings(torch.cat(batches), negative)
+    if cache is not None:
+        write_safetensors(cache, {"table": result.table}, {"key": key})
+    return result
+
+
+def _read_cache(path: Path, key: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+            table = file.get_tensor("table")
+    except SafetensorError:  # damaged: it is only a cache
+        return None
+    return table[:-1], table[-1:]

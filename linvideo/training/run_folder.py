@@ -1,0 +1,65 @@
+"""The folder of a run: what may be there before it starts, and what an earlier run leaves that can be deleted."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linvideo.models import load_pipeline
+from linvideo.training.checkpoint import list_checkpoints, remove_leftovers
+from linvideo.training.config import TrainConfig
+
+PROMPT_CACHE = "prompt_embeds.safetensors"
+FEATURE_MAPS = "feature_maps.safetensors"
+FILES = ("config.yaml", "metrics.jsonl", "selection.json", FEATURE_MAPS, PROMPT_CACHE)
+FOLDERS = ("trajectories", "pipeline", "logs")
+
+
+def check(config: TrainConfig) -> Path | None:
+    """The checkpoint to continue from, if any; nothing is written, but leftovers of a kill are tidied up.
+
+    Raises:
+        ValueError: output_dir is in use, or there is nothing to continue.
+    """
+    folder, resume = Path(config.output_dir), config.resume_from_checkpoint
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir must be a folder, {folder} is a file")
+    content = [path.name for path in folder.iterdir() if path.name != PROMPT_CACHE] if folder.is_dir() else []
+    if resume is None:
+        if content and not config.overwrite_output_dir:
+            raise ValueError(
+                f"output_dir {folder} is not empty; choose another folder, --overwrite_output_dir true or"
+                " --resume_from_checkpoint latest"
+            )
+        return None
+    if resume != "latest":
+        if not (Path(resume) / "state.json").is_file():
+            raise ValueError(f"resume_from_checkpoint must be latest or a checkpoint folder, got {resume}")
+        if Path(resume).resolve().parent != folder.resolve():
+            raise ValueError(f"resume_from_checkpoint must be a checkpoint in output_dir {folder}, got {resume}")
+        remove_leftovers(folder)
+        return Path(resume)
+    if content and not {"config.yaml", "trajectories"} & set(content):
+        raise ValueError(f"output_dir {folder} holds no training run to continue")
+    remove_leftovers(folder)
+    return (list_checkpoints(folder) or [None])[-1]
+
+
+def clear(folder: str | Path) -> None:
+    """Delete what a run writes into its folder, and nothing else."""
+    folder = Path(folder)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    remove_leftovers(folder)
+    for path in (*(folder / name for name in FOLDERS), *list_checkpoints(folder)):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def load_teacher(config: TrainConfig) -> Any:
+    """The pipeline config.pretrained_model_name_or_path names, on config.device."""
+    if config.pretrained_model_name_or_path is None:
+        raise ValueError("pretrained_model_name_or_path must name the teacher, got None")
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_pipeline(config.pretrained_model_name_or_path, torch_dtype=dtype).to(device)

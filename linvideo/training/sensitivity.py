@@ -1,0 +1,65 @@
+"""Per-layer sensitivity: the velocity error of the model with one layer linear and all others softmax, without
+training.
+
+A baseline of ours beside the paper's learned selection: at small scale the layers with the lowest error were as good a
+choice as any learned one.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+from linvideo.models import attention_types
+from linvideo.training.branches import linear_branches
+from linvideo.training.flow import predict_velocity
+from linvideo.training.store import StateBatch
+
+
+@dataclass
+class SensitivityConfig:
+    """The sensitivity pass, each layer linear alone.
+
+    Args:
+        num_states: teacher states each layer is judged on; 0 skips the pass.
+        batch_size: teacher states a forward.
+    """
+
+    num_states: int = 96
+    batch_size: int = 16
+
+    def __post_init__(self):
+        if self.num_states < 0:
+            raise ValueError(f"sensitivity.num_states must not be negative, got {self.num_states}")
+        if self.batch_size < 1:
+            raise ValueError(f"sensitivity.batch_size must be at least 1, got {self.batch_size}")
+
+
+@torch.no_grad()
+def velocity_error(student: torch.nn.Module, batches: Iterable[StateBatch]) -> float:
+    """Mean over elements of |u_student - u_teacher|^2 on teacher states, the teacher's u as stored."""
+    total = count = 0
+    for batch in batches:
+        u = predict_velocity(student, batch.x, batch.timestep, batch.prompt_embeds)
+        total, count = total + (u - batch.u).square().sum().double(), count + u.numel()
+    return float(total) / count
+
+
+def layer_sensitivity(
+    student: torch.nn.Module, batches: Callable[[], Iterable[StateBatch]], progress: bool = True
+) -> tuple[dict[int, float], float]:
+    """(layer -> velocity error with that layer alone linear, the error with none linear).
+
+    Args:
+        student: with mixed or linear layers; its r and parameters are not touched.
+        batches: gives the same teacher states on every call.
+    """
+    layers = list(linear_branches(student))
+    errors = {}
+    with attention_types(student, dict.fromkeys(layers, "softmax")):
+        floor = velocity_error(student, batches())
+        for layer in tqdm(layers, desc="sensitivity", unit="layer", disable=not progress):
+            with attention_types(student, {layer: "linear"}):
+                errors[layer] = velocity_error(student, batches())
+    return errors, floor

@@ -1,0 +1,171 @@
+"""The trajectory store: a folder of safetensors shards and one manifest.json that says what they are.
+
+    x, u [n, S, C, F, H, W]              state, and the teacher's velocity there under the state's condition
+    timestep [n, S] fp32                 what the teacher was given (1000 t)
+    negative [n, S] bool, prompt [n]     the condition: the negative prompt, or prompt number `prompt`
+
+n trajectories a shard, S kept sampler steps each. A shard is written whole and then entered in the manifest, so an
+interrupted collection loses at most the shard it was in. u is stored, not derived: differences of fp16 states give it
+with an error of several per cent.
+"""
+
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from linvideo.training.files import read_json, write_json, write_safetensors
+from linvideo.training.flow import NUM_TRAIN_TIMESTEPS
+from linvideo.training.prompts import PromptEmbeddings
+from linvideo.training.seeding import draw_indices
+
+FORMAT = 1
+KEYS = ("x", "u", "timestep", "negative", "prompt")
+
+
+@dataclass
+class StateBatch:
+    """Teacher states: x, u [B, C, F, H, W] fp32, timestep [B] fp32, prompt_embeds [B, L, E] of each state's condition,
+    prompt [B] and negative [B] which condition that is."""
+
+    x: torch.Tensor
+    u: torch.Tensor
+    timestep: torch.Tensor
+    prompt_embeds: torch.Tensor
+    prompt: torch.Tensor
+    negative: torch.Tensor
+
+    @property
+    def t(self) -> torch.Tensor:
+        """[B] in [0, 1]."""
+        return self.timestep / NUM_TRAIN_TIMESTEPS
+
+
+class TrajectoryStore:
+    """Opens, or starts, the store at `path` for exactly this `request` (a JSON dict: model, prompts, sampler, seed,
+    sizes).
+
+    Args:
+        request: must hold num_trajectories, shard_size and states_per_trajectory beside whatever identifies the
+            contents. None opens an existing store as it is.
+
+    Raises:
+        ValueError: the store there was made for another request, is not ours, or is damaged.
+    """
+
+    def __init__(self, path: str | Path, request: dict[str, Any] | None = None):
+        self.path = Path(path)
+        manifest_path = self.path / "manifest.json"
+        if manifest_path.is_file():
+            manifest = read_json(manifest_path)
+            if not isinstance(manifest, dict) or set(manifest) != {"format", "request", "shards"}:
+                raise ValueError(f"{manifest_path} is not the manifest of a trajectory store")
+            if manifest["format"] != FORMAT:
+                raise ValueError(f"{manifest_path} has format {manifest['format']!r}, expected {FORMAT}")
+            if request is not None and manifest["request"] != request:
+                raise ValueError(
+                    f"the trajectories in {self.path} were made {_difference(manifest['request'], request)}"
+                )
+            self.request, self.shards = manifest["request"], manifest["shards"]
+        elif request is None:
+            raise ValueError(f"{self.path} holds no trajectory store (no manifest.json)")
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise ValueError(f"{self.path} is not empty and holds no trajectory store")
+        else:
+            self.request, self.shards = request, {}
+            self._write_manifest()
+        # a shard whose file was deleted is collected anew
+        self.shards = {name: entry for name, entry in self.shards.items() if self._file(int(name)).is_file()}
+        for name, entry in self.shards.items():
+            size = self._file(int(name)).stat().st_size
+            if size != entry["bytes"]:
+                raise ValueError(f"{self._damaged(name)} {size} bytes, expected {entry['bytes']}")
+        # an open file per shard; its tensors are memory-mapped, so a batch reads only its own states
+        self._open = lru_cache(maxsize=64)(lambda number: safe_open(self._file(number), framework="pt"))
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.request["num_trajectories"] // self.request["shard_size"])
+
+    @property
+    def complete(self) -> bool:
+        return len(self.shards) == self.num_shards
+
+    def __len__(self) -> int:
+        """Number of states in a complete store."""
+        return self.request["num_trajectories"] * self.request["states_per_trajectory"]
+
+    def shard_trajectories(self, number: int) -> range:
+        """The trajectories that belong into shard `number`."""
+        size, total = self.request["shard_size"], self.request["num_trajectories"]
+        return range(number * size, min((number + 1) * size, total))
+
+    def missing_shards(self) -> list[int]:
+        return [number for number in range(self.num_shards) if str(number) not in self.shards]
+
+    def write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
+        file = self._file(number)
+        write_safetensors(file, {key: tensors[key] for key in KEYS})
+        self.shards[str(number)] = {"file": file.name, "bytes": file.stat().st_size, "crc32": _crc32(file)}
+        self._write_manifest()
+
+    def verify(self) -> None:
+        """Read every shard and compare checksums.
+
+        Raises:
+            ValueError: naming the first damaged shard.
+        """
+        for name, entry in self.shards.items():
+            if _crc32(self._file(int(name))) != entry["crc32"]:
+                raise ValueError(f"{self._damaged(name)} another checksum than the manifest")
+
+    def batch(self, indices: list[int], prompts: PromptEmbeddings, device: torch.device | str = "cpu") -> StateBatch:
+        """The states number `indices`, counted trajectory by trajectory."""
+        columns = {key: [] for key in KEYS}
+        for index in indices:
+            trajectory, step = divmod(index, self.request["states_per_trajectory"])
+            number, row = divmod(trajectory, self.request["shard_size"])
+            try:
+                file = self._open(number)
+                for key in ("x", "u", "timestep"):  # fp32 at once: autocast on a CPU cannot join fp16 tensors
+                    columns[key].append(file.get_slice(key)[row : row + 1, step].float())
+                columns["negative"].append(file.get_slice("negative")[row : row + 1, step])
+                columns["prompt"].append(file.get_slice("prompt")[row : row + 1])
+            except (SafetensorError, FileNotFoundError) as error:
+                raise ValueError(f"cannot read state {index} from {self._file(number)}: {error}") from None
+        x, u, timestep, negative, prompt = (torch.cat(columns[key]) for key in KEYS)
+        embeds = prompts.take(prompt, negative, device)
+        return StateBatch(x.to(device), u.to(device), timestep.to(device), embeds, prompt, negative)
+
+    def draw(
+        self, batch_size: int, *name: int | str, prompts: PromptEmbeddings, device: torch.device | str = "cpu"
+    ) -> StateBatch:
+        """A minibatch that depends only on `name`, say (seed, "finetune", step)."""
+        return self.batch(draw_indices(len(self), batch_size, *name), prompts, device)
+
+    def _file(self, number: int) -> Path:
+        return self.path / f"shard-{number:06d}.safetensors"
+
+    def _damaged(self, name: str) -> str:
+        return f"{self._file(int(name))} is damaged (delete it to collect it anew): it has"
+
+    def _write_manifest(self) -> None:
+        write_json(self.path / "manifest.json", {"format": FORMAT, "request": self.request, "shards": self.shards})
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _difference(stored: dict, wanted: dict) -> str:
+    keys = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
+    parts = [f"{key} {stored.get(key)!r} (now {wanted.get(key)!r})" for key in keys]
+    return "with " + ", ".join(parts) + "; choose another folder or the old settings"

@@ -1,0 +1,178 @@
+"""Data-free training data: noise is drawn, the teacher's own sampler runs, states and velocities are kept (LinVideo,
+section on data: 50K pairs).
+
+States come from the guided sampler, as at inference. The stored velocity is the teacher's under one condition, chosen
+per state: the prompt, or with `negative_probability` the negative prompt, because guidance needs the student under
+both. A student trained towards the guided velocity and sampled with guidance again would be guided twice.
+
+Trajectory i depends on (seed, i) alone: noise, prompt, kept steps and conditions are drawn by hash.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from linvideo.training.fingerprint import fingerprint
+from linvideo.training.flow import predict_velocity, sample_steps, sampler_grid
+from linvideo.training.prompts import PromptEmbeddings
+from linvideo.training.seeding import draw_noise, generator, stable_hash
+from linvideo.training.store import TrajectoryStore
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass
+class TrajectoryConfig:
+    """How the teacher is sampled. Sampler settings should be those the model is used with.
+
+    The store takes num_trajectories * (num_inference_steps // stride) * 2 tensors of C*F*H*W values. The defaults cost
+    about 81 GB with Wan 1.3B: 192 trajectories * 50 steps * 2 * 2.1 M values of 2 bytes. A larger stride and fewer
+    num_trajectories bring it down in proportion; the paper's 50K states are 419 GB.
+
+    Args:
+        path: folder of the store; None is output_dir/trajectories. Several runs may share one.
+        num_trajectories: videos sampled. The default takes about 81 GB of disk with Wan 1.3B at stride 1.
+        num_inference_steps: of the sampler, as in WanPipeline.
+        guidance_scale: as in WanPipeline; 1 or less means no guidance.
+        height: of the video in pixels; the default is Wan's (480 x 832, 81 frames).
+        width: of the video in pixels.
+        num_frames: of the video, before the VAE.
+        stride: keep every stride-th sampler step, from an offset drawn per trajectory; the size on disk falls with it.
+        negative_probability: share of states used with the negative prompt.
+        batch_size: videos sampled at once.
+        shard_size: videos per file.
+        dtype: of stored states, "float16" (default), "bfloat16" or "float32".
+    """
+
+    path: str | None = None
+    num_trajectories: int = 192
+    num_inference_steps: int = 50
+    guidance_scale: float = 5.0
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    stride: int = 1
+    negative_probability: float = 0.2
+    batch_size: int = 1
+    shard_size: int = 16
+    dtype: str = "float16"
+
+    def __post_init__(self):
+        for name in ("num_trajectories", "num_inference_steps", "height", "width", "num_frames", "stride"):
+            _at_least_one(name, getattr(self, name))
+        for name in ("batch_size", "shard_size"):
+            _at_least_one(name, getattr(self, name))
+        if self.stride > self.num_inference_steps:
+            raise ValueError(
+                f"trajectories.stride must be at most num_inference_steps {self.num_inference_steps}, got {self.stride}"
+            )
+        if not 0.0 <= self.negative_probability <= 1.0:
+            raise ValueError(f"trajectories.negative_probability must lie in [0, 1], got {self.negative_probability}")
+        if self.guidance_scale < 0:
+            raise ValueError(f"trajectories.guidance_scale must not be negative, got {self.guidance_scale}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"trajectories.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    @property
+    def states_per_trajectory(self) -> int:
+        return self.num_inference_steps // self.stride
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"trajectories.{name} must be at least 1, got {value}")
+
+
+def latent_shape(pipeline, config: TrajectoryConfig) -> tuple[int, int, int, int]:
+    """(C, F, H, W) of the latents of one video.
+
+    Raises:
+        ValueError: sizes that the VAE and the transformer's patches cannot represent.
+    """
+    time, space = pipeline.vae_scale_factor_temporal, pipeline.vae_scale_factor_spatial
+    patch = pipeline.transformer.config.patch_size
+    if (config.num_frames - 1) % time:
+        raise ValueError(f"trajectories.num_frames must be 1 more than a multiple of {time}, got {config.num_frames}")
+    for name, value, step in (("height", config.height, patch[1]), ("width", config.width, patch[2])):
+        if value % (space * step):
+            raise ValueError(f"trajectories.{name} must be a multiple of {space * step}, got {value}")
+    frames = (config.num_frames - 1) // time + 1
+    if frames % patch[0]:
+        raise ValueError(f"trajectories.num_frames gives {frames} latent frames, expected a multiple of {patch[0]}")
+    return pipeline.transformer.config.in_channels, frames, config.height // space, config.width // space
+
+
+def open_store(
+    path: str | Path, pipeline, prompts: PromptEmbeddings, config: TrajectoryConfig, seed: int
+) -> TrajectoryStore:
+    """The store at `path` for these trajectories, complete or not; see TrajectoryStore for what is refused."""
+    timesteps, sigmas = sampler_grid(pipeline.scheduler, config.num_inference_steps)
+    request = {
+        "model": fingerprint(pipeline.transformer),
+        "scheduler": type(pipeline.scheduler).__name__,
+        "sigmas": [round(float(sigma), 6) for sigma in sigmas],
+        "prompts": prompts.digest(),
+        "latent_shape": list(latent_shape(pipeline, config)),
+        "seed": seed,
+        **{name: getattr(config, name) for name in ("num_trajectories", "num_inference_steps", "guidance_scale")},
+        **{name: getattr(config, name) for name in ("stride", "negative_probability", "shard_size", "dtype")},
+        "batch_size": config.batch_size,
+        "states_per_trajectory": config.states_per_trajectory,
+    }
+    return TrajectoryStore(path, request)
+
+
+def collect(store: TrajectoryStore, pipeline, prompts: PromptEmbeddings, progress: bool = True) -> TrajectoryStore:
+    """Fill the shards that are missing, on the transformer's device; returns the store."""
+    request = store.request
+    shape = tuple(request["latent_shape"])
+    missing = store.missing_shards()
+    total = sum(len(store.shard_trajectories(number)) for number in missing)
+    with tqdm(total=total, desc="trajectories", unit="video", disable=not progress or not missing) as bar:
+        for number in missing:
+            trajectories = list(store.shard_trajectories(number))
+            batches = []
+            for start in range(0, len(trajectories), request["batch_size"]):
+                chosen = trajectories[start : start + request["batch_size"]]
+                batches.append(_collect_batch(request, pipeline, prompts, shape, chosen))
+                bar.update(len(chosen))
+            store.write_shard(number, {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]})
+    return store
+
+
+def _collect_batch(
+    request: dict, pipeline, prompts: PromptEmbeddings, shape: tuple[int, ...], trajectories: list[int]
+) -> dict[str, torch.Tensor]:
+    model, seed, stride = pipeline.transformer, request["seed"], request["stride"]
+    steps, kept = request["num_inference_steps"], request["states_per_trajectory"]
+    device, dtype = model.device, DTYPES[request["dtype"]]
+
+    noise = torch.stack([draw_noise(shape, seed, "noise", i) for i in trajectories]).to(device)
+    # consecutive prompts from a drawn start: every prompt is used about equally often
+    prompt = torch.tensor([(stable_hash(seed, "prompt") + i) % len(prompts) for i in trajectories])
+    chance = torch.stack([torch.rand(steps, generator=generator(seed, "negative", i)) for i in trajectories])
+    negative = chance < request["negative_probability"]
+    offset = [stable_hash(seed, "offset", i) % (steps - (kept - 1) * stride) for i in trajectories]
+    keep = torch.tensor([[first + stride * j for j in range(kept)] for first in offset])
+
+    embeds = prompts.take(prompt, device=device)
+    embeds_negative = prompts.take(prompt, torch.ones_like(prompt, dtype=torch.bool), device)
+    x, u = (torch.empty(len(trajectories), kept, *shape, dtype=dtype) for _ in range(2))
+    timestep = torch.empty(len(trajectories), kept)
+    for step in sample_steps(
+        model, pipeline.scheduler, steps, noise, embeds, embeds_negative, request["guidance_scale"]
+    ):
+        rows, columns = (keep == step.index).nonzero(as_tuple=True)
+        flagged = rows[negative[rows, step.index]]
+        u_step = step.u.clone()
+        if step.u_negative is not None:
+            u_step[flagged] = step.u_negative[flagged]
+        elif len(flagged):  # an unguided sampler has not computed it
+            with torch.no_grad():
+                u_step[flagged] = predict_velocity(model, step.x[flagged], step.timestep, embeds_negative[flagged])
+        x[rows, columns] = step.x[rows].to(dtype).cpu()
+        u[rows, columns] = u_step[rows].to(dtype).cpu()
+        timestep[rows, columns] = float(step.timestep)
+    return {"x": x, "u": u, "timestep": timestep, "negative": negative.gather(1, keep), "prompt": prompt}

@@ -1,0 +1,103 @@
+"""Feature-map warm-up: fit W_q and W_k of every candidate layer to its softmax attention, before anything else trains.
+
+Per layer the relative error |linear - softmax|^2 / |softmax|^2 of the attention output, on teacher states, all layers
+at once (as LoLCATs does for language models, arXiv 2410.10254; not in the LinVideo paper). The layers run as softmax,
+so each sees the inputs it has in the teacher. It takes seconds and decides what the selection then sees: without it
+the cheap layers look expensive.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from linvideo.models import attention_types
+from linvideo.training.branches import feature_weights, linear_branches
+from linvideo.training.flow import predict_velocity
+from linvideo.training.store import StateBatch
+
+
+@dataclass
+class WarmupConfig:
+    """Feature-map warm-up.
+
+    Args:
+        max_train_steps: of warm-up; 0 skips it.
+        learning_rate: of Adam on W_q and W_k.
+        batch_size: teacher states a step.
+    """
+
+    max_train_steps: int = 80
+    learning_rate: float = 2e-2
+    batch_size: int = 8
+
+    def __post_init__(self):
+        if self.max_train_steps < 0:
+            raise ValueError(f"warmup.max_train_steps must not be negative, got {self.max_train_steps}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"warmup.learning_rate must be positive, got {self.learning_rate}")
+        if self.batch_size < 1:
+            raise ValueError(f"warmup.batch_size must be at least 1, got {self.batch_size}")
+
+
+def relative_error(output: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """|output - reference|^2 / |reference|^2 over the whole tensor, in fp32."""
+    reference = reference.float()
+    return (output.float() - reference).square().sum() / reference.square().sum()
+
+
+def attention_output_errors(
+    student: torch.nn.Module, batch: StateBatch, backward: bool = False
+) -> dict[int, torch.Tensor]:
+    """Layer -> relative error of its linear branch's output against softmax attention, on the teacher's activations.
+
+    Args:
+        student: with mixed layers; the others are not looked at.
+        backward: also add each error's gradient to the feature weights, layer by layer: no more than one layer's graph
+            is alive at a time.
+    """
+    errors: dict[int, torch.Tensor] = {}
+
+    def compare(layer: int):
+        def hook(branch, args, kwargs, output):
+            q, k, v = (x.detach() for x in args)
+            softmax_out = kwargs["softmax_out"]
+            with torch.set_grad_enabled(backward):
+                error = relative_error(branch.forward(q, k, v), softmax_out)
+                if backward:
+                    error.backward()
+            errors[layer] = error.detach()
+            return softmax_out  # the layers behind see the teacher's activations
+
+        return hook
+
+    branches = {layer: branch for layer, branch in linear_branches(student).items() if branch.r is not None}
+    hooks = [branch.register_forward_hook(compare(layer), with_kwargs=True) for layer, branch in branches.items()]
+    try:
+        with torch.no_grad(), attention_types(student, dict.fromkeys(branches, "mixed")):
+            predict_velocity(student, batch.x, batch.timestep, batch.prompt_embeds)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return errors
+
+
+def load_feature_maps(model: torch.nn.Module, path: str | Path) -> torch.nn.Module:
+    """Give the linear layers of `model`, in place, the warmed-up W_q and W_k a run has left in
+    feature_maps.safetensors.
+
+    Raises:
+        ValueError: the file is not there or has none for a layer that is linear here.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read feature maps from {path}: {error}") from None
+    with torch.no_grad():
+        for name, weight in feature_weights(model).items():
+            if name not in tensors:
+                raise ValueError(f"{path} has no {name}: that layer was not warmed up")
+            weight.copy_(tensors[name])
+    return model

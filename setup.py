@@ -1,0 +1,46 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+KERNELS = find_packages("kernels")
+TRAIN = [
+    "diffusers>=0.38",
+    "transformers>=5.0",
+    "accelerate",
+    "safetensors",
+    "ftfy",
+    "jsonargparse[signatures]",
+    "PyYAML",
+    "peft",
+    "tqdm",
+    "pillow",
+    "imageio",
+    "imageio-ffmpeg",
+    "matplotlib",
+    "tensorboard",
+]
+BENCH = ["flash-linear-attention; sys_platform == 'linux'", "matplotlib", "pytest-benchmark"]
+TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff"]
+
+setup(
+    name="linvideo",
+    version="0.1.0",
+    description="Linear attention for video diffusion transformers: fused Triton kernels, selective transfer, ADM",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["linvideo", "linvideo.*"]) + KERNELS,
+    package_dir={"linvideo_kernels": "kernels/linvideo_kernels"},
+    package_data={"linvideo": ["data/*", "demo/teacher/**/*", "demo/teacher/*"]},
+    install_requires=["torch>=2.11", "numpy", 'triton>=3.6; sys_platform == "linux"'],
+    extras_require={"train": TRAIN, "bench": BENCH, "test": TEST},
+    entry_points={"console_scripts": ["linvideo=linvideo.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

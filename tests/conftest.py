@@ -1,0 +1,10 @@
+"""Test groups: tests/kernels (Triton's interpreter, or a GPU), tests/aot (Triton's compiler), the rest (plain CPU).
+
+The first needs TRITON_INTERPRET=1 before triton is imported and the second must not have it, so each is a process of
+its own. Tests marked `full` are whole products of axes; without them (`-m "not full"`) each axis alone and a pairwise
+sample remain.
+"""
+
+import torch
+
+torch.set_num_threads(1)  # tests run side by side under pytest-xdist

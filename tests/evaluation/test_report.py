@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+import torch
+
+from linvideo.evaluation import report
+
+
+def test_page_escapes_text_and_needs_no_other_file():
+    document = report.page("a < b", "x & y", [("plot", report.plot(lambda axes: axes.plot([1, 2])))])
+    assert "a &lt; b" in document and "x &amp; y" in document
+    assert "data:image/png;base64," in document
+    assert "http" not in document and "src='/" not in document
+
+
+def test_table_rounds_numbers_and_escapes():
+    html = report.table(["name", "value"], [["<i>", 1.23456]])
+    assert "<td>&lt;i&gt;</td><td>1.235</td>" in html
+
+
+def test_to_pixels_maps_the_range_and_enlarges():
+    video = torch.tensor([-1.0, 0.0, 1.0, 5.0]).view(1, 1, 4, 1, 1).expand(1, 3, 4, 1, 1)
+    pixels = report.to_pixels(video, 2)
+    assert pixels.shape == (1, 4, 2, 2, 3)
+    assert pixels[0, :, 0, 0, 0].tolist() == [0, 128, 255, 255]
+
+
+def test_side_by_side_places_models_in_columns_and_prompts_in_rows():
+    dark, bright = torch.full((2, 3, 4, 8, 8), -1.0), torch.full((2, 3, 4, 8, 8), 1.0)
+    film = report.side_by_side([dark, bright], 3)
+    assert film.shape == (4, 48, 48, 3)
+    assert film[:, :, :24].max() == 0 and film[:, :, 24:].min() == 255
+
+
+def test_write_video_leaves_a_readable_file(tmp_path):
+    imageio = pytest.importorskip("imageio")
+    frames = np.zeros((8, 32, 32, 3), np.uint8)
+    frames[4:] = 255
+    path = tmp_path / "film.mp4"
+    report.write_video(frames, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["film.mp4"]
+    read = imageio.mimread(path)
+    assert len(read) == 8 and read[0].mean() < 20 and read[-1].mean() > 235

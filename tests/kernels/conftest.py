@@ -1,0 +1,36 @@
+"""Runs the kernels in Triton's interpreter on CPU tensors, or on a GPU where TRITON_INTERPRET is not set."""
+
+import os
+
+import pytest
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+NEEDS = "tests/kernels needs `TRITON_INTERPRET=1 pytest tests/kernels`, or a CUDA GPU"
+
+if INTERPRET:
+    pytest.importorskip("triton", reason="tests/kernels needs triton")
+    import interpreter_patch
+    import linvideo_kernels
+
+    interpreter_patch.apply()
+    linvideo_kernels.interpreter_bf16_ok = True
+else:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode on CUDA asks for it
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    if not INTERPRET and not torch.cuda.is_available():
+        pytest.skip(NEEDS)
+    return "cpu" if INTERPRET else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory():
+    """torch.empty and its kin come filled with NaN, so that an element no kernel wrote is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,193 @@
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, WanPipeline
+from safetensors.torch import load_file
+from tiny import generate, tiny_pipeline, tiny_transformer
+
+from linvideo.models import LinVideoWanTransformer3DModel, convert, finalize, load_pipeline, save_pipeline
+
+
+@pytest.fixture(scope="module")
+def converted():
+    return convert(tiny_pipeline(), layers=[0, 2], mode="linear")
+
+
+@pytest.fixture(scope="module")
+def folder(converted, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines") / "converted"
+    save_pipeline(converted, folder)
+    return folder
+
+
+def test_saved_pipeline_generates_the_same_video(converted, folder):
+    expected = generate(converted)
+    assert expected.shape == (5, 32, 32, 3) and np.isfinite(expected).all()
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["transformer"] == ["linvideo", "LinVideoWanTransformer3DModel"]
+    for load in (load_pipeline, WanPipeline.from_pretrained, DiffusionPipeline.from_pretrained):
+        pipeline = load(folder)
+        assert type(pipeline) is WanPipeline and type(pipeline.transformer) is LinVideoWanTransformer3DModel
+        np.testing.assert_allclose(generate(pipeline), expected, atol=1e-6)
+
+
+def test_conversion_matters_in_the_pipeline(converted):
+    stock = tiny_pipeline()
+    assert np.abs(generate(stock) - generate(converted)).max() > 1e-4
+    np.testing.assert_array_equal(generate(convert(stock, r_init=1.0)), generate(stock))
+
+
+def test_stock_folder_loads_and_kwargs_pass(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    pipeline = load_pipeline(tmp_path, torch_dtype=torch.bfloat16)
+    assert type(pipeline.transformer).__name__ == "WanTransformer3DModel"
+    assert pipeline.transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+
+
+def test_two_transformers_round_trip(tmp_path):
+    pipeline = convert(tiny_pipeline(transformer_2=tiny_transformer(seed=1), boundary_ratio=0.9))
+    finalize(pipeline.transformer, linear_layers=[0])
+    finalize(pipeline.transformer_2, linear_layers=[1, 2])
+    save_pipeline(pipeline, tmp_path / "wan22")
+    loaded = load_pipeline(tmp_path / "wan22")
+    assert loaded.transformer.config.attention_types == ["linear", "softmax", "softmax"]
+    assert loaded.transformer_2.config.attention_types == ["softmax", "linear", "linear"]
+    assert loaded.config.boundary_ratio == 0.9
+    np.testing.assert_allclose(generate(loaded), generate(pipeline), atol=1e-6)
+
+
+def damaged_copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def one_line_error(path, match, **kwargs):
+    with pytest.raises(ValueError, match=match) as error:
+        load_pipeline(path, **kwargs)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_pipeline(tmp_path, folder):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    one_line_error(tmp_path / "empty", "model_index.json")
+    one_line_error(tmp_path / "file", "model_index.json")
+    one_line_error(folder / "transformer", "model_index.json")
+    one_line_error(tmp_path / "absent", "expected a pipeline folder or a repository id")
+    one_line_error(3, "expected a path or a repository id")
+    one_line_error("absent", "expected a pipeline folder or a repository id")
+    one_line_error("nobody/nothing", "cannot load a pipeline from nobody/nothing", local_files_only=True)
+
+
+def test_damaged_pipelines(tmp_path, folder):
+    copy = damaged_copy(folder, tmp_path)
+    index = copy / "model_index.json"
+    good = index.read_text()
+    for text in ("{", "{}", "[]", "3", good.replace("WanPipeline", "Nope"), good.replace("AutoencoderKLWan", "Nope")):
+        index.write_text(text)
+        one_line_error(copy, "cannot load a pipeline")
+    index.write_text(good.replace("linvideo", "diffusers").replace("LinVideoWan", "Wan"))
+    one_line_error(copy, "has linear attention layers, but model_index.json names WanTransformer3DModel")
+    index.write_text(good)
+    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    one_line_error(copy, "cannot load a pipeline")
+    weights.unlink()
+    one_line_error(copy, "cannot load a pipeline")
+
+
+@pytest.mark.parametrize(
+    "part", ["vae", "transformer", "tokenizer", "scheduler", "text_encoder", "transformer/config.json"]
+)
+def test_missing_parts(tmp_path, folder, part):
+    copy = damaged_copy(folder, tmp_path)
+    shutil.rmtree(copy / part) if (copy / part).is_dir() else (copy / part).unlink()
+    one_line_error(copy, "cannot load a pipeline")
+
+
+@pytest.mark.parametrize("name", ["transformer/diffusion_pytorch_model", "text_encoder/model"])
+def test_pickled_weights_are_not_read(tmp_path, folder, name):
+    copy = damaged_copy(folder, tmp_path)
+    state = load_file(copy / f"{name}.safetensors")
+    (copy / f"{name}.safetensors").unlink()
+    torch.save(state, copy / f"{name.replace('text_encoder/model', 'text_encoder/pytorch_model')}.bin")
+    one_line_error(copy, "cannot load a pipeline")
+    one_line_error(copy, "safetensors only", use_safetensors=False)
+
+
+def test_code_in_the_folder_is_not_run(tmp_path, folder):
+    copy = damaged_copy(folder, tmp_path)
+    (copy / "transformer" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    index = copy / "model_index.json"
+    index.write_text(index.read_text().replace('"linvideo"', '"evil"'))
+    one_line_error(copy, "cannot load a pipeline")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_save_refuses_and_changes_nothing(converted, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "keep.txt").write_text("keep")
+    (tmp_path / "file").write_text("keep")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="overwrite"):
+            save_pipeline(converted, tmp_path / "notes", overwrite=overwrite)
+        with pytest.raises(ValueError, match="the file"):
+            save_pipeline(converted, tmp_path / "file", overwrite=overwrite)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "keep.txt", "notes"]
+
+
+def test_save_overwrites_only_on_request(converted, tmp_path):
+    target = tmp_path / "deep" / "pipeline"
+    target.mkdir(parents=True)
+    save_pipeline(converted, target)  # an empty folder is no reason to refuse
+    (target / "stale.txt").write_text("old")
+    with pytest.raises(ValueError, match="not empty"):
+        save_pipeline(converted, target)
+    assert (target / "stale.txt").exists()
+    save_pipeline(converted, target, overwrite=True)
+    assert not (target / "stale.txt").exists() and os.listdir(target.parent) == ["pipeline"]
+    assert load_pipeline(target).transformer.config.attention_types == ["linear", "softmax", "linear"]
+
+
+def test_overwriting_the_folder_a_pipeline_was_loaded_from(folder, tmp_path):
+    copy = damaged_copy(folder, tmp_path)
+    pipeline = load_pipeline(copy)
+    expected = generate(pipeline)
+    save_pipeline(pipeline, copy, overwrite=True)
+    np.testing.assert_allclose(generate(load_pipeline(copy)), expected, atol=1e-6)
+
+
+def test_interrupted_save_leaves_the_old_pipeline(folder, tmp_path, monkeypatch):
+    copy = damaged_copy(folder, tmp_path)
+    pipeline = load_pipeline(copy)
+    before = (copy / "model_index.json").read_bytes()
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pipeline.vae, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_pipeline(pipeline, copy, overwrite=True)
+    with pytest.raises(OSError, match="disk full"):
+        save_pipeline(pipeline, tmp_path / "new")
+    assert os.listdir(tmp_path) == ["copy"] and (copy / "model_index.json").read_bytes() == before
+    load_pipeline(copy)
+
+
+def test_failed_rename_brings_the_old_pipeline_back(converted, folder, tmp_path, monkeypatch):
+    copy = damaged_copy(folder, tmp_path)
+    rename = os.rename
+
+    def fail_for_the_new(source, target):
+        if os.path.basename(source) == "new":
+            raise OSError("no rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_for_the_new)
+    with pytest.raises(OSError, match="no rename"):
+        save_pipeline(converted, copy, overwrite=True)
+    assert os.listdir(tmp_path) == ["copy"]
+    load_pipeline(copy)

@@ -1,0 +1,151 @@
+"""The op on CPU tensors: values and gradients against float64, layouts, memory."""
+
+import dataclasses
+
+import pytest
+import torch
+from cases import DTYPES, GRAD_LAYOUTS, LAYOUTS, MAPS, Case, make_inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import check, run
+
+from linvideo.ops import chunked, linear_attn
+
+BASE = Case(head_dim=24, nq=150, nk=130, heads=3)  # more than two slices of 64 rows
+
+
+@pytest.fixture(autouse=True)
+def short_slices(monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1)  # 64 rows, the least, so that small inputs take several
+
+
+@given(
+    case=st.builds(
+        Case,
+        head_dim=st.sampled_from([8, 16, 24, 64, 96, 128]),
+        nq=st.integers(1, 200),
+        nk=st.integers(1, 200),
+        map=st.sampled_from(MAPS),
+        dtype=st.sampled_from(list(DTYPES)),
+        layout=st.sampled_from(LAYOUTS),
+        grad_layout=st.sampled_from(GRAD_LAYOUTS),
+        input_scale=st.sampled_from([1.0, 4.0, 16.0]),
+        v_mean=st.sampled_from([0.0, 1.0, 3.0]),
+        eps=st.sampled_from([1e-6, 0.1]),
+        batch=st.integers(1, 2),
+        heads=st.integers(1, 3),
+    ),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_matches_float64(case, seed):
+    inputs, grad = make_inputs(case, "cpu", seed)
+    check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("map", MAPS)
+def test_every_map_in_every_dtype(map, dtype):
+    case = dataclasses.replace(BASE, map=map, dtype=dtype)
+    inputs, grad = make_inputs(case, "cpu")
+    check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))
+
+
+@pytest.mark.parametrize("length", [64, 65, 129])
+def test_ends_of_slices(length):
+    case = dataclasses.replace(BASE, nq=length, nk=length, dtype="fp32")
+    inputs, grad = make_inputs(case, "cpu")
+    check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))
+
+
+def test_slicing_does_not_change_the_answer(monkeypatch):
+    inputs, grad = make_inputs(dataclasses.replace(BASE, dtype="fp32"), "cpu")
+    sliced = run(linear_attn, inputs, grad, BASE.options)
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1 << 30)
+    for name, whole in run(linear_attn, inputs, grad, BASE.options).items():
+        torch.testing.assert_close(sliced[name], whole, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_reruns_are_bit_equal():
+    inputs, grad = make_inputs(BASE, "cpu")
+    first, second = (run(linear_attn, inputs, grad, BASE.options) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_inputs_are_not_written():
+    inputs, grad = make_inputs(dataclasses.replace(BASE, layout="packed_qkv"), "cpu")
+    before = {name: x.detach().clone() for name, x in inputs.items()}
+    run(linear_attn, inputs, grad, BASE.options)
+    assert all(torch.equal(before[name], x) for name, x in inputs.items())
+
+
+def test_softmax_of_huge_logits_is_finite():
+    """exp(300) overflows fp32: the maximum has to come off first, for both signs."""
+    case = dataclasses.replace(BASE, dtype="fp32", input_scale=100.0)
+    inputs, grad = make_inputs(case, "cpu")
+    check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_without_positive_features(dtype):
+    """relu leaves q's rows, or every key, without features: o = 0 / eps, and 1 / eps overflows fp16."""
+    case = dataclasses.replace(BASE, map=("relu", True), dtype=dtype)
+    inputs, grad = make_inputs(case, "cpu")
+    with torch.no_grad():
+        inputs["q"][:, ::2] = -inputs["q"][:, ::2].abs()
+        inputs["k"][1] = -inputs["k"][1].abs()
+    actual = run(linear_attn, inputs, grad, case.options)
+    assert not actual["o"][:, ::2].any() and not actual["o"][1].any()
+    check(case, inputs, grad, actual)
+
+
+def test_only_some_inputs_need_gradients():
+    inputs, grad = make_inputs(BASE, "cpu")
+    whole = dict(zip(inputs, torch.autograd.grad(linear_attn(**inputs), list(inputs.values()), grad), strict=True))
+    for name in inputs:
+        some = {other: x.detach().requires_grad_(other == name) for other, x in inputs.items()}
+        (got,) = torch.autograd.grad(linear_attn(**some), [some[name]], grad)
+        assert torch.equal(got, whole[name])
+    assert not linear_attn(**{name: x.detach() for name, x in inputs.items()}).requires_grad
+
+
+def test_weights_may_stay_fp32_beside_16_bit_inputs():
+    inputs, grad = make_inputs(BASE, "cpu")
+    weights = {name: inputs[name].detach().float().requires_grad_() for name in ("q_weight", "k_weight")}
+    out = linear_attn(**inputs | weights)
+    grads = torch.autograd.grad(out, list(weights.values()), grad)
+    assert out.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in grads)
+    assert torch.equal(out, linear_attn(**inputs))  # the weights hold bf16 values here
+
+
+class _Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Elements of the largest tensor that any operation made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        views = torch.utils._pytree.tree_leaves(out)
+        self.largest = max(
+            [self.largest, *(x.untyped_storage().nbytes() // x.itemsize for x in views if torch.is_tensor(x))]
+        )
+        return out
+
+
+def test_memory_is_linear_and_holds_no_features(monkeypatch):
+    """Nothing of N x F is made on the way or kept for the backward: the largest tensor is an input."""
+    monkeypatch.undo()  # slices as shipped
+    case = Case(head_dim=16, nq=30_000, nk=30_000, dtype="fp32", batch=1, heads=4)
+    inputs, grad = make_inputs(case, "cpu")
+    size, settings_ = inputs["q"].numel(), ("hedgehog", 1.0, True, 1e-6)
+    arguments = [x.detach() for x in inputs.values()]
+    with _Sizes() as sizes:
+        _, *saved = chunked.forward(*arguments, *settings_)
+        chunked.backward(grad, *arguments, *saved, *settings_)
+    assert 0 < sizes.largest <= size
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        linear_attn(**inputs)
+    assert len(kept) >= 5
+    assert sum(x.numel() for x in kept) < 3.1 * size  # q, k, v and sums that do not grow with N

@@ -1,0 +1,179 @@
+"""The layout's rules: which way imports go, what stays lazy, and that files from others are data."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = {"linvideo": ROOT / "linvideo", "linvideo_kernels": ROOT / "kernels" / "linvideo_kernels"}
+FOLDERS = ("linvideo", "kernels", "benchmarks", "tests")
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".cfg", ".html", ""}
+
+# A part imports from parts of a lower rank, and from itself.
+RANK = {
+    "linvideo_kernels": 0,
+    "linvideo._diffusers_hook": 0,  # standard library only
+    "linvideo.ops": 1,
+    "linvideo.nn": 2,
+    "linvideo.models": 3,
+    "linvideo.training": 4,
+    "linvideo.evaluation": 5,
+    "linvideo.demo": 6,
+    "linvideo.cli": 7,
+    "linvideo.__main__": 8,
+}
+HEAVY = {"torch", "triton", "diffusers", "transformers", "peft", "fla", "matplotlib", "numpy"}
+
+
+def module_name(path: Path) -> str:
+    top = next(name for name, folder in LIBRARY.items() if path.is_relative_to(folder))
+    parts = [top, *path.relative_to(LIBRARY[top]).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part(module: str) -> str | None:
+    """The key of RANK that holds a module; None for foreign modules and for `linvideo` itself, which loads nothing."""
+    return next((name for name in RANK if module == name or module.startswith(f"{name}.")), None)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute name) of every import, also inside functions; `from a import b` gives a.b."""
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def library_files() -> list[Path]:
+    return [path for folder in LIBRARY.values() for path in sorted(folder.rglob("*.py"))]
+
+
+def where(path: Path, line: int) -> str:
+    return f"{path.relative_to(ROOT)}:{line}"
+
+
+def test_imports_go_one_way():
+    wrong = []
+    for path in library_files():
+        own = part(module_name(path))
+        if own is None:
+            continue  # linvideo/__init__.py exports every part, lazily: test_import_is_light
+        for line, module in imports(path):
+            other = part(module)
+            if other is not None and other != own and RANK[other] >= RANK[own]:
+                wrong.append(f"{where(path, line)}: {own} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_module_has_a_rank():
+    unknown = {module_name(path) for path in library_files() if part(module_name(path)) is None} - {"linvideo"}
+    assert not unknown, f"give these a place in the order of imports: {sorted(unknown)}"
+
+
+def test_each_dependency_stays_in_its_parts():
+    """Triton (but for its timer) only in the kernels, diffusers only from the models up, peers only in benchmarks."""
+    wrong = []
+    for path in library_files():
+        own = part(module_name(path))
+        rank = RANK.get(own, 0)
+        for line, module in imports(path):
+            top = module.split(".")[0]
+            if (
+                (top == "triton" and own != "linvideo_kernels" and not module.startswith("triton.testing."))
+                or (top in ("diffusers", "transformers") and rank < RANK["linvideo.models"])
+                or top in ("fla", "flash_attn", "sageattention", "tests", "benchmarks", "pytest", "cases", "numerics")
+            ):
+                wrong.append(f"{where(path, line)}: imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_kernels_is_no_package():
+    """A top-level package named `kernels` would shadow Hugging Face's for anyone who stands in the checkout."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "kernels" / "linvideo_kernels" / "__init__.py").exists()
+
+
+def run_python(code: str) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_import_is_light():
+    assert run_python(f"import sys, linvideo; dir(linvideo); print(*sorted({HEAVY!r} & set(sys.modules)))") == ""
+
+
+def test_every_lazy_export_exists():
+    pytest.importorskip("diffusers")
+    code = "import linvideo; print(*(name for name in linvideo.__all__ if getattr(linvideo, name, None) is None))"
+    assert run_python(code) == ""
+    assert "no_such_name" in run_python(
+        "import linvideo\ntry:\n    linvideo.no_such_name\nexcept AttributeError as error:\n    print(error)"
+    )
+
+
+def keyword(call: ast.Call, name: str) -> object:
+    return next((k.value.value for k in call.keywords if k.arg == name and isinstance(k.value, ast.Constant)), None)
+
+
+def unsafe(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            if {name.split(".")[0] for name in names} & {
+                "pickle",
+                "_pickle",
+                "dill",
+                "cloudpickle",
+                "joblib",
+            }:
+                yield f"{where(path, node.lineno)}: imports a pickle module"
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called == "torch.load" and keyword(node, "weights_only") is not True:
+                yield f"{where(path, node.lineno)}: torch.load without weights_only=True"
+            if called == "torch.save" and not path.is_relative_to(
+                ROOT / "tests"
+            ):  # tests show that pickles are refused
+                yield f"{where(path, node.lineno)}: torch.save writes a pickle"
+            if called in ("np.load", "numpy.load") and keyword(node, "allow_pickle"):
+                yield f"{where(path, node.lineno)}: {called} with allow_pickle"
+            if called in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"):
+                yield f"{where(path, node.lineno)}: {called} can build any object, use yaml.safe_load"
+            if keyword(node, "trust_remote_code") is True:
+                yield f"{where(path, node.lineno)}: trust_remote_code=True without a flag"
+
+
+def test_files_from_others_are_data():
+    files = [ROOT / "setup.py", *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+    wrong = [line for path in files for line in unsafe(path)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_machine_paths_or_registries():
+    pattern = re.compile(
+        r"(?<![\w.:/}])/(?:home|root|Users|work|mnt|scratch|tmp)/|[A-Z]:\\\\Users|--index-url|--extra-index-url|trusted-host"
+    )
+    folders = [ROOT / name for name in (*FOLDERS, ".ci", ".github")]
+    files = [path for path in ROOT.iterdir() if path.is_file()]
+    files += [path for folder in folders if folder.exists() for path in folder.rglob("*") if path.is_file()]
+    files = [x for x in files if x.suffix in TEXT_SUFFIXES and "__pycache__" not in x.parts and x != Path(__file__)]
+    assert len(files) > 20
+    wrong = []
+    for path in files:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if found := pattern.search(line):
+                wrong.append(f"{where(path, number)}: {found.group()}")
+    assert not wrong, "\n".join(wrong)

@@ -1,0 +1,98 @@
+"""Tiny offline models that many tests share: random weights, no download, a fraction of a second to build."""
+
+import torch
+
+HEADS, HEAD_DIM, TEXT_DIM = 2, 24, 32
+
+
+def tiny_transformer(num_layers: int = 3, seed: int = 0, **config):
+    """A WanTransformer3DModel in eval mode; `config` overrides any of its arguments."""
+    from diffusers import WanTransformer3DModel
+
+    arguments = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": TEXT_DIM,
+        "freq_dim": 32,
+        "ffn_dim": 64,
+        "num_layers": num_layers,
+        "rope_max_seq_len": 32,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = WanTransformer3DModel(**{**arguments, **config})
+        # Random weights of the default size give nearly uniform attention, on which softmax and linear hardly differ.
+        for block in model.blocks:
+            torch.nn.init.normal_(block.attn1.to_q.weight, std=0.5)
+            torch.nn.init.normal_(block.attn1.to_k.weight, std=0.5)
+    return model.eval()
+
+
+def tiny_inputs(batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 1) -> dict:
+    """Arguments of the transformer's forward: latents [batch, 16, 3, 8, 8] (48 tokens), 5 text tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, 16, 3, 8, 8, generator=generator).to(dtype),
+        "timestep": torch.linspace(900, 300, batch),
+        "encoder_hidden_states": torch.randn(batch, 5, TEXT_DIM, generator=generator).to(dtype),
+        "return_dict": False,
+    }
+
+
+def tiny_tokenizer():
+    """Byte-level BPE without merges: every prompt tokenises and nothing is downloaded."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "</s>", "<unk>"]
+    vocab = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def tiny_pipeline(transformer=None, seed: int = 0, **arguments):
+    """A complete WanPipeline around `transformer` (default `tiny_transformer()`)."""
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        )
+        text_config = UMT5Config(
+            vocab_size=259, d_model=TEXT_DIM, d_kv=8, d_ff=37, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=1
+        )
+        text_encoder = UMT5EncoderModel(text_config)
+    return WanPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=text_encoder.eval(),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=tiny_transformer() if transformer is None else transformer,
+        **arguments,
+    )
+
+
+def generate(pipeline, prompt: str = "a red circle moves left", seed: int = 0, num_inference_steps: int = 2):
+    """Frames [5, 32, 32, 3] in [0, 1] as a numpy array."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompt=prompt,
+        negative_prompt="",
+        height=32,
+        width=32,
+        num_frames=5,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=3.0,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="np",
+    ).frames[0]

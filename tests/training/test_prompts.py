@@ -1,0 +1,80 @@
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_pipeline
+
+from linvideo.training.prompts import PromptConfig, PromptEmbeddings, encode_prompts, read_prompts
+
+PROMPTS = ["a fox", "two boats race across a lake", "rain"]
+
+
+def test_own_captions_are_many_distinct_and_plain():
+    captions = read_prompts()
+    assert len(captions) >= 300
+    assert len({caption.lower() for caption in captions}) == len(captions)
+    assert all(caption.isascii() and 20 <= len(caption) <= 200 for caption in captions)
+
+
+def test_read_prompts_skips_comments_and_empty_lines(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("# a comment\n\n  a fox  \ntwo boats\n")
+    assert read_prompts(path) == ["a fox", "two boats"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"# nothing\n", b"\xff\xfe\x00"])
+def test_read_prompts_refuses_what_holds_no_caption(tmp_path, content):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="prompts.txt"):
+        read_prompts(path)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny_pipeline()
+
+
+def test_embeddings_are_the_pipelines_own(pipeline):
+    embeddings = encode_prompts(pipeline, PROMPTS, PromptConfig(max_sequence_length=64, encode_batch_size=2))
+    with torch.no_grad():
+        expected, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=64)
+        _, negative = pipeline.encode_prompt(PROMPTS[:1], negative_prompt="", max_sequence_length=64)
+    taken = embeddings.take(torch.tensor([2, 0, 1]), torch.tensor([False, False, True]))
+    assert taken.shape == (3, 64, 32)
+    assert torch.allclose(taken, torch.stack([expected[2], expected[0], negative[0]]), atol=1e-5)
+    assert embeddings.table.shape[1] < 64  # padding is not stored
+
+
+def test_default_length_is_the_tokenizers_limit_up_to_512(pipeline):
+    assert encode_prompts(pipeline, PROMPTS).take(torch.tensor([0])).shape[1] == 512
+    with pytest.raises(ValueError, match="at most the tokenizer's 512, got 513"):
+        encode_prompts(pipeline, PROMPTS, PromptConfig(max_sequence_length=513))
+
+
+def test_cache_is_used_only_for_the_same_request(pipeline, tmp_path, monkeypatch):
+    cache, config = tmp_path / "embeds.safetensors", PromptConfig(max_sequence_length=32)
+    first = encode_prompts(pipeline, PROMPTS, config, cache)
+    calls = []
+    original = pipeline.encode_prompt
+    monkeypatch.setattr(pipeline, "encode_prompt", lambda **kw: (calls.append(kw["prompt"]), original(**kw))[1])
+    again = encode_prompts(pipeline, PROMPTS, config, cache)
+    assert not calls and torch.equal(first.table, again.table) and again.length == 32
+    assert first.digest() == again.digest()
+
+    for prompts, changed in (
+        (PROMPTS[:2], config),
+        (PROMPTS, PromptConfig(max_sequence_length=40)),
+        (PROMPTS, PromptConfig(max_sequence_length=32, negative_prompt="blurry")),
+    ):
+        calls.clear()
+        encode_prompts(pipeline, prompts, changed, cache)
+        assert calls
+    cache.write_bytes(b"damaged")
+    assert torch.equal(encode_prompts(pipeline, PROMPTS, config, cache).table, first.table)
+    assert "table" in load_file(cache)
+
+
+def test_embeddings_of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"\[P, L, E\]"):
+        PromptEmbeddings(torch.zeros(3, 4, 5), torch.zeros(2, 4, 5))

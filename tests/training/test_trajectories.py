@@ -1,0 +1,179 @@
+import json
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UniPCMultistepScheduler
+from tiny_run import PROMPTS, tiny_config, tiny_teacher
+from toy import toy_prompts, toy_store
+
+from linvideo.training.flow import predict_velocity, sampler_grid
+from linvideo.training.prompts import encode_prompts
+from linvideo.training.seeding import draw_noise, generator, stable_hash
+from linvideo.training.store import TrajectoryStore
+from linvideo.training.trajectories import TrajectoryConfig, collect, latent_shape, open_store
+
+SMALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 4, "dtype": "float32"}
+SHAPE = (16, 2, 4, 4)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = tiny_teacher()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def prompts(pipeline):
+    return encode_prompts(pipeline, PROMPTS, tiny_config("unused").prompts)
+
+
+def make(path, pipeline, prompts, seed=0, **settings):
+    config = TrajectoryConfig(**{**SMALL, "num_trajectories": 3, "shard_size": 2, **settings})
+    return collect(open_store(path, pipeline, prompts, config, seed), pipeline, prompts, progress=False)
+
+
+def states(store, prompts):
+    return store.batch(list(range(len(store))), prompts)
+
+
+@pytest.mark.parametrize("scheduler", [None, UniPCMultistepScheduler])
+def test_states_are_those_of_the_guided_pipeline(tmp_path, pipeline, prompts, scheduler):
+    if scheduler is not None:  # multistep: it remembers earlier steps, and truncates its timesteps to integers
+        pipeline = tiny_teacher()
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.scheduler = scheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    store = make(tmp_path / "s", pipeline, prompts, guidance_scale=3.0, batch_size=2)
+    batch = states(store, prompts)
+    first_prompt = stable_hash(0, "prompt")
+    for i in range(3):
+        prompt = (first_prompt + i) % 3
+        latents = []
+        pipeline(
+            prompt_embeds=prompts.take(torch.tensor([prompt])),
+            negative_prompt_embeds=prompts.take(torch.tensor([0]), torch.tensor([True])),
+            latents=draw_noise(SHAPE, 0, "noise", i)[None],
+            guidance_scale=3.0,
+            num_inference_steps=4,
+            height=32,
+            width=32,
+            num_frames=5,
+            output_type="latent",
+            callback_on_step_end=lambda _, step, t, kwargs: latents.append(kwargs["latents"]) or kwargs,  # noqa: B023
+        )
+        seen = torch.cat([draw_noise(SHAPE, 0, "noise", i)[None], *latents[:-1]])
+        assert torch.allclose(batch.x[4 * i : 4 * i + 4], seen, atol=1e-5)
+        assert batch.prompt[4 * i : 4 * i + 4].tolist() == [prompt] * 4
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_u_is_the_teachers_under_the_states_own_condition(tmp_path, pipeline, prompts, guidance_scale):
+    settings = {"guidance_scale": guidance_scale, "negative_probability": 0.5, "batch_size": 3}
+    batch = states(make(tmp_path / "s", pipeline, prompts, **settings), prompts)
+    assert 0 < int(batch.negative.sum()) < len(batch.x)
+    with torch.no_grad():
+        u = predict_velocity(pipeline.transformer, batch.x, batch.timestep, batch.prompt_embeds)
+    assert torch.allclose(batch.u, u, atol=1e-5)
+    expected = torch.cat([torch.rand(4, generator=generator(0, "negative", i)) < 0.5 for i in range(3)])
+    assert torch.equal(batch.negative, expected)
+
+
+def test_a_trajectory_does_not_depend_on_batches_or_shards(tmp_path, pipeline, prompts):
+    one = states(make(tmp_path / "a", pipeline, prompts, batch_size=1, shard_size=1), prompts)
+    other = states(make(tmp_path / "b", pipeline, prompts, batch_size=3, shard_size=5), prompts)
+    assert torch.allclose(one.x, other.x, atol=1e-5) and torch.allclose(one.u, other.u, atol=1e-5)
+    assert torch.equal(one.prompt, other.prompt) and torch.equal(one.negative, other.negative)
+    another_seed = states(make(tmp_path / "c", pipeline, prompts, seed=1), prompts)
+    assert not torch.allclose(one.x, another_seed.x, atol=0.1)
+
+
+def test_stride_keeps_steps_from_a_drawn_offset(tmp_path, pipeline, prompts):
+    timesteps, _ = sampler_grid(pipeline.scheduler, 5)
+    settings = {"num_trajectories": 8, "num_inference_steps": 5, "stride": 2, "batch_size": 8}
+    store = make(tmp_path / "s", pipeline, prompts, **settings)
+    batch = states(store, prompts)
+    assert len(store) == 16
+    steps = (batch.timestep[:, None] - timesteps).abs().argmin(dim=1).view(8, 2)
+    assert torch.equal(steps[:, 1] - steps[:, 0], torch.full((8,), 2))
+    assert set(steps[:, 0].tolist()) == {0, 1, 2}  # 5 steps leave room for three offsets
+
+
+def test_draws_depend_on_their_name_only(tmp_path):
+    store, prompts = toy_store(tmp_path / "s", torch.tensor([900.0, 500.0])), toy_prompts()
+    first = store.draw(4, 0, "finetune", 3, prompts=prompts)
+    again = TrajectoryStore(tmp_path / "s").draw(4, 0, "finetune", 3, prompts=prompts)
+    assert torch.equal(first.x, again.x) and torch.equal(first.prompt_embeds, again.prompt_embeds)
+    others = [store.draw(4, 0, "finetune", step, prompts=prompts).x for step in range(4, 10)]
+    assert any(not torch.equal(first.x, other) for other in others)
+    drawn = torch.cat([store.draw(8, 0, step, prompts=prompts).x for step in range(30)])
+    assert len(drawn.flatten(1).unique(dim=0)) == len(store)  # every state comes up
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"num_inference_steps": 5}, "num_inference_steps 4"),
+        ({"guidance_scale": 4.0}, "guidance_scale 2.0"),
+        ({"dtype": "float16"}, "dtype 'float32'"),
+        ({"seed": 7}, "seed 0"),
+    ],
+)
+def test_a_store_of_another_request_is_refused_and_untouched(tmp_path, pipeline, prompts, change, named):
+    make(tmp_path / "s", pipeline, prompts, guidance_scale=2.0)
+    before = (tmp_path / "s" / "manifest.json").read_text()
+    with pytest.raises(ValueError, match=named):
+        make(tmp_path / "s", pipeline, prompts, **{"guidance_scale": 2.0, **change})
+    assert (tmp_path / "s" / "manifest.json").read_text() == before
+
+
+def test_a_store_of_another_model_is_refused(tmp_path, pipeline, prompts):
+    make(tmp_path / "s", pipeline, prompts)
+    other = tiny_teacher()
+    with torch.no_grad():
+        other.transformer.blocks[1].ffn.net[2].weight.add_(1e-3)
+    with pytest.raises(ValueError, match="with model "):
+        make(tmp_path / "s", other, prompts)
+
+
+def test_damage_is_found(tmp_path):
+    store = toy_store(tmp_path / "s", torch.tensor([900.0, 500.0]))
+    store.verify()
+    shard = tmp_path / "s" / "shard-000001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="shard-000001.safetensors is damaged"):
+        TrajectoryStore(tmp_path / "s").verify()
+    shard.write_bytes(bytes(content)[:-8])
+    with pytest.raises(ValueError, match="shard-000001.safetensors is damaged"):
+        TrajectoryStore(tmp_path / "s")
+    shard.unlink()  # what the message advises
+    assert TrajectoryStore(tmp_path / "s").missing_shards() == [1]
+
+
+def test_what_is_no_store_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no manifest.json"):
+        TrajectoryStore(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        toy_store(tmp_path, torch.tensor([900.0]))
+    for content in ("not json", "[]", '{"format": 1}', json.dumps({"format": 9, "request": {}, "shards": {}})):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(ValueError, match="manifest.json"):
+            TrajectoryStore(tmp_path)
+
+
+def test_latent_shape_refuses_sizes_the_model_has_not(pipeline):
+    assert latent_shape(pipeline, TrajectoryConfig(**SMALL)) == SHAPE
+    for change, message in (
+        ({"height": 40}, "height must be a multiple of 16, got 40"),
+        ({"width": 24}, "width must be a multiple of 16, got 24"),
+        ({"num_frames": 6}, "num_frames must be 1 more than a multiple of 4, got 6"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            latent_shape(pipeline, TrajectoryConfig(**{**SMALL, **change}))
+
+
+def test_a_scheduler_that_is_no_flow_is_refused():
+    with pytest.raises(ValueError, match="scheduler"):
+        sampler_grid(DDIMScheduler(), 4)

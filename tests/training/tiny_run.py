@@ -1,0 +1,82 @@
+"""A whole training run of a few seconds, in this process or as a script that kills itself at a given point."""
+
+import os
+import signal
+import sys
+
+import torch
+from tiny import tiny_pipeline, tiny_transformer
+
+from linvideo.training import Trainer, TrainResult, checkpoint, metrics, store
+from linvideo.training.config import TrainConfig, from_dict
+
+PROMPTS = ["a red fox runs", "two white boats race", "rain falls on a pond"]
+
+
+def tiny_config(output_dir, **overrides) -> TrainConfig:
+    """Every stage trains a little, every stateful part is in use; `overrides` replace top-level values and sections."""
+    values = {
+        "output_dir": str(output_dir),
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_train_steps": 6,
+        "use_ema": True,
+        "checkpointing_steps": 2,
+        "progress": False,
+        "prompts": {"max_sequence_length": 20, "negative_prompt": "dull"},
+        "trajectories": {
+            "num_trajectories": 6,
+            "num_inference_steps": 4,
+            "guidance_scale": 2.0,
+            "height": 32,
+            "width": 32,
+            "num_frames": 5,
+            "batch_size": 2,
+            "shard_size": 2,
+        },
+        "warmup": {"max_train_steps": 4, "batch_size": 2},
+        "sensitivity": {"num_states": 6, "batch_size": 4},
+        "selection": {"max_train_steps": 5, "num_linear_layers": 2, "objective": "hybrid"},
+        "objective": {"mse_steps": 1},
+        "optimizer": {"lr_scheduler": "cosine", "lr_warmup_steps": 1},
+    }
+    return from_dict({**values, **overrides})
+
+
+def tiny_teacher():
+    return tiny_pipeline(tiny_transformer(num_layers=3, ffn_dim=32))
+
+
+def run(output_dir, **overrides) -> TrainResult:
+    return Trainer(tiny_config(output_dir, **overrides), tiny_teacher(), prompts=PROMPTS).train()
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(stage: str, step: int) -> None:
+    """Kill this process when the run reaches `step` of `stage`, at the worst moment we know of."""
+    if stage == "trajectories":  # shard `step` is on disk, the manifest does not know it yet
+        original, calls = store._crc32, []
+        store._crc32 = lambda path: die() if len(calls) == step else (calls.append(path), original(path))[1]
+    elif stage == "checkpoint":  # the `step`-th checkpoint has its tensors but not its state.json
+        original_text, written = checkpoint.write_text, []
+        checkpoint.write_text = lambda path, text: (
+            die() if len(written) == step else (written.append(path), original_text(path, text))
+        )
+    else:
+        original_write = metrics.MetricsLog.write
+
+        def write(self, row):
+            original_write(self, row)
+            if (row["stage"], row["stage_step"]) == (stage, step):
+                die()
+
+        metrics.MetricsLog.write = write
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    die_at(sys.argv[2], int(sys.argv[3]))
+    run(sys.argv[1])
