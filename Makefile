@@ -10,7 +10,7 @@ PYTHON := $(VENV)/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2
 INSTALLED := $(VENV)/.linvideo-installed
 
-.PHONY: help install demo test test-all bench lint clean
+.PHONY: help install demo test test-all gates bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -32,10 +32,13 @@ test: $(INSTALLED)  ## run the test suite (kernels in Triton's interpreter, ahea
 	$(PYTEST) tests/aot -m "not full"
 	$(PYTEST) tests --ignore tests/kernels --ignore tests/aot -m "not full"
 
-test-all: $(INSTALLED)  ## the same with the full product of the axes (slow)
+test-all: $(INSTALLED)  ## the same with many more cases (about an hour)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 	$(PYTEST) tests/aot
 	$(PYTEST) tests --ignore tests/kernels --ignore tests/aot
+
+gates: $(INSTALLED)  ## compile every kernel of the tile table for five GPU generations and check it (an hour, no GPU)
+	$(PYTHON) -m benchmarks.static_gates --all
 
 bench: $(INSTALLED)  ## time linear_attn against softmax attention and other peers on this device
 	$(PYTHON) -m benchmarks.op

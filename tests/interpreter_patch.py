@@ -3,7 +3,13 @@
 The interpreter keeps bfloat16 as raw uint16 bits and computes on those bits: tl.dot multiplies bit patterns, `-x`
 subtracts them, and fp32 -> bf16 cuts the mantissa off instead of rounding to nearest even. `for i in
 tl.range(tensor)` fails on numpy >= 2.4 (3.6.0 only), where a one-element array is no scalar any more.
+
+It also makes it about twice as fast, without a change of what it computes: `triton.language` is patched once a launch
+and not at every call of a device function, and sums of integers are checked for overflow only where a test asks for it
+(`overflow_raises`; the interpreter itself computes the check and drops it).
 """
+
+import contextlib
 
 import numpy as np
 import triton.language as tl
@@ -45,6 +51,8 @@ def apply() -> None:
     )
     binary, ternary, unary = InterpreterBuilder.binary_op, InterpreterBuilder.ternary_op, InterpreterBuilder.unary_op
     patch_tensor, check_tensor = interpreter._patch_lang_tensor, ReduceScanOpInterface.check_tensor
+    patch_lang, execute = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched = set()  # in this launch: modules of functions, by their globals
 
     def cast_impl(self, src, dst_type):
         src = _widen(src)
@@ -77,6 +85,16 @@ def apply() -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def patch_lang_once(fn):
+        if id(fn.__globals__) in patched:
+            return interpreter._LangPatchScope()
+        patched.add(id(fn.__globals__))
+        return patch_lang(fn)
+
+    def execute_launch(self, *args, **kwargs):
+        patched.clear()
+        return execute(self, *args, **kwargs)
+
     def check_tensor_dtype(self, input):
         if any(arg.dtype == tl.bfloat16 for arg in input):
             raise NotImplementedError("reductions of bfloat16 are wrong in the interpreter: cast to float32 first")
@@ -85,5 +103,20 @@ def apply() -> None:
     for method in (cast_impl, create_fp_to_fp, create_dot, binary_op, ternary_op, create_fma, unary_op):
         setattr(InterpreterBuilder, method.__name__, method)
     interpreter._patch_lang_tensor = patch_lang_tensor
+    interpreter._patch_lang = patch_lang_once
+    interpreter.GridExecutor.__call__ = execute_launch
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     ReduceScanOpInterface.check_tensor = check_tensor_dtype
     InterpreterBuilder._bf16_patched = True
+
+
+@contextlib.contextmanager
+def overflow_raises():
+    """Inside, an int32 sum or product that leaves int32's range raises, as it would wrap around on a GPU."""
+    builder = interpreter.interpreter_builder
+    before = builder.options
+    builder.options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=True)
+    try:
+        yield
+    finally:
+        builder.options = before

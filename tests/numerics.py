@@ -6,17 +6,50 @@ rounding) times the root of the sum of the squared terms, propagated through the
 `term_sizes(..., power=2)`. Where terms cancel this is more than u times the result: at Nk = 1 the gradients of q, k
 and the weights vanish, but their terms do not. fp32 sums, and taking off v's mean, are bounded by the sum of the
 terms' absolute values: `term_sizes(..., power=1)`.
+
+The options:
+    key_mask     A key that is left out is a row of zeros.
+    cu_seqlens   Each sequence by itself; the weights' gradients add.
+    groups       A key head has one S; dS and dz are sums over its query heads before they are rounded.
+    rope         By the op's contract the turned rows are rounded to the inputs' dtype: the truth rounds them too and
+                 passes the gradient straight through. Turning a gradient back keeps the norm of its error; a path that
+                 rounds it before as well as after makes one more error of u/2 times the result, for which bound 2 has
+                 room.
+    mix          Scales what linear attention gives and gets by 1 - r; d softmax_out = r do is one rounding.
+    dr           One number, whose error in eager is small by luck; a bound follows from the terms alone. L = sum do.o
+                 moves by dphi_k with phi_k, by dS with S, and by do with o; each is rounded once:
+                 sum phi_k^2 dphi_k^2 + sum dS^2 S^2 (about v's mean) + sum do^2 o^2. A sum of so many independent
+                 roundings is normal with deviation u/2 times the root of that; the bound is 4 deviations.
 """
 
 import torch
-from cases import DTYPES, Case
+from cases import DTYPES, WEIGHTED, Case
 
-from linvideo.ops.reference import linear_attn_reference
+from linvideo.ops.reference import linear_attn_reference, rotate, spans
+
+
+def call(op, inputs: dict[str, torch.Tensor], options: dict) -> torch.Tensor:
+    """op(...) on what make_inputs and Case.options give; "flat" rows come and go without their batch of one."""
+    device = inputs["q"].device
+    arguments, settings = dict(inputs), {name: _moved(x, device) for name, x in options.items() if name != "flat"}
+    flat = options.get("flat", False) and op is not linear_attn_reference
+    if flat:
+        arguments |= {name: x.squeeze(0) for name, x in arguments.items() if x.dim() == 4}
+    if "r" in arguments:
+        settings["mix"] = arguments.pop("softmax_out"), arguments.pop("r")
+    out = op(**arguments, **settings)
+    return out.unsqueeze(0) if flat else out
+
+
+def _moved(x, device):
+    if isinstance(x, tuple):
+        return tuple(part.to(device) for part in x)
+    return x.to(device) if torch.is_tensor(x) else x
 
 
 def run(op, inputs: dict[str, torch.Tensor], grad: torch.Tensor, options: dict) -> dict[str, torch.Tensor]:
-    """Output and every gradient of `op`, in float64: {"o", "dq", "dk", "dv"[, "dq_weight", "dk_weight"]}."""
-    out = op(**inputs, **options)
+    """Output and every gradient of `op`, in float64: {"o", "dq", "dk", "dv"[, "dq_weight", "dk_weight"][, ...]}."""
+    out = call(op, inputs, options)
     assert out.dtype == grad.dtype, f"output is {out.dtype}, inputs are {grad.dtype}"
     grads = torch.autograd.grad(out, list(inputs.values()), grad)
     named = {"o": out.detach()} | {f"d{name}": g for name, g in zip(inputs, grads, strict=True)}
@@ -28,7 +61,23 @@ def run(op, inputs: dict[str, torch.Tensor], grad: torch.Tensor, options: dict) 
 def truth(inputs: dict[str, torch.Tensor], grad: torch.Tensor, options: dict) -> dict[str, torch.Tensor]:
     """`run` of the reference in float64 on the same (rounded) values."""
     exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
-    return run(linear_attn_reference, exact, grad.double(), options)
+    options = dict(options)
+    rope, dtype = options.pop("rope", None), inputs["q"].dtype
+
+    def reference(**arguments):
+        if rope is not None:
+            arguments |= {name: turned(arguments[name], rope, dtype) for name in "qk"}
+        return linear_attn_reference(**arguments)
+
+    return run(reference, exact, grad.double(), options | {"flat": False})
+
+
+def turned(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """float64 x turned in float32 and rounded to `dtype`, as the op promises; the gradient is that of turning alone."""
+    cos, sin = (table.to(x.device) for table in rope)
+    exact = rotate(x, cos.double(), sin.double())
+    rounded = rotate(x.detach().float(), cos.float(), sin.float()).to(dtype)
+    return exact + (rounded - exact).detach()
 
 
 def _features(name: str, u: torch.Tensor, weight: torch.Tensor | None, power: int):
@@ -37,17 +86,19 @@ def _features(name: str, u: torch.Tensor, weight: torch.Tensor | None, power: in
     def softmax_pull(p: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         return p**power * (g + (p**power * g).sum(-1, keepdim=True))
 
-    if name == "hedgehog":
+    if name in WEIGHTED:
         x = torch.einsum("bnhd,hde->bnhe", u, weight)
-        p, m = x.softmax(-1), (-x).softmax(-1)
+        phi = [x.softmax(-1), (-x).softmax(-1)] if name == "hedgehog" else [torch.cat([2 * x, -2 * x], -1).softmax(-1)]
 
         def pull(g: torch.Tensor):
-            g_p, g_m = g.chunk(2, -1)
-            dx = softmax_pull(p, g_p) + softmax_pull(m, g_m)
+            if name == "hedgehog":
+                dx = sum(softmax_pull(p, part) for p, part in zip(phi, g.chunk(2, -1), strict=True))
+            else:
+                dx = sum((2**power * softmax_pull(phi[0], g)).chunk(2, -1))
             dw = torch.einsum("bnhd,bnhe->hde", u.abs() ** power, dx)
             return torch.einsum("bnhe,hde->bnhd", dx, weight.abs() ** power), dw
 
-        return torch.cat([p, m], -1), pull
+        return torch.cat(phi, -1), pull
     if name == "softmax":
         return u.softmax(-1), lambda g: (softmax_pull(u.softmax(-1), g), None)
     if name == "elu":
@@ -57,46 +108,107 @@ def _features(name: str, u: torch.Tensor, weight: torch.Tensor | None, power: in
     return u, lambda g: (g, None)
 
 
+def sum_of(equation: str, power: int, *factors: torch.Tensor) -> torch.Tensor:
+    return torch.einsum(equation, *(x.abs() ** power for x in factors))
+
+
+def query_terms(phi_q, do, s, z, s_terms, center, options: dict, power: int) -> dict[str, torch.Tensor]:
+    """Values and terms of the queries' half, o = phi_q S / den; s, z, s_terms, center of the key heads.
+
+    With a = 1 / den, delta = do . o, dS = sum a phi_q^T do, dz = -sum a delta phi_q: dphi_q = a (do S^T - delta z).
+    """
+    group = phi_q.shape[2] // s.shape[1]
+    eps, normalize = options.get("eps", 0.0), options["normalize"]
+
+    def each(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(group, 1)
+
+    def over_group(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(1, (-1, group)).sum(2)
+
+    a = torch.full_like(do[..., :1], options.get("scale", 1.0))
+    if normalize:
+        a = 1 / (torch.einsum("bnhf,bhf->bnh", phi_q, each(z)) + eps)[..., None]
+    o = a * (torch.einsum("bnhf,bhfd->bnhd", phi_q, each(s)) - eps * normalize * each(center)[:, None])
+    delta = (do * o).sum(-1, keepdim=True) * normalize
+    ds = over_group(torch.einsum("bnhf,bnhd->bhfd", a * phi_q, do))
+    dz = -over_group((a * delta * phi_q).sum(1))
+    o_terms = a.abs() ** power * torch.einsum("bnhf,bhfd->bnhd", phi_q.abs() ** power, each(s_terms))
+    delta_terms = (do.abs() ** power * o_terms).sum(-1, keepdim=True) * normalize + delta.abs() ** power
+    dphi_q = torch.einsum("bnhd,bhfd->bnhf", do.abs() ** power, each(s_terms))
+    dphi_q += delta_terms * (each(z).abs() ** power)[:, None]
+    ds_terms = over_group(sum_of("bnhf,bnhd->bhfd", power, a * phi_q, do))
+    dz_terms = over_group(((a * phi_q).abs() ** power * delta_terms).sum(1))
+    return {
+        "o": o,
+        "ds": ds,
+        "dz": dz,
+        "o_terms": o_terms,
+        "dphi_terms": a.abs() ** power * dphi_q,
+        "ds_terms": ds_terms,
+        "dz_terms": dz_terms,
+    }
+
+
+def key_terms(phi_k, v, ds_terms, dz_terms, power: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Terms of the keys' half: dphi_k = v dS^T + dz and dv = phi_k dS."""
+    dphi = torch.einsum("bnhd,bhfd->bnhf", v.abs() ** power, ds_terms) + dz_terms[:, None]
+    return dphi, torch.einsum("bnhf,bhfd->bnhd", phi_k.abs() ** power, ds_terms)
+
+
+def clean(inputs: dict, options: dict) -> dict[str, torch.Tensor]:
+    """The inputs in float64, with rows turned and keys that are left out 0."""
+    u = {name: x.detach().double() for name, x in inputs.items()}
+    for name in "qk":
+        if "rope" in options and name in u:
+            u[name] = turned(u[name], options["rope"], inputs[name].dtype)
+    if "key_mask" in options:
+        keep = options["key_mask"].to(u["k"].device)[..., None, None]
+        u |= {name: torch.where(keep, u[name], 0.0) for name in "kv"}
+    return u
+
+
 @torch.no_grad()
 def term_sizes(inputs: dict, grad: torch.Tensor, options: dict, power: int) -> dict[str, float]:
     """Norm over each result of (sum |term|^power)^(1/power), the terms of every sum on the way to it.
 
-    With S = sum phi_k^T v, z = sum phi_k, a = 1 / den, delta = do . o, dS = sum a phi_q^T do, dz = -sum a delta phi_q:
-    dphi_q = a (do S^T - delta z), dv = phi_k dS, dphi_k = v dS^T + dz. At power 2 v is taken about
-    c = sum_f S_f / sum_f z_f.
+    At power 2 v is taken about c = sum_f S_f / sum_f z_f.
     """
-    u = {name: x.detach().double() for name, x in inputs.items()}
-    name, normalize = options["feature_map"], options["normalize"]
+    u, name = clean(inputs, options), options["feature_map"]
     phi_q, pull_q = _features(name, u["q"], u.get("q_weight"), power)
     phi_k, pull_k = _features(name, u["k"], u.get("k_weight"), power)
-    v, do = u["v"], grad.double()
-
-    def sum_of(equation: str, *factors: torch.Tensor) -> torch.Tensor:
-        return torch.einsum(equation, *(x.abs() ** power for x in factors))
-
-    s, z = torch.einsum("bnhf,bnhd->bhfd", phi_k, v), phi_k.sum(1)
-    a = torch.full_like(v[:, :1, :, :1], options.get("scale", 1.0)).expand(-1, do.shape[1], -1, -1)
-    center = torch.zeros_like(v[:, 0])
-    if normalize:
-        a = 1 / (torch.einsum("bnhf,bhf->bnh", phi_q, z) + options["eps"])[..., None]
-        if power == 2:
+    keep = torch.ones_like(phi_k[..., :1, :1])
+    if "key_mask" in options:
+        keep = options["key_mask"].to(keep)[..., None, None]
+    phi_k, v, do = phi_k * keep, u["v"], grad.double()
+    rows: dict[str, list[torch.Tensor]] = {"o": [], "dphi_q": [], "dphi_k": [], "dv": []}
+    dr = torch.zeros((), dtype=torch.float64, device=v.device)
+    sequences = zip(spans(phi_q, options.get("cu_seqlens_q")), spans(phi_k, options.get("cu_seqlens_k")), strict=True)
+    for queries, keys in sequences:
+        values, g = v[:, keys], do[:, queries]
+        s, z = torch.einsum("bnhf,bnhd->bhfd", phi_k[:, keys], values), phi_k[:, keys].sum(1)
+        center = torch.zeros_like(s[:, :, 0])
+        if options["normalize"] and power == 2:
             center = s.sum(2) / z.sum(-1, keepdim=True).clamp(min=1e-300)
-            v, s = v - center[:, None], s - z[..., None] * center[:, :, None]
-    o = a * (torch.einsum("bnhf,bhfd->bnhd", phi_q, s) - options["eps"] * normalize * center[:, None])
-    delta = (do * o).sum(-1, keepdim=True) * normalize
-    ds = torch.einsum("bnhf,bnhd->bhfd", a * phi_q, do)
-    dz = (a * delta * phi_q).sum(1)
-
-    s_terms = s.abs() ** power + sum_of("bnhf,bnhd->bhfd", phi_k, v)
-    o_terms = a.abs() ** power * torch.einsum("bnhf,bhfd->bnhd", phi_q.abs() ** power, s_terms)
-    delta_terms = (do.abs() ** power * o_terms).sum(-1, keepdim=True) * normalize + delta.abs() ** power
-    dphi_q = torch.einsum("bnhd,bhfd->bnhf", do.abs() ** power, s_terms) + delta_terms * (z.abs() ** power)[:, None]
-    ds_terms = ds.abs() ** power + sum_of("bnhf,bnhd->bhfd", a * phi_q, do)
-    dz_terms = dz.abs() ** power + ((a * phi_q).abs() ** power * delta_terms).sum(1)
-    dphi_k = torch.einsum("bnhd,bhfd->bnhf", v.abs() ** power, ds_terms) + dz_terms[:, None]
-    dv = torch.einsum("bnhf,bhfd->bnhd", phi_k.abs() ** power, ds_terms)
-    (dq, dq_weight), (dk, dk_weight) = pull_q(a.abs() ** power * dphi_q), pull_k(dphi_k)
-    sizes = {"o": o_terms, "dq": dq, "dk": dk, "dv": dv, "dq_weight": dq_weight, "dk_weight": dk_weight}
+            values, s = values - center[:, None], s - z[..., None] * center[:, :, None]
+        s_terms = s.abs() ** power + sum_of("bnhf,bnhd->bhfd", power, phi_k[:, keys], values)
+        half = query_terms(phi_q[:, queries], g, s, z, s_terms, center, options, power)
+        ds_terms, dz_terms = (half[x].abs() ** power + half[f"{x}_terms"] for x in ("ds", "dz"))
+        dphi_k, dv = key_terms(phi_k[:, keys], values, ds_terms, dz_terms, power)
+        for part, x in zip(rows.values(), (half["o_terms"], half["dphi_terms"], dphi_k, dv), strict=True):
+            part.append(x)
+        out = half["o"] + center.repeat_interleave(g.shape[2] // center.shape[1], 1)[:, None]
+        moves = torch.einsum("bnhd,bhfd->bnhf", values, half["ds"]) + half["dz"][:, None]
+        dr += sum((x.abs() ** power).sum() for x in (phi_k[:, keys] * moves, half["ds"] * s, g * out))
+    o, dphi_q, dphi_k, dv = (torch.cat(parts, 1) for parts in rows.values())
+    (dq, dq_weight), (dk, dk_weight) = pull_q(dphi_q), pull_k(dphi_k * keep)
+    sizes = {"o": o, "dq": dq, "dk": dk, "dv": dv, "dq_weight": dq_weight, "dk_weight": dk_weight}
+    if "r" in u:
+        r = u["r"]
+        sizes = {name: x * (1 - r).abs() ** power for name, x in sizes.items() if x is not None}
+        sizes |= {"dsoftmax_out": (r * do).abs() ** power, "dr": dr}
+        if power == 1:
+            sizes["dr"] = dr + (do * u["softmax_out"]).abs().sum()
     return {name: (x ** (1 / power)).norm().item() for name, x in sizes.items() if x is not None}
 
 
@@ -110,8 +222,9 @@ def check(case: Case, inputs: dict, grad: torch.Tensor, actual: dict[str, torch.
 
     1. Twice the error of eager PyTorch in the same dtype, plus u/2 of the terms before cancellation, plus fp32's error.
     2. Whatever eager does: u times the result and the terms before cancellation in quadrature, plus fp32's error.
+    dr has one bound, 2u times its terms, plus fp32's error.
     fp32's error: 4 roundoffs of the sum of absolute terms; logits of size x carry about x roundoffs, which exp makes
-    relative.
+    relative (and those of hedgehog_joint are 2x).
     """
     exact = truth(inputs, grad, case.options)
     eager = run(linear_attn_reference, inputs, grad, case.options)
@@ -124,8 +237,10 @@ def check(case: Case, inputs: dict, grad: torch.Tensor, actual: dict[str, torch.
         error, theirs = (actual[name] - true).norm().item(), (eager[name] - true).norm().item()
         theirs = theirs if theirs == theirs else float("inf")  # eager fp16 may overflow; bound 2 still holds us
         size = (true.norm().item() ** 2 + squares[name] ** 2) ** 0.5
-        floor = 4 * fp32 * absolutes[name] + 8 * case.input_scale * fp32 * size + subnormal * true.numel() ** 0.5
+        floor = 4 * fp32 * absolutes[name] + 8 * case.logits * fp32 * size + subnormal * true.numel() ** 0.5
         first, second = 2 * theirs + u / 2 * squares[name] + floor, u * size + floor
+        if name == "dr":
+            first = second = 2 * u * squares[name] + floor
         numbers = (
             f"error {error:.2e} of {true.norm().item():.2e}, eager {theirs:.2e}, bounds {first:.2e} and {second:.2e}"
         )

@@ -32,7 +32,7 @@ def convert(
         layers: 0-based layer numbers, or "all" (of an already converted model: all that are still softmax).
         mode: "mixed" for r * softmax + (1 - r) * linear with a learnable r per layer, "linear" for the linear branch
             alone.
-        feature_map: "hedgehog", "elu", "relu" or "softmax"; one per model.
+        feature_map: "hedgehog", "hedgehog_joint", "elu", "relu" or "softmax"; one per model.
         r_init: start of r, in [0, 1].
         copy: True copies all weights, so that training the result leaves the original alone; False shares them, which
             costs no memory.

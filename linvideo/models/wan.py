@@ -16,6 +16,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from linvideo.nn import FEATURE_MAPS, LinearAttentionBranch
+from linvideo.ops.reference import rotate
 
 ATTENTION_TYPES = ("softmax", "linear", "mixed")
 
@@ -53,11 +54,12 @@ class LinVideoWanAttnProcessor(WanAttnProcessor):
                 )
 
         query, key, value = _qkv(attn, hidden_states)
-        if rotary_emb is not None:
-            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
-
-        out = None
-        if attention_type != "linear":
+        rope = None if rotary_emb is None else _tables(*rotary_emb)
+        if attention_type == "linear":
+            out = attn.linear_attn(query, key, value, rope=rope)
+        else:
+            if rope is not None:
+                query, key = rotate(query, *rope), rotate(key, *rope)
             out = dispatch_attention_fn(
                 query,
                 key,
@@ -68,7 +70,7 @@ class LinVideoWanAttnProcessor(WanAttnProcessor):
                 backend=self._attention_backend,
                 parallel_config=self._parallel_config,
             )
-        if attention_type != "softmax":
+        if attention_type == "mixed":
             out = attn.linear_attn(query, key, value, softmax_out=out)
 
         out = out.flatten(2, 3).type_as(query)
@@ -88,11 +90,9 @@ def _qkv(attn: torch.nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tens
     return tuple(x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of neighbouring channel pairs; x [B, N, H, D], cos, sin [1, N, 1, D] with entries repeated."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    cos, sin = cos[..., 0::2], sin[..., 0::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+def _tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """diffusers' tables [1, N, 1, D], every entry repeated for its pair of channels -> [N, D/2]."""
+    return cos[0, :, 0, 0::2], sin[0, :, 0, 0::2]
 
 
 def _with_base_arguments(init):

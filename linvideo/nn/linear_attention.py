@@ -5,16 +5,17 @@ LinVideo (arXiv 2510.08318), section on selective transfer: per layer one learna
     o = r * softmax_attn(q, k, v) + (1 - r) * linear_attn(q, k, v),
 
 where the linear branch is Hedgehog's phi(x) = [softmax(x W), softmax(-x W)], W one [D, D] matrix per head, separate for
-q and k. q and k arrive after the layer's q/k norm and RoPE.
+q and k. q and k arrive after the layer's q/k norm; RoPE has been applied, or is left to the op.
 """
 
 import torch
 from torch import nn
 
 from linvideo.ops import linear_attn
+from linvideo.ops.reference import WEIGHTED_MAPS
 
 # "identity" is missing on purpose: without positive features the normalised form is undefined.
-FEATURE_MAPS = ("hedgehog", "elu", "relu", "softmax")
+FEATURE_MAPS = ("hedgehog", "hedgehog_joint", "elu", "relu", "softmax")
 
 
 class LinearAttentionBranch(nn.Module):
@@ -23,7 +24,7 @@ class LinearAttentionBranch(nn.Module):
     Args:
         heads: number of heads H.
         head_dim: channels per head D, a multiple of 8 up to 128.
-        feature_map: one of `FEATURE_MAPS`; only "hedgehog" has weights.
+        feature_map: one of `FEATURE_MAPS`; only the hedgehog maps have weights.
         mixed: whether the branch owns `r` and can mix itself with softmax attention.
         r_init: start of r in [0, 1]; 1 is all softmax. It is a plain parameter: the trainer clamps it.
 
@@ -33,7 +34,8 @@ class LinearAttentionBranch(nn.Module):
 
     W starts at s = D**0.25 times the identity. For small x, phi(q).phi(k) = (2/D) (1 + s^2 q'.k' / D + ...), where '
     takes the mean over channels away, so that this s gives exp(q'.k' / sqrt(D)) to first order: the layer starts as
-    close as phi allows to the softmax attention that it replaces.
+    close as phi allows to the softmax attention that it replaces. For "hedgehog_joint", (1/2D) (1 + 4 s^2 q.k / D + ...),
+    s is half of that.
 
     Raises:
         ValueError: for a size, feature map or r_init outside the ranges above.
@@ -55,8 +57,9 @@ class LinearAttentionBranch(nn.Module):
 
         self.register_parameter("q_weight", None)
         self.register_parameter("k_weight", None)
-        if feature_map == "hedgehog":
-            start = head_dim**0.25 * torch.eye(head_dim, dtype=torch.float32)
+        if feature_map in WEIGHTED_MAPS:
+            size = head_dim**0.25 * (0.5 if feature_map == "hedgehog_joint" else 1.0)
+            start = size * torch.eye(head_dim, dtype=torch.float32)
             self.q_weight = nn.Parameter(start.repeat(heads, 1, 1))
             self.k_weight = nn.Parameter(start.repeat(heads, 1, 1))
         self.register_parameter("r", None)
@@ -64,20 +67,31 @@ class LinearAttentionBranch(nn.Module):
             self.r = nn.Parameter(torch.full((1,), float(r_init), dtype=torch.float32))
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_out: torch.Tensor | None = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+        softmax_out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Linear attention over q, k, v [B, N, H, D]; mixed with `softmax_out` [B, N, H, D] when that is given.
 
-        Returns [B, N, H, D] in v's dtype (softmax_out's when mixing). Mixing happens here, and not in the attention
-        processor, because offloading hooks place a module's parameters only around that module's own forward.
+        rope: (cos, sin), each [N, D/2], of q and k that are not rotated yet. Returns [B, N, H, D] in q's dtype. Mixing
+        happens here, and not in the attention processor, because offloading hooks place a module's parameters only
+        around that module's own forward.
         """
-        out = linear_attn(q, k, v, feature_map=self.feature_map, q_weight=self.q_weight, k_weight=self.k_weight)
-        if softmax_out is None:
-            return out
-        if self.r is None:
+        if softmax_out is not None and self.r is None:
             raise ValueError("this layer is linear, not mixed: it has no r to mix softmax attention with")
-        r = self.r.float()  # model.to(torch.bfloat16) casts r too
-        return (r * softmax_out + (1 - r) * out).to(softmax_out.dtype)
+        return linear_attn(
+            q,
+            k,
+            v,
+            feature_map=self.feature_map,
+            q_weight=self.q_weight,
+            k_weight=self.k_weight,
+            rope=rope,
+            mix=None if softmax_out is None else (softmax_out, self.r),
+        )
 
     def drop_r(self) -> None:
         """Turn a mixed branch into a linear one, in place."""

@@ -1,5 +1,5 @@
 """Operators. Importing this package needs torch only; Triton is loaded when a kernel is launched."""
 
-from linvideo.ops.linear_attn import linear_attn
+from linvideo.ops.linear_attn import linear_attn, linear_attn_apply, linear_attn_state
 
-__all__ = ["linear_attn"]
+__all__ = ["linear_attn", "linear_attn_apply", "linear_attn_state"]

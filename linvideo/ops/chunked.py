@@ -1,78 +1,108 @@
-"""`linear_attn` in plain PyTorch, a slice of rows at a time: what CPU tensors run. fp32 inside; nothing of size N F.
+"""Linear attention in plain PyTorch, a slice of rows at a time: what CPU tensors run. fp32 inside; nothing of size N F.
 
-forward : S = sum_m phi(k_m)^T v_m [B, H, F, D], z = sum_m phi(k_m) [B, H, F], o = phi(q) S / (phi(q) z + eps).
-backward: with a = 1 / den and delta = do.o, dS = sum a phi(q)^T do, dz = -sum a delta phi(q), dv = phi(k) dS,
-          dphi(q) = a (do S^T - delta z), dphi(k) = v dS^T + dz; every phi is computed again.
+The four functions of the kernels (linvideo_kernels/linear_attn/passes.py), less the rotary embedding and the mixture,
+which linear_attn.py makes of plain operations here:
+    state           S = sum_m phi(k_m)^T v_m [B, Hk, F, D], z = sum_m phi(k_m) [B, Hk, F]
+    apply           o = phi(q) S / (phi(q) z + eps)
+    apply_backward  with a = 1 / den, delta = do.o: dphi(q) = a (do S^T - delta z), dS = sum a phi(q)^T do,
+                    dz = -sum a delta phi(q)
+    state_backward  dv = phi(k) dS, dphi(k) = v dS^T + dz
+Every phi is computed again.
 """
 
 from collections.abc import Iterator
 
 import torch
 
-from linvideo.ops.reference import activate
+from linvideo.ops.reference import WEIGHTED_MAPS, activate, spans
 
 CHUNK_ELEMENTS = 1 << 20  # features alive at a time: 4 MB, so that a slice stays in the cache
 
 
-def forward(q, k, v, q_weight, k_weight, feature_map: str, scale: float, normalize: bool, eps: float):
-    """Returns o in q's dtype and the fp32 sums S [B, H, F, D] and z [B, H, F] that the backward needs."""
-    state, z = _state(k, v, k_weight, feature_map)
+def state(k, v, weight, key_mask, cu_seqlens, feature_map: str):
+    """Returns S and z in fp32; B counts sequences where they are packed."""
+    heads, dim = k.shape[2:]
+    sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    features = 2 * dim if feature_map in WEIGHTED_MAPS else dim
+    state = torch.zeros(sequences, heads, features, dim, dtype=torch.float32, device=k.device)
+    z = torch.zeros(sequences, heads, features, dtype=torch.float32, device=k.device)
+    for at, rows in _slices(k, cu_seqlens, feature_map):
+        _, phi = _features(k[:, rows], weight, feature_map)
+        values = _heads_first(v[:, rows])
+        if key_mask is not None:
+            phi, values = (_masked(x, key_mask[:, rows]) for x in (phi, values))
+        state[at] += phi.mT @ values
+        z[at] += phi.sum(-2)
+    return state, z
+
+
+def state_backward(dstate, dz, k, v, weight, key_mask, cu_seqlens, feature_map: str):
+    """Returns dk, dv in their dtypes and dweight in fp32 (None for None)."""
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    dweight = None if weight is None else torch.zeros(weight.shape, dtype=torch.float32, device=k.device)
+    for at, rows in _slices(k, cu_seqlens, feature_map):
+        x, phi = _features(k[:, rows], weight, feature_map)
+        u = k[:, rows]
+        dphi = _heads_first(v[:, rows]) @ dstate[at].mT + dz[at].unsqueeze(-2)
+        dvalues, dx = phi @ dstate[at], _activate_grad(x, phi, dphi, feature_map)
+        if key_mask is not None:
+            dvalues, dx = (_masked(grad, key_mask[:, rows]) for grad in (dvalues, dx))
+            u = torch.where(key_mask[:, rows, None, None], u, 0.0)
+        dv[:, rows] = dvalues.transpose(1, 2)
+        _store_input_grad(dk[:, rows], dweight, dx, u, weight)
+    return dk, dv, dweight
+
+
+def apply(q, state, z, weight, cu_seqlens, feature_map: str, scale: float, normalize: bool, eps: float):
+    """Returns o in q's dtype."""
+    group = q.shape[2] // state.shape[1]
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for rows in _slices(q, feature_map):
-        _, phi = _features(q[:, rows], q_weight, feature_map)
-        if normalize:
-            out = (phi @ state) / _denominator(phi, z, eps)
-        else:
-            out = (phi @ state) * scale
+    for at, rows in _slices(q, cu_seqlens, feature_map):
+        _, phi = _features(q[:, rows], weight, feature_map)
+        out = phi @ state[at].repeat_interleave(group, 1)
+        out = out / _denominator(phi, z[at].repeat_interleave(group, 1), eps) if normalize else out * scale
         o[:, rows] = out.transpose(1, 2)
-    return o, state, z
+    return o
 
 
-def backward(do, q, k, v, q_weight, k_weight, state, z, feature_map: str, scale: float, normalize: bool, eps: float):
-    """Returns dq, dk, dv in the inputs' dtypes and dq_weight, dk_weight in the weights' (None for None)."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dq_weight, dk_weight = (
-        None if w is None else w.new_zeros(w.shape, dtype=torch.float32) for w in (q_weight, k_weight)
-    )
+def apply_backward(
+    do, q, state, z, weight, cu_seqlens, feature_map: str, scale: float, normalize: bool, eps: float
+):  # fmt: skip
+    """Returns dq in its dtype, dstate, dz and dweight in fp32 (None for None)."""
+    group = q.shape[2] // state.shape[1]
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dweight = None if weight is None else torch.zeros(weight.shape, dtype=torch.float32, device=q.device)
     dstate, dz = torch.zeros_like(state), torch.zeros_like(z)
-    for rows in _slices(q, feature_map):
-        x, phi = _features(q[:, rows], q_weight, feature_map)
+    for at, rows in _slices(q, cu_seqlens, feature_map):
+        x, phi = _features(q[:, rows], weight, feature_map)
         g = _heads_first(do[:, rows])
-        dphi = g @ state.mT
+        dphi = g @ state[at].repeat_interleave(group, 1).mT
         if normalize:
-            den = _denominator(phi, z, eps)
+            z_rows = z[at].repeat_interleave(group, 1)
+            den = _denominator(phi, z_rows, eps)
             g = g / den
             delta = (phi * dphi).sum(-1, keepdim=True) / den
-            dphi = (dphi - delta * z.unsqueeze(-2)) / den
-            dz -= (phi.mT @ (delta / den)).squeeze(-1)
+            dphi = (dphi - delta * z_rows.unsqueeze(-2)) / den
+            dz[at] -= _over_groups((phi.mT @ (delta / den)).squeeze(-1), group)
         else:
             g, dphi = g * scale, dphi * scale
-        dstate += phi.mT @ g
-        _store_input_grad(dq[:, rows], dq_weight, _activate_grad(x, phi, dphi, feature_map), q[:, rows], q_weight)
-    for rows in _slices(k, feature_map):
-        x, phi = _features(k[:, rows], k_weight, feature_map)
-        dv[:, rows] = (phi @ dstate).transpose(1, 2)
-        dphi = _heads_first(v[:, rows]) @ dstate.mT + dz.unsqueeze(-2)
-        _store_input_grad(dk[:, rows], dk_weight, _activate_grad(x, phi, dphi, feature_map), k[:, rows], k_weight)
-    if q_weight is not None:
-        dq_weight, dk_weight = dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype)
-    return dq, dk, dv, dq_weight, dk_weight
-
-
-def _state(k, v, k_weight, feature_map: str) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, _, heads, dim = k.shape
-    features = 2 * dim if feature_map == "hedgehog" else dim
-    state = torch.zeros(batch, heads, features, dim, dtype=torch.float32, device=k.device)
-    z = torch.zeros(batch, heads, features, dtype=torch.float32, device=k.device)
-    for rows in _slices(k, feature_map):
-        _, phi = _features(k[:, rows], k_weight, feature_map)
-        state += phi.mT @ _heads_first(v[:, rows])
-        z += phi.sum(-2)
-    return state, z
+        dstate[at] += _over_groups(phi.mT @ g, group)
+        _store_input_grad(dq[:, rows], dweight, _activate_grad(x, phi, dphi, feature_map), q[:, rows], weight)
+    return dq, dstate, dz, dweight
 
 
 def _denominator(phi, z, eps: float):
     return phi @ z.unsqueeze(-1) + eps  # [B, H, n, 1]
+
+
+def _over_groups(x, group: int):
+    """Sum over the query heads [B, H, ...] of a key head."""
+    return x.unflatten(1, (-1, group)).sum(2)
+
+
+def _masked(x, mask):
+    """x [B, H, n, .], 0 where mask [B, n] is False: a key that is left out may hold anything, NaN included."""
+    return torch.where(mask[:, None, :, None], x, 0.0)
 
 
 def _features(x, weight, feature_map: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,6 +118,9 @@ def _activate_grad(x, phi, dphi, feature_map: str) -> torch.Tensor:
     if feature_map == "hedgehog":
         (p, m), (dp, dm) = phi.chunk(2, -1), dphi.chunk(2, -1)
         return _softmax_grad(p, dp) - _softmax_grad(m, dm)
+    if feature_map == "hedgehog_joint":
+        plus, minus = _softmax_grad(phi, dphi).chunk(2, -1)
+        return 2 * (plus - minus)
     if feature_map == "elu":
         return dphi * phi.clamp(max=1)  # the slope is 1 above 0 and exp(x) = phi below
     if feature_map == "relu":
@@ -113,9 +146,12 @@ def _heads_first(x) -> torch.Tensor:
     return x.transpose(1, 2).float()
 
 
-def _slices(x, feature_map: str) -> Iterator[slice]:
-    batch, length, heads, dim = x.shape
-    features = 2 * dim if feature_map == "hedgehog" else dim
+def _slices(x, cu_seqlens, feature_map: str) -> Iterator[tuple[slice, slice]]:
+    """(which states, which rows): a slice of rows belongs to every batch entry, or to one packed sequence."""
+    batch, _, heads, dim = x.shape
+    features = 2 * dim if feature_map in WEIGHTED_MAPS else dim
     step = max(64, CHUNK_ELEMENTS // (batch * heads * features))
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
+    for sequence, span in enumerate(spans(x, cu_seqlens)):
+        at = slice(None) if cu_seqlens is None else slice(sequence, sequence + 1)
+        for start in range(span.start, span.stop, step):
+            yield at, slice(start, min(start + step, span.stop))

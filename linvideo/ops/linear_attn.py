@@ -1,22 +1,11 @@
-"""The public op: validation, autocast, torch.library registration and autograd.
+"""The public op: bidirectional linear attention, whole or as its two halves, the state of the keys and its reading."""
 
-`linvideo::linear_attn_forward` and `linvideo::linear_attn_backward` are opaque to torch.compile. CUDA tensors run the
-Triton kernels of `linvideo_kernels`, never anything else; CPU tensors run `chunked`, or with TRITON_INTERPRET=1 in the
-environment the same kernels in Triton's interpreter.
-"""
-
-import math
-import os
-
-import linvideo_kernels
 import torch
 from torch import Tensor
 
-from linvideo.ops import chunked
-from linvideo.ops.reference import FEATURE_MAPS
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 128
+from linvideo.ops import checks
+from linvideo.ops.library import apply_op, state_op, uses_kernels
+from linvideo.ops.reference import rotate
 
 
 def linear_attn(
@@ -27,176 +16,198 @@ def linear_attn(
     feature_map: str = "hedgehog",
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    mix: tuple[Tensor, Tensor] | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
     normalize: bool = True,
     eps: float = 1e-6,
+    fp32_precision: str = "ieee",
 ) -> Tensor:
     """Bidirectional linear attention, O(N) in time and memory (LinVideo, arXiv 2510.08318; Hedgehog, arXiv 2402.04347).
 
     o_n = phi(q_n) S / (phi(q_n) z + eps) with S = sum_m phi(k_m)^T v_m and z = sum_m phi(k_m) over all Nk keys.
 
     Args:
-        q: [B, Nq, H, D]; k, v: [B, Nk, H, D]. One dtype of float32, float16, bfloat16; D a multiple of 8 up to 128. Any
-            strides; a copy is made only where the last stride is not 1.
-        feature_map: "hedgehog", phi(x) = [softmax(xW), softmax(-xW)]; "elu": elu(x) + 1; "relu";
-            "softmax" (over D); "identity" (only with normalize=False).
-        q_weight, k_weight: [H, D, D], the W of "hedgehog" (xW is [.., D] @ [D, D] per head); required for it, refused
-            otherwise. Any of the three dtypes; cast to q's, gradients come back in their own.
+        q: [B, Nq, H, D]; k, v: [B, Nk, Hk, D], H a multiple of Hk (query head h reads key head h // (H / Hk)). One
+            dtype of float32, float16, bfloat16; D a multiple of 8 up to 128. Any strides, so [B, H, N, D] comes as
+            x.transpose(1, 2) at no cost; a copy is made only where the last stride is not 1 or rows do not start at
+            multiples of 8 elements.
+        feature_map: "hedgehog", phi(x) = [softmax(xW), softmax(-xW)], the paper's; "hedgehog_joint",
+            softmax([2xW, -2xW]), as flash-linear-attention has it (its layer adds a bias that starts at 0; this has
+            none); "elu": elu(x) + 1; "relu"; "softmax" (over D); "identity" (only with normalize=False).
+        q_weight [H, D, D], k_weight [Hk, D, D]: the W of the hedgehog maps (xW is [.., D] @ [D, D] per head); required
+            for them, refused otherwise. Any of the three dtypes; cast to q's, gradients come back in their own.
+        rope: (cos, sin), each [N, D/2] with N = Nq = Nk: rotates the channel pairs (2i, 2i + 1) of q and k before the
+            map, in float32, rounded to q's dtype. No gradient flows to the tables.
+        mix: (softmax_out like q, r of one element): returns r softmax_out + (1 - r) o, mixed in float32; gradients
+            reach both. At r = 1 exactly softmax_out, at r = 0 exactly o, both being finite (LinVideo's selective
+            transfer).
+        key_mask: bool [B, Nk], False leaves a key out, whatever it holds.
+        cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], both or none: q [total, H, D] or [1, total, H, D] holds
+            sequences one after another, as in FlashAttention; sequence i of q attends to sequence i of k. Key_mask is
+            [1, total] then, and rope has a row per packed token.
         scale: multiplies phi(q), so it acts only with normalize=False; default 1.
         normalize: divide by phi(q) z + eps. eps is added to the plain sum over Nk.
+        fp32_precision: products of float32 inputs on CUDA: "ieee", or "tf32x3" (three tensor-core products for one).
 
-    Returns [B, Nq, H, D] in q's dtype; under torch.autocast the inputs are cast to its dtype first, as for
-    scaled_dot_product_attention. Sums are float32. Differentiable (once) in q, k, v and the weights; reruns are
+    Returns q's shape and dtype; under torch.autocast the inputs are cast to its dtype first, as for
+    scaled_dot_product_attention. Sums are float32. Differentiable (once) in q, k, v, the weights and mix; reruns are
     bit-equal.
 
     Raises ValueError on anything that does not fit the above.
     """
-    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) if x.dtype in DTYPES else x for x in (q, k, v))
-    _check(q, k, v, feature_map, q_weight, k_weight, scale, normalize, eps)
-    scale = 1.0 if scale is None else float(scale)
-    return torch.ops.linvideo.linear_attn_forward(
-        q, k, v, q_weight, k_weight, feature_map, scale, normalize, float(eps)
-    )[0]
+    q, k, v, mix = _autocast(q, k, v, mix)
+    packed = cu_seqlens_q is not None and q.dim() == 3
+    if packed:
+        q, k, v, mix = (_unpacked(x) for x in (q, k, v, mix))
+    checks.check_rows("q", q)
+    checks.check_rows("k", k, q)
+    checks.check_pair(q, k)
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None) or (
+        cu_seqlens_q is not None and cu_seqlens_q.shape != cu_seqlens_k.shape
+    ):
+        raise ValueError("expected cu_seqlens_q and cu_seqlens_k of one length or neither, got another combination")
+    _check_state_arguments(k, v, feature_map, k_weight, None, key_mask, cu_seqlens_k, fp32_precision)
+    _check_apply_arguments(q, feature_map, q_weight, rope, mix, cu_seqlens_q, scale, normalize, eps, fp32_precision)
+    if rope is not None and k.shape[1] != q.shape[1]:
+        raise ValueError(f"expected as many keys as queries with rope, got {q.shape[1]} and {k.shape[1]}")
+    state, z = _state(k, v, feature_map, k_weight, rope, key_mask, cu_seqlens_k, fp32_precision)
+    out = _apply(q, state, z, feature_map, q_weight, rope, mix, cu_seqlens_q, scale, normalize, eps, fp32_precision)
+    return out.squeeze(0) if packed else out
 
 
-def _check(q, k, v, feature_map, q_weight, k_weight, scale, normalize, eps) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"expected {name} of shape [B, N, H, D], got {x.dim()} dimensions")
-        if x.dtype != q.dtype or x.dtype not in DTYPES:
-            raise ValueError(
-                f"expected q, k, v in one dtype of float32, float16, bfloat16, got {q.dtype}, {name} {x.dtype}"
-            )
-        if x.device != q.device:
-            raise ValueError(f"expected q, k, v on one device, got q on {q.device}, {name} on {x.device}")
-    batch, length, heads, dim = q.shape
-    if dim % 8 or not 8 <= dim <= MAX_HEAD_DIM:
-        raise ValueError(f"expected a head dimension D that is a multiple of 8 up to {MAX_HEAD_DIM}, got {dim}")
-    if k.shape[0] != batch or k.shape[2] != heads or k.shape[3] != dim:
-        raise ValueError(f"expected k of shape [{batch}, Nk, {heads}, {dim}] to go with q, got {tuple(k.shape)}")
-    if v.shape != k.shape:
-        raise ValueError(f"expected v of k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
-    if 0 in (batch, length, heads, k.shape[1]):
-        raise ValueError(
-            f"expected at least one batch, head, query and key, got q {tuple(q.shape)}, k {tuple(k.shape)}"
-        )
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"expected feature_map to be one of {', '.join(FEATURE_MAPS)}, got {feature_map!r}")
-    if feature_map == "identity" and normalize:
-        raise ValueError("expected normalize=False with feature_map='identity' (its denominator can vanish), got True")
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if feature_map != "hedgehog":
-            if weight is not None:
-                raise ValueError(f"expected no {name} with the parameter-free feature_map {feature_map!r}, got one")
-            continue
-        if weight is None:
-            raise ValueError(f"expected {name} of shape [{heads}, {dim}, {dim}] with feature_map='hedgehog', got None")
-        if tuple(weight.shape) != (heads, dim, dim):
-            raise ValueError(f"expected {name} of shape [{heads}, {dim}, {dim}], got {tuple(weight.shape)}")
-        if weight.dtype not in DTYPES:
-            raise ValueError(f"expected {name} in float32, float16 or bfloat16, got {weight.dtype}")
-        if weight.device != q.device:
-            raise ValueError(f"expected {name} on q's device {q.device}, got {weight.device}")
-    if not (math.isfinite(eps) and eps >= torch.finfo(torch.float32).tiny):
-        raise ValueError(f"expected a finite, normal float32 eps > 0, got {eps}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"expected a finite scale, got {scale}")
-
-
-@torch.library.custom_op("linvideo::linear_attn_forward", mutates_args=())
-def _forward(
-    q: Tensor,
+def linear_attn_state(
     k: Tensor,
     v: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    feature_map: str,
-    scale: float,
-    normalize: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns o and what the backward needs of the keys: the summed state and its row statistics, neither of size N."""
-    backend = _kernels(q) if _uses_kernels(q) else chunked
-    with torch.autocast(q.device.type, enabled=False):  # q's dtype is decided; sums stay in fp32
-        return backend.forward(q, k, v, q_weight, k_weight, feature_map, scale, normalize, eps)
+    *,
+    feature_map: str = "hedgehog",
+    k_weight: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    fp32_precision: str = "ieee",
+) -> tuple[Tensor, Tensor]:
+    """The keys' half of `linear_attn`: S = sum_m phi(k_m)^T v_m [B, Hk, F, D] and z = sum_m phi(k_m) [B, Hk, F].
+
+    Plain sums in float32, F = 2D for the hedgehog maps and D otherwise, B the number of sequences where they are
+    packed: the states of parts of a sequence add up to the state of the whole, so that ranks of a context-parallel
+    group all-reduce them and a stream adds what comes. Arguments as in `linear_attn`; rope's tables belong to these
+    keys.
+
+    Returns (S, z), differentiable (once) in k, v and the weight. `linear_attn_apply` reads them:
+    linear_attn(q, k, v) equals linear_attn_apply(q, *linear_attn_state(k, v)) bit for bit.
+
+    Raises ValueError on anything that does not fit.
+    """
+    k, v, _, _ = _autocast(k, v)
+    if cu_seqlens_k is not None and k.dim() == 3:
+        k, v = _unpacked(k), _unpacked(v)
+    checks.check_rows("k", k)
+    _check_state_arguments(k, v, feature_map, k_weight, rope, key_mask, cu_seqlens_k, fp32_precision)
+    return _state(k, v, feature_map, k_weight, rope, key_mask, cu_seqlens_k, fp32_precision)
 
 
-@torch.library.custom_op("linvideo::linear_attn_backward", mutates_args=())
-def _backward(
-    do: Tensor,
+def linear_attn_apply(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    state: Tensor,
-    stats: Tensor,
-    feature_map: str,
-    scale: float,
-    normalize: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns dq, dk, dv, dq_weight, dk_weight; the last two are empty without weights (an op cannot return None)."""
-    backend = _kernels(q) if _uses_kernels(q) else chunked
-    with torch.autocast(q.device.type, enabled=False):
-        grads = backend.backward(do, q, k, v, q_weight, k_weight, state, stats, feature_map, scale, normalize, eps)
-    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+    S: Tensor,
+    z: Tensor,
+    *,
+    feature_map: str = "hedgehog",
+    q_weight: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    mix: tuple[Tensor, Tensor] | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    scale: float | None = None,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    fp32_precision: str = "ieee",
+) -> Tensor:
+    """The queries' half of `linear_attn`: phi(q) S / (phi(q) z + eps), mixed if asked for.
+
+    S [B, Hk, F, D], z [B, Hk, F] float32 of `linear_attn_state` or sums of such; the rest as in `linear_attn`, rope's
+    tables those of these queries. Differentiable (once) in q, S, z, the weight and mix; with float16 inputs the
+    gradients of S and z are 0 for features that no key has (z = 0).
+
+    Returns q's shape and dtype. Raises ValueError on anything that does not fit.
+    """
+    q, _, _, mix = _autocast(q, mix=mix)
+    packed = cu_seqlens_q is not None and q.dim() == 3
+    if packed:
+        q, mix = _unpacked(q), _unpacked(mix)
+    checks.check_rows("q", q)
+    _check_apply_arguments(q, feature_map, q_weight, rope, mix, cu_seqlens_q, scale, normalize, eps, fp32_precision)
+    checks.check_state(S, z, q, cu_seqlens_q, feature_map)
+    out = _apply(q, S, z, feature_map, q_weight, rope, mix, cu_seqlens_q, scale, normalize, eps, fp32_precision)
+    return out.squeeze(0) if packed else out
 
 
-@_forward.register_fake
-def _(q, k, v, q_weight, k_weight, feature_map, scale, normalize, eps):
-    batch, _, heads, dim = q.shape
-    signs = 2 if feature_map == "hedgehog" else 1
-    if _uses_kernels(q):
-        from linvideo_kernels.linear_attn import configs
-
-        state, stats = configs.saved_shapes(batch, heads, dim, signs)
-        saved = q.new_empty(state), q.new_empty(stats, dtype=torch.float32)
-    else:
-        features = signs * dim
-        saved = (
-            q.new_empty(batch, heads, features, dim, dtype=torch.float32),
-            q.new_empty(batch, heads, features, dtype=torch.float32),
-        )
-    return q.new_empty(q.shape), *saved
+def _check_state_arguments(k, v, feature_map, k_weight, rope, key_mask, cu_seqlens, precision) -> None:
+    checks.check_values(k, v)
+    checks.check_features("k_weight", k_weight, k, feature_map, precision)
+    checks.check_rope(rope, k)
+    checks.check_key_mask(key_mask, k)
+    checks.check_packed("cu_seqlens_k", cu_seqlens, k)
 
 
-@_backward.register_fake
-def _(do, q, k, v, q_weight, k_weight, state, stats, feature_map, scale, normalize, eps):
-    weights = (q.new_empty(0) if w is None else w.new_empty(w.shape) for w in (q_weight, k_weight))
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *weights
+def _check_apply_arguments(
+    q, feature_map, q_weight, rope, mix, cu_seqlens, scale, normalize, eps, precision
+) -> None:  # fmt: skip
+    checks.check_features("q_weight", q_weight, q, feature_map, precision)
+    checks.check_rope(rope, q)
+    checks.check_mix(mix, q)
+    checks.check_packed("cu_seqlens_q", cu_seqlens, q)
+    checks.check_scaling(feature_map, scale, normalize, eps)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, q_weight, k_weight, *ctx.settings = inputs
-    _, state, stats = output
-    ctx.save_for_backward(q, k, v, q_weight, k_weight, state, stats)
-    ctx.set_materialize_grads(False)
+def _state(k, v, feature_map, weight, rope, key_mask, cu_seqlens, precision) -> tuple[Tensor, Tensor]:
+    k, cos, sin = _rope(k, rope)
+    save_rotated = cos is not None and _needs_grad(k, v, weight)
+    return state_op(k, v, weight, cos, sin, key_mask, cu_seqlens, feature_map, precision, save_rotated)[:2]
 
 
-def _autograd(ctx, do, _dstate, _dstats):
-    if do is None:
-        return (None,) * 9
-    saved = ctx.saved_tensors  # once: under activation checkpointing a second read raises
-    grads = torch.ops.linvideo.linear_attn_backward(do, *saved, *ctx.settings)
-    weights = grads[3:] if saved[3] is not None else (None, None)
-    return *grads[:3], *weights, None, None, None, None
+def _apply(q, state, z, feature_map, weight, rope, mix, cu_seqlens, scale, normalize, eps, precision) -> Tensor:
+    q, cos, sin = _rope(q, rope)
+    fused = uses_kernels(q)
+    softmax_out, r = mix if mix is not None and fused else (None, None)
+    save_rotated = cos is not None and _needs_grad(q, state, z, weight, softmax_out, r)
+    settings = feature_map, 1.0 if scale is None else float(scale), normalize, float(eps), precision, save_rotated
+    out = apply_op(q, state, z, weight, cos, sin, softmax_out, r, cu_seqlens, *settings)[0]
+    if mix is not None and not fused:
+        softmax_out, r = mix
+        r = r.float()
+        out = (r * softmax_out + (1 - r) * out).to(out.dtype)
+    return out
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+def _rope(x: Tensor, rope) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Turned at once where no kernel does it."""
+    if rope is None:
+        return x, None, None
+    cos, sin = rope[0].detach(), rope[1].detach()
+    return (x, cos, sin) if uses_kernels(x) else (rotate(x, cos.float(), sin.float()), None, None)
 
 
-def _uses_kernels(x: Tensor) -> bool:
-    return x.device.type == "cuda" or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _kernels(x: Tensor):
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not linvideo_kernels.interpreter_bf16_ok:
-        raise ValueError("expected float32 or float16 under TRITON_INTERPRET=1, whose bfloat16 is wrong, got bfloat16")
-    try:
-        from linvideo_kernels import linear_attn as kernels
-    except ImportError as error:
-        raise RuntimeError("linear_attn on CUDA tensors needs Triton: pip install triton") from error
-    return kernels
+def _autocast(a: Tensor, b: Tensor | None = None, c: Tensor | None = None, mix=None):
+    """The rows in torch.autocast's dtype where it is on."""
+    kind = a.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return a, b, c, mix
+    dtype = torch.get_autocast_dtype(kind)
+    a, b, c = (x.to(dtype) if x is not None and x.dtype in checks.DTYPES else x for x in (a, b, c))
+    if mix is not None and mix[0].dtype in checks.DTYPES:
+        mix = (mix[0].to(dtype), mix[1])
+    return a, b, c, mix
+
+
+def _unpacked(x):
+    """[total, H, D] as a batch of one; for mix, its softmax_out."""
+    if x is None:
+        return None
+    return x.unsqueeze(0) if isinstance(x, Tensor) else (x[0].unsqueeze(0), x[1])

@@ -34,3 +34,26 @@ def nan_in_fresh_memory():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def set_tiles(monkeypatch, device):
+    """A function that changes fields of configs.Tile of the kernels that walk over rows; tma only where it can read.
+
+    For the interpreter: a GPU keeps the tiles that fit it.
+    """
+    from linvideo_kernels.linear_attn import configs
+
+    def change(**fields) -> None:
+        def tile(kernel, *args):
+            found, options = plain(kernel, *args), args[-1]
+            if kernel in ("prepare_state", "reduce_state"):
+                return found
+            unfit = {"packed", "expanded"} | ({"key_mask"} if kernel == "accumulate_state" else set())
+            return found._replace(**fields | ({"tma": False} if options & unfit else {}))
+
+        if device == "cpu":
+            monkeypatch.setattr(configs, "tile", tile)
+
+    plain = configs.tile
+    return change

@@ -40,20 +40,21 @@ def test_hedgehog_follows_the_formula():
 
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_only_hedgehog_has_weights(feature_map):
+def test_only_the_hedgehog_maps_have_weights(feature_map):
     branch = LinearAttentionBranch(H, D, feature_map=feature_map)
-    names = {"q_weight", "k_weight", "r"} if feature_map == "hedgehog" else {"r"}
+    names = {"q_weight", "k_weight", "r"} if feature_map.startswith("hedgehog") else {"r"}
     assert set(branch.state_dict()) == names
     assert branch.r.shape == (1,) and {p.dtype for p in branch.parameters()} == {torch.float32}
     assert branch(*qkv()).shape == (B, N, H, D)
 
 
-def test_start_matches_softmax_attention_to_first_order():
+@pytest.mark.parametrize("feature_map", ["hedgehog", "hedgehog_joint"])
+def test_start_matches_softmax_attention_to_first_order(feature_map):
     q, k, v = qkv(scale=0.05)
     q = q - q.mean(-1, keepdim=True)  # a softmax over channels does not see their mean
     mean = v.mean(1, keepdim=True)  # both attentions give the mean at scale 0; compare how they leave it
     expected = softmax_attention(q, k, v) - mean
-    branch = LinearAttentionBranch(H, D)
+    branch = LinearAttentionBranch(H, D, feature_map=feature_map)
     assert (branch(q, k, v) - mean - expected).norm() < 0.05 * expected.norm()
     with torch.no_grad():  # an unscaled identity is far from it
         for weight in (branch.q_weight, branch.k_weight):
@@ -68,6 +69,20 @@ def test_weights_are_not_tied():
     with torch.no_grad():
         branch.q_weight.zero_()
     assert branch.k_weight.abs().sum() > 0
+
+
+def test_rope_is_applied_before_the_map():
+    q, k, v = qkv()
+    angles = torch.rand(N, D // 2, generator=torch.Generator().manual_seed(1))
+    rope = angles.cos(), angles.sin()
+    branch = randomized(LinearAttentionBranch(H, D))
+    rotated = [
+        torch.view_as_real(
+            torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(()), angles)[:, None]
+        ).flatten(-2)
+        for x in (q, k)
+    ]
+    torch.testing.assert_close(branch(q, k, v, rope=rope), branch(*rotated, v))
 
 
 def test_mixing():

@@ -1,13 +1,13 @@
-"""The op on CPU tensors: values and gradients against float64, layouts, memory."""
+"""The op on CPU tensors: values and gradients against float64, options, layouts, memory."""
 
 import dataclasses
 
 import pytest
 import torch
-from cases import DTYPES, GRAD_LAYOUTS, LAYOUTS, MAPS, Case, make_inputs
+from cases import DTYPES, GRAD_LAYOUTS, LAYOUTS, MAPS, OPTIONS, Case, make_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import check, run
+from numerics import call, check, run
 
 from linvideo.ops import chunked, linear_attn
 
@@ -19,28 +19,44 @@ def short_slices(monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1)  # 64 rows, the least, so that small inputs take several
 
 
-@given(
-    case=st.builds(
-        Case,
-        head_dim=st.sampled_from([8, 16, 24, 64, 96, 128]),
-        nq=st.integers(1, 200),
-        nk=st.integers(1, 200),
-        map=st.sampled_from(MAPS),
-        dtype=st.sampled_from(list(DTYPES)),
-        layout=st.sampled_from(LAYOUTS),
-        grad_layout=st.sampled_from(GRAD_LAYOUTS),
-        input_scale=st.sampled_from([1.0, 4.0, 16.0]),
-        v_mean=st.sampled_from([0.0, 1.0, 3.0]),
-        eps=st.sampled_from([1e-6, 0.1]),
-        batch=st.integers(1, 2),
-        heads=st.integers(1, 3),
-    ),
-    seed=st.integers(0, 2**16),
-)
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_matches_float64(case, seed):
+CASES = {
+    "head_dim": st.sampled_from([8, 16, 24, 64, 96, 128]),
+    "nq": st.integers(1, 200),
+    "nk": st.integers(1, 200),
+    "map": st.sampled_from(MAPS),
+    "dtype": st.sampled_from(list(DTYPES)),
+    "layout": st.sampled_from(LAYOUTS),
+    "grad_layout": st.sampled_from(GRAD_LAYOUTS),
+    "input_scale": st.sampled_from([1.0, 4.0, 16.0]),
+    "v_mean": st.sampled_from([0.0, 1.0, 3.0]),
+    "eps": st.sampled_from([1e-6, 0.1]),
+    "batch": st.integers(1, 2),
+    "heads": st.integers(1, 3),
+}
+WITH_OPTIONS = CASES | {name: st.sampled_from(values) for name, values in OPTIONS.items() if name != "map"}
+
+
+def assert_accurate(case: Case, seed: int = 0) -> None:
     inputs, grad = make_inputs(case, "cpu", seed)
     check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))
+
+
+@given(case=st.builds(Case, **CASES), seed=st.integers(0, 2**16))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_matches_float64(case, seed):
+    assert_accurate(case, seed)
+
+
+@given(case=st.builds(Case, **WITH_OPTIONS), seed=st.integers(0, 2**16))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_options_together_match_float64(case, seed):
+    assert_accurate(case, seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("option", "value"), [(name, value) for name, values in OPTIONS.items() for value in values])
+def test_every_option_alone(option, value, dtype):
+    assert_accurate(dataclasses.replace(BASE, dtype=dtype, **{option: value}))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -132,20 +148,51 @@ class _Sizes(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-def test_memory_is_linear_and_holds_no_features(monkeypatch):
-    """Nothing of N x F is made on the way or kept for the backward: the largest tensor is an input."""
-    monkeypatch.undo()  # slices as shipped
-    case = Case(head_dim=16, nq=30_000, nk=30_000, dtype="fp32", batch=1, heads=4)
-    inputs, grad = make_inputs(case, "cpu")
-    size, settings_ = inputs["q"].numel(), ("hedgehog", 1.0, True, 1e-6)
-    arguments = [x.detach() for x in inputs.values()]
-    with _Sizes() as sizes:
-        _, *saved = chunked.forward(*arguments, *settings_)
-        chunked.backward(grad, *arguments, *saved, *settings_)
-    assert 0 < sizes.largest <= size
+LONG = Case(head_dim=16, nq=30_000, nk=30_000, dtype="fp32", batch=1, heads=4)
 
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        linear_attn(**inputs)
-    assert len(kept) >= 5
-    assert sum(x.numel() for x in kept) < 3.1 * size  # q, k, v and sums that do not grow with N
+
+@pytest.mark.parametrize("option", [{}, {"mask": "some"}, {"packed": "rows"}, {"group": 2, "heads": 2}], ids=str)
+def test_operators_make_nothing_of_n_f(option, monkeypatch):
+    """The largest tensor that the four make on the way is of an input's size."""
+    monkeypatch.undo()  # slices as shipped
+    case = dataclasses.replace(LONG, **option)
+    inputs, grad = make_inputs(case, "cpu")
+    q, k, v, q_weight, k_weight = (x.detach() for x in inputs.values())
+    keys = (k_weight, case.options.get("key_mask"), case.options.get("cu_seqlens_k"), "hedgehog")
+    queries = (q_weight, case.options.get("cu_seqlens_q"), "hedgehog", 1.0, True, 1e-6)
+    with _Sizes() as sizes:
+        state, z = chunked.state(k, v, *keys)
+        chunked.apply(q, state, z, *queries)
+        _, dstate, dz, _ = chunked.apply_backward(grad, q, state, z, *queries)
+        chunked.state_backward(dstate, dz, k, v, *keys)
+    assert 0 < sizes.largest <= q.numel()
+
+
+# Rows kept for the backward, as multiples of q's size. Without a kernel the rotary embedding and the mixture are plain
+# operations: the mixture keeps softmax_out and o.
+KEPT = {
+    "plain": ({}, 3),
+    "mask": ({"mask": "some"}, 3),
+    "packed": ({"packed": "flat"}, 3),
+    "mix": ({"mix": 0.3}, 5),
+    "rope": ({"rope": True}, 3),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_keeps_rows_and_sums_only(name, monkeypatch):
+    """For the backward there stay q, k, v and what does not grow with N."""
+    monkeypatch.undo()
+    option, rows = KEPT[name]
+    case = dataclasses.replace(LONG, **option)
+    inputs, _ = make_inputs(case, "cpu")
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        call(linear_attn, inputs, case.options)
+    tables = sum(x.numel() for x in case.options.get("rope", ()))
+    assert len(kept) >= 5 and sum(kept.values()) < (rows + 0.1) * inputs["q"].numel() + tables

@@ -1,6 +1,5 @@
-"""Linear attention: `forward` and `backward` launch the kernels. Importing this loads Triton."""
+"""Linear attention: four functions launch the kernels (passes.py). Importing this loads Triton."""
 
-from linvideo_kernels.linear_attn.backward import backward
-from linvideo_kernels.linear_attn.forward import forward
+from linvideo_kernels.linear_attn.passes import apply, apply_backward, state, state_backward
 
-__all__ = ["backward", "forward"]
+__all__ = ["apply", "apply_backward", "state", "state_backward"]

@@ -6,18 +6,28 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from linvideo_kernels.linear_attn.backward import backward
-from linvideo_kernels.linear_attn.forward import forward
+from linvideo_kernels.linear_attn import configs, passes
 from linvideo_kernels.linear_attn.launch import Launch, Target, recording
 
-POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8", torch.int32: "i32"
+}  # fmt: skip
+OPTIONS = ("rope", "mix", "key_mask", "packed", "grouped", "expanded")
 
 
 class CompileJob(NamedTuple):
     name: str
     launch: Launch
     capability: int
+
+    @property
+    def key(self) -> tuple:
+        """Equal for jobs that compile the same kernel."""
+        kernel, tile, args, constexprs = self.launch
+        types = tuple(None if value is None else _type(value) for value in args)
+        return self.capability, kernel.__name__, tile, types, *constexprs.items()
 
     def compile(self):
         """Triton's compiled kernel (.metadata.shared, .asm["cubin"]). Not in a process with TRITON_INTERPRET=1."""
@@ -32,32 +42,75 @@ class CompileJob(NamedTuple):
             divisible = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
             if divisible and not parameter.do_not_specialize:
                 attrs[(parameter.num,)] = [["tt.divisibility", 16]]
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
         source = ASTSource(kernel, signature, constants, attrs)
-        return triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
+        return triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=tile.options)
 
 
 def compile_jobs(
-    head_dim: int, feature_map: str, dtype: torch.dtype, capability: int, normalize: bool = True
+    head_dim: int,
+    feature_map: str,
+    dtype: torch.dtype,
+    capability: int,
+    normalize: bool = True,
+    precision: str = "ieee",
+    options: tuple[str, ...] = (),
 ) -> list[CompileJob]:
-    """One job for each different kernel of a forward and a backward. capability: 90 for sm_90."""
-    q, k, v, do = (torch.empty(1, 4096, 16, head_dim, dtype=dtype, device="meta") for _ in range(4))
-    weight = torch.empty(16, head_dim, head_dim, dtype=dtype, device="meta") if feature_map == "hedgehog" else None
+    """One job for each different kernel of a forward and a backward. capability: 90 for sm_90; options: of OPTIONS."""
+
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    heads, key_heads = 16, 8 if "grouped" in options else 16
+
+    def rows(heads: int) -> torch.Tensor:
+        return (
+            meta(1, 1, heads, head_dim).expand(1, 4096, -1, -1)
+            if "expanded" in options
+            else meta(1, 4096, heads, head_dim)
+        )
+
+    (k, v), (q, do, softmax_out) = (rows(key_heads) for _ in "kv"), (rows(heads) for _ in range(3))
+    weighted = configs.signs(feature_map) == 2
+    q_weight, k_weight = ((meta(h, head_dim, head_dim) if weighted else None) for h in (heads, key_heads))
+    table = meta(4096, head_dim // 2, dtype=torch.float32)
+    rope = (table, table) if "rope" in options else None
+    mix = (softmax_out, meta(1, dtype=torch.float32)) if "mix" in options else (None, None)
+    key_mask = meta(1, 4096, dtype=torch.int8) if "key_mask" in options else None
+    cu_seqlens = meta(5, dtype=torch.int32) if "packed" in options else None
+    training = rope is not None
+    settings = (feature_map, 1.0, normalize, 1e-6, precision)
     with recording(Target(capability, 132)) as launches:
-        _, state, stats = forward(q, k, v, weight, weight, feature_map, 1.0, normalize, 1e-6)
-        backward(do, q, k, v, weight, weight, state, stats, feature_map, 1.0, normalize, 1e-6)
-    jobs = {}
-    for launch in launches:
-        flags = [name.lower() for name, value in launch.constexprs.items() if value is True]
-        dtype_name = str(dtype).removeprefix("torch.")
-        name = "-".join([launch.kernel.__name__, feature_map, f"d{head_dim}", dtype_name, f"sm{capability}", *flags])
-        jobs.setdefault(name, CompileJob(name, launch, capability))
-    return list(jobs.values())
+        keys = (k_weight, rope, key_mask, cu_seqlens)
+        state, z, turned = passes.state(k, v, *keys, feature_map, precision, training)
+        passes.state_backward(state, z, turned if training else k, v, *keys, state, z, feature_map, precision)
+        _, turned = passes.apply(q, state, z, q_weight, rope, *mix, cu_seqlens, *settings, training)
+        passes.apply_backward(do, turned if training else q, state, z, q_weight, rope, *mix, cu_seqlens, *settings)
+        if training:  # the forward without gradients is another kernel
+            passes.state(k, v, *keys, feature_map, precision, False)
+            passes.apply(q, state, z, q_weight, rope, *mix, cu_seqlens, *settings, False)
+    what = [feature_map, f"d{head_dim}", TYPES[dtype], f"sm{capability}"]
+    what += ([] if normalize else ["raw"]) + ([] if precision == "ieee" else [precision]) + list(options)
+    jobs = [
+        CompileJob("-".join([launch.kernel.__name__, *what, _use(launch)]), launch, capability) for launch in launches
+    ]
+    return list({job.key: job for job in reversed(jobs)}.values())[::-1]
+
+
+def _use(launch: Launch) -> str:
+    """What tells the uses of one kernel in a forward and backward apart."""
+    given = {p.name for p, value in zip(launch.kernel.params, launch.args, strict=False) if value is not None}
+    flags = [
+        name.lower() for name in ("KEYS", "NORMALIZE", "BACKWARD", "CENTER") if launch.constexprs.get(name) is True
+    ]
+    flags += [name.removesuffix("_ptr") for name in ("rows_ptr", "cos_ptr", "grad_ptr") if name in given]
+    return "_".join(flags) or "plain"
 
 
 def _type(value) -> str:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
     if isinstance(value, torch.Tensor):
-        return POINTER_TYPES[value.dtype]
+        return "*" + TYPES[value.dtype]
     if isinstance(value, int):
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     return "fp32"

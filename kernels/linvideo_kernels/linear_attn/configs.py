@@ -2,43 +2,134 @@
 
 from typing import NamedTuple
 
+import torch
+
 
 class Tile(NamedTuple):
-    block: int  # rows of a tile; columns in reduce_state
+    block: int  # rows of a tile
     warps: int
     stages: int
+    resident: int = 1  # programs that one SM holds at a time
+    keeps: bool = True  # the state stays on chip (16-bit tiles)
+    tma: bool = False  # read rows through TMA descriptors where they allow it
+    value_first: bool = True  # accumulate_state forms S^T = y^T phi, not S = phi^T y
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's. A stated limit of registers keeps ptxas from spilling a few bytes for one more program on an SM."""
+        limit = min(255, 65536 // (32 * self.warps))
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": limit}
 
 
-def tile(kernel: str, head_dim: int, element_size: int, capability: int) -> Tile:
-    """capability: 90 for sm_90, 0 for the interpreter. Chosen by registers and shared memory, not yet by time."""
+class Work(NamedTuple):
+    """Rows of all sequences, dealt out in items (tiles.locate)."""
+
+    sequences: int
+    items: int
+    splits: int  # items of a sequence; of packed sequences each has its own number
+    rows: int  # of an item
+
+
+ROOM = 32768.0  # features of at most 1 are multiplied by it, so that small ones stay in fp16's range
+
+
+def tile(
+    kernel: str, head_dim: int, dtype: torch.dtype, capability: int, feature_map: str, options: frozenset = frozenset()
+) -> Tile:
+    """The table. capability: 90 for sm_90, 0 for the interpreter.
+
+    options: those of "rope", "mix", "key_mask", "packed", "expanded" (rows repeat in memory) and "tf32x3" that hold.
+    """
     wide = padded(head_dim) == 128
-    if kernel == "reduce_state":
-        return Tile(16, 4, 1)
+    if kernel in ("prepare_state", "reduce_state"):  # rows are features here
+        return Tile(64, 8, 1) if kernel == "prepare_state" else Tile(16, 4, 1)
+    if kernel in ("mix_grad", "rotate_rows"):
+        return Tile(64, 4, 1, resident=2)
     if capability == 0:
         return Tile(64, 1, 1)
-    if element_size == 4:  # CUDA cores
-        if wide and kernel == "project_grad":
-            return Tile(16, 16, 1)
-        return Tile(32, 8 if head_dim > 32 else 4, 1)
-    if capability // 10 == 10:  # tcgen05: two or more stages fail to compile (Triton 3.6)
-        return Tile(64, 8 if head_dim > 32 else 4, 1)
+    if dtype == torch.float32:
+        return _float32(kernel, head_dim, wide, "tf32x3" in options)
+    if capability // 10 == 9:
+        if wide:
+            return _hopper(kernel, dtype, options)
+        return Tile(64, 4, 2 if head_dim > 32 else 1, resident=2)
+    if capability // 10 == 10:
+        return _blackwell(kernel, head_dim)
+    return _mma(kernel, wide, signs(feature_map) == 2, capability)
+
+
+def _float32(kernel: str, head_dim: int, wide: bool, tf32x3: bool) -> Tile:
+    if kernel == "apply_state" or head_dim <= 32:
+        return Tile(64, 8, 1)
+    if wide and tf32x3 and kernel in ("accumulate_state", "project_grad"):
+        return Tile(16, 8, 1)
+    return Tile(16, 16, 1) if wide and kernel == "project_grad" else Tile(32, 8, 1)
+
+
+def _hopper(kernel: str, dtype: torch.dtype, options: frozenset) -> Tile:
+    """D > 64 on sm_90. 64 rows need 4 warps, 128 rows 8, for a dot that feeds a dot: fewer rows repeat exponentials."""
+    if kernel == "accumulate_state":
+        # Two stages of pointer loads exceed shared memory by a KB. TMA fits, but leaves no row out and repeats none.
+        if options & {"key_mask", "packed", "expanded"} or dtype == torch.float16:
+            return Tile(128, 8, 1)
+        return Tile(128, 8, 2, tma=True)
+    if kernel == "apply_state":
+        tma = not options & {"packed", "expanded"}
+        if "mix" in options and not tma:
+            return Tile(64, 4, 2, keeps=False)
+        if "rope" in options:
+            return Tile(128, 8, 1, tma=tma)
+        return Tile(64, 4, 1, resident=2, tma=tma)
+    if kernel == "map_grad":
+        return Tile(64, 8, 2)
+    return Tile(128, 8, 2) if "rope" in options else Tile(64, 4, 2, resident=2)
+
+
+def _blackwell(kernel: str, head_dim: int) -> Tile:
+    """sm_100: two or more stages of a tcgen05 loop fail to compile in Triton 3.6."""
+    if kernel == "map_grad":
+        return Tile(64, 4, 1) if padded(head_dim) < 128 else Tile(64, 8, 1, keeps=False)
+    return Tile(64, 8 if head_dim > 32 else 4, 1)
+
+
+def _mma(kernel: str, wide: bool, weighted: bool, capability: int) -> Tile:
+    """mma.sync; 99 KB of shared memory on sm_89 and sm_120, where the state of a wide head comes from L2 each time."""
+    keeps = capability == 80 or not wide or not weighted
+    if kernel == "apply_state":
+        return Tile(32, 8, 1, keeps=keeps) if weighted else Tile(128, 8, 1)
     if not wide:
-        return Tile(64, 4, 2)
-    if capability // 10 == 9:  # wgmma
-        return {"map_grad": Tile(64, 8, 1), "project_grad": Tile(128, 8, 2)}.get(kernel, Tile(128, 8, 1))
-    return Tile(64 if kernel == "apply_state" else 32, 8, 1)  # mma.sync, at most 99 KB of shared memory
+        return Tile(64, 4, 1) if kernel == "accumulate_state" else Tile(32, 4, 2)
+    return Tile(32, 8, 1, keeps=keeps)
 
 
-def split_rows(length: int, block: int, programs_per_split: int, sm_count: int) -> tuple[int, int]:
-    """(splits, tiles per split), for two programs per SM. A function of these alone, so that reruns are bit-equal."""
-    blocks = -(-length // block)
-    splits = max(1, min(blocks, 2 * sm_count // programs_per_split))
-    per_split = -(-blocks // splits)
-    return -(-blocks // per_split), per_split
+def signs(feature_map: str) -> int:
+    """Halves of the features, phi(x) and phi(-x)."""
+    return 2 if feature_map.startswith("hedgehog") else 1
+
+
+def room(feature_map: str) -> float:
+    return ROOM if feature_map in ("hedgehog", "hedgehog_joint", "softmax") else 1.0
+
+
+def deal_out(tile: Tile, length: int, batch: int, sequences: int | None, programs: int, sm_count: int) -> Work:
+    """`programs`: per item. A function of these alone, so that reruns are bit-equal.
+
+    Of the splits that fill the SMs at most about four times, the least number that wastes the least.
+    """
+    blocks = -(-length // tile.block)
+    slots = tile.resident * sm_count
+    per_split = programs * (batch if sequences is None else 1)
+    candidates = range(1, min(blocks, -(-4 * slots // per_split)) + 1)
+    splits = min(candidates, key=lambda splits: -(-per_split * splits // slots) / splits)
+    rows = -(-blocks // splits) * tile.block
+    if sequences is None:
+        splits = -(-length // rows)
+        return Work(batch, batch * splits, splits, rows)
+    return Work(sequences, length // rows + sequences, 0, rows)
 
 
 def saved_shapes(batch: int, heads: int, head_dim: int, signs: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the state and of its statistics (see forward.py)."""
+    """Shapes of the 16-bit state and of its statistics (see prepare.py)."""
     width = padded(head_dim)
     return (batch, heads, signs, width, width), (batch, heads, 2 * signs + 2, width)
 

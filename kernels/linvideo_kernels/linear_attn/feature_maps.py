@@ -1,94 +1,60 @@
-"""Feature maps phi on a tile of logits, and their derivatives. fp32 in, fp32 out.
+"""Feature maps phi on a tile of logits x, and their derivatives. fp32 in, fp32 out.
 
-"hedgehog" has two halves, softmax(x) and softmax(-x), taken one at a time: sign 1 or -1. The other maps have one.
-Where D is below the tile's width the columns beyond are padding: phi is 0 there.
+"hedgehog" is [softmax(x), softmax(-x)], "hedgehog_joint" one softmax over [2x, -2x]; both come one half at a time, SIGN
+1 or -1. The other maps have one half. Where D is below the tile's width the columns beyond are padding: phi is 0 there.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def matmul(a, b_ptr, stride_k, stride_n, acc, WIDTH: tl.constexpr):
-    """acc + a @ b, b [WIDTH, WIDTH] in memory; fp32 in pieces, as on CUDA cores a long inner axis fills registers."""
-    n = tl.arange(0, WIDTH)
-    if a.dtype == tl.float32:
-        CHUNK: tl.constexpr = 16
-        k = tl.arange(0, CHUNK)
-        parts = tl.reshape(a, [a.shape[0], WIDTH // CHUNK, CHUNK])
-        index = tl.arange(0, WIDTH // CHUNK)[None, :, None]
-        for i in range(WIDTH // CHUNK):
-            part = tl.sum(tl.where(index == i, parts, 0.0), axis=1)
-            b = tl.load(b_ptr + (i * CHUNK + k)[:, None] * stride_k + n[None, :] * stride_n)
-            acc = tl.dot(part, b, acc, input_precision="ieee")
-    else:
-        b = tl.load(b_ptr + n[:, None] * stride_k + n[None, :] * stride_n)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-    return acc
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_weight(w_ptr, like, WIDTH: tl.constexpr, FEATURE_MAP: tl.constexpr):
-    """W of the head, kept on chip by 16-bit tiles; 0 where there is none or `matmul` reads it in pieces."""
-    w = 0
-    if FEATURE_MAP == "hedgehog" and like != tl.float32:
-        i = tl.arange(0, WIDTH)
-        w = tl.load(w_ptr + i[:, None] * WIDTH + i[None, :])  # [in, out]
-    return w
-
-
-@triton.jit
-def logits(u, w, w_ptr, WIDTH: tl.constexpr, FEATURE_MAP: tl.constexpr):
-    if FEATURE_MAP == "hedgehog":
-        if u.dtype == tl.float32:
-            x = matmul(u, w_ptr, WIDTH, 1, tl.zeros([u.shape[0], WIDTH], tl.float32), WIDTH)
-        else:
-            x = tl.dot(u, w, input_precision="ieee")
-    else:
-        x = u.to(tl.float32)
-    return x  # [BLOCK, WIDTH]
-
-
-@triton.jit
-def features(x, sign, D: tl.constexpr, WIDTH: tl.constexpr, FEATURE_MAP: tl.constexpr):
+def features(x, SIGN: tl.constexpr, scale, D: tl.constexpr, WIDTH: tl.constexpr, FEATURE_MAP: tl.constexpr):
+    """scale phi; scale is a number or one per row. exp2 of one fused multiply-add is the cheapest exponential."""
     real = (tl.arange(0, WIDTH) < D)[None, :]
-    if FEATURE_MAP == "hedgehog" or FEATURE_MAP == "softmax":
-        if FEATURE_MAP == "hedgehog":
-            x = x * sign
+    scale = tl.zeros([x.shape[0]], tl.float32) + scale
+    if FEATURE_MAP == "hedgehog_joint":
+        top = tl.max(tl.abs(x), axis=1) * (2 * LOG2E)
+        e = tl.exp2(x * (2 * SIGN * LOG2E) - top[:, None])
+        other = tl.exp2(x * (-2 * SIGN * LOG2E) - top[:, None])
         if D < WIDTH:
-            x = tl.where(real, x, float("-inf"))
-        e = tl.exp(x - tl.max(x, axis=1)[:, None])
-        phi = e * (1.0 / tl.sum(e, axis=1))[:, None]
+            e = tl.where(real, e, 0.0)
+            other = tl.where(real, other, 0.0)
+        return e * (scale / (tl.sum(e, axis=1) + tl.sum(other, axis=1)))[:, None]
+    elif FEATURE_MAP == "hedgehog" or FEATURE_MAP == "softmax":
+        if D < WIDTH:
+            x = tl.where(real, x, -SIGN * float("inf"))
+        if SIGN == 1:
+            top = tl.max(x, axis=1) * LOG2E
+        else:
+            top = tl.min(x, axis=1) * -LOG2E
+        e = tl.exp2(x * (SIGN * LOG2E) - top[:, None])
+        return e * (scale / tl.sum(e, axis=1))[:, None]
     elif FEATURE_MAP == "elu":
         # where, not tl.minimum: on a GPU that returns the operand which is not NaN, and a NaN would vanish.
-        phi = tl.where(x > 0, x + 1.0, tl.exp(tl.where(x > 0, 0.0, x)))
+        phi = tl.where(x > 0, x + 1.0, tl.exp2(tl.where(x > 0, 0.0, x) * LOG2E))
         if D < WIDTH:
             phi = tl.where(real, phi, 0.0)
+        return phi * scale[:, None]
     elif FEATURE_MAP == "relu":
-        phi = tl.where(x < 0, 0.0, x)  # keeps a NaN
+        return tl.where(x < 0, 0.0, x) * scale[:, None]  # keeps a NaN
     else:
-        phi = x
-    return phi  # [BLOCK, WIDTH]
+        return x * scale[:, None]
 
 
 @triton.jit
-def features_grad(x, phi, dphi, sign, FEATURE_MAP: tl.constexpr):
-    """Gradient with respect to x; for one half of "hedgehog"."""
-    if FEATURE_MAP == "hedgehog" or FEATURE_MAP == "softmax":
-        dx = phi * (dphi - tl.sum(phi * dphi, axis=1)[:, None])
-        if FEATURE_MAP == "hedgehog":
-            dx = dx * sign
-    elif FEATURE_MAP == "elu":
-        dx = dphi * tl.where(phi > 1.0, 1.0, phi)  # the slope is 1 above 0 and exp(x) = phi below
+def pull_back(x, phi, g, FEATURE_MAP: tl.constexpr):
+    """Gradient g of the features to one of the logits, and <phi, g>; of "hedgehog_joint" the part of one half."""
+    if FEATURE_MAP == "elu":
+        return g * tl.where(x > 0, 1.0, phi), tl.sum(phi * g, axis=1)
     elif FEATURE_MAP == "relu":
-        dx = tl.where(x > 0, dphi, 0.0)  # not a product: dphi can be infinite where no key is active
+        return tl.where(x > 0, g, 0.0), tl.sum(phi * g, axis=1)
+    elif FEATURE_MAP == "identity":
+        return g, tl.sum(phi * g, axis=1)
+    elif FEATURE_MAP == "hedgehog_joint":
+        return phi * g, tl.sum(phi * g, axis=1)
     else:
-        dx = dphi
-    return dx  # [BLOCK, WIDTH]
-
-
-@triton.jit
-def split(x, DTYPE: tl.constexpr):
-    """x = high + low with both in DTYPE: 16 bits and more of x survive a 16-bit dot."""
-    high = x.to(DTYPE)
-    return high, (x - high.to(tl.float32)).to(DTYPE)
+        inner = tl.sum(phi * g, axis=1)
+        return phi * (g - inner[:, None]), inner

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+# Run-time sizes of the kernels: another value is no other kernel.
+SIZES = ["SEQUENCES", "HEADS", "N", "splits", "rows", "rows_plane"]
+
 
 class Target(NamedTuple):
     capability: int  # 90 for sm_90; 0 for the interpreter
@@ -25,13 +28,13 @@ _recording_target = INTERPRETER
 
 
 def launch(kernel, programs: int, tile, *args, **constexprs) -> None:
-    """Runs `programs` programs on the device of the first argument."""
+    """Runs `programs` programs on the device of the tensor arguments."""
     if _recording is not None:
         _recording.append(Launch(kernel, tile, args, constexprs))
         return
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    with torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext():
-        kernel[(programs,)](*args, **constexprs, **options)
+    device = next(x.device for x in args if isinstance(x, torch.Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*args, **constexprs, **tile.options)
 
 
 def target_of(x: torch.Tensor) -> Target:

@@ -1,0 +1,141 @@
+"""Search a kernel's tiles and print rows for the table: `python -m benchmarks.tune --kernel apply_state [...]`.
+
+Compiles every candidate ahead of time and drops those that fail a static gate. On a CUDA device the rest are checked
+against the shipped tile and timed inside the pass that holds the kernel; without one they are ranked by instructions.
+Shipped code never tunes: a row becomes a line of linvideo_kernels/linear_attn/configs.py by hand.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from linvideo_kernels.linear_attn import configs, passes
+from linvideo_kernels.linear_attn.aot import OPTIONS, compile_jobs
+
+from benchmarks import static_gates
+from benchmarks.shapes import SHAPES
+from linvideo.evaluation.latency import time_call
+
+PASS = {
+    "accumulate_state": ("state", "apply_backward"),
+    "apply_state": ("apply", "state_backward"),
+    "map_grad": ("state_backward", "apply_backward"),
+    "project_grad": ("state_backward", "apply_backward"),
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@contextmanager
+def using(kernel: str, tile: configs.Tile) -> Iterator[None]:
+    """The table with another row for one kernel."""
+    table = configs.tile
+    configs.tile = lambda name, *args: tile if name == kernel else table(name, *args)
+    try:
+        yield
+    finally:
+        configs.tile = table
+
+
+def candidates(kernel: str, capability: int) -> list[configs.Tile]:
+    hopper = capability >= 90 and kernel in ("accumulate_state", "apply_state")
+    axes = {
+        "block": (16, 32, 64, 128) if capability not in (90, 100) else (64, 128),
+        "warps": (4, 8),
+        "stages": (1, 2, 3),
+        "keeps": (True, False) if kernel in ("apply_state", "map_grad") else (True,),
+        "tma": (False, True) if hopper else (False,),
+        "value_first": (True, False) if kernel == "accumulate_state" else (True,),
+    }
+    return [configs.Tile(**dict(zip(axes, row, strict=True))) for row in itertools.product(*axes.values())]
+
+
+def compiled(kernel: str, tiles, compile_options: dict) -> list[tuple[configs.Tile, float]]:
+    """Tiles that pass, `resident` filled in, and the loop's instructions per row and scheduler of an SM."""
+    jobs, owners = [], []
+    for tile in tiles:
+        with using(kernel, tile):
+            made = [job for job in compile_jobs(**compile_options) if job.launch.kernel.__name__ == kernel]
+        jobs, owners = jobs + made, owners + [tile] * len(made)
+    results = list(static_gates.check_all(jobs))
+    good = []
+    for tile in tiles:
+        mine = [result for owner, result in zip(owners, results, strict=True) if owner == tile]
+        if any(found for _, found in mine):
+            continue
+        tile = tile._replace(resident=min(code.resident for code, _ in mine))
+        good.append((tile, max(code.loop for code, _ in mine) * tile.warps / 4 / tile.block))
+    return sorted(good, key=lambda row: row[1])
+
+
+def calls(shape, dtype: torch.dtype, feature_map: str) -> dict:
+    """The four passes at a shape, on random rows; rope and mix are left to the static part."""
+    batch, length, heads, dim = shape
+    torch.manual_seed(0)
+    q, k, v, do = (torch.randn(batch, length, heads, dim, device="cuda", dtype=dtype) for _ in range(4))
+    weight = None
+    if configs.signs(feature_map) == 2:
+        weight = (torch.eye(dim, device="cuda") + 0.02 * torch.randn(heads, dim, dim, device="cuda")).to(dtype)
+    keys, settings = (weight, None, None, None), (feature_map, 1.0, True, 1e-6, "ieee")
+    state, z, _ = passes.state(k, v, *keys, feature_map, "ieee", False)
+    dstate, dz = torch.randn_like(state), torch.randn_like(z)
+    rest = (weight, None, None, None, None)
+    return {
+        "state": lambda: passes.state(k, v, *keys, feature_map, "ieee", False),
+        "state_backward": lambda: passes.state_backward(dstate, dz, k, v, *keys, state, z, feature_map, "ieee"),
+        "apply": lambda: passes.apply(q, state, z, *rest, *settings, False),
+        "apply_backward": lambda: passes.apply_backward(do, q, state, z, *rest, *settings),
+    }
+
+
+def difference(a, b) -> float:
+    """Largest relative difference of two tuples of results."""
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None]
+    return max(((x.double() - y.double()).norm() / y.double().norm().clamp(min=1e-300)).item() for x, y in pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--kernel", required=True, choices=PASS)
+    parser.add_argument("--head_dim", type=int, default=128)
+    parser.add_argument("--feature_map", default="hedgehog", choices=static_gates.MAPS[:-1])
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--arch", choices=[f"sm_{a}" for a in static_gates.ARCHITECTURES], help="default: this device's"
+    )
+    parser.add_argument("--options", nargs="*", choices=OPTIONS, default=[])
+    parser.add_argument("--shape", choices=SHAPES, default="wan-1.3b-480p", help="what to time on a GPU")
+    args = parser.parse_args()
+    here = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1] if cuda else None
+    capability = int(args.arch.removeprefix("sm_")) if args.arch else here
+    if capability is None:
+        parser.error("there is no CUDA device; name an architecture with --arch")
+    dtype = DTYPES[args.dtype]
+    good = compiled(
+        args.kernel,
+        candidates(args.kernel, capability),
+        {"head_dim": args.head_dim, "feature_map": args.feature_map, "dtype": dtype, "capability": capability,
+         "options": tuple(args.options)},
+    )  # fmt: skip
+    shipped = configs.tile(args.kernel, args.head_dim, dtype, capability, args.feature_map, frozenset(args.options))
+    print(f"{len(good)} tiles pass the gates; instructions per row and scheduler")
+    for tile, cost in good:
+        mark = "  <- shipped" if tile._replace(resident=0) == shipped._replace(resident=0) else ""
+        print(f"  {cost:6.1f}  {tile}{mark}")
+    if capability != here:
+        return
+    batch, length, heads, _ = SHAPES[args.shape]
+    made = calls((batch, length, heads, args.head_dim), dtype, args.feature_map)
+    expected = {name: made[name]() for name in PASS[args.kernel]}
+    print(f"milliseconds of {' and '.join(PASS[args.kernel])} at {args.shape} (median), difference from shipped")
+    for tile in [shipped, *(tile for tile, _ in good)]:
+        with using(args.kernel, tile):
+            times = [time_call(made[name], "cuda").median for name in PASS[args.kernel]]
+            off = max(difference(made[name](), expected[name]) for name in PASS[args.kernel])
+        print(f"  {sum(times):8.3f} = {' + '.join(f'{t:.3f}' for t in times)}  {off:.1e}  {tile}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The state of linear attention, S = sum_n phi(u_n)^T y_n [F, D] and z = sum_n phi(u_n) [F], in fp32.
+
+Forward: u = k, y = v. Backward (row factors given): u = q, y = do, and with a = 1 / den and delta = do.(o - c)
+    dS_f = sum_n a_n phi_nf do_n,    dz_f = -sum_n a_n delta_n phi_nf - dS_f.c.
+
+accumulate_state writes one partial S and z per work item, head and half of the feature map; reduce_state sums them in a
+fixed order, over the query heads of a key head too. Features are rounded to u's dtype once, for S and z alike.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from linvideo_kernels.linear_attn import configs
+from linvideo_kernels.linear_attn.feature_maps import features
+from linvideo_kernels.linear_attn.launch import SIZES, launch
+from linvideo_kernels.linear_attn.products import logits, operand, split
+from linvideo_kernels.linear_attn.side import Side, descriptor, expanded
+from linvideo_kernels.linear_attn.tiles import head_rows, load_rows, locate
+
+
+@triton.jit(do_not_specialize=SIZES)
+def accumulate_state(
+    u_ptr, w_ptr, y_ptr, keep_ptr, rows_ptr, z_ptr, cu_ptr, partial_ptr, z_partial_ptr,
+    stride_ub, stride_un, stride_uh, stride_yb, stride_yn, stride_yh,
+    SEQUENCES, HEADS, N, splits, rows, rows_plane,
+    D: tl.constexpr, WIDTH: tl.constexpr, SIGNS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, ROOM: tl.constexpr, VALUE_FIRST: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partial S [f, d] and z of one item, head and half; row factors rows_ptr [2, B, H, N] are a and delta.
+
+    z_ptr, the forward's z, multiplies the features: fp16 then holds shares of o, at most 1, and not phi / den.
+    """
+    pid = tl.program_id(0)  # the two halves of a head side by side: the second finds its rows in L2
+    half = pid % SIGNS
+    head = pid // SIGNS % HEADS
+    item = pid // SIGNS // HEADS
+    sequence, batch, first, length, start, stop = locate(item, cu_ptr, SEQUENCES, N, splits, rows)
+    u_ptr = head_rows(u_ptr, batch, first, head, stride_ub, stride_un, stride_uh, TMA)
+    y_ptr = head_rows(y_ptr, batch, first, head, stride_yb, stride_yn, stride_yh, TMA)
+    at = (batch * HEADS + head).to(tl.int64) * N + first  # of a row in rows_ptr
+    cols = tl.arange(0, WIDTH)
+    w = w_ptr
+    if w_ptr is not None:
+        w = operand(w_ptr + head * WIDTH * WIDTH, True, WIDTH)
+        if w_ptr.dtype.element_ty != tl.float32:
+            w = (w * (1.0 - 2.0 * half)).to(w.dtype)  # the half's sign, exact
+    if z_ptr is not None:
+        z_ptr += ((sequence * (HEADS // GROUP) + head // GROUP) * SIGNS + half).to(tl.int64) * D
+    state = tl.zeros([WIDTH, WIDTH], tl.float32)  # [d, f] value-first, else [f, d]
+    sums = tl.zeros([16, WIDTH], tl.float32)  # rows 0 and 1 together are z
+    one = (tl.arange(0, 16) == 0)[:, None]
+    two = (tl.arange(0, 16) == 1)[:, None]
+    for row in range(start, stop, BLOCK):
+        n = row + tl.arange(0, BLOCK)
+        valid = n < length
+        keep = None
+        if keep_ptr is not None:
+            keep = tl.load(keep_ptr + batch.to(tl.int64) * N + first + n, valid, 0) != 0
+            valid = keep
+        u = load_rows(u_ptr, batch, head, row, length, keep, stride_un, D, WIDTH, BLOCK, TMA)
+        y = load_rows(y_ptr, batch, head, row, length, keep, stride_yn, D, WIDTH, BLOCK, TMA)
+        x = logits(u, w, WIDTH, PRECISION)
+        if w_ptr is not None and u.dtype == tl.float32:
+            x *= 1.0 - 2.0 * half
+        factor = tl.where(valid, ROOM, 0.0)  # rows that do not count have no features
+        multipliers = tl.where(one, 1.0, tl.zeros([16, BLOCK], tl.float32)).to(u.dtype)
+        if rows_ptr is not None:
+            factor *= tl.load(rows_ptr + at + n, valid, 0.0)
+            high, low = split(-tl.load(rows_ptr + rows_plane + at + n, valid, 0.0), u.dtype)
+            multipliers = tl.where(one, high[None, :], tl.where(two, low[None, :], 0.0)).to(u.dtype)
+        phi = features(x, 1, factor, D, WIDTH, FEATURE_MAP)
+        if z_ptr is not None:
+            phi *= tl.load(z_ptr + cols, cols < D, 0.0)[None, :]
+        phi = phi.to(u.dtype)
+        if VALUE_FIRST:
+            state = tl.dot(tl.trans(y), phi, state, input_precision=PRECISION)
+        else:
+            state = tl.dot(tl.trans(phi), y, state, input_precision=PRECISION)
+        sums = tl.dot(multipliers, phi, sums, input_precision=PRECISION)
+    if VALUE_FIRST:
+        state = tl.trans(state)
+    out = pid.to(tl.int64) * WIDTH
+    tl.store(partial_ptr + out * WIDTH + cols[:, None] * WIDTH + cols[None, :], state)
+    tl.store(z_partial_ptr + out + cols, tl.sum(sums, axis=0))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def reduce_state(
+    partial_ptr, z_partial_ptr, z_ptr, stats_ptr, r_ptr, cu_ptr, state_ptr, z_out_ptr,
+    HEADS, splits, rows, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, SIGNS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """scale times the sum of a sequence's partials, for ROWS features of one key head.
+
+    BACKWARD divides by the z that accumulate_state multiplied with, takes the center c in stats_ptr out of dz (none
+    without normalisation: dz = 0), and multiplies by 1 - r where the output was mixed.
+    """
+    pid = tl.program_id(0)
+    chunks = SIGNS * (WIDTH // ROWS)
+    head = pid // chunks  # of all sequences' key heads
+    half = pid % chunks // (WIDTH // ROWS)
+    f = pid % (WIDTH // ROWS) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, WIDTH)
+    sequence, key_head = head // (HEADS // GROUP), head % (HEADS // GROUP)
+    if cu_ptr is None:
+        item, count = sequence * splits, splits
+    else:
+        first = tl.load(cu_ptr + sequence)
+        item = first // rows + sequence
+        count = (tl.load(cu_ptr + sequence + 1) - first + rows - 1) // rows
+    state = tl.zeros([ROWS, WIDTH], tl.float32)
+    z = tl.zeros([ROWS], tl.float32)
+    for i in range(count * GROUP):
+        partial = (((item + i // GROUP) * HEADS + key_head * GROUP + i % GROUP) * SIGNS + half).to(tl.int64) * WIDTH
+        state += tl.load(partial_ptr + (partial + f)[:, None] * WIDTH + d[None, :])
+        z += tl.load(z_partial_ptr + partial + f)
+    real = f < D
+    out = (head * SIGNS + half).to(tl.int64) * D + f
+    if r_ptr is not None:
+        scale *= 1.0 - tl.load(r_ptr).to(tl.float32)
+    state *= scale
+    z *= scale
+    if BACKWARD:
+        if z_ptr is not None:
+            mass = tl.load(z_ptr + out, real, 0.0)
+            inverse = tl.where(mass > 0.0, 1.0 / tl.where(mass > 0.0, mass, 1.0), 0.0)
+            state *= inverse[:, None]
+            z *= inverse
+        if stats_ptr is not None:
+            center = tl.load(stats_ptr + (head.to(tl.int64) * (2 * SIGNS + 2) + 2 * SIGNS) * WIDTH + d)
+            z -= tl.sum(state * center[None, :], axis=1)
+        else:
+            z = tl.zeros([ROWS], tl.float32)
+    tl.store(state_ptr + out[:, None] * D + d[None, :], state, real[:, None] & (d < D)[None, :])
+    tl.store(z_out_ptr + out, z, real)
+
+
+def accumulate(side: Side, y, *, key_heads, backward=False, scale=1.0, rows=None, z=None, stats=None, r=None):
+    """Returns scale S [B, Hk, F, D] and scale z [B, Hk, F] in fp32; B counts sequences where they are packed.
+
+    The backward passes r where the output was mixed, and if it was normalised the row factors, the forward's z and its
+    stats.
+    """
+    u = side.u
+    _, length, heads, dim = u.shape
+    signs, width = side.signs, side.width
+    tile = side.tile("accumulate_state", expanded=expanded(u, y))
+    work = side.work(tile, halves=signs)
+    float32 = {"dtype": torch.float32, "device": u.device}
+    partial = torch.empty((work.items, heads, signs, width, width), **float32)
+    z_partial = torch.empty((work.items, heads, signs, width), **float32)
+    gain = z if u.dtype == torch.float16 else None
+    room = configs.room(side.feature_map) if gain is None else configs.ROOM
+    launch(
+        accumulate_state, work.items * heads * signs, tile,
+        *(descriptor(u, tile, width), side.weight, descriptor(y, tile, width)) if tile.tma else (u, side.weight, y),
+        side.keep, rows, gain, side.cu_seqlens, partial, z_partial, *u.stride()[:3], *y.stride()[:3],
+        work.sequences, heads, length, work.splits, work.rows, 0 if rows is None else rows.stride(0),
+        D=dim, WIDTH=width, SIGNS=signs, GROUP=heads // key_heads, BLOCK=tile.block, FEATURE_MAP=side.feature_map,
+        ROOM=room, VALUE_FIRST=tile.value_first, TMA=tile.tma, PRECISION=side.precision,
+    )  # fmt: skip
+    state = torch.empty((work.sequences, key_heads, signs * dim, dim), **float32)
+    z_out = torch.empty((work.sequences, key_heads, signs * dim), **float32)
+    tile = side.tile("reduce_state")
+    launch(
+        reduce_state, work.sequences * key_heads * signs * (width // tile.block), tile,
+        partial, z_partial, gain, stats, r, side.cu_seqlens, state, z_out,
+        heads, work.splits, work.rows, scale / room,
+        D=dim, WIDTH=width, SIGNS=signs, GROUP=heads // key_heads, ROWS=tile.block, BACKWARD=backward,
+    )  # fmt: skip
+    return state, z_out

@@ -1,0 +1,106 @@
+"""The rows' side of linear attention: phi(u) times a prepared state (prepare.py).
+
+o = c + (phi(q) T - eps c) / (phi(q) z + eps), optionally mixed with softmax attention, r softmax_out + (1 - r) o; not
+normalised o = scale phi(q) T. The same pass gives dv = phi(k) dS.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from linvideo_kernels.linear_attn import configs
+from linvideo_kernels.linear_attn.feature_maps import features
+from linvideo_kernels.linear_attn.launch import SIZES, launch
+from linvideo_kernels.linear_attn.products import floor_power, logits, operand, split, times
+from linvideo_kernels.linear_attn.side import Side, aligned, descriptor, expanded, strides
+from linvideo_kernels.linear_attn.tiles import head_rows, load_rows, locate, rotate, store_rows
+
+
+@triton.jit(do_not_specialize=SIZES)
+def apply_state(
+    u_ptr, w_ptr, state_ptr, stats_ptr, cos_ptr, sin_ptr, keep_ptr, mix_ptr, r_ptr, cu_ptr, out_ptr,
+    stride_ub, stride_un, stride_uh, stride_mb, stride_mn, stride_mh, stride_ob, stride_on, stride_oh,
+    SEQUENCES, HEADS, N, splits, rows, scale, eps,
+    D: tl.constexpr, WIDTH: tl.constexpr, SIGNS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, ROOM: tl.constexpr, NORMALIZE: tl.constexpr, KEEP: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    head = pid % HEADS
+    item = pid // HEADS
+    sequence, batch, first, length, start, stop = locate(item, cu_ptr, SEQUENCES, N, splits, rows)
+    u_ptr = head_rows(u_ptr, batch, first, head, stride_ub, stride_un, stride_uh, TMA)
+    out_ptr = head_rows(out_ptr, batch, first, head, stride_ob, stride_on, stride_oh, False)
+    if mix_ptr is not None:
+        mix_ptr = head_rows(mix_ptr, batch, first, head, stride_mb, stride_mn, stride_mh, False)
+        r = tl.load(r_ptr).to(tl.float32)
+    key_head = (sequence * (HEADS // GROUP) + head // GROUP).to(tl.int64)
+    state_ptr += key_head * SIGNS * WIDTH * WIDTH
+    stats_ptr += key_head * (2 * SIGNS + 2) * WIDTH
+    cols = tl.arange(0, WIDTH)
+    w = w_ptr
+    if w_ptr is not None:
+        w = operand(w_ptr + head * WIDTH * WIDTH, True, WIDTH)
+    state = operand(state_ptr, KEEP, WIDTH)
+    state2 = operand(state_ptr + (SIGNS - 1) * WIDTH * WIDTH, KEEP, WIDTH)
+    factor = tl.load(stats_ptr + (2 * SIGNS + 1) * WIDTH) * (scale / ROOM)
+    # Without a weight the features are born in another layout than a dot wants: a row sum would make them twice.
+    Z_BY_DOT: tl.constexpr = NORMALIZE and w_ptr is None and out_ptr.dtype.element_ty != tl.float32
+    if Z_BY_DOT:
+        z = tl.load(stats_ptr + cols)
+        power = floor_power(tl.max(z, axis=0))
+        high, low = split(z / power, out_ptr.dtype.element_ty)
+        column = tl.arange(0, 16)[None, :]
+        z = tl.where(column == 0, high[:, None], tl.where(column == 1, low[:, None], 0.0)).to(high.dtype)
+    for row in range(start, stop, BLOCK):
+        n = row + tl.arange(0, BLOCK)
+        valid = n < length
+        u = load_rows(u_ptr, batch, head, row, length, None, stride_un, D, WIDTH, BLOCK, TMA)
+        if cos_ptr is not None:
+            u = rotate(u, cos_ptr, sin_ptr, first + n, valid, 1.0, D, WIDTH)
+        x = logits(u, w, WIDTH, PRECISION)
+        acc = tl.zeros([BLOCK, WIDTH], tl.float32)
+        den = tl.zeros([BLOCK], tl.float32)
+        for half in tl.static_range(SIGNS):
+            phi = features(x, 1 - 2 * half, ROOM, D, WIDTH, FEATURE_MAP)
+            if Z_BY_DOT:
+                den = tl.sum(tl.dot(phi.to(u.dtype), z, input_precision=PRECISION), axis=1) * power
+            elif NORMALIZE:
+                den += tl.sum(phi * tl.load(stats_ptr + half * WIDTH + cols)[None, :], axis=1)
+            acc = times(phi.to(u.dtype), state if half == 0 else state2, acc, False, WIDTH, PRECISION)
+        if NORMALIZE:
+            den *= 1.0 / ROOM
+            a = 1.0 / (den + eps)
+            center = tl.load(stats_ptr + 2 * SIGNS * WIDTH + cols)
+            # exactly 0 where the query shares no feature with any key
+            acc = acc * (a * factor)[:, None] + center[None, :] * (den * a)[:, None]
+        else:
+            acc *= factor
+        if keep_ptr is not None:
+            acc = tl.where((tl.load(keep_ptr + batch.to(tl.int64) * N + first + n, valid, 0) != 0)[:, None], acc, 0.0)
+        if mix_ptr is not None:
+            softmax_out = load_rows(mix_ptr, batch, head, row, length, None, stride_mn, D, WIDTH, BLOCK, False)
+            acc = r * softmax_out.to(tl.float32) + (1.0 - r) * acc
+        store_rows(out_ptr, acc, row, valid, stride_on, D, WIDTH, BLOCK)
+
+
+def apply(side: Side, state, stats, *, normalize, eps=0.0, scale=1.0, softmax_out=None, r=None):
+    """Returns the output like u. state, stats: of `prepare`, for as many key heads as side.u's or fewer."""
+    u = side.u
+    _, length, heads, dim = u.shape
+    out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    softmax_out = None if softmax_out is None else aligned(softmax_out)
+    tile = side.tile("apply_state", mix=softmax_out is not None, expanded=expanded(u))
+    work = side.work(tile)
+    width = state.shape[-1]
+    launch(
+        apply_state, work.items * heads, tile,
+        descriptor(u, tile, width) if tile.tma else u, side.weight, state, stats, side.cos, side.sin, side.keep,
+        softmax_out, r, side.cu_seqlens, out,
+        *u.stride()[:3], *strides(softmax_out), *out.stride()[:3],
+        work.sequences, heads, length, work.splits, work.rows, scale, eps,
+        D=dim, WIDTH=width, SIGNS=side.signs, GROUP=heads // state.shape[1], BLOCK=tile.block,
+        FEATURE_MAP=side.feature_map, ROOM=configs.room(side.feature_map), NORMALIZE=normalize, KEEP=tile.keeps,
+        TMA=tile.tma, PRECISION=side.precision,
+    )  # fmt: skip
+    return out

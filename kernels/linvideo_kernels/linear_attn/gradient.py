@@ -1,0 +1,171 @@
+"""Gradients of one side's rows u (q or k) and of its feature weights; the features are computed again.
+
+map_grad: through the feature map, on to the logits x = u W. With T, c from prepare.py and t_f = T_f.y:
+    queries  y = do: a = 1 / den, delta = do.(o - c) = a (sum_f phi_f t_f - eps do.c), dphi_f = a (t_f - delta z_f)
+    keys     y = v - c: dphi_f = t_f + dz_f + T_f.c
+The map is linear in dphi, so the queries' dx is a (pull(t) - delta pull(z)): one pass over the features gives a and
+delta, which accumulate_state needs, and dx.
+project_grad: du = dx W^T in place of dx, dW = sum_n u_n^T dx_n.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from linvideo_kernels.linear_attn.feature_maps import features, pull_back
+from linvideo_kernels.linear_attn.launch import SIZES, launch
+from linvideo_kernels.linear_attn.products import logits, operand, times
+from linvideo_kernels.linear_attn.side import Side
+from linvideo_kernels.linear_attn.tiles import head_rows, load_rows, locate, rotate, store_rows
+
+
+@triton.jit(do_not_specialize=SIZES)
+def map_grad(
+    u_ptr, w_ptr, y_ptr, state_ptr, stats_ptr, cos_ptr, sin_ptr, keep_ptr, r_ptr, cu_ptr, rows_ptr, dx_ptr,
+    stride_ub, stride_un, stride_uh, stride_yb, stride_yn, stride_yh, stride_ob, stride_on, stride_oh,
+    SEQUENCES, HEADS, N, splits, rows, rows_plane, scale, eps,
+    D: tl.constexpr, WIDTH: tl.constexpr, SIGNS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr, KEYS: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Writes dx, turned back where the map has no weights; of normalised queries also a and delta in rows_ptr."""
+    pid = tl.program_id(0)
+    head = pid % HEADS
+    item = pid // HEADS
+    sequence, batch, first, length, start, stop = locate(item, cu_ptr, SEQUENCES, N, splits, rows)
+    u_ptr = head_rows(u_ptr, batch, first, head, stride_ub, stride_un, stride_uh, False)
+    y_ptr = head_rows(y_ptr, batch, first, head, stride_yb, stride_yn, stride_yh, False)
+    dx_ptr = head_rows(dx_ptr, batch, first, head, stride_ob, stride_on, stride_oh, False)
+    at = (batch * HEADS + head).to(tl.int64) * N + first
+    key_head = (sequence * (HEADS // GROUP) + head // GROUP).to(tl.int64)
+    state_ptr += key_head * SIGNS * WIDTH * WIDTH
+    stats_ptr += key_head * (2 * SIGNS + 2) * WIDTH
+    cols = tl.arange(0, WIDTH)
+    w = w_ptr
+    if w_ptr is not None:
+        w = operand(w_ptr + head * WIDTH * WIDTH, True, WIDTH)
+    state = operand(state_ptr, KEEP, WIDTH)
+    state2 = operand(state_ptr + (SIGNS - 1) * WIDTH * WIDTH, KEEP, WIDTH)
+    factor = tl.load(stats_ptr + (2 * SIGNS + 1) * WIDTH) * scale
+    mixed = 1.0
+    if r_ptr is not None:
+        mixed = 1.0 - tl.load(r_ptr).to(tl.float32)
+    for row in range(start, stop, BLOCK):
+        n = row + tl.arange(0, BLOCK)
+        valid = n < length
+        u = load_rows(u_ptr, batch, head, row, length, None, stride_un, D, WIDTH, BLOCK, False)
+        y = load_rows(y_ptr, batch, head, row, length, None, stride_yn, D, WIDTH, BLOCK, False)
+        center = tl.load(stats_ptr + 2 * SIGNS * WIDTH + cols)
+        y_center = tl.sum(y.to(tl.float32) * center[None, :], axis=1)
+        if KEYS:
+            y = (y.to(tl.float32) - center[None, :]).to(u.dtype)
+        x = logits(u, w, WIDTH, PRECISION)
+        dx = tl.zeros([BLOCK, WIDTH], tl.float32)  # pull(t)
+        dz = tl.zeros([BLOCK, WIDTH], tl.float32)  # pull(z)
+        both = tl.zeros([BLOCK, WIDTH], tl.float32)  # of hedgehog_joint: phi of the first half minus the second
+        inner = tl.zeros([BLOCK], tl.float32)  # <phi, t>
+        den = tl.zeros([BLOCK], tl.float32)  # <phi, z>
+        for half in tl.static_range(SIGNS):
+            phi = features(x, 1 - 2 * half, 1.0, D, WIDTH, FEATURE_MAP)
+            t = tl.zeros([BLOCK, WIDTH], tl.float32)
+            t = times(y, state if half == 0 else state2, t, True, WIDTH, PRECISION)
+            if KEYS:
+                t += tl.load(stats_ptr + (SIGNS + half) * WIDTH + cols)[None, :]
+            t, phi_t = pull_back(x, phi, t, FEATURE_MAP)
+            dx = dx + t if half == 0 else dx - t
+            inner += phi_t
+            if FEATURE_MAP == "hedgehog_joint":
+                both = both + phi if half == 0 else both - phi
+            if NORMALIZE and not KEYS:
+                z, phi_z = pull_back(x, phi, tl.load(stats_ptr + half * WIDTH + cols)[None, :], FEATURE_MAP)
+                dz = dz + z if half == 0 else dz - z
+                den += phi_z
+        if NORMALIZE and not KEYS:
+            a = 1.0 / (den + eps)
+            delta = (inner * factor - eps * y_center) * a
+            tl.store(rows_ptr + at + n, a, valid)
+            tl.store(rows_ptr + rows_plane + at + n, delta, valid)
+            dx = dx * factor - delta[:, None] * dz
+            inner = inner * factor - delta * den
+            a *= mixed
+        else:
+            if rows_ptr is not None:  # for mix_grad: do.o
+                tl.store(rows_ptr + rows_plane + at + n, inner * factor, valid)
+            a = tl.zeros([BLOCK], tl.float32) + factor * mixed
+        if FEATURE_MAP == "hedgehog_joint":
+            dx = 2.0 * (dx - inner[:, None] * both)
+        if keep_ptr is not None:
+            a = tl.where(tl.load(keep_ptr + batch.to(tl.int64) * N + first + n, valid, 0) != 0, a, 0.0)
+        dx = dx * a[:, None]
+        if cos_ptr is not None and w_ptr is None:
+            dx = rotate(dx, cos_ptr, sin_ptr, first + n, valid, -1.0, D, WIDTH)
+        store_rows(dx_ptr, dx, row, valid, stride_on, D, WIDTH, BLOCK)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def project_grad(
+    u_ptr, w_ptr, cos_ptr, sin_ptr, dx_ptr, dw_partial_ptr,
+    stride_ub, stride_un, stride_uh, stride_ob, stride_on, stride_oh,
+    SEQUENCES, HEADS, N, splits, rows,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Overwrites dx by du, turned back, and writes one partial dW per item and head; packed sequences are one here."""
+    pid = tl.program_id(0)
+    head = pid % HEADS
+    item = pid // HEADS
+    sequence, batch, first, length, start, stop = locate(item, None, SEQUENCES, N, splits, rows)
+    u_ptr = head_rows(u_ptr, batch, first, head, stride_ub, stride_un, stride_uh, False)
+    dx_ptr = head_rows(dx_ptr, batch, first, head, stride_ob, stride_on, stride_oh, False)
+    cols = tl.arange(0, WIDTH)
+    w_ptr += head * WIDTH * WIDTH
+    w = tl.load(w_ptr + cols[:, None] * WIDTH + cols[None, :])  # [in, out]
+    dw = tl.zeros([WIDTH, WIDTH], tl.float32)  # [in, out]
+    for row in range(start, stop, BLOCK):
+        n = row + tl.arange(0, BLOCK)
+        valid = n < length
+        u = load_rows(u_ptr, batch, head, row, length, valid, stride_un, D, WIDTH, BLOCK, False)
+        dx = load_rows(dx_ptr, batch, head, row, length, valid, stride_on, D, WIDTH, BLOCK, False)
+        dw = tl.dot(tl.trans(u), dx, dw, input_precision=PRECISION)
+        du = tl.dot(dx, tl.trans(w), input_precision=PRECISION)
+        if cos_ptr is not None:
+            du = rotate(du, cos_ptr, sin_ptr, first + n, valid, -1.0, D, WIDTH)
+        store_rows(dx_ptr, du, row, valid, stride_on, D, WIDTH, BLOCK)
+    at = pid.to(tl.int64) * D * D + cols[:, None] * D + cols[None, :]
+    tl.store(dw_partial_ptr + at, dw, (cols < D)[:, None] & (cols < D)[None, :])
+
+
+def row_gradient(side: Side, y, state, stats, *, keys, normalize, rope=None, scale=1.0, eps=0.0, r=None, rows=None):
+    """Returns du like u and the weight's gradient [H, D, D] in fp32 (None without weights).
+
+    side.u is as turned by `rope`, (cos, sin), and du as it was before. rows [2, B, H, N]: receives the row factors.
+    """
+    u = side.u
+    batch, length, heads, dim = u.shape
+    if rope is not None:  # from here on, for turning back
+        side = side._replace(cos=rope[0].contiguous(), sin=rope[1].contiguous())
+    dx = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    tile = side.tile("map_grad")
+    work = side.work(tile)
+    width = state.shape[-1]
+    launch(
+        map_grad, work.items * heads, tile,
+        u, side.weight, y, state, stats, side.cos, side.sin, side.keep, r, side.cu_seqlens, rows, dx,
+        *u.stride()[:3], *y.stride()[:3], *dx.stride()[:3],
+        work.sequences, heads, length, work.splits, work.rows, 0 if rows is None else rows.stride(0), scale, eps,
+        D=dim, WIDTH=width, SIGNS=side.signs, GROUP=heads // state.shape[1], BLOCK=tile.block,
+        FEATURE_MAP=side.feature_map, NORMALIZE=normalize, KEYS=keys, KEEP=tile.keeps,
+        PRECISION=side.precision,
+    )  # fmt: skip
+    if side.weight is None:
+        return dx, None
+    side = side._replace(keep=None, cu_seqlens=None)
+    tile = side.tile("project_grad")
+    work = side.work(tile)
+    dw_partial = torch.empty((work.items, heads, dim, dim), dtype=torch.float32, device=u.device)
+    launch(
+        project_grad, work.items * heads, tile,
+        u, side.weight, side.cos, side.sin, dx, dw_partial, *u.stride()[:3], *dx.stride()[:3],
+        batch, heads, length, work.splits, work.rows,
+        D=dim, WIDTH=width, BLOCK=tile.block, PRECISION=side.precision,
+    )  # fmt: skip
+    return dx, dw_partial.sum(0)  # a plain sum over one axis: the same order every run

@@ -1,0 +1,88 @@
+"""From the fp32 state to what apply_state and map_grad multiply with: one program a head, a few microseconds.
+
+Forward, normalised: T = S - z c^T with the overall mean c = sum_f S_f / sum_f z_f, so that a mean of v costs no
+precision; o = c + (phi T - eps c) / (phi z + eps). Not normalised: T = S, c = 0.
+Gradients of the state: T = dS, and c comes off v: dphi(k)_f = T_f.(v - c) + (dz_f + T_f.c).
+
+T is scaled by a power of two to the top of fp16's range and cast to q's dtype.
+Layout: T [B, H, SIGNS, f, d]; stats [B, H, 2 SIGNS + 2, WIDTH] fp32: z of each half, dz_f + T_f.c of each half, c, and
+the power of two to multiply by in place of the scale (in every column).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from linvideo_kernels.linear_attn import configs
+from linvideo_kernels.linear_attn.launch import launch
+from linvideo_kernels.linear_attn.products import floor_power
+
+
+@triton.jit
+def prepare_state(
+    state_ptr, z_ptr, grad_ptr, z_grad_ptr, out_ptr, stats_ptr,
+    D: tl.constexpr, WIDTH: tl.constexpr, SIGNS: tl.constexpr, ROWS: tl.constexpr, CENTER: tl.constexpr,
+):  # fmt: skip
+    """grad_ptr, z_grad_ptr: dS and dz, to prepare in place of S."""
+    head = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, WIDTH)
+    state_ptr += head * SIGNS * D * D
+    z_ptr += head * SIGNS * D
+    out_ptr += head * SIGNS * WIDTH * WIDTH
+    stats_ptr += head * (2 * SIGNS + 2) * WIDTH
+    chunks: tl.constexpr = WIDTH // ROWS
+    center = tl.zeros([WIDTH], tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    if CENTER:
+        for chunk in range(SIGNS * chunks):
+            f = chunk % chunks * ROWS + tl.arange(0, ROWS)
+            real = (f < D)[:, None] & (d < D)[None, :]
+            at = chunk // chunks * D + f
+            center += tl.sum(tl.load(state_ptr + at[:, None] * D + d[None, :], real, 0.0), axis=0)
+            mass += tl.load(z_ptr + at, f < D, 0.0)
+        center /= tl.maximum(tl.sum(mass, axis=0), 1e-25)
+    source_ptr = state_ptr
+    if grad_ptr is not None:
+        source_ptr = grad_ptr + head * SIGNS * D * D
+        z_grad_ptr += head * SIGNS * D
+    top = tl.zeros([ROWS], tl.float32)
+    for chunk in range(SIGNS * chunks):
+        f = chunk % chunks * ROWS + tl.arange(0, ROWS)
+        real = (f < D)[:, None] & (d < D)[None, :]
+        at = chunk // chunks * D + f
+        t = tl.load(source_ptr + at[:, None] * D + d[None, :], real, 0.0)
+        if CENTER and grad_ptr is None:
+            t -= tl.load(z_ptr + at, f < D, 0.0)[:, None] * center[None, :]
+        top = tl.maximum(top, tl.max(tl.abs(t), axis=1))
+    power = floor_power(tl.max(top, axis=0)) / 16384.0
+    for chunk in range(SIGNS * chunks):
+        half, f = chunk // chunks, chunk % chunks * ROWS + tl.arange(0, ROWS)
+        real = (f < D)[:, None] & (d < D)[None, :]
+        at = half * D + f
+        t = tl.load(source_ptr + at[:, None] * D + d[None, :], real, 0.0)
+        z = tl.load(z_ptr + at, f < D, 0.0)
+        if grad_ptr is not None:
+            offset = tl.load(z_grad_ptr + at, f < D, 0.0) + tl.sum(t * center[None, :], axis=1)
+            tl.store(stats_ptr + (SIGNS + half) * WIDTH + f, offset / power)
+        elif CENTER:
+            t -= z[:, None] * center[None, :]
+        tl.store(stats_ptr + half * WIDTH + f, z)
+        t = (t / power).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (half * WIDTH + f)[:, None] * WIDTH + d[None, :], t)
+    tl.store(stats_ptr + 2 * SIGNS * WIDTH + d, center)
+    tl.store(stats_ptr + (2 * SIGNS + 1) * WIDTH + d, tl.zeros([WIDTH], tl.float32) + power)
+
+
+def prepare(state, z, dtype, center: bool, grads=(None, None)):
+    """Returns T in `dtype` and the stats. state [B, H, F, D] and z [B, H, F] contiguous; grads: (dS, dz)."""
+    batch, heads, features, dim = state.shape
+    signs = features // dim
+    out_shape, stats_shape = configs.saved_shapes(batch, heads, dim, signs)
+    out = torch.empty(out_shape, dtype=dtype, device=state.device)
+    stats = torch.empty(stats_shape, dtype=torch.float32, device=state.device)
+    tile = configs.tile("prepare_state", dim, torch.float32, 0, "")
+    launch(
+        prepare_state, batch * heads, tile, state, z, *grads, out, stats,
+        D=dim, WIDTH=out_shape[-1], SIGNS=signs, ROWS=min(tile.block, out_shape[-1]), CENTER=center,
+    )  # fmt: skip
+    return out, stats

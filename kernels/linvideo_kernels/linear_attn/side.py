@@ -1,0 +1,91 @@
+"""One side of linear attention, the queries or the keys, as the launchers see it."""
+
+from typing import NamedTuple
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from linvideo_kernels.linear_attn import configs
+from linvideo_kernels.linear_attn.launch import Target, target_of
+
+
+class Side(NamedTuple):
+    u: torch.Tensor  # [B, N, H, D], aligned
+    weight: torch.Tensor | None  # [H, WIDTH, WIDTH] in u's dtype
+    feature_map: str
+    precision: str  # of fp32 products: "ieee" or "tf32x3"
+    cos: torch.Tensor | None = None  # [N, D/2]
+    sin: torch.Tensor | None = None
+    keep: torch.Tensor | None = None  # [B, N] int8: 0 leaves a key out
+    cu_seqlens: torch.Tensor | None = None  # [sequences + 1] int32, where B is 1
+
+    @classmethod
+    def of(cls, u, weight, feature_map, precision, rope=None, keep=None, cu_seqlens=None) -> "Side":
+        """With the weight [H, D, D] cast to u's dtype and padded with zeros."""
+        if weight is not None:
+            missing = configs.padded(u.shape[-1]) - u.shape[-1]
+            weight = weight.to(u.dtype).contiguous()
+            weight = torch.nn.functional.pad(weight, (0, missing, 0, missing)) if missing else weight
+        cos, sin = (None, None) if rope is None else (table.contiguous() for table in rope)
+        keep = None if keep is None else keep.to(torch.int8).contiguous()
+        return cls(aligned(u), weight, feature_map, precision, cos, sin, keep, cu_seqlens)
+
+    @property
+    def signs(self) -> int:
+        return configs.signs(self.feature_map)
+
+    @property
+    def width(self) -> int:
+        return configs.padded(self.u.shape[-1])
+
+    @property
+    def sequences(self) -> int:
+        return self.u.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
+
+    @property
+    def target(self) -> Target:
+        return target_of(self.u)
+
+    def tile(self, kernel: str, **more: bool) -> configs.Tile:
+        given = {
+            "rope": self.cos is not None,
+            "key_mask": self.keep is not None,
+            "packed": self.cu_seqlens is not None,
+            "tf32x3": self.precision == "tf32x3",
+        }
+        options = frozenset(name for name, there in (given | more).items() if there)
+        dim, capability = self.u.shape[-1], self.target.capability
+        return configs.tile(kernel, dim, self.u.dtype, capability, self.feature_map, options)
+
+    def work(self, tile: configs.Tile, halves: int = 1) -> configs.Work:
+        batch, length, heads, _ = self.u.shape
+        packed = None if self.cu_seqlens is None else self.sequences
+        return configs.deal_out(tile, length, batch, packed, heads * halves, self.target.sm_count)
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy where its last stride is not 1 or not every row starts at a multiple of 8 elements.
+
+    Reading rows 2 bytes at a time, in every pass, costs far more than the copy.
+    """
+    fits = x.stride(-1) == 1 and not any(stride % 8 for stride in x.stride()[:3]) and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def strides(x: torch.Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if x is None else x.stride()[:3]
+
+
+def descriptor(x: torch.Tensor, tile: configs.Tile, width: int) -> TensorDescriptor:
+    """TMA descriptor of the row tiles of x [B, N, H, D]."""
+    return TensorDescriptor(x, list(x.shape), [*_steps(x), 1], [1, tile.block, 1, width])
+
+
+def expanded(*tensors: torch.Tensor) -> bool:
+    """Whether one of them repeats elements, which TMA cannot."""
+    return any(0 in _steps(x) for x in tensors)
+
+
+def _steps(x: torch.Tensor) -> list[int]:
+    """The first three strides; that of an axis of one element does not matter."""
+    return [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]

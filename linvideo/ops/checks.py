@@ -1,0 +1,153 @@
+"""What `linear_attn` and its two halves accept; anything else is a ValueError that says what was expected and came."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from linvideo.ops.reference import FEATURE_MAPS, WEIGHTED_MAPS
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 128
+PRECISIONS = ("ieee", "tf32x3")
+
+
+def check_rows(name: str, x: Tensor, like: Tensor | None = None) -> None:
+    """[B, N, H, D] of a dtype, head dimension and (with `like`) device that the op takes."""
+    if x.dim() != 4:
+        raise ValueError(f"expected {name} of shape [B, N, H, D], got {x.dim()} dimensions")
+    if x.dtype not in DTYPES or (like is not None and x.dtype != like.dtype):
+        other = "" if like is None else f"{like.dtype} and "
+        raise ValueError(f"expected q, k, v in one dtype of float32, float16, bfloat16, got {other}{name} {x.dtype}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"expected q, k, v on one device, got {like.device} and {name} on {x.device}")
+    batch, length, heads, dim = x.shape
+    if dim % 8 or not 8 <= dim <= MAX_HEAD_DIM:
+        raise ValueError(f"expected a head dimension D that is a multiple of 8 up to {MAX_HEAD_DIM}, got {dim}")
+    if 0 in (batch, length, heads):
+        raise ValueError(f"expected at least one batch, row and head, got {name} {tuple(x.shape)}")
+
+
+def check_values(k: Tensor, v: Tensor) -> None:
+    check_rows("v", v, k)
+    if v.shape != k.shape:
+        raise ValueError(f"expected v of k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+
+
+def check_pair(q: Tensor, k: Tensor) -> None:
+    """Queries and keys of one attention."""
+    (batch, _, heads, dim), key_heads = q.shape, k.shape[2]
+    if k.shape[0] != batch or k.shape[3] != dim or heads % key_heads:
+        raise ValueError(
+            f"expected k of shape [{batch}, Nk, Hk, {dim}], Hk a divisor of {heads}, to go with q, got {tuple(k.shape)}"
+        )
+
+
+def check_features(name: str, weight: Tensor | None, x: Tensor, feature_map: str, precision: str) -> None:
+    """The feature map and its weight for rows x."""
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"expected feature_map to be one of {', '.join(FEATURE_MAPS)}, got {feature_map!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"expected fp32_precision to be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if feature_map not in WEIGHTED_MAPS:
+        if weight is not None:
+            raise ValueError(f"expected no {name} with the parameter-free feature_map {feature_map!r}, got one")
+        return
+    shape = (*x.shape[2:], x.shape[3])
+    if weight is None:
+        raise ValueError(f"expected {name} of shape {list(shape)} with feature_map={feature_map!r}, got None")
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"expected {name} of shape {list(shape)}, got {tuple(weight.shape)}")
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"expected {name} in float32, float16 or bfloat16, got {weight.dtype}")
+    _check_device(name, weight, x)
+
+
+def check_rope(rope, x: Tensor) -> None:
+    if rope is None:
+        return
+    if not isinstance(rope, tuple | list) or len(rope) != 2 or not all(isinstance(t, Tensor) for t in rope):
+        raise ValueError(f"expected rope to be two tensors (cos, sin), got {type(rope).__name__}")
+    shape = (x.shape[1], x.shape[3] // 2)
+    for name, table in zip(("cos", "sin"), rope, strict=True):
+        if tuple(table.shape) != shape:
+            raise ValueError(f"expected rope's {name} of shape {list(shape)}, [N, D/2], got {tuple(table.shape)}")
+        if table.dtype not in DTYPES:
+            raise ValueError(f"expected rope's {name} in float32, float16 or bfloat16, got {table.dtype}")
+        _check_device(f"rope's {name}", table, x)
+
+
+def check_mix(mix, q: Tensor) -> None:
+    if mix is None:
+        return
+    if not isinstance(mix, tuple | list) or len(mix) != 2 or not all(isinstance(t, Tensor) for t in mix):
+        raise ValueError(f"expected mix to be two tensors (softmax_out, r), got {type(mix).__name__}")
+    softmax_out, r = mix
+    if softmax_out.shape != q.shape or softmax_out.dtype != q.dtype:
+        raise ValueError(
+            f"expected softmax_out like q, {tuple(q.shape)} {q.dtype}, got {tuple(softmax_out.shape)}"
+            f" {softmax_out.dtype}"
+        )
+    if r.numel() != 1 or r.dtype not in DTYPES:
+        raise ValueError(f"expected r to be one number in float32, float16 or bfloat16, got {tuple(r.shape)} {r.dtype}")
+    _check_device("softmax_out", softmax_out, q)
+    _check_device("r", r, q)
+
+
+def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
+    if key_mask is None:
+        return
+    if key_mask.dtype != torch.bool or key_mask.shape != k.shape[:2]:
+        raise ValueError(
+            f"expected key_mask to be bool of shape {list(k.shape[:2])}, [B, Nk], got {key_mask.dtype}"
+            f" {tuple(key_mask.shape)}"
+        )
+    _check_device("key_mask", key_mask, k)
+
+
+def check_packed(name: str, cu_seqlens: Tensor | None, x: Tensor) -> None:
+    """cu_seqlens of rows x. What it holds is checked on the CPU only: reading it would wait for a GPU."""
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(
+            f"expected {name} to be int32 of shape [sequences + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    _check_device(name, cu_seqlens, x)
+    if x.shape[0] != 1:
+        raise ValueError(f"expected a batch of 1 (or [total, H, D]) with {name}, got a batch of {x.shape[0]}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != x.shape[1] or ends != sorted(ends):
+            raise ValueError(f"expected {name} to rise from 0 to {x.shape[1]}, got {ends[:8]}")
+
+
+def check_state(state: Tensor, z: Tensor, q: Tensor, cu_seqlens: Tensor | None, feature_map: str) -> None:
+    batch = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    heads, dim = q.shape[2:]
+    features = 2 * dim if feature_map in WEIGHTED_MAPS else dim
+    fits = state.dim() == 4 and state.shape[0] == batch and tuple(state.shape[2:]) == (features, dim)
+    if not fits or not state.shape[1] or heads % state.shape[1]:
+        raise ValueError(
+            f"expected S of shape [{batch}, Hk, {features}, {dim}], Hk a divisor of {heads}, got {tuple(state.shape)}"
+        )
+    if z.shape != state.shape[:3]:
+        raise ValueError(f"expected z of shape {list(state.shape[:3])}, got {tuple(z.shape)}")
+    for name, x in (("S", state), ("z", z)):
+        if x.dtype != torch.float32:
+            raise ValueError(f"expected {name} in float32, got {x.dtype}")
+        _check_device(name, x, q)
+
+
+def check_scaling(feature_map: str, scale: float | None, normalize: bool, eps: float) -> None:
+    if feature_map == "identity" and normalize:
+        raise ValueError("expected normalize=False with feature_map='identity' (its denominator can vanish), got True")
+    if not (math.isfinite(eps) and eps >= torch.finfo(torch.float32).tiny):
+        raise ValueError(f"expected a finite, normal float32 eps > 0, got {eps}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"expected a finite scale, got {scale}")
+
+
+def _check_device(name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"expected {name} on the rows' device {like.device}, got {x.device}")

@@ -1,0 +1,84 @@
+"""The kernels' own choices of how to read and multiply a tile: each gives right results, most the same bits."""
+
+import dataclasses
+import importlib
+import itertools
+
+import pytest
+from cases import DTYPES, LAYOUTS, MAPS, Case, make_inputs
+from linvideo_kernels.linear_attn import side
+from numerics import check, run
+from ops.claims import assert_same_bits
+
+from linvideo.ops import linear_attn
+
+
+@pytest.fixture(autouse=True)
+def interpreter_only(device):
+    if device != "cpu":
+        pytest.skip("a GPU keeps the tiles that fit it")
+
+
+BASE = Case(head_dim=16, nq=131, nk=70)  # neither fills its last tile
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "head_dim"), [("fp32", 24), ("fp16", 16), ("bf16", 24)])
+def test_descriptors_read_what_pointers_read(head_dim, dtype, layout, set_tiles, monkeypatch, device):
+    """TMA leaves zeros past the end where pointers repeat a row: the same bits."""
+    case = dataclasses.replace(BASE, head_dim=head_dim, dtype=dtype, layout=layout, heads=1)
+    inputs, grad = make_inputs(case, device)
+    used = []
+
+    def descriptor(*args):
+        used.append(args)
+        return plain(*args)
+
+    plain = side.descriptor
+    for module in ("accumulate", "apply"):
+        monkeypatch.setattr(importlib.import_module(f"linvideo_kernels.linear_attn.{module}"), "descriptor", descriptor)
+    expected = run(linear_attn, inputs, grad, case.options)
+    assert not used
+    set_tiles(tma=True)
+    assert_same_bits(expected, run(linear_attn, inputs, grad, case.options))
+    assert used or layout == "shared_batch"
+
+
+@pytest.mark.parametrize("map", [("identity", False), ("elu", True), ("hedgehog_joint", True)], ids=str)
+def test_descriptors_see_nan_and_infinity_past_the_end(map, set_tiles, device):
+    """Rows behind the last one, of another tensor in the same memory, do not come in."""
+    set_tiles(tma=True)
+    case = dataclasses.replace(BASE, map=map, dtype="fp32", heads=1)
+    inputs, grad = make_inputs(case, device)
+    for name in "qkv":
+        x = inputs[name].detach()
+        room = x.new_full((x.shape[0], x.shape[1] + 64, *x.shape[2:]), float("nan"))
+        room[:, : x.shape[1]] = x
+        inputs[name] = room[:, : x.shape[1]].requires_grad_()
+    check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))
+
+
+@pytest.mark.parametrize(("map", "dtype"), list(zip(MAPS, itertools.cycle(DTYPES), strict=False)), ids=str)
+def test_either_order_of_the_state(map, dtype, set_tiles, device):
+    """S as phi^T v in place of (v^T phi)^T."""
+    set_tiles(value_first=False)
+    case = dataclasses.replace(BASE, map=map, dtype=dtype, heads=1)
+    inputs, grad = make_inputs(case, device)
+    check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_state_on_chip_or_read_again(dtype, set_tiles, device):
+    case = dataclasses.replace(BASE, dtype=dtype)
+    inputs, grad = make_inputs(case, device)
+    expected = run(linear_attn, inputs, grad, case.options)
+    set_tiles(keeps=False)
+    assert_same_bits(expected, run(linear_attn, inputs, grad, case.options))
+
+
+@pytest.mark.parametrize("block", [16, 32, 128])
+def test_any_tile_height(block, set_tiles, device):
+    set_tiles(block=block)
+    case = dataclasses.replace(BASE, rope=True, mix=0.3, mask="some", packed="rows", group=3, heads=1)
+    inputs, grad = make_inputs(case, device)
+    check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))

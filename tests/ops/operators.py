@@ -1,0 +1,64 @@
+"""Arguments of the four custom operators for a case, in the order of linvideo/ops/library.py."""
+
+import torch
+from cases import Case, make_inputs
+from numerics import _moved
+
+from linvideo.ops.library import uses_kernels
+
+OPS = torch.ops.linvideo
+
+
+def operator_arguments(case: Case, device: str) -> dict[str, tuple]:
+    """{"state", "state_backward", "apply", "apply_backward"}; the tensors of the two forwards require gradients.
+
+    Off the kernels the operators never see a rotary embedding or a mixture.
+    """
+    inputs, grad = make_inputs(case, device)
+    inputs = {name: x.detach().nan_to_num(0, 0, 0).requires_grad_() for name, x in inputs.items()}  # opcheck compares
+    options = {name: _moved(x, torch.device(device)) for name, x in case.options.items()}
+    fused = uses_kernels(inputs["q"])
+    rope = options.get("rope", (None, None)) if fused else (None, None)
+    mix = [inputs.get(name) if fused else None for name in ("softmax_out", "r")]
+    name, precision = case.map[0], "ieee"
+    scaling = options.get("scale", 1.0), case.map[1], case.eps
+    keys = inputs["k"], inputs["v"], inputs.get("k_weight"), *rope
+    ends = options.get("key_mask"), options.get("cu_seqlens_k")
+    state_arguments = *keys, *ends, name, precision, rope[0] is not None
+    with torch.no_grad():
+        state, z, k = OPS.linear_attn_state(*state_arguments)
+    turned = (k if rope[0] is not None else inputs["k"], *keys[1:])
+    sums = [x.detach().requires_grad_() for x in (state, z)]
+    queries = inputs["q"], *sums, inputs.get("q_weight"), *rope, *mix, options.get("cu_seqlens_q")
+    apply_arguments = *queries, name, *scaling, precision, rope[0] is not None
+    with torch.no_grad():
+        _, q = OPS.linear_attn_apply(*apply_arguments)
+    turned_q = (q if rope[0] is not None else inputs["q"], *queries[1:])
+    sums_grad = torch.randn_like(state), torch.randn_like(z)
+    return {
+        "state": state_arguments,
+        "state_backward": _detached(*sums_grad, *turned, *ends, state, z, name, precision),
+        "apply": apply_arguments,
+        "apply_backward": _detached(grad, *turned_q, name, *scaling, precision),
+    }
+
+
+def _detached(*arguments):
+    return tuple(x.detach() if torch.is_tensor(x) else x for x in arguments)
+
+
+FORWARD_CHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_static",
+    "test_aot_dispatch_dynamic",
+)
+BACKWARD_CHECKS = ("test_schema", "test_faketensor")
+
+
+def check_operators(case: Case, device: str) -> None:
+    """torch.library.opcheck on all four."""
+    for name, arguments in operator_arguments(case, device).items():
+        checks = BACKWARD_CHECKS if name.endswith("backward") else FORWARD_CHECKS
+        torch.library.opcheck(getattr(OPS, f"linear_attn_{name}").default, arguments, test_utils=checks)
