@@ -34,8 +34,8 @@ class LinearAttentionBranch(nn.Module):
 
     W starts at s = D**0.25 times the identity. For small x, phi(q).phi(k) = (2/D) (1 + s^2 q'.k' / D + ...), where '
     takes the mean over channels away, so that this s gives exp(q'.k' / sqrt(D)) to first order: the layer starts as
-    close as phi allows to the softmax attention that it replaces. For "hedgehog_joint", (1/2D) (1 + 4 s^2 q.k / D + ...),
-    s is half of that.
+    close as phi allows to the softmax attention that it replaces. For "hedgehog_joint", (1/2D) (1 + 4 s^2 q.k / D +
+    ...), s is half of that.
 
     Raises:
         ValueError: for a size, feature map or r_init outside the ranges above.

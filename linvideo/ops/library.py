@@ -207,7 +207,7 @@ def _given(grad: Tensor, x: Tensor | None) -> Tensor | None:
 
 
 def _like(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
-    return None if x is None else grad.to(x.dtype)
+    return None if x is None else grad.to(x.dtype).view(x.shape)
 
 
 def _new(like: Tensor, x: Tensor | None) -> Tensor:

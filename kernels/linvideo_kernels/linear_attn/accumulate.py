@@ -16,7 +16,7 @@ from linvideo_kernels.linear_attn.feature_maps import features
 from linvideo_kernels.linear_attn.launch import SIZES, launch
 from linvideo_kernels.linear_attn.products import logits, operand, split
 from linvideo_kernels.linear_attn.side import Side, descriptor, expanded
-from linvideo_kernels.linear_attn.tiles import head_rows, load_rows, locate
+from linvideo_kernels.linear_attn.tiles import head_rows, kept, load_rows, locate
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -57,7 +57,7 @@ def accumulate_state(
         valid = n < length
         keep = None
         if keep_ptr is not None:
-            keep = tl.load(keep_ptr + batch.to(tl.int64) * N + first + n, valid, 0) != 0
+            keep = kept(keep_ptr, batch, N, first + n, valid)
             valid = keep
         u = load_rows(u_ptr, batch, head, row, length, keep, stride_un, D, WIDTH, BLOCK, TMA)
         y = load_rows(y_ptr, batch, head, row, length, keep, stride_yn, D, WIDTH, BLOCK, TMA)

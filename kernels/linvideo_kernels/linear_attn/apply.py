@@ -13,7 +13,7 @@ from linvideo_kernels.linear_attn.feature_maps import features
 from linvideo_kernels.linear_attn.launch import SIZES, launch
 from linvideo_kernels.linear_attn.products import floor_power, logits, operand, split, times
 from linvideo_kernels.linear_attn.side import Side, aligned, descriptor, expanded, strides
-from linvideo_kernels.linear_attn.tiles import head_rows, load_rows, locate, rotate, store_rows
+from linvideo_kernels.linear_attn.tiles import head_rows, kept, load_rows, locate, rotate, store_rows
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -48,7 +48,7 @@ def apply_state(
     Z_BY_DOT: tl.constexpr = NORMALIZE and w_ptr is None and out_ptr.dtype.element_ty != tl.float32
     if Z_BY_DOT:
         z = tl.load(stats_ptr + cols)
-        power = floor_power(tl.max(z, axis=0))
+        power = floor_power(tl.max(z, axis=0)) / 16384.0  # the top of fp16: small shares count where den nears eps
         high, low = split(z / power, out_ptr.dtype.element_ty)
         column = tl.arange(0, 16)[None, :]
         z = tl.where(column == 0, high[:, None], tl.where(column == 1, low[:, None], 0.0)).to(high.dtype)
@@ -77,7 +77,7 @@ def apply_state(
         else:
             acc *= factor
         if keep_ptr is not None:
-            acc = tl.where((tl.load(keep_ptr + batch.to(tl.int64) * N + first + n, valid, 0) != 0)[:, None], acc, 0.0)
+            acc = tl.where(kept(keep_ptr, batch, N, first + n, valid)[:, None], acc, 0.0)
         if mix_ptr is not None:
             softmax_out = load_rows(mix_ptr, batch, head, row, length, None, stride_mn, D, WIDTH, BLOCK, False)
             acc = r * softmax_out.to(tl.float32) + (1.0 - r) * acc

@@ -16,7 +16,7 @@ from linvideo_kernels.linear_attn.feature_maps import features, pull_back
 from linvideo_kernels.linear_attn.launch import SIZES, launch
 from linvideo_kernels.linear_attn.products import logits, operand, times
 from linvideo_kernels.linear_attn.side import Side
-from linvideo_kernels.linear_attn.tiles import head_rows, load_rows, locate, rotate, store_rows
+from linvideo_kernels.linear_attn.tiles import head_rows, kept, load_rows, locate, rotate, store_rows
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -94,9 +94,9 @@ def map_grad(
             a = tl.zeros([BLOCK], tl.float32) + factor * mixed
         if FEATURE_MAP == "hedgehog_joint":
             dx = 2.0 * (dx - inner[:, None] * both)
-        if keep_ptr is not None:
-            a = tl.where(tl.load(keep_ptr + batch.to(tl.int64) * N + first + n, valid, 0) != 0, a, 0.0)
         dx = dx * a[:, None]
+        if keep_ptr is not None:
+            dx = tl.where(kept(keep_ptr, batch, N, first + n, valid)[:, None], dx, 0.0)
         if cos_ptr is not None and w_ptr is None:
             dx = rotate(dx, cos_ptr, sin_ptr, first + n, valid, -1.0, D, WIDTH)
         store_rows(dx_ptr, dx, row, valid, stride_on, D, WIDTH, BLOCK)
@@ -104,7 +104,7 @@ def map_grad(
 
 @triton.jit(do_not_specialize=SIZES)
 def project_grad(
-    u_ptr, w_ptr, cos_ptr, sin_ptr, dx_ptr, dw_partial_ptr,
+    u_ptr, w_ptr, cos_ptr, sin_ptr, keep_ptr, dx_ptr, dw_partial_ptr,
     stride_ub, stride_un, stride_uh, stride_ob, stride_on, stride_oh,
     SEQUENCES, HEADS, N, splits, rows,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -123,7 +123,10 @@ def project_grad(
     for row in range(start, stop, BLOCK):
         n = row + tl.arange(0, BLOCK)
         valid = n < length
-        u = load_rows(u_ptr, batch, head, row, length, valid, stride_un, D, WIDTH, BLOCK, False)
+        counts = valid
+        if keep_ptr is not None:
+            counts = kept(keep_ptr, batch, N, n, valid)
+        u = load_rows(u_ptr, batch, head, row, length, counts, stride_un, D, WIDTH, BLOCK, False)
         dx = load_rows(dx_ptr, batch, head, row, length, valid, stride_on, D, WIDTH, BLOCK, False)
         dw = tl.dot(tl.trans(u), dx, dw, input_precision=PRECISION)
         du = tl.dot(dx, tl.trans(w), input_precision=PRECISION)
@@ -158,13 +161,13 @@ def row_gradient(side: Side, y, state, stats, *, keys, normalize, rope=None, sca
     )  # fmt: skip
     if side.weight is None:
         return dx, None
-    side = side._replace(keep=None, cu_seqlens=None)
+    side = side._replace(cu_seqlens=None)
     tile = side.tile("project_grad")
     work = side.work(tile)
     dw_partial = torch.empty((work.items, heads, dim, dim), dtype=torch.float32, device=u.device)
     launch(
         project_grad, work.items * heads, tile,
-        u, side.weight, side.cos, side.sin, dx, dw_partial, *u.stride()[:3], *dx.stride()[:3],
+        u, side.weight, side.cos, side.sin, side.keep, dx, dw_partial, *u.stride()[:3], *dx.stride()[:3],
         batch, heads, length, work.splits, work.rows,
         D=dim, WIDTH=width, BLOCK=tile.block, PRECISION=side.precision,
     )  # fmt: skip

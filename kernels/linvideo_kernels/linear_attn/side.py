@@ -27,6 +27,7 @@ class Side(NamedTuple):
             weight = weight.to(u.dtype).contiguous()
             weight = torch.nn.functional.pad(weight, (0, missing, 0, missing)) if missing else weight
         cos, sin = (None, None) if rope is None else (table.contiguous() for table in rope)
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
         keep = None if keep is None else keep.to(torch.int8).contiguous()
         return cls(aligned(u), weight, feature_map, precision, cos, sin, keep, cu_seqlens)
 

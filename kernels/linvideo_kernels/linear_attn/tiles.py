@@ -71,6 +71,12 @@ def load_rows(
 
 
 @triton.jit
+def kept(keep_ptr, batch, N, n, valid):
+    """Which of the rows n the key mask [B, N] leaves in."""
+    return tl.load(keep_ptr + batch.to(tl.int64) * N + n, valid, 0) != 0
+
+
+@triton.jit
 def store_rows(ptr, x, row, valid, stride_n, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     at = offsets(row + tl.arange(0, BLOCK), stride_n, WIDTH)
     tl.store(ptr + at, x.to(ptr.dtype.element_ty), valid[:, None] & (tl.arange(0, WIDTH) < D)[None, :])
