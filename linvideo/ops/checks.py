@@ -77,11 +77,17 @@ def check_rope(rope, x: Tensor) -> None:
         _check_device(f"rope's {name}", table, x)
 
 
-def check_mix(mix, q: Tensor) -> None:
+def check_mix_pair(mix) -> None:
     if mix is None:
         return
     if not isinstance(mix, tuple | list) or len(mix) != 2 or not all(isinstance(t, Tensor) for t in mix):
         raise ValueError(f"expected mix to be two tensors (softmax_out, r), got {type(mix).__name__}")
+
+
+def check_mix(mix: tuple[Tensor, Tensor] | None, q: Tensor) -> None:
+    """What `check_mix_pair` let through, beside rows q."""
+    if mix is None:
+        return
     softmax_out, r = mix
     if softmax_out.shape != q.shape or softmax_out.dtype != q.dtype:
         raise ValueError(

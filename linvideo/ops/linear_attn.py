@@ -59,6 +59,7 @@ def linear_attn(
 
     Raises ValueError on anything that does not fit the above.
     """
+    checks.check_mix_pair(mix)
     q, k, v, mix = _autocast(q, k, v, mix)
     packed = cu_seqlens_q is not None and q.dim() == 3
     if packed:
@@ -133,6 +134,7 @@ def linear_attn_apply(
 
     Returns q's shape and dtype. Raises ValueError on anything that does not fit.
     """
+    checks.check_mix_pair(mix)
     q, _, _, mix = _autocast(q, mix=mix)
     packed = cu_seqlens_q is not None and q.dim() == 3
     if packed:
@@ -176,8 +178,7 @@ def _apply(q, state, z, feature_map, weight, rope, mix, cu_seqlens, scale, norma
     settings = feature_map, 1.0 if scale is None else float(scale), normalize, float(eps), precision, save_rotated
     out = apply_op(q, state, z, weight, cos, sin, softmax_out, r, cu_seqlens, *settings)[0]
     if mix is not None and not fused:
-        softmax_out, r = mix
-        r = r.float()
+        softmax_out, r = mix[0], mix[1].float().reshape(1)  # of one axis, so that the mixture is float32
         out = (r * softmax_out + (1 - r) * out).to(out.dtype)
     return out
 
