@@ -61,8 +61,10 @@ def tile(
 def _float32(kernel: str, head_dim: int, wide: bool, tf32x3: bool) -> Tile:
     if kernel == "apply_state" or head_dim <= 32:
         return Tile(64, 8, 1)
-    if wide and tf32x3 and kernel in ("accumulate_state", "project_grad"):
-        return Tile(16, 8, 1)
+    if tf32x3 and kernel == "accumulate_state" and wide:
+        return Tile(16, 8, 1, value_first=False)
+    if tf32x3 and kernel == "project_grad":
+        return Tile(16, 8, 1) if wide else Tile(16, 4, 1, resident=2)
     return Tile(16, 16, 1) if wide and kernel == "project_grad" else Tile(32, 8, 1)
 
 
