@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 from cases import DTYPES, LAYOUTS, MAPS, Case, make_inputs
-from linvideo_kernels.linear_attn import side
+from linvideo_kernels.linear_attn import configs, side
 from numerics import check, run
 from ops.claims import assert_same_bits
 
@@ -42,6 +42,21 @@ def test_descriptors_read_what_pointers_read(head_dim, dtype, layout, set_tiles,
     set_tiles(tma=True)
     assert_same_bits(expected, run(linear_attn, inputs, grad, case.options))
     assert used or layout == "shared_batch"
+
+
+def test_the_table_takes_descriptors_only_where_they_can_read():
+    """A descriptor leaves no row out, knows one length, and repeats nothing."""
+    taken = set()
+    options = ("rope", "mix", "key_mask", "packed", "expanded", "tf32x3")
+    subsets = [frozenset(s) for n in range(len(options) + 1) for s in itertools.combinations(options, n)]
+    kernels = ("accumulate_state", "apply_state", "map_grad", "project_grad")
+    for kernel, capability, dim, dtype in itertools.product(kernels, (80, 89, 90, 100, 120), (16, 64, 96, 128), DTYPES):
+        for given in subsets:
+            tile = configs.tile(kernel, dim, DTYPES[dtype], capability, "hedgehog", given)
+            unfit = {"packed", "expanded"} | ({"key_mask"} if kernel == "accumulate_state" else set())
+            assert not tile.tma or not given & unfit, (kernel, capability, dim, dtype, given)
+            taken |= {kernel} if tile.tma else set()
+    assert taken == {"accumulate_state", "apply_state"}
 
 
 @pytest.mark.parametrize("map", [("identity", False), ("elu", True), ("hedgehog_joint", True)], ids=str)
