@@ -40,8 +40,8 @@ test-all: $(INSTALLED)  ## the same with many more cases (about an hour)
 gates: $(INSTALLED)  ## compile every kernel of the tile table for five GPU generations and check it (an hour, no GPU)
 	$(PYTHON) -m benchmarks.static_gates --all
 
-bench: $(INSTALLED)  ## time linear_attn against softmax attention and other peers on this device
-	$(PYTHON) -m benchmarks.op
+bench: $(INSTALLED)  ## time linear_attn and its peers on this device; ARGS="--suite op,block,model,train" on a GPU
+	$(PYTHON) -m benchmarks $(ARGS)
 	$(PYTHON) -m pytest -q -p no:xdist --benchmark-enable --benchmark-columns=median,iqr,rounds benchmarks
 
 lint: $(INSTALLED)  ## check style and formatting

@@ -1,11 +1,62 @@
-"""The shapes that benchmarks run, by name: (batch, tokens, heads, head_dim)."""
+"""What is measured, by name: attention shapes of video models, sweeps, and whole Wan models."""
 
-WAN = {
-    "wan-1.3b-480p": (1, 32760, 12, 128),
-    "wan-1.3b-720p": (1, 75600, 12, 128),
-    "wan-14b-480p": (1, 32760, 40, 128),
-    "wan-14b-720p": (1, 75600, 40, 128),
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {self.tokens:,} tokens, {self.heads} heads of {self.head_dim}"
+
+
+# Tokens are latent frames x rows x columns after patchifying, text tokens included where they share the attention.
+MODELS = {
+    "wan2.1-1.3b-480p": Shape(1, 21 * 30 * 52, 12, 128),
+    "wan2.1-1.3b-720p": Shape(1, 21 * 45 * 80, 12, 128),
+    "wan2.1-14b-480p": Shape(1, 21 * 30 * 52, 40, 128),
+    "wan2.1-14b-720p": Shape(1, 21 * 45 * 80, 40, 128),
+    "wan2.2-ti2v-5b-720p": Shape(1, 31 * 22 * 40, 24, 128),
+    "cogvideox-5b-480p": Shape(1, 13 * 30 * 45 + 226, 48, 64),
+    "hunyuanvideo-720p": Shape(1, 33 * 45 * 80 + 256, 24, 128),
+    "ltx-video-704p": Shape(1, 16 * 22 * 38, 32, 64),
 }
-SWEEP = {f"n{tokens}": (1, tokens, 12, 128) for tokens in (1024, 4096, 16384, 65536)}
-CPU = {f"cpu-n{tokens}": (1, tokens, 2, 64) for tokens in (256, 1024, 4096, 8192)}
-SHAPES = WAN | SWEEP | CPU
+TOKENS = {f"n{tokens // 1024}k": Shape(1, tokens, 12, 128) for tokens in (1024 << i for i in range(9))}
+DIMS = {f"d{dim}": Shape(1, 32768, 12, dim) for dim in (64, 96, 128)}
+CPU = {f"cpu-n{tokens}": Shape(1, tokens, 2, 64) for tokens in (256, 512, 1024, 2048, 4096)}
+TINY_SHAPE = "tiny"
+SHAPES = MODELS | TOKENS | DIMS | CPU | {TINY_SHAPE: Shape(1, 96, 2, 16)}
+
+
+class WanModel(NamedTuple):
+    """A transformer's config, and the latents [16, F, H, W] of one video."""
+
+    config: dict
+    latents: tuple[int, int, int, int]
+    linear_layers: tuple[int, ...]  # the counts that are measured whole
+    text_tokens: int = 512
+
+    @property
+    def layers(self) -> int:
+        return self.config["num_layers"]
+
+
+_SMALL = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
+_LARGE = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
+_P480, _P720 = (16, 21, 60, 104), (16, 21, 90, 160)
+WAN = {  # 81 frames; the middle count is the paper's
+    "1.3b-480p": WanModel(_SMALL, _P480, (0, 16, 30)),
+    "1.3b-720p": WanModel(_SMALL, _P720, (0, 16, 30)),
+    "14b-480p": WanModel(_LARGE, _P480, (0, 22, 40)),
+    "14b-720p": WanModel(_LARGE, _P720, (0, 22, 40)),
+}
+LINEAR_COUNTS = (0, 8, 12, 16, 18, 22)  # and all
+TINY = WanModel(  # for the tests
+    {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "num_layers": 3, "text_dim": 32},
+    (16, 3, 8, 8),
+    (0, 2, 3),
+    text_tokens=5,
+)

@@ -1,0 +1,102 @@
+"""Measure on this device: `python -m benchmarks [--suite op,block,model,train] [--part 1/2]`, and write the report.
+
+Rows go to a new file of benchmarks/results per suite, also when the run is cut short. On a CPU there is the op suite,
+at small shapes; the others, and the shapes that matter, need a CUDA GPU.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks import measure, op, report, results, tables
+from benchmarks.shapes import SHAPES, TINY, TINY_SHAPE, WAN
+
+SUITES = tuple(results.COLUMNS)
+Job = tuple[str, Callable[[], list[dict]]]  # what to say, what to do
+
+
+def jobs(suites: list[str], names: list[str] | None, dtype: torch.dtype, device: str, tiny: bool) -> list[Job]:
+    """Each makes the rows of one shape or model."""
+    made: list[Job] = []
+    if "op" in suites:
+        shapes = [TINY_SHAPE] if tiny else names or op.default_shapes(device)
+        made += [(f"op {n}", lambda n=n: op.rows_of(n, dtype, device)) for n in shapes if n in SHAPES]
+    models = {"tiny": TINY} if tiny else {name: wan for name, wan in WAN.items() if not names or name in names}
+    if parts := set(suites) & {"block", "model"}:
+        from benchmarks import wan as blocks
+
+        label = "+".join(sorted(parts))
+        for name, model in models.items():
+            made.append((f"{label} {name}", lambda n=name, m=model: blocks.rows_of(n, parts, device, dtype, m)))
+    if "train" in suites:
+        from benchmarks import train
+
+        chosen = {name: wan for name, wan in models.items() if tiny or names or name == "1.3b-480p"}
+        for name, model in chosen.items():
+            made.append((f"train {name}", lambda n=name, m=model: train.rows_of(n, device, dtype, m)))
+    return made
+
+
+def run(todo: list[Job], environment: dict, folder: Path) -> list[Path]:
+    """Do the jobs; what they measured is saved whatever happens."""
+    rows: list[dict] = []
+    try:
+        for number, (name, job) in enumerate(todo, 1):
+            started = time.time()
+            rows += job()
+            print(f"[{number}/{len(todo)}] {name}: {time.time() - started:.0f} s", flush=True)
+    finally:
+        by_suite = {suite: [row for row in rows if row["suite"] == suite] for suite in SUITES}
+        paths = [results.save(some, environment, folder) for some in by_suite.values() if some]
+        print("\n".join(f"wrote {path}" for path in paths), flush=True)
+    return paths
+
+
+def main(arguments: list[str] | None = None) -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", default="op", help=f"comma-separated, of {', '.join(SUITES)}")
+    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, *WAN], help="only these shapes and models")
+    parser.add_argument("--part", default="1/1", help="i/n: only the i-th of n parts of the work, to fit a time limit")
+    dtypes = ["bfloat16", "float16", "float32"]
+    parser.add_argument("--dtype", choices=dtypes, default="bfloat16" if cuda else "float32")
+    parser.add_argument("--output_dir", type=Path, default=results.FOLDER, help="default: benchmarks/results")
+    parser.add_argument("--tiny", action="store_true", help="one tiny shape a suite: does everything run?")
+    args = parser.parse_args(arguments)
+    suites = args.suite.split(",")
+    if unknown := sorted(set(suites) - set(SUITES)):
+        parser.error(f"expected --suite of {', '.join(SUITES)}, got {', '.join(unknown)}")
+    part, _, parts = args.part.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        parser.error(f"expected --part i/n with 1 <= i <= n, got {args.part}")
+    if not cuda and not args.tiny and set(suites) != {"op"}:
+        parser.error(f"expected a CUDA GPU for --suite {args.suite}, found none; a CPU has --suite op")
+    if args.tiny:
+        measure.SECONDS = 0.01
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit: save what there is
+
+    dtype, device = getattr(torch, args.dtype), "cuda" if cuda else "cpu"
+    todo = jobs(suites, args.shapes, dtype, device, args.tiny)[int(part) - 1 :: int(parts)]
+    if not todo:
+        parser.error("nothing to measure: expected --shapes and --part that leave some of the suite")
+    environment = results.environment({args.dtype: measure.rates(device, dtype)})
+    print(", ".join(f"{name} {version}" for name, version in environment["packages"].items()))
+    print(f"{environment['device']}: {environment['rates']}", flush=True)
+    paths = run(todo, environment, args.output_dir)
+    for document in map(results.read, paths):
+        print("\n".join(tables.sections([(row, environment) for row in document["rows"]])))
+    if not cuda:
+        print("This was a CPU: the figures of a GPU, and whole models, need one (README, Use 3).")
+    default = args.output_dir == results.FOLDER
+    print("\n".join(f"wrote {x}" for x in report.write(args.output_dir, report.DOCS if default else args.output_dir)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Who is timed at op level: linear_attn, and everything it can be compared with. Peers that are missing say so."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.shapes import Shape
+from linvideo.ops import linear_attn
+from linvideo.ops.reference import linear_attn_reference
+
+SPARSITY = 0.85  # of the block-sparse peer
+BLOCK = 128
+
+
+class Inputs(NamedTuple):
+    q: torch.Tensor  # [B, N, H, D], as k, v, gradient and softmax_out
+    k: torch.Tensor
+    v: torch.Tensor
+    q_weight: torch.Tensor  # [H, D, D]
+    k_weight: torch.Tensor
+    softmax_out: torch.Tensor
+    r: torch.Tensor
+    rope: tuple[torch.Tensor, torch.Tensor]
+    gradient: torch.Tensor
+
+    @classmethod
+    def random(cls, shape: Shape, dtype: torch.dtype, device: str) -> "Inputs":
+        batch, tokens, heads, dim = shape
+        torch.manual_seed(0)
+        rows = [torch.randn(batch, tokens, heads, dim, device=device, dtype=dtype) for _ in range(5)]
+        weights = [torch.eye(dim, device=device) + 0.02 * torch.randn(heads, dim, dim, device=device) for _ in "qk"]
+        angles = torch.outer(torch.arange(tokens, device=device), 100.0 ** -torch.linspace(0, 1, dim // 2).to(device))
+        learned = [*rows[:4], *(weight.to(dtype) for weight in weights), torch.full((1,), 0.5, device=device)]
+        q, k, v, softmax_out, q_weight, k_weight, r = (x.requires_grad_() for x in learned)
+        return cls(q, k, v, q_weight, k_weight, softmax_out, r, (angles.cos(), angles.sin()), rows[4])
+
+
+class Peer(NamedTuple):
+    build: Callable[[Inputs], Callable[[], torch.Tensor]]  # may raise ImportError
+    cost: str  # a key of COSTS
+    learned: tuple[str, ...] = ("q", "k", "v")  # which inputs get gradients; none: forward only
+    cuda_only: bool = False
+
+
+HEDGEHOG = ("q", "k", "v", "q_weight", "k_weight")
+# Useful flops per row and head, forward and backward, over D^2 (linear) or N D (softmax); rows of D elements that must
+# be read or written. What a backward has to compute again counts (logits; softmax's scores), as FlashAttention counts.
+COSTS = {
+    "hedgehog": (12, 28, 4, 7),
+    "plain": (4, 8, 4, 7),
+    "mix": (12, 28, 5, 9),
+    "softmax": (4, 10, 4, 7),
+    "sparse": (4 * (1 - SPARSITY), 10 * (1 - SPARSITY), 4, 7),
+}
+
+
+def gbytes(shape: Shape, cost: str, which: str, element_size: int) -> float:
+    """Bytes that must move, in 1e9."""
+    forward, backward = COSTS[cost][2:]
+    rows = {"forward": forward, "backward": backward, "forward+backward": forward + backward}[which]
+    return rows * shape.batch * shape.tokens * shape.heads * shape.head_dim * element_size / 1e9
+
+
+def tflops(shape: Shape, cost: str, which: str) -> float:
+    """Useful floating-point operations, in 1e12."""
+    forward, backward = COSTS[cost][:2]
+    factor = {"forward": forward, "backward": backward, "forward+backward": forward + backward}[which]
+    inner = shape.tokens if cost in ("softmax", "sparse") else shape.head_dim
+    return factor * shape.batch * shape.tokens * shape.heads * shape.head_dim * inner / 1e12
+
+
+def _ours(feature_map: str, rope: bool = False, mix: bool = False) -> Callable:
+    def build(x: Inputs):
+        options = {"feature_map": feature_map}
+        if feature_map.startswith("hedgehog"):
+            options |= {"q_weight": x.q_weight, "k_weight": x.k_weight}
+        if feature_map == "identity":
+            options |= {"normalize": False}
+        if rope:
+            options |= {"rope": x.rope}
+        if mix:
+            options |= {"mix": (x.softmax_out, x.r)}
+        return lambda: linear_attn(x.q, x.k, x.v, **options)
+
+    return build
+
+
+def _eager(compiled: bool) -> Callable:
+    """What a user would write in PyTorch operations."""
+
+    def build(x: Inputs):
+        attention = torch.compile(linear_attn_reference, dynamic=False) if compiled else linear_attn_reference
+        return lambda: attention(x.q, x.k, x.v, q_weight=x.q_weight, k_weight=x.k_weight)
+
+    return build
+
+
+def _sdpa(backend: SDPBackend) -> Callable:
+    def build(x: Inputs):
+        def run():
+            with sdpa_kernel(backend):
+                q, k, v = _heads_first(x)
+                return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+        return run
+
+    return build
+
+
+def _flex_sparse(x: Inputs):
+    """FlexAttention over a fixed random share of key blocks, the same for all heads."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    blocks = -(-x.q.shape[1] // BLOCK)
+    keep = max(1, round((1 - SPARSITY) * blocks))
+    order = torch.rand(1, 1, blocks, blocks, device=x.q.device).argsort(-1).to(torch.int32)
+    none, some = (torch.full((1, 1, blocks), n, dtype=torch.int32, device=x.q.device) for n in (0, keep))
+    length = (x.q.shape[1], x.q.shape[1])
+    mask = BlockMask.from_kv_blocks(none, order, some, order, BLOCK_SIZE=BLOCK, seq_lengths=length)
+    attention = torch.compile(flex_attention, dynamic=False)
+    return lambda: attention(*_heads_first(x), block_mask=mask).transpose(1, 2)
+
+
+def _fla(x: Inputs):
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    return lambda: chunk_linear_attn(x.q, x.k, x.v, normalize=False)[0]
+
+
+def _flash_bla(x: Inputs):
+    from flash_bla.ops.linear_attn.fused import linear_attention
+
+    return lambda: linear_attention(*_heads_first(x)).transpose(1, 2)
+
+
+def _sla(x: Inputs):
+    from sparse_linear_attention import SparseLinearAttention
+
+    module = SparseLinearAttention(x.q.shape[-1], topk=1 - SPARSITY, use_bf16=x.q.dtype == torch.bfloat16)
+    module = module.to(x.q.device)
+    return lambda: module(*_heads_first(x)).transpose(1, 2)
+
+
+def _flash_attn_2(x: Inputs):
+    from flash_attn import flash_attn_func
+
+    return lambda: flash_attn_func(x.q, x.k, x.v)
+
+
+def _flash_attn_3(x: Inputs):
+    from flash_attn_interface import flash_attn_func
+
+    return lambda: _first(flash_attn_func(x.q, x.k, x.v))
+
+
+def _flash_attn_4(x: Inputs):
+    from flash_attn.cute import flash_attn_func
+
+    return lambda: _first(flash_attn_func(x.q, x.k, x.v))
+
+
+def _sage(x: Inputs):
+    from sageattention import sageattn
+
+    return lambda: sageattn(x.q, x.k, x.v, tensor_layout="NHD")
+
+
+def _heads_first(x: Inputs) -> tuple[torch.Tensor, ...]:
+    return tuple(rows.transpose(1, 2) for rows in (x.q, x.k, x.v))
+
+
+def _first(out):
+    return out[0] if isinstance(out, tuple) else out
+
+
+OURS, EAGER, COMPILED = "linvideo hedgehog", "eager hedgehog", "compiled hedgehog"
+PEERS = {
+    OURS: Peer(_ours("hedgehog"), "hedgehog", HEDGEHOG),
+    "linvideo hedgehog, RoPE": Peer(_ours("hedgehog", rope=True), "hedgehog", HEDGEHOG),
+    "linvideo hedgehog, mix": Peer(_ours("hedgehog", mix=True), "mix", (*HEDGEHOG, "softmax_out", "r")),
+    "linvideo hedgehog_joint": Peer(_ours("hedgehog_joint"), "hedgehog", HEDGEHOG),
+    "linvideo elu": Peer(_ours("elu"), "plain"),
+    "linvideo relu": Peer(_ours("relu"), "plain"),
+    "linvideo softmax map": Peer(_ours("softmax"), "plain"),
+    "linvideo identity": Peer(_ours("identity"), "plain"),
+    EAGER: Peer(_eager(compiled=False), "hedgehog", HEDGEHOG),
+    COMPILED: Peer(_eager(compiled=True), "hedgehog", HEDGEHOG),
+    "fla chunk_linear_attn (causal, no map)": Peer(_fla, "plain", cuda_only=True),
+    "flash_bla linear_attention (no map)": Peer(_flash_bla, "plain", cuda_only=True),
+    "softmax SDPA flash": Peer(_sdpa(SDPBackend.FLASH_ATTENTION), "softmax"),
+    "softmax SDPA cuDNN": Peer(_sdpa(SDPBackend.CUDNN_ATTENTION), "softmax", cuda_only=True),
+    "softmax SDPA efficient": Peer(_sdpa(SDPBackend.EFFICIENT_ATTENTION), "softmax", cuda_only=True),
+    "softmax flash-attn 2": Peer(_flash_attn_2, "softmax", cuda_only=True),
+    "softmax flash-attn 3": Peer(_flash_attn_3, "softmax", cuda_only=True),
+    "softmax flash-attn 4": Peer(_flash_attn_4, "softmax", cuda_only=True),
+    "softmax SageAttention (8 bit, forward)": Peer(_sage, "softmax", (), cuda_only=True),
+    f"FlexAttention, {SPARSITY:.0%} of blocks left out": Peer(_flex_sparse, "sparse", cuda_only=True),
+    f"SLA, {SPARSITY:.0%} of blocks linear": Peer(_sla, "sparse", cuda_only=True),
+}
+# The sweeps' lines: the rest of the field is measured at the models' shapes.
+SWEEP = (
+    OURS,
+    "linvideo elu",
+    EAGER,
+    COMPILED,
+    "fla chunk_linear_attn (causal, no map)",
+    "softmax SDPA flash",
+    "softmax SDPA cuDNN",
+    "softmax flash-attn 3",
+    f"FlexAttention, {SPARSITY:.0%} of blocks left out",
+)

@@ -1,0 +1,101 @@
+"""Plots of results as PNG and SVG: time over the number of tokens, speed-up over the number of linear layers."""
+
+from collections import defaultdict
+from pathlib import Path
+
+from benchmarks.peers import OURS, SWEEP
+from benchmarks.results import slug
+from benchmarks.shapes import CPU, TOKENS
+
+
+def draw(device: str, pairs: list[tuple[dict, dict]], folder: Path) -> list[tuple[Path, str]]:
+    """(file, title) of each plot that the rows of one device allow. pairs: (row, environment)."""
+    made = []
+    sweep = [(row, env) for row, env in pairs if row["suite"] == "op" and row["shape"] in TOKENS | CPU]
+    sweep = [(row, env) for row, env in sweep if row["name"] in SWEEP and "ms" in row]
+    if sweep:
+        made += _over_tokens(device, sweep, folder)
+    models = [row for row, _ in pairs if row["suite"] == "model" and row["how"] == "composed"]
+    if models:
+        made += _over_layers(device, models, folder)
+    return made
+
+
+def _over_tokens(device: str, pairs: list, folder: Path) -> list[tuple[Path, str]]:
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for axis, which in zip(axes, ("forward", "forward+backward"), strict=True):
+        lines, least = defaultdict(dict), {}
+        for row, env in pairs:
+            if row["pass"] == which:
+                tokens = row["sizes"][1]
+                lines[row["name"]][tokens] = row["ms"]
+                if row["name"] == OURS:
+                    rates = env["rates"][row["dtype"]]
+                    bound = max(row["gbytes"] / rates["copy_gb_s"], row["tflops"] / rates["matmul_tflop_s"])
+                    least[tokens] = 1000 * bound
+        for name, points in lines.items():
+            tokens = sorted(points)
+            median, low, high = zip(*(points[n] for n in tokens), strict=True)
+            style = {"linestyle": "--"} if name.startswith("softmax") else {}
+            style |= {"linewidth": 2.6, "zorder": 3} if name == OURS else {"linewidth": 1.3}
+            (line,) = axis.plot(
+                tokens, median, marker="o", markersize=3, label=name, color=f"C{SWEEP.index(name)}", **style
+            )
+            axis.fill_between(tokens, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        if least:
+            tokens = sorted(least)
+            axis.plot(tokens, [least[n] for n in tokens], color="0.6", linestyle=":", label="roofline of hedgehog")
+        axis.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="ms", title=which)
+        ticks = sorted({row["sizes"][1] for row, _ in pairs})
+        axis.set_xticks(ticks, [f"{n // 1024}k" if n >= 1024 else str(n) for n in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    row = pairs[0][0]
+    title = f"Attention on {device}: batch 1, {row['sizes'][2]} heads of {row['sizes'][3]}, {row['dtype']}"
+    figure.suptitle(title, fontsize=11)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    return _save(figure, folder / f"{slug(device)}-time-over-tokens", title)
+
+
+def _over_layers(device: str, rows: list[dict], folder: Path) -> list[tuple[Path, str]]:
+    plt = _pyplot()
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names) + 1.5, 4), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        lines = defaultdict(dict)
+        for row in rows:
+            if row["model"] == name:
+                lines[row["backend"], row["compiled"]][row["linear_layers"]] = row["ms"][0]
+        for number, ((backend, compiled), times) in enumerate(lines.items()):
+            counts = sorted(times)
+            label = f"{backend.strip('_')}, {'compiled' if compiled else 'eager'}"
+            speed = [times[counts[0]] / times[n] for n in counts]
+            axis.plot(counts, speed, marker="o", markersize=3, label=label, color=f"C{number}")
+        axis.set(xlabel="linear layers", ylabel="speed-up of one forward", title=f"Wan {name}", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    title = f"Forward of a Wan transformer on {device}, over the dense one with the same softmax"
+    figure.suptitle(title, fontsize=11)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    return _save(figure, folder / f"{slug(device)}-speed-up-over-layers", title)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "linvideo"  # the same figure, the same bytes
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure, stem: Path, title: str) -> list[tuple[Path, str]]:
+    import matplotlib.pyplot as plt
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+    figure.savefig(paths[0], dpi=120, metadata={"Software": None})
+    figure.savefig(paths[1], metadata={"Date": None})
+    plt.close(figure)
+    return [(path, title) for path in paths]

@@ -1,0 +1,172 @@
+"""Results as Markdown tables, one section a suite. Rows come as pairs (row, environment of its file)."""
+
+from collections import defaultdict
+
+from benchmarks.peers import COMPILED, EAGER
+from benchmarks.shapes import SHAPES, Shape
+
+PAPER = {  # arXiv 2510.08318: seconds of dense, LinVideo with so many linear layers, and that distilled to 4 steps
+    "1.3b-480p": (97.32, 16, 68.26, 6.11),
+    "14b-720p": (1931.0, 22, 1127.0, 92.6),
+}
+BACKENDS = {
+    "_native_flash": "SDPA flash (FlashAttention-2)",
+    "_native_cudnn": "SDPA cuDNN",
+    "_flash_3": "flash-attn 3",
+    "sage": "SageAttention (8 bit)",
+    "rest": "everything else, once",
+}
+RATIOS = "Ratios: their time over this one's, forward / both; above 1 this one is faster. GB/s and TFLOP/s: forward."
+MODEL_NOTE = """Random weights: the time does not depend on them. A forward is composed of parts that are timed alone
+(Blocks); the column "whole" shows forwards that were timed as they are. Seconds are the denoising of one video at 50 or
+4 steps with two forwards a step (guidance) or one, without text encoder and VAE, by arithmetic from one forward."""
+TRAIN_NOTE = "One optimizer step: batch 1, gradient checkpointing, AdamW over all weights."
+FORWARD_AND_BOTH = ("forward", "forward+backward")
+
+
+def sections(pairs: list[tuple[dict, dict]]) -> list[str]:
+    lines = []
+    for suite, table in (("op", _op), ("model", _model), ("block", _block), ("train", _train)):
+        chosen = [(row, environment) for row, environment in pairs if row["suite"] == suite]
+        lines += table(chosen) if chosen else []
+    return lines
+
+
+def _op(pairs: list) -> list[str]:
+    lines = ["### Attention", "", RATIOS, ""]
+    by_shape = defaultdict(list)
+    for row, environment in pairs:
+        by_shape[row["shape"], row["dtype"]].append((row, environment))
+    order = {name: i for i, name in enumerate(SHAPES)}
+    for shape, dtype in sorted(by_shape, key=lambda key: (order.get(key[0], len(order)), key)):
+        chosen = by_shape[shape, dtype]
+        lines += [f"**{shape}**: {Shape(*chosen[0][0]['sizes'])}, {dtype}", "", *_op_table(chosen), ""]
+    return lines
+
+
+def _op_table(pairs: list) -> list[str]:
+    peers, absent = defaultdict(dict), {}  # name -> pass -> row
+    for row, environment in pairs:
+        if "ms" in row:
+            peers[row["name"]][row["pass"]] = row | {"rates": environment["rates"][row["dtype"]]}
+        else:
+            absent[row["name"], row["pass"]] = row["absent"]
+    medians = {name: {which: row["ms"][0] for which, row in passes.items()} for name, passes in peers.items()}
+    softmax = [times for name, times in medians.items() if name.startswith("softmax") and "8 bit" not in name]
+    fastest = {
+        w: min(times[w] for times in softmax if w in times) for w in FORWARD_AND_BOTH if any(w in t for t in softmax)
+    }
+    memory = any("peak_mib" in row for passes in peers.values() for row in passes.values())
+    columns = ["", "forward", "backward", "both", "GB/s", "TFLOP/s", *(["peak MiB"] if memory else [])]
+    lines = _header([*columns, "fastest softmax", "eager", "compiled"], texts=1)
+    for name, passes in peers.items():
+        forward = passes.get("forward")
+        cells = [name, _ms(forward), _ms(passes.get("backward")), _ms(passes.get("forward+backward"))]
+        cells += [_rate(forward, "gbytes", "copy_gb_s"), _rate(forward, "tflops", "matmul_tflop_s")]
+        if memory:
+            cells.append(" / ".join(_memory(passes[w]) for w in FORWARD_AND_BOTH if w in passes))
+        for other in (fastest, medians.get(EAGER, {}), medians.get(COMPILED, {})):
+            shared = [w for w in FORWARD_AND_BOTH if w in passes and w in other]
+            cells.append(" / ".join(f"{other[w] / medians[name][w]:.2f}" for w in shared))
+        lines.append(_line(cells))
+    reasons = [f"- absent: {name}, {which} ({why})" for (name, which), why in absent.items()]
+    return [*lines, "", *reasons] if reasons else lines
+
+
+def _model(pairs: list) -> list[str]:
+    lines = ["### Whole models", "", MODEL_NOTE, ""]
+    by_model = defaultdict(list)
+    for row, _ in pairs:
+        if "ms" in row:
+            by_model[row["model"]].append(row)
+    numbers = ["linear layers", "one forward, ms", "whole, ms", "speed-up", "50 x 2, s", "4 x 2, s", "4 x 1, s"]
+    for model, rows in by_model.items():
+        lines += [f"**Wan {model}**: {rows[0]['layers']} layers, {rows[0]['tokens']:,} tokens", ""]
+        lines += [*_header(["softmax", "", *numbers], texts=2), *_model_rows(rows)]
+        if model in PAPER:
+            lines += _paper_rows(*PAPER[model])
+        lines.append("")
+    return lines
+
+
+def _model_rows(rows: list[dict]) -> list[str]:
+    forwards: dict[str, dict] = {"composed": {}, "whole": {}}
+    for row in rows:
+        forwards[row["how"]][row["compiled"], row["backend"], row["linear_layers"]] = row
+    composed, whole = forwards["composed"], forwards["whole"]
+    lines = []
+    for setting in sorted({*composed, *whole}):
+        compiled, backend, count = setting
+        row, dense = (composed.get(s) or whole.get(s) for s in (setting, (compiled, backend, 0)))
+        cells = [BACKENDS.get(backend, backend), "compiled" if compiled else "eager", str(count), _ms(row)]
+        cells += [_ms(whole.get(setting)), f"{dense['ms'][0] / row['ms'][0]:.2f}x" if dense else ""]
+        lines.append(_line(cells + [_short(forwards * row["ms"][0] / 1000) for forwards in (100, 8, 4)]))
+    return lines
+
+
+def _paper_rows(dense: float, count: int, linear: float, four_steps: float) -> list[str]:
+    """The paper's own seconds, on an H100."""
+    first = ["paper, FlashAttention-2", "", "0", "", "", "1.00x", f"{dense:,}", "", ""]
+    second = [
+        "paper, FlashAttention-2",
+        "",
+        str(count),
+        "",
+        "",
+        f"{dense / linear:.2f}x",
+        f"{linear:,}",
+        f"{four_steps}",
+        "",
+    ]
+    return [_line(first), _line(second)]
+
+
+def _block(pairs: list) -> list[str]:
+    lines = ["### Blocks", "", *_header(["model", "attention", "", "one block, ms", "peak MiB"], texts=3)]
+    for row, _ in pairs:
+        what, mode = BACKENDS.get(row["attention"], row["attention"]), "compiled" if row["compiled"] else "eager"
+        lines.append(_line([row["model"], what, mode, _ms(row), _memory(row)]))
+    return [*lines, ""]
+
+
+def _train(pairs: list) -> list[str]:
+    header = _header(["model", "step", "linear attention", "ms", "peak MiB"], texts=3)
+    lines = ["### Training steps", "", TRAIN_NOTE, "", *header]
+    for row, _ in pairs:
+        lines.append(_line([row["model"], row["step"], row["attention"], _ms(row), _memory(row)]))
+    return [*lines, ""]
+
+
+def _ms(row: dict | None) -> str:
+    if row is None:
+        return ""
+    if "absent" in row:
+        return f"absent ({row['absent']})"
+    median, low, high = row["ms"]
+    digits = 3 if median < 10 else 1
+    return f"{median:,.{digits}f} ({low:,.{digits}f}–{high:,.{digits}f})"
+
+
+def _rate(row: dict | None, amount: str, reference: str) -> str:
+    if row is None:
+        return ""
+    rate = row[amount] / row["ms"][0] * 1000
+    return f"{_short(rate)} ({100 * rate / row['rates'][reference]:.0f}%)"
+
+
+def _memory(row: dict) -> str:
+    return f"{row['peak_mib']:,.0f}" if "peak_mib" in row else ""
+
+
+def _short(x: float) -> str:
+    """Three digits, and no power of ten."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def _header(columns: list[str], texts: int) -> list[str]:
+    """The first `texts` columns to the left, numbers to the right."""
+    return [_line(columns), _line(["---"] * texts + ["---:"] * (len(columns) - texts))]
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,171 @@
+"""The block and model suites: Wan transformers with random weights, dense against partly linear.
+
+All layers of the model are built linear and run as softmax where asked for (set_attention_types), so one model serves
+every count. A forward is composed of its parts, rest + softmax blocks + linear blocks, each timed alone; some counts
+are also timed whole, which shows what composing is worth.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import torch._dynamo
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+
+from benchmarks.measure import attempt, timed
+from benchmarks.shapes import LINEAR_COUNTS, WAN, WanModel
+from linvideo.models.wan import LinVideoWanTransformer3DModel, set_attention_types
+
+# FlashAttention-2 as PyTorch ships it is what the paper compares with; the others are the strongest there are.
+BACKENDS = ("_native_flash", "_native_cudnn", "_flash_3", "sage")
+
+
+def build(
+    wan: WanModel, device: str, dtype: torch.dtype, attention_type: str = "linear"
+) -> LinVideoWanTransformer3DModel:
+    """Random weights in `dtype`, those in fp32 that diffusers keeps in fp32."""
+    with torch.device("meta"):
+        model = LinVideoWanTransformer3DModel(**wan.config, attention_types=[attention_type] * wan.layers)
+    for name, x in model.named_parameters():
+        kept = any(part in model._keep_in_fp32_modules for part in name.split("."))
+        x.data = x.data.to(torch.float32 if kept else dtype)
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, x in model.named_parameters():
+        if "norm" in name:
+            x.data.fill_(float(name.endswith("weight")))
+        else:
+            x.data.normal_(0.0, 0.02, generator=generator)
+    model.rope = type(model.rope)(wan.config["attention_head_dim"], model.config.patch_size, 1024).to(device)
+    return model.eval().requires_grad_(False)
+
+
+def latents(wan: WanModel, device: str, dtype: torch.dtype) -> dict:
+    """Arguments of the transformer's forward."""
+    text = torch.randn(1, wan.text_tokens, wan.config.get("text_dim", 4096), device=device, dtype=dtype)
+    return {
+        "hidden_states": torch.randn(1, *wan.latents, device=device, dtype=dtype),
+        "timestep": torch.tensor([500.0], device=device),
+        "encoder_hidden_states": text,
+        "return_dict": False,
+    }
+
+
+def tokens(wan: WanModel) -> int:
+    _, frames, height, width = wan.latents
+    return frames * (height // 2) * (width // 2)
+
+
+class Parts:
+    """One Wan model and what its forward is made of."""
+
+    def __init__(self, name: str, device: str, dtype: torch.dtype, wan: WanModel | None = None):
+        self.name, self.wan, self.device = name, wan or WAN[name], device
+        self.model = build(self.wan, device, dtype)
+        self.arguments = latents(self.wan, device, dtype)
+        self.backends = [b for b in BACKENDS if device == "cuda" or b == "_native_flash"]
+        self.base = {"model": name, "tokens": tokens(self.wan), "layers": self.wan.layers}
+        self.block_arguments = self._block_arguments()
+
+    def block_rows(self, compiled: bool) -> list[dict]:
+        """Softmax with each backend, linear, and the model without its blocks."""
+        rows = []
+        for attention in (*self.backends, "linear", "rest"):
+            row = {"suite": "block", **self.base, "attention": attention, "compiled": compiled}
+            rows.append(attempt(row, lambda a=attention: self._time_part(a, compiled)))
+        return rows
+
+    def whole_row(self, backend: str, linear_layers: int, compiled: bool) -> dict:
+        row = self._model_row(backend, linear_layers, compiled, "whole")
+        return attempt(row, lambda: self._time_whole(backend, linear_layers, compiled))
+
+    def composed_rows(self, block_rows: list[dict]) -> list[dict]:
+        """Of each backend and count, from block_rows; a percentile is the sum of the parts' percentiles."""
+        compiled = block_rows[0]["compiled"]
+        parts = {row["attention"]: row["ms"] for row in block_rows if "ms" in row}
+        rows, layers = [], self.wan.layers
+        if not {"linear", "rest"} <= parts.keys():
+            return rows
+        for backend in self.backends:
+            for count in sorted({n for n in LINEAR_COUNTS if n < layers} | {*self.wan.linear_layers, layers}):
+                if backend in parts:
+                    triples = zip(parts["rest"], parts[backend], parts["linear"], strict=True)
+                    ms = [rest + (layers - count) * softmax + count * linear for rest, softmax, linear in triples]
+                    rows.append(self._model_row(backend, count, compiled, "composed") | {"ms": ms})
+        return rows
+
+    def _model_row(self, backend: str, linear_layers: int, compiled: bool, how: str) -> dict:
+        row = {"suite": "model", **self.base, "backend": backend, "linear_layers": linear_layers}
+        return row | {"compiled": compiled, "how": how}
+
+    def _time_part(self, attention: str, compiled: bool) -> dict:
+        if attention == "rest":
+            return self._without_blocks()
+        block = self.model.blocks[0]
+        set_attention_types(self.model, {0: "linear" if attention == "linear" else "softmax"})
+        call = torch.compile(block, fullgraph=True) if compiled else block
+        with self._backend(attention):
+            return timed(lambda: _no_grad(call, *self.block_arguments), self.device)
+
+    def _without_blocks(self) -> dict:
+        blocks, self.model.blocks = self.model.blocks, torch.nn.ModuleList()
+        try:
+            return timed(lambda: _no_grad(self.model, **self.arguments), self.device)
+        finally:
+            self.model.blocks = blocks
+
+    def _time_whole(self, backend: str, linear_layers: int, compiled: bool) -> dict:
+        layers = range(self.wan.layers)
+        set_attention_types(self.model, {i: "linear" if i < linear_layers else "softmax" for i in layers})
+        blocks = self.model.blocks
+        if compiled:  # block by block, as diffusers' compile_repeated_blocks does
+            self.model.blocks = torch.nn.ModuleList(torch.compile(block, fullgraph=True) for block in blocks)
+        try:
+            with self._backend(backend):
+                return timed(lambda: _no_grad(self.model, **self.arguments), self.device)
+        finally:
+            self.model.blocks = blocks
+
+    def _backend(self, name: str):
+        known = name in {backend.value for backend in AttentionBackendName}
+        return attention_backend(name) if known else nullcontext()
+
+    def _block_arguments(self) -> tuple:
+        """What the first block is called with in a forward of the model."""
+        found: list[tuple] = []
+        handle = self.model.blocks[0].register_forward_pre_hook(lambda _, arguments: found.append(arguments))
+        blocks, self.model.blocks = self.model.blocks, self.model.blocks[:1]
+        try:
+            _no_grad(self.model, **self.arguments)
+        finally:
+            handle.remove()
+            self.model.blocks = blocks
+        return found[0]
+
+
+@torch.no_grad()
+def _no_grad(call: Callable, *args, **kwargs):
+    return call(*args, **kwargs)
+
+
+def rows_of(name: str, suites: set[str], device: str, dtype: torch.dtype, wan: WanModel | None = None) -> list[dict]:
+    """Rows of the suites "block" and "model" for one Wan model, eager and compiled."""
+    parts = Parts(name, device, dtype, wan)
+    rows = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        blocks = parts.block_rows(compiled)
+        rows += blocks if "block" in suites else []
+        if "model" in suites:
+            rows += parts.composed_rows(blocks)
+            fastest = _fastest(blocks)
+            for count in parts.wan.linear_layers if fastest else ():
+                rows.append(parts.whole_row(fastest, count, compiled))
+    return rows
+
+
+def _fastest(block_rows: list[dict]) -> str | None:
+    """The fastest exact softmax backend (SageAttention rounds to 8 bits)."""
+    times = {row["attention"]: row["ms"][0] for row in block_rows if "ms" in row}
+    exact = [backend for backend in BACKENDS if backend in times and backend != "sage"]
+    return min(exact, key=times.get) if exact else None

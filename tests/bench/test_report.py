@@ -1,0 +1,120 @@
+"""Result files and the report that is made of them."""
+
+import copy
+
+import pytest
+
+from benchmarks import report, results
+from benchmarks.peers import COMPILED, EAGER, OURS
+
+ENVIRONMENT = {
+    "device": "NVIDIA H200",
+    "driver": "1.2",
+    "cuda": "13.0",
+    "python": "3.12",
+    "packages": {"torch": "2.13.0", "triton": "3.7.1"},
+    "commit": "0123456789abcdef0123456789abcdef01234567",
+    "date": "2026-01-02",
+    "rates": {"bfloat16": {"copy_gb_s": 4000.0, "matmul_tflop_s": 700.0}},
+}
+
+
+def op_row(name: str, ms: float, which: str = "forward", shape: str = "n1k", tokens: int = 1024) -> dict:
+    row = {"suite": "op", "shape": shape, "dtype": "bfloat16", "name": name, "pass": which}
+    return row | {"sizes": [1, tokens, 12, 128], "ms": [ms, ms, ms], "gbytes": 1.0, "tflops": 0.7, "peak_mib": 10.0}
+
+
+def model_row(count: int, ms: float, how: str = "composed") -> dict:
+    row = {"suite": "model", "model": "1.3b-480p", "backend": "_native_flash", "linear_layers": count, "how": how}
+    return row | {"compiled": False, "tokens": 32760, "layers": 30, "ms": [ms, ms, ms]}
+
+
+ROWS = [
+    op_row(OURS, 1.0),
+    op_row(OURS, 2.0, shape="n2k", tokens=2048),
+    op_row(EAGER, 3.0),
+    op_row(COMPILED, 2.0),
+    op_row("softmax SDPA flash", 6.0),
+    op_row("softmax SDPA cuDNN", 5.0),
+    {k: v for k, v in op_row("softmax flash-attn 3", 1.0).items() if k != "ms"} | {"absent": "ModuleNotFoundError: x"},
+    model_row(0, 900.0),
+    model_row(16, 600.0),
+    model_row(16, 610.0, "whole"),
+]
+
+
+def test_saved_and_read_again(tmp_path):
+    first = results.save(ROWS[:7], ENVIRONMENT, tmp_path)
+    second = results.save(ROWS[:7], ENVIRONMENT, tmp_path)
+    assert first.name == "h200-2026-01-02-op.json" and second.name == "h200-2026-01-02-op-2.json"
+    assert [document["rows"] for document in results.load(tmp_path)] == [ROWS[:7]] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(format=0), "expected format 1, got 0"),
+        (lambda d: d["environment"].pop("commit"), "expected the environment to have commit"),
+        (lambda d: d["rows"].clear(), "expected at least one row, got none"),
+        (lambda d: d["rows"][0].update(suite="x"), "suite to be one of op, block, model, train, got 'x'"),
+        (lambda d: d["rows"][0].pop("ms"), "either ms or absent"),
+        (lambda d: d["rows"][0].update(absent="why"), "either ms or absent"),
+        (lambda d: d["rows"][0].pop("pass"), "expected the keys shape, dtype, name, pass"),
+        (lambda d: d["rows"][0].update(colour="red"), "expected the keys shape, dtype, name, pass"),
+        (lambda d: d["rows"][0].update(ms=[1.0, float("nan"), 1.0]), "expected ms to be three positive numbers"),
+    ],
+)
+def test_schema(change, message):
+    document = {"format": 1, "environment": copy.deepcopy(ENVIRONMENT), "rows": copy.deepcopy(ROWS)}
+    results.check(document)
+    change(document)
+    with pytest.raises(ValueError, match=message):
+        results.check(document)
+
+
+def test_a_file_that_is_not_ours_is_named(tmp_path):
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ValueError, match="x.json"):
+        results.load(tmp_path)
+
+
+def test_committed_results_fit_the_schema():
+    assert results.load()
+
+
+def line_of(text: str, *starts: str) -> str:
+    (line,) = [line for line in text.splitlines() if line.startswith("| " + " | ".join(starts) + " |")]
+    return line
+
+
+def test_tables_hold_the_figures(tmp_path):
+    results.save(ROWS, ENVIRONMENT, tmp_path)
+    written = report.write(tmp_path, tmp_path / "docs")
+    text = written[0].read_text()
+    ours = line_of(text.split("**n2k**")[0], OURS)
+    assert "1.000 (1.000–1.000)" in ours and "1,000 (25%)" in ours and "700 (100%)" in ours
+    assert ours.endswith("| 5.00 | 3.00 | 2.00 |")  # cuDNN is the fastest softmax that ran
+    assert "absent: softmax flash-attn 3, forward (ModuleNotFoundError: x)" in text
+    linear = line_of(text, "SDPA flash (FlashAttention-2)", "eager", "16")
+    assert "1.50x" in linear and "610.0" in linear and "| 60 |" in linear
+    assert "paper" in text and "1.43x" in text
+    assert "commit 0123456789ab, driver 1.2: torch 2.13.0, triton 3.7.1" in text
+
+
+def test_the_newest_figure_counts(tmp_path):
+    results.save(ROWS, ENVIRONMENT, tmp_path)
+    results.save([op_row(OURS, 0.5)], ENVIRONMENT | {"date": "2026-01-03"}, tmp_path)
+    text = report.write(tmp_path, tmp_path / "docs")[0].read_text()
+    assert "0.500 (0.500–0.500)" in line_of(text.split("**n2k**")[0], OURS)
+
+
+def test_the_same_results_give_the_same_files(tmp_path):
+    results.save(ROWS, ENVIRONMENT, tmp_path)
+    first = {path.name: path.read_bytes() for path in report.write(tmp_path, tmp_path / "a")}
+    second = {path.name: path.read_bytes() for path in report.write(tmp_path, tmp_path / "b")}
+    assert first == second
+    assert {name.rpartition(".")[2] for name in first} == {"md", "png", "svg"} and len(first) == 5
+
+
+def test_no_results_yet(tmp_path):
+    assert "Nothing has been measured yet" in report.write(tmp_path, tmp_path / "docs")[0].read_text()

@@ -1,0 +1,150 @@
+"""Every suite end to end at a tiny shape, so that the first run on a GPU needs no debugging."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as bench
+from benchmarks import peers, results, train, wan
+from benchmarks.measure import PASSES, attempt
+from benchmarks.shapes import SHAPES, TINY, WAN
+from linvideo.training.config import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """suite -> rows of one tiny run, and the folder it wrote."""
+    folder = tmp_path_factory.mktemp("results")
+    bench.main(["--tiny", "--suite", "op,block,model,train", "--output_dir", str(folder)])
+    documents = results.load(folder)
+    return {document["rows"][0]["suite"]: document["rows"] for document in documents}, folder
+
+
+def test_each_suite_has_a_file_that_fits_the_schema(measured):
+    rows, folder = measured
+    assert rows.keys() == results.COLUMNS.keys()
+    assert len(list(folder.glob("*.json"))) == len(rows)
+    assert not list(folder.glob(".*"))
+
+
+def test_everything_ran(measured):
+    absent = [row for rows in measured[0].values() for row in rows if "absent" in row]
+    assert not absent
+
+
+def test_op_rows(measured):
+    rows = measured[0]["op"]
+    here = [name for name, peer in peers.PEERS.items() if not peer.cuda_only]
+    assert {(row["name"], row["pass"]) for row in rows} == {(name, which) for name in here for which in PASSES}
+    assert all(row["gbytes"] > 0 and row["tflops"] > 0 for row in rows)
+
+
+def test_composed_and_whole_models_have_the_same_counts(measured):
+    rows = measured[0]["model"]
+    settings = [(row["how"], row["compiled"], row["linear_layers"]) for row in rows]
+    expected = [(how, c, n) for how in ("composed", "whole") for c in (False, True) for n in (0, 2, 3)]
+    assert sorted(settings) == sorted(expected)
+
+
+def test_a_composed_forward_is_the_sum_of_its_blocks():
+    parts = wan.Parts("tiny", "cpu", torch.float32, TINY)
+    times = {"rest": [10.0, 9.0, 12.0], "_native_flash": [5.0, 4.0, 6.0], "linear": [1.0, 0.5, 2.0]}
+    blocks = [{"attention": name, "compiled": True, "ms": ms} for name, ms in times.items()]
+    composed = {row["linear_layers"]: row["ms"] for row in parts.composed_rows(blocks)}
+    assert composed == {0: [25.0, 21.0, 30.0], 2: [17.0, 14.0, 22.0], 3: [13.0, 10.5, 18.0]}
+    parts.whole_row("_native_flash", 2, compiled=False)
+    assert [block.attn1.attention_type for block in parts.model.blocks] == ["linear", "linear", "softmax"]
+
+
+def test_the_eager_training_step_has_the_same_loss(tmp_path):
+    """What the train suite compares computes the same."""
+    config = TrainConfig(output_dir=str(tmp_path), pretrained_model_name_or_path="tiny", train_batch_size=1)
+    norms = []
+    for attention in (nullcontext, train.eager_attention):
+        step = train.training_step("selective transfer", TINY, config, "cpu", torch.float32)
+        with attention():
+            norms.append(step())
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3) and norms[0] > 0
+
+
+def test_training_steps(measured):
+    rows = measured[0]["train"]
+    steps, attentions = {row["step"] for row in rows}, {row["attention"] for row in rows}
+    assert steps == {"selective transfer", "ADM"} and attentions == {"fused", "eager"} and len(rows) == 4
+
+
+def test_the_report_comes_with_it(measured):
+    text = (measured[1] / "benchmarks.md").read_text()
+    for section in ("### Attention", "### Whole models", "### Blocks", "### Training steps"):
+        assert section in text
+
+
+def test_parts_cover_the_work_once():
+    whole = [name for name, _ in bench.jobs(list(results.COLUMNS), None, torch.bfloat16, "cuda", False)]
+    parts = [whole[i::3] for i in range(3)]
+    assert sorted(sum(parts, [])) == sorted(whole) and len(set(whole)) == len(whole)
+    assert [name for name in whole if name.startswith("block+model")] == [f"block+model {name}" for name in WAN]
+    assert "train 1.3b-480p" in whole and "op wan2.1-14b-720p" in whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "ops"], "expected --suite of op, block, model, train, got ops"),
+        (["--suite", "block"], "expected a CUDA GPU for --suite block, found none"),
+        (["--part", "3/2"], "expected --part i/n with 1 <= i <= n, got 3/2"),
+        (["--part", "half"], "expected --part i/n with 1 <= i <= n, got half"),
+        (["--tiny", "--part", "2/2"], "nothing to measure"),
+    ],
+)
+def test_bad_arguments(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        bench.main(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_failed_measurement_is_a_row_with_its_reason():
+    def fails():
+        raise RuntimeError("No available kernel.\nand more")
+
+    assert attempt({"name": "x"}, fails) == {"name": "x", "absent": "RuntimeError: No available kernel."}
+
+
+def test_a_run_that_is_cut_short_keeps_what_it_has(tmp_path):
+    """A time limit sends SIGTERM."""
+    command = [sys.executable, "-m", "benchmarks", "--shapes", "cpu-n256", "cpu-n4096", "--output_dir", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("[1/2]"):
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+    (path,) = tmp_path.glob("*.json")
+    assert {row["shape"] for row in json.loads(path.read_text())["rows"]} == {"cpu-n256"}
+
+
+def test_costs():
+    """The arithmetic of a row against a count by hand: 2 N D^2 for each D x D product of N rows."""
+    shape = SHAPES["wan2.1-1.3b-480p"]
+    rows, products = 32760 * 12, 2 * 128 * 128
+    # logits of q and k, two halves of the state and of its reading
+    assert peers.tflops(shape, "hedgehog", "forward") == pytest.approx(rows * products * (2 + 2 + 2) / 1e12)
+    assert peers.tflops(shape, "softmax", "forward") == pytest.approx(rows * 2 * 2 * 32760 * 128 / 1e12)
+    assert peers.gbytes(shape, "hedgehog", "forward", 2) == pytest.approx(4 * rows * 128 * 2 / 1e9)
+    for cost in peers.COSTS:
+        both = peers.tflops(shape, cost, "forward") + peers.tflops(shape, cost, "backward")
+        assert peers.tflops(shape, cost, "forward+backward") == pytest.approx(both)
