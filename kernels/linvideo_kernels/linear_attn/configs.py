@@ -55,7 +55,7 @@ def tile(
         return Tile(64, 4, 2 if head_dim > 32 else 1, resident=2)
     if capability // 10 == 10:
         return _blackwell(kernel, head_dim)
-    return _mma(kernel, wide, signs(feature_map) == 2, capability)
+    return _mma(kernel, wide, signs(feature_map) == 2, capability, options)
 
 
 def _float32(kernel: str, head_dim: int, wide: bool, tf32x3: bool) -> Tile:
@@ -94,11 +94,13 @@ def _blackwell(kernel: str, head_dim: int) -> Tile:
     return Tile(64, 8 if head_dim > 32 else 4, 1)
 
 
-def _mma(kernel: str, wide: bool, weighted: bool, capability: int) -> Tile:
+def _mma(kernel: str, wide: bool, weighted: bool, capability: int, options: frozenset) -> Tile:
     """mma.sync; 99 KB of shared memory on sm_89 and sm_120, where the state of a wide head comes from L2 each time."""
     keeps = capability == 80 or not wide or not weighted
     if kernel == "apply_state":
-        return Tile(32, 8, 1, keeps=keeps) if weighted else Tile(128, 8, 1)
+        if weighted:
+            return Tile(32, 8, 1, keeps=keeps)
+        return Tile(32, 4, 1) if wide and {"rope", "mix"} <= options else Tile(128, 8, 1)
     if not wide:
         return Tile(64, 4, 1) if kernel == "accumulate_state" else Tile(32, 4, 2)
     return Tile(32, 8, 1, keeps=keeps)
