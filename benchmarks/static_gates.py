@@ -46,9 +46,6 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("exponentials", "accumulate_state-elu-*key_mask*"): (
         "masked rows come through registers, and two products want them in two layouts; the pass waits for bytes"
     ),
-    ("spills", "project_grad-hedgehog*-d128-fp32-sm80-tf32x3-*"): (
-        "8 bytes a thread, read once and not in the loop: three products for one fill the registers at the least tile"
-    ),
 }
 if triton.__version__.startswith("3.6."):
     EXCEPTIONS["exponentials", "map_grad-elu-*-normalize_rows"] = "Triton 3.6, in the same way"

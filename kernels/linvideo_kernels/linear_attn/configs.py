@@ -64,7 +64,7 @@ def _float32(kernel: str, head_dim: int, wide: bool, tf32x3: bool) -> Tile:
     if tf32x3 and kernel == "accumulate_state" and wide:
         return Tile(16, 8, 1, value_first=False)
     if tf32x3 and kernel == "project_grad":
-        return Tile(16, 8, 1) if wide else Tile(16, 4, 1, resident=2)
+        return Tile(16, 8, 1) if wide else Tile(32, 4, 1, resident=2)
     return Tile(16, 16, 1) if wide and kernel == "project_grad" else Tile(32, 8, 1)
 
 
@@ -98,9 +98,10 @@ def _mma(kernel: str, wide: bool, weighted: bool, capability: int, options: froz
     """mma.sync; 99 KB of shared memory on sm_89 and sm_120, where the state of a wide head comes from L2 each time."""
     keeps = capability == 80 or not wide or not weighted
     if kernel == "apply_state":
+        full = wide and {"rope", "mix"} <= options  # more of each row in registers
         if weighted:
-            return Tile(32, 8, 1, keeps=keeps)
-        return Tile(32, 4, 1) if wide and {"rope", "mix"} <= options else Tile(128, 8, 1)
+            return Tile(16 if full and not keeps else 32, 8, 1, keeps=keeps)
+        return Tile(32, 4, 1) if full else Tile(128, 8, 1)
     if not wide:
         return Tile(64, 4, 1) if kernel == "accumulate_state" else Tile(32, 4, 2)
     return Tile(32, 8, 1, keeps=keeps)

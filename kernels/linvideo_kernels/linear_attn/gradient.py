@@ -118,7 +118,10 @@ def project_grad(
     dx_ptr = head_rows(dx_ptr, batch, first, head, stride_ob, stride_on, stride_oh, False)
     cols = tl.arange(0, WIDTH)
     w_ptr += head * WIDTH * WIDTH
-    w = tl.load(w_ptr + cols[:, None] * WIDTH + cols[None, :])  # [in, out]
+    IN_PIECES: tl.constexpr = PRECISION == "tf32x3"  # its three products fill the registers; "ieee" spills in pieces
+    w = w_ptr  # [in, out]
+    if not IN_PIECES:
+        w = tl.load(w_ptr + cols[:, None] * WIDTH + cols[None, :])
     dw = tl.zeros([WIDTH, WIDTH], tl.float32)  # [in, out]
     for row in range(start, stop, BLOCK):
         n = row + tl.arange(0, BLOCK)
@@ -129,7 +132,10 @@ def project_grad(
         u = load_rows(u_ptr, batch, head, row, length, counts, stride_un, D, WIDTH, BLOCK, False)
         dx = load_rows(dx_ptr, batch, head, row, length, valid, stride_on, D, WIDTH, BLOCK, False)
         dw = tl.dot(tl.trans(u), dx, dw, input_precision=PRECISION)
-        du = tl.dot(dx, tl.trans(w), input_precision=PRECISION)
+        if IN_PIECES:
+            du = times(dx, w, tl.zeros([BLOCK, WIDTH], tl.float32), True, WIDTH, PRECISION)
+        else:
+            du = tl.dot(dx, tl.trans(w), input_precision=PRECISION)
         if cos_ptr is not None:
             du = rotate(du, cos_ptr, sin_ptr, first + n, valid, -1.0, D, WIDTH)
         store_rows(dx_ptr, du, row, valid, stride_on, D, WIDTH, BLOCK)
