@@ -37,16 +37,11 @@ def train(argv: list[str]) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     import torch
-    from diffusers.utils import export_to_video
 
     from linvideo import models
-    from linvideo.evaluation.generate import generate_video
+    from linvideo.evaluation.generate import generate_video, save_video
 
-    output = args.output
-    if output.suffix != ".mp4" or output.is_dir():
-        raise ValueError(f"--output must name an .mp4 file, got {output}")
-    if output.exists() and not args.overwrite:
-        raise ValueError(f"{output} exists; choose another --output or pass --overwrite")
+    refuse_existing_video(args)
     pipeline = load(args)
     models.wan_transformer(pipeline)
     pipeline.to(args.device)
@@ -61,14 +56,23 @@ def generate(args: argparse.Namespace) -> None:
         guidance_scale=args.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(args.seed),
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.stem}.writing.mp4")
-    try:
-        export_to_video(video, str(aside), fps=args.fps)
-        aside.replace(output)
-    finally:
-        aside.unlink(missing_ok=True)
-    print(f"wrote {output}")
+    save_video(video, args.output, fps=args.fps)
+    print(f"wrote {args.output}")
+
+
+def check(args: argparse.Namespace) -> int:
+    from linvideo.evaluation.check import check_pipeline
+
+    refuse_existing_video(args)
+    pipeline = load(args).to(args.device)
+    pipeline.set_progress_bar_config(disable=True)
+    size = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
+    failed = 0
+    for finding in check_pipeline(pipeline, args.output, **size):
+        failed += not finding.passed
+        mark = "ok    " if finding.passed else "FAILED"
+        print(f"{mark} {finding.name}: {finding.detail} ({finding.seconds:.1f} s)", flush=True)
+    return min(failed, 1)
 
 
 def info(args: argparse.Namespace) -> None:
@@ -102,6 +106,13 @@ def refuse_existing(args: argparse.Namespace) -> None:
     folder = args.output_dir
     if folder.exists() and not args.overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists; choose another --output_dir or pass --overwrite")
+
+
+def refuse_existing_video(args: argparse.Namespace) -> None:
+    if args.output.suffix != ".mp4" or args.output.is_dir():
+        raise ValueError(f"--output must name an .mp4 file, got {args.output}")
+    if args.output.exists() and not args.overwrite:
+        raise ValueError(f"{args.output} exists; choose another --output or pass --overwrite")
 
 
 class Parser(argparse.ArgumentParser):
@@ -164,6 +175,16 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", type=Path, default=Path("output.mp4"), help="the mp4 file")
     sub.add_argument("--overwrite", action="store_true")
 
+    sub = command("check", check, "try every part of a training run once with the real weights, in minutes")
+    sub.add_argument("model", help="stock pipeline folder or Hub id")
+    sub.add_argument("--dtype", choices=DTYPES, default="float32")
+    sub.add_argument("--height", type=int, default=256)
+    sub.add_argument("--width", type=int, default=256)
+    sub.add_argument("--num_frames", type=int, default=17)
+    sub.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    sub.add_argument("--output", type=Path, default=Path("check.mp4"), help="the mp4 file of a short video")
+    sub.add_argument("--overwrite", action="store_true")
+
     sub = command("info", info, "say what a pipeline's attention layers are")
     add_model(sub)
     return parser
@@ -178,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         args = make_parser().parse_args(argv)
         if hasattr(args, "device"):
             args.device = choose_device(args.device)
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, OSError) as error:
         print(f"linvideo: error: {error}", file=sys.stderr)
         return 2
@@ -194,7 +215,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("linvideo: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

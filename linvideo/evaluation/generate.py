@@ -1,6 +1,7 @@
 """Videos from a pipeline; what differs between a real Wan folder and the embedded one is settled here."""
 
 import logging
+from pathlib import Path
 
 import torch
 
@@ -40,3 +41,17 @@ def generate_video(pipeline, prompt: str | list[str], num_frames: int = 81, outp
             **kwargs,
         ).frames
     return videos[0] if isinstance(prompt, str) else videos
+
+
+def save_video(frames, output: str | Path, fps: int = 16) -> None:
+    """An mp4 of what `generate_video` returned for one prompt; written aside, then moved, replacing what is there."""
+    from diffusers.utils import export_to_video
+
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = output.with_name(f".{output.stem}.writing.mp4")
+    try:
+        export_to_video(frames, str(aside), fps=fps)
+        aside.replace(output)
+    finally:
+        aside.unlink(missing_ok=True)

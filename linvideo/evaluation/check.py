@@ -1,0 +1,158 @@
+"""Does a pipeline with its real weights convert, fit, train and generate on this device? The parts of a training run,
+each once, in minutes: what would go wrong after hours goes wrong here."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import WanTransformer3DModel
+
+from linvideo.evaluation.generate import generate_video, save_video
+from linvideo.models import convert, wan_transformer
+from linvideo.training.branches import feature_weights, gates
+from linvideo.training.config import TrainConfig
+from linvideo.training.flow import predict_velocity, sampler_grid
+from linvideo.training.objectives import ObjectiveConfig
+from linvideo.training.prompts import encode_prompts
+from linvideo.training.step import GradientStep
+from linvideo.training.store import StateBatch
+from linvideo.training.trajectories import TrajectoryConfig, collect, open_store
+from linvideo.training.warmup import attention_output_errors
+
+PROMPT = "A red kite rises over a grey sea, the camera follows it slowly."
+
+
+class Finding(NamedTuple):
+    name: str
+    passed: bool
+    detail: str
+    seconds: float
+
+
+def check_pipeline(
+    pipeline: Any,
+    output: str | Path,
+    height: int = 256,
+    width: int = 256,
+    num_frames: int = 17,
+    num_inference_steps: int = 4,
+    warmup_steps: int = 10,
+    seed: int = 0,
+) -> Iterator[Finding]:
+    """Yields a finding after each part; a part that fails does not stop the next ones.
+
+    Only W and r of the linear branches train, so that a model fits that could not train in full on one device. The
+    parameters of the pipeline's transformer stop requiring gradients; it is not changed otherwise.
+
+    Args:
+        pipeline: a stock WanPipeline on the device to check.
+        output: the .mp4 of the short video.
+        height, width, num_frames: of all videos here, in pixels and frames.
+        num_inference_steps: of the sampler.
+        warmup_steps: of the feature maps.
+
+    Raises:
+        ValueError: the pipeline is converted already, or the sizes do not fit it.
+    """
+    base = wan_transformer(pipeline)
+    if type(base) is not WanTransformer3DModel:
+        raise ValueError(f"expected a stock Wan pipeline, which is converted here, got a {type(base).__name__}")
+    base.requires_grad_(False)
+    size = {"height": height, "width": width, "num_frames": num_frames}
+    parts = (_trajectory, _equality, _warmup, _adm, _video)
+    with tempfile.TemporaryDirectory() as folder:
+        run = _Run(pipeline, folder, Path(output), size, num_inference_steps, warmup_steps, seed)
+        for part in parts:
+            started = time.perf_counter()
+            try:
+                passed, detail = part(run)
+            except (RuntimeError, ValueError) as error:  # memory, kernels, shapes: a finding like any other
+                passed, detail = False, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            yield Finding(part.__doc__, passed, detail, time.perf_counter() - started)
+
+
+class _Run:
+    """What the parts share."""
+
+    def __init__(self, pipeline, folder, output, size, num_inference_steps, warmup_steps, seed):
+        self.pipeline, self.base, self.output, self.size = pipeline, wan_transformer(pipeline), output, size
+        self.warmup_steps = warmup_steps
+        trajectories = TrajectoryConfig(
+            num_trajectories=1, num_inference_steps=num_inference_steps, shard_size=1, **size
+        )
+        self.config = TrainConfig(output_dir=folder, train_batch_size=1, seed=seed, trajectories=trajectories)
+        self.grid = sampler_grid(pipeline.scheduler, num_inference_steps)
+        self.prompts = encode_prompts(pipeline, [PROMPT])
+        self.store = open_store(f"{folder}/trajectories", pipeline, self.prompts, trajectories, seed)
+        self.mixed = convert(self.base, "all", mode="mixed", r_init=1.0, copy=False)
+
+    def draw(self, number: int) -> StateBatch:
+        return self.store.draw(1, self.config.seed, "check", number, prompts=self.prompts, device=self.base.device)
+
+
+def _trajectory(run: _Run) -> tuple[bool, str]:
+    """a trajectory of the teacher"""
+    started = time.perf_counter()
+    collect(run.store, run.pipeline, run.prompts, progress=False)
+    forwards = 2 * run.config.trajectories.num_inference_steps
+    batch = run.draw(0)
+    finite = bool(batch.x.isfinite().all() and batch.u.isfinite().all())
+    return finite, f"{len(run.store)} states, {(time.perf_counter() - started) / forwards:.2f} s a forward"
+
+
+@torch.no_grad()
+def _equality(run: _Run) -> tuple[bool, str]:
+    """the converted model at r = 1 is the base model"""
+    batch = run.draw(0)
+    base, mixed = (predict_velocity(m, batch.x, batch.timestep, batch.prompt_embeds) for m in (run.base, run.mixed))
+    difference = (base - mixed).abs().max().item()
+    return difference == 0 and bool(base.isfinite().all()), f"largest difference {difference:g}"
+
+
+def _warmup(run: _Run) -> tuple[bool, str]:
+    """the feature maps learn softmax attention"""
+    optimizer = torch.optim.Adam(feature_weights(run.mixed).values(), lr=run.config.warmup.learning_rate)
+    means = []
+    for step in range(run.warmup_steps + 1):
+        errors = attention_output_errors(run.mixed, run.draw(step), backward=step < run.warmup_steps)
+        means.append(torch.stack(list(errors.values())).mean().item())
+        optimizer.step()
+        optimizer.zero_grad()
+    first, last = means[0], means[-1]
+    return last < first, f"relative error {first:.3f} -> {last:.3f} in {run.warmup_steps} steps"
+
+
+def _adm(run: _Run) -> tuple[bool, str]:
+    """an ADM step moves r and the feature maps"""
+    learned = [*gates(run.mixed).values(), *feature_weights(run.mixed).values()]
+    with torch.no_grad():
+        for r in gates(run.mixed).values():
+            r.fill_(run.config.selection.r_init)
+    run.mixed.train().enable_gradient_checkpointing()
+    before = [x.detach().clone() for x in learned]
+    optimizer = torch.optim.Adam(learned, lr=run.config.selection.r_learning_rate)
+    objective = ObjectiveConfig(name="adm")
+    step = GradientStep(run.mixed, run.base, run.store, run.prompts, run.grid, run.config, "check", objective)
+    _, loss = step(0)
+    finite = all(x.grad is not None and bool(x.grad.isfinite().all()) for x in learned)
+    optimizer.step()
+    optimizer.zero_grad()
+    run.mixed.eval()
+    moved = all(not torch.equal(x, old) for x, old in zip(learned, before, strict=True))
+    return finite and moved, f"loss {loss:.4g}, {sum(x.numel() for x in learned):,} numbers moved"
+
+
+def _video(run: _Run) -> tuple[bool, str]:
+    """a video of the converted model"""
+    pipeline, steps = run.pipeline, run.config.trajectories.num_inference_steps
+    pipeline.transformer = run.mixed
+    try:
+        video = generate_video(pipeline, PROMPT, num_inference_steps=steps, **run.size)
+    finally:
+        pipeline.transformer = run.base
+    save_video(video, run.output)
+    video = torch.as_tensor(video)
+    return bool(video.isfinite().all()) and video.std().item() > 0, f"{len(video)} frames in {run.output}"

@@ -1,0 +1,80 @@
+"""`linvideo check`: every part is reported, what is broken is found, and the pipeline stays as it was."""
+
+import pytest
+import torch
+from tiny import tiny_pipeline
+
+from linvideo import cli, convert
+from linvideo.evaluation.check import check_pipeline
+
+SIZE = {"height": 32, "width": 32, "num_frames": 5}
+FLAGS = [word for name, value in SIZE.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def pipeline():
+    pipeline = tiny_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def findings(pipeline, tmp_path):
+    return {finding.name: finding for finding in check_pipeline(pipeline, tmp_path / "check.mp4", **SIZE)}
+
+
+def test_a_sound_pipeline_passes_and_is_unchanged(pipeline, tmp_path):
+    transformer = pipeline.transformer
+    before = {name: x.clone() for name, x in transformer.state_dict().items()}
+    found = findings(pipeline, tmp_path)
+    assert len(found) == 5 and all(finding.passed for finding in found.values()), found
+    assert pipeline.transformer is transformer and transformer.state_dict().keys() == before.keys()
+    assert all(torch.equal(x, before[name]) for name, x in transformer.state_dict().items())
+    assert [path.name for path in tmp_path.iterdir()] == ["check.mp4"]
+
+
+def test_a_broken_model_is_found_and_the_rest_still_reported(pipeline, tmp_path):
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias.fill_(float("nan"))
+    found = findings(pipeline, tmp_path)
+    assert len(found) == 5
+    assert not found["a trajectory of the teacher"].passed
+    assert not found["an ADM step moves r and the feature maps"].passed
+
+
+def test_other_attention_at_r_1_is_found(pipeline, tmp_path, monkeypatch):
+    from linvideo.nn import linear_attention
+
+    def wrong(q, k, v, mix=None, **options):
+        return torch.zeros_like(q) if mix is None else mix[0] + 1e-3
+
+    monkeypatch.setattr(linear_attention, "linear_attn", wrong)
+    found = findings(pipeline, tmp_path)
+    assert not found["the converted model at r = 1 is the base model"].passed
+    assert not found["the feature maps learn softmax attention"].passed
+
+
+def test_the_command(pipeline, tmp_path, capsys):
+    folder, output = tmp_path / "stock", tmp_path / "check.mp4"
+    pipeline.save_pretrained(folder)
+    command = ["check", str(folder), "--output", str(output), *FLAGS, "--device", "cpu"]
+    assert cli.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and all(line.startswith("ok ") for line in lines)
+    kept = output.read_bytes()
+    assert cli.main(command) == 2 and "exists" in capsys.readouterr().err
+    assert output.read_bytes() == kept
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias.fill_(float("nan"))
+    pipeline.save_pretrained(folder)
+    assert cli.main([*command, "--overwrite"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_converted_pipeline_is_refused(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="expected a stock Wan pipeline"):
+        findings(convert(pipeline, [0]), tmp_path)
+
+
+def test_sizes_that_do_not_fit_are_refused(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="num_frames must be 1 more than a multiple of 4"):
+        list(check_pipeline(pipeline, tmp_path / "check.mp4", **SIZE | {"num_frames": 6}))
