@@ -92,7 +92,7 @@ def _qkv(attn: torch.nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tens
 
 def _tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """diffusers' tables [1, N, 1, D], every entry repeated for its pair of channels -> [N, D/2]."""
-    return cos[0, :, 0, 0::2], sin[0, :, 0, 0::2]
+    return cos[0, :, 0, 0::2].contiguous(), sin[0, :, 0, 0::2].contiguous()  # once, and not in each kernel
 
 
 def _with_base_arguments(init):

@@ -48,7 +48,8 @@ def linear_attn(
         key_mask: bool [B, Nk], False leaves a key out, whatever it holds.
         cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], both or none: q [total, H, D] or [1, total, H, D] holds
             sequences one after another, as in FlashAttention; sequence i of q attends to sequence i of k. Key_mask is
-            [1, total] then, and rope has a row per packed token.
+            [1, total] then, and rope has a row per packed token. They have to rise from 0 to total; on CUDA that is not
+            checked (it would wait for the GPU), and rows that no sequence covers come back 0.
         scale: multiplies phi(q), so it acts only with normalize=False; default 1.
         normalize: divide by phi(q) z + eps. eps is added to the plain sum over Nk.
         fp32_precision: products of float32 inputs on CUDA: "ieee", or "tf32x3" (three tensor-core products for one).

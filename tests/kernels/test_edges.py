@@ -214,3 +214,18 @@ def test_interpreter_refuses_bf16_without_the_patch(monkeypatch, device):
     inputs, _ = make_inputs(Case(head_dim=16, nq=4, nk=4), device)
     with pytest.raises(ValueError, match="expected float32 or float16 under TRITON_INTERPRET=1"):
         linear_attn(**inputs)
+
+
+def test_gradients_near_the_end_of_fp16(device):
+    """do . o is a sum of D products and leaves fp16's range before any gradient does (a grown loss scale)."""
+    case = Case(head_dim=128, nq=64, nk=64, dtype="fp16", batch=1, heads=1, map=("softmax", True), input_scale=4.0)
+    inputs, grad = make_inputs(case, device)
+    grad = 1000.0 * grad.sign()
+    with torch.no_grad():  # query n finds its own key, whose value points where its gradient does
+        inputs["k"].copy_(inputs["q"])
+        inputs["v"].copy_(grad.sign())
+    actual, exact = run(linear_attn, inputs, grad, case.options), truth(inputs, grad, case.options)
+    assert (grad.double() * exact["o"]).sum(-1).abs().max() > torch.finfo(torch.float16).max
+    for name, x in exact.items():
+        assert x.abs().max() < torch.finfo(torch.float16).max, name
+        assert (actual[name] - x).norm() < 0.02 * x.norm(), name

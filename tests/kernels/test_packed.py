@@ -8,7 +8,7 @@ from cases import DTYPES, Case, make_inputs
 from linvideo_kernels.linear_attn import launch
 from numerics import check, run
 
-from linvideo.ops import linear_attn
+from linvideo.ops import checks, linear_attn
 
 LENGTHS = {
     "every tile end": ((64, 65), (63, 1), (1, 64), (65, 63), (2, 2)),
@@ -70,3 +70,25 @@ def test_sequences_do_not_see_each_other(device):
     for rows in (slice(0, 70), slice(110, None)):
         assert torch.equal(actual["dk"][:, rows], expected["dk"][:, rows])
         assert torch.equal(actual["dv"][:, rows], expected["dv"][:, rows])
+
+
+def test_rows_that_no_sequence_covers_are_zero(monkeypatch, device):
+    """What a GPU's cu_seqlens hold is not checked: rows before and behind the sequences must not reach a gradient."""
+    monkeypatch.setattr(checks, "check_packed", lambda *args: None)
+    case = Case(head_dim=16, nq=90, nk=90, batch=1, rope=True, mix=0.3)
+    inputs, grad = make_inputs(case, device)
+    covered = slice(10, 70)
+    ends = torch.tensor([10, 40, 70], dtype=torch.int32, device=device)
+    out = run(linear_attn, inputs, grad, case.options | {"cu_seqlens_q": ends, "cu_seqlens_k": ends})
+    part = {name: x.detach()[:, covered].clone() if x.dim() == 4 else x.detach().clone() for name, x in inputs.items()}
+    part = {name: x.requires_grad_() for name, x in part.items()}
+    options = case.options | {"rope": tuple(table[covered] for table in case.options["rope"])}
+    inside = run(
+        linear_attn, part, grad[:, covered], options | dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), ends - 10)
+    )
+    for name, x in out.items():
+        assert x.isfinite().all(), name
+        if x.dim() == 4:
+            assert not x[:, :10].any() and not x[:, 70:].any(), name
+            x = x[:, covered]
+        torch.testing.assert_close(x, inside[name], rtol=1e-5, atol=1e-6, msg=name)

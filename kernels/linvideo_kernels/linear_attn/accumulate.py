@@ -14,24 +14,26 @@ import triton.language as tl
 from linvideo_kernels.linear_attn import configs
 from linvideo_kernels.linear_attn.feature_maps import features
 from linvideo_kernels.linear_attn.launch import SIZES, launch
-from linvideo_kernels.linear_attn.products import logits, operand, split
+from linvideo_kernels.linear_attn.products import floor_power, logits, operand, split
 from linvideo_kernels.linear_attn.side import Side, descriptor, expanded
 from linvideo_kernels.linear_attn.tiles import head_rows, kept, load_rows, locate
 
 
 @triton.jit(do_not_specialize=SIZES)
 def accumulate_state(
-    u_ptr, w_ptr, y_ptr, keep_ptr, rows_ptr, z_ptr, cu_ptr, partial_ptr, z_partial_ptr,
+    u_ptr, w_ptr, y_ptr, keep_ptr, factors_ptr, gain_ptr, cu_ptr, partial_ptr, z_partial_ptr,
     stride_ub, stride_un, stride_uh, stride_yb, stride_yn, stride_yh,
-    SEQUENCES, HEADS, N, splits, rows, rows_plane,
+    SEQUENCES, HEADS, N, splits, rows, factors_plane,
     D: tl.constexpr, WIDTH: tl.constexpr, SIGNS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     FEATURE_MAP: tl.constexpr, ROOM: tl.constexpr, VALUE_FIRST: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Partial S [f, d] and z of one item, head and half; row factors rows_ptr [2, B, H, N] are a and delta.
+    """Partial S [f, d] and z of one item, head and half; factors_ptr [2, B, H, N]: a and delta of each row.
 
-    z_ptr, the forward's z, multiplies the features: fp16 then holds shares of o, at most 1, and not phi / den.
+    gain_ptr, the forward's z, multiplies the features: fp16 then holds shares of o, at most 1, and not phi / den.
     """
+    # A descriptor knows neither a sequence's first row and length nor which keys are left out.
+    tl.static_assert(not TMA or (cu_ptr is None and keep_ptr is None))
     pid = tl.program_id(0)  # the two halves of a head side by side: the second finds its rows in L2
     half = pid % SIGNS
     head = pid // SIGNS % HEADS
@@ -39,15 +41,15 @@ def accumulate_state(
     sequence, batch, first, length, start, stop = locate(item, cu_ptr, SEQUENCES, N, splits, rows)
     u_ptr = head_rows(u_ptr, batch, first, head, stride_ub, stride_un, stride_uh, TMA)
     y_ptr = head_rows(y_ptr, batch, first, head, stride_yb, stride_yn, stride_yh, TMA)
-    at = (batch * HEADS + head).to(tl.int64) * N + first  # of a row in rows_ptr
+    at = (batch * HEADS + head).to(tl.int64) * N + first  # of a row in factors_ptr
     cols = tl.arange(0, WIDTH)
     w = w_ptr
     if w_ptr is not None:
         w = operand(w_ptr + head * WIDTH * WIDTH, True, WIDTH)
         if w_ptr.dtype.element_ty != tl.float32:
             w = (w * (1.0 - 2.0 * half)).to(w.dtype)  # the half's sign, exact
-    if z_ptr is not None:
-        z_ptr += ((sequence * (HEADS // GROUP) + head // GROUP) * SIGNS + half).to(tl.int64) * D
+    if gain_ptr is not None:
+        gain_ptr += ((sequence * (HEADS // GROUP) + head // GROUP) * SIGNS + half).to(tl.int64) * D
     state = tl.zeros([WIDTH, WIDTH], tl.float32)  # [d, f] value-first, else [f, d]
     sums = tl.zeros([16, WIDTH], tl.float32)  # rows 0 and 1 together are z
     one = (tl.arange(0, 16) == 0)[:, None]
@@ -65,20 +67,25 @@ def accumulate_state(
         if w_ptr is not None and u.dtype == tl.float32:
             x *= 1.0 - 2.0 * half
         factor = tl.where(valid, ROOM, 0.0)  # rows that do not count have no features
-        multipliers = tl.where(one, 1.0, tl.zeros([16, BLOCK], tl.float32)).to(u.dtype)
-        if rows_ptr is not None:
-            factor *= tl.load(rows_ptr + at + n, valid, 0.0)
-            high, low = split(-tl.load(rows_ptr + rows_plane + at + n, valid, 0.0), u.dtype)
-            multipliers = tl.where(one, high[None, :], tl.where(two, low[None, :], 0.0)).to(u.dtype)
+        if factors_ptr is not None:
+            factor *= tl.load(factors_ptr + at + n, valid, 0.0)
         phi = features(x, 1, factor, D, WIDTH, FEATURE_MAP)
-        if z_ptr is not None:
-            phi *= tl.load(z_ptr + cols, cols < D, 0.0)[None, :]
+        if gain_ptr is not None:
+            phi *= tl.load(gain_ptr + cols, cols < D, 0.0)[None, :]
         phi = phi.to(u.dtype)
         if VALUE_FIRST:
             state = tl.dot(tl.trans(y), phi, state, input_precision=PRECISION)
         else:
             state = tl.dot(tl.trans(phi), y, state, input_precision=PRECISION)
-        sums = tl.dot(multipliers, phi, sums, input_precision=PRECISION)
+        multipliers = tl.where(one, 1.0, tl.zeros([16, BLOCK], tl.float32)).to(u.dtype)
+        power = 1.0
+        if factors_ptr is not None:
+            delta = -tl.load(factors_ptr + factors_plane + at + n, valid, 0.0)
+            if u.dtype == tl.float16:  # a sum over D products of do: it may leave the range that do is in
+                power = floor_power(tl.max(tl.abs(delta), axis=0)) / 16384.0
+            high, low = split(delta / power, u.dtype)
+            multipliers = tl.where(one, high[None, :], tl.where(two, low[None, :], 0.0)).to(u.dtype)
+        sums = tl.dot(multipliers, phi, sums / power, input_precision=PRECISION) * power
     if VALUE_FIRST:
         state = tl.trans(state)
     out = pid.to(tl.int64) * WIDTH
@@ -88,14 +95,14 @@ def accumulate_state(
 
 @triton.jit(do_not_specialize=SIZES)
 def reduce_state(
-    partial_ptr, z_partial_ptr, z_ptr, stats_ptr, r_ptr, cu_ptr, state_ptr, z_out_ptr,
+    partial_ptr, z_partial_ptr, gain_ptr, stats_ptr, r_ptr, cu_ptr, state_ptr, z_ptr,
     HEADS, splits, rows, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, SIGNS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """scale times the sum of a sequence's partials, for ROWS features of one key head.
 
-    BACKWARD divides by the z that accumulate_state multiplied with, takes the center c in stats_ptr out of dz (none
+    BACKWARD divides by the gain that accumulate_state multiplied with, takes the center c in stats_ptr out of dz (none
     without normalisation: dz = 0), and multiplies by 1 - r where the output was mixed.
     """
     pid = tl.program_id(0)
@@ -124,8 +131,8 @@ def reduce_state(
     state *= scale
     z *= scale
     if BACKWARD:
-        if z_ptr is not None:
-            mass = tl.load(z_ptr + out, real, 0.0)
+        if gain_ptr is not None:
+            mass = tl.load(gain_ptr + out, real, 0.0)
             inverse = tl.where(mass > 0.0, 1.0 / tl.where(mass > 0.0, mass, 1.0), 0.0)
             state *= inverse[:, None]
             z *= inverse
@@ -135,10 +142,10 @@ def reduce_state(
         else:
             z = tl.zeros([ROWS], tl.float32)
     tl.store(state_ptr + out[:, None] * D + d[None, :], state, real[:, None] & (d < D)[None, :])
-    tl.store(z_out_ptr + out, z, real)
+    tl.store(z_ptr + out, z, real)
 
 
-def accumulate(side: Side, y, *, key_heads, backward=False, scale=1.0, rows=None, z=None, stats=None, r=None):
+def accumulate(side: Side, y, *, key_heads, backward=False, scale=1.0, factors=None, z=None, stats=None, r=None):
     """Returns scale S [B, Hk, F, D] and scale z [B, Hk, F] in fp32; B counts sequences where they are packed.
 
     The backward passes r where the output was mixed, and if it was normalised the row factors, the forward's z and its
@@ -157,8 +164,8 @@ def accumulate(side: Side, y, *, key_heads, backward=False, scale=1.0, rows=None
     launch(
         accumulate_state, work.items * heads * signs, tile,
         *(descriptor(u, tile, width), side.weight, descriptor(y, tile, width)) if tile.tma else (u, side.weight, y),
-        side.keep, rows, gain, side.cu_seqlens, partial, z_partial, *u.stride()[:3], *y.stride()[:3],
-        work.sequences, heads, length, work.splits, work.rows, 0 if rows is None else rows.stride(0),
+        side.keep, factors, gain, side.cu_seqlens, partial, z_partial, *u.stride()[:3], *y.stride()[:3],
+        work.sequences, heads, length, work.splits, work.rows, 0 if factors is None else factors.stride(0),
         D=dim, WIDTH=width, SIGNS=signs, GROUP=heads // key_heads, BLOCK=tile.block, FEATURE_MAP=side.feature_map,
         ROOM=room, VALUE_FIRST=tile.value_first, TMA=tile.tma, PRECISION=side.precision,
     )  # fmt: skip

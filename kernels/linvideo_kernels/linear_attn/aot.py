@@ -26,7 +26,7 @@ class CompileJob(NamedTuple):
     def key(self) -> tuple:
         """Equal for jobs that compile the same kernel."""
         kernel, tile, args, constexprs = self.launch
-        types = tuple(None if value is None else _type(value) for value in args)
+        types = tuple(None if value is None else (_type(value), _divisible(value)) for value in args)
         return self.capability, kernel.__name__, tile, types, *constexprs.items()
 
     def compile(self):
@@ -39,8 +39,7 @@ class CompileJob(NamedTuple):
                 constants[parameter.name] = value
                 continue
             signature[parameter.name] = _type(value)
-            divisible = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-            if divisible and not parameter.do_not_specialize:
+            if _divisible(value) and not parameter.do_not_specialize:
                 attrs[(parameter.num,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constants, attrs)
         return triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=tile.options)
@@ -102,8 +101,12 @@ def _use(launch: Launch) -> str:
     flags = [
         name.lower() for name in ("KEYS", "NORMALIZE", "BACKWARD", "CENTER") if launch.constexprs.get(name) is True
     ]
-    flags += [name.removesuffix("_ptr") for name in ("rows_ptr", "cos_ptr", "grad_ptr") if name in given]
+    flags += [name.removesuffix("_ptr") for name in ("factors_ptr", "cos_ptr", "grad_ptr") if name in given]
     return "_".join(flags) or "plain"
+
+
+def _divisible(value) -> bool:
+    return isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
 
 
 def _type(value) -> str:

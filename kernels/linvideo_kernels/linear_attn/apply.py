@@ -4,7 +4,6 @@ o = c + (phi(q) T - eps c) / (phi(q) z + eps), optionally mixed with softmax att
 normalised o = scale phi(q) T. The same pass gives dv = phi(k) dS.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -25,6 +24,7 @@ def apply_state(
     FEATURE_MAP: tl.constexpr, ROOM: tl.constexpr, NORMALIZE: tl.constexpr, KEEP: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(not TMA or cu_ptr is None)  # a descriptor knows no sequence's first row and length
     pid = tl.program_id(0)
     head = pid % HEADS
     item = pid // HEADS
@@ -88,7 +88,7 @@ def apply(side: Side, state, stats, *, normalize, eps=0.0, scale=1.0, softmax_ou
     """Returns the output like u. state, stats: of `prepare`, for as many key heads as side.u's or fewer."""
     u = side.u
     _, length, heads, dim = u.shape
-    out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    out = side.new_rows()
     softmax_out = None if softmax_out is None else aligned(softmax_out)
     tile = side.tile("apply_state", mix=softmax_out is not None, expanded=expanded(u))
     work = side.work(tile)

@@ -133,8 +133,8 @@ def deal_out(tile: Tile, length: int, batch: int, sequences: int | None, program
     return Work(sequences, length // rows + sequences, 0, rows)
 
 
-def saved_shapes(batch: int, heads: int, head_dim: int, signs: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the 16-bit state and of its statistics (see prepare.py)."""
+def prepared_shapes(batch: int, heads: int, head_dim: int, signs: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a prepared state and of its statistics (prepare.py)."""
     width = padded(head_dim)
     return (batch, heads, signs, width, width), (batch, heads, 2 * signs + 2, width)
 

@@ -21,14 +21,14 @@ from linvideo_kernels.linear_attn.tiles import head_rows, kept, load_rows, locat
 
 @triton.jit(do_not_specialize=SIZES)
 def map_grad(
-    u_ptr, w_ptr, y_ptr, state_ptr, stats_ptr, cos_ptr, sin_ptr, keep_ptr, r_ptr, cu_ptr, rows_ptr, dx_ptr,
+    u_ptr, w_ptr, y_ptr, state_ptr, stats_ptr, cos_ptr, sin_ptr, keep_ptr, r_ptr, cu_ptr, factors_ptr, dx_ptr,
     stride_ub, stride_un, stride_uh, stride_yb, stride_yn, stride_yh, stride_ob, stride_on, stride_oh,
-    SEQUENCES, HEADS, N, splits, rows, rows_plane, scale, eps,
+    SEQUENCES, HEADS, N, splits, rows, factors_plane, scale, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, SIGNS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr, KEYS: tl.constexpr, KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx, turned back where the map has no weights; of normalised queries also a and delta in rows_ptr."""
+    """Writes dx, turned back where the map has no weights; of normalised queries also a and delta in factors_ptr."""
     pid = tl.program_id(0)
     head = pid % HEADS
     item = pid // HEADS
@@ -83,14 +83,14 @@ def map_grad(
         if NORMALIZE and not KEYS:
             a = 1.0 / (den + eps)
             delta = (inner * factor - eps * y_center) * a
-            tl.store(rows_ptr + at + n, a, valid)
-            tl.store(rows_ptr + rows_plane + at + n, delta, valid)
+            tl.store(factors_ptr + at + n, a, valid)
+            tl.store(factors_ptr + factors_plane + at + n, delta, valid)
             dx = dx * factor - delta[:, None] * dz
             inner = inner * factor - delta * den
             a *= mixed
         else:
-            if rows_ptr is not None:  # for mix_grad: do.o
-                tl.store(rows_ptr + rows_plane + at + n, inner * factor, valid)
+            if factors_ptr is not None:  # for mix_grad: do.o
+                tl.store(factors_ptr + factors_plane + at + n, inner * factor, valid)
             a = tl.zeros([BLOCK], tl.float32) + factor * mixed
         if FEATURE_MAP == "hedgehog_joint":
             dx = 2.0 * (dx - inner[:, None] * both)
@@ -143,24 +143,24 @@ def project_grad(
     tl.store(dw_partial_ptr + at, dw, (cols < D)[:, None] & (cols < D)[None, :])
 
 
-def row_gradient(side: Side, y, state, stats, *, keys, normalize, rope=None, scale=1.0, eps=0.0, r=None, rows=None):
+def row_gradient(side: Side, y, state, stats, *, keys, normalize, rope=None, scale=1.0, eps=0.0, r=None, factors=None):
     """Returns du like u and the weight's gradient [H, D, D] in fp32 (None without weights).
 
-    side.u is as turned by `rope`, (cos, sin), and du as it was before. rows [2, B, H, N]: receives the row factors.
+    side.u is as turned by `rope`, (cos, sin), and du as it was before. factors [2, B, H, N]: receives a and delta.
     """
     u = side.u
     batch, length, heads, dim = u.shape
     if rope is not None:  # from here on, for turning back
         side = side._replace(cos=rope[0].contiguous(), sin=rope[1].contiguous())
-    dx = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    dx = side.new_rows()
     tile = side.tile("map_grad")
     work = side.work(tile)
     width = state.shape[-1]
     launch(
         map_grad, work.items * heads, tile,
-        u, side.weight, y, state, stats, side.cos, side.sin, side.keep, r, side.cu_seqlens, rows, dx,
+        u, side.weight, y, state, stats, side.cos, side.sin, side.keep, r, side.cu_seqlens, factors, dx,
         *u.stride()[:3], *y.stride()[:3], *dx.stride()[:3],
-        work.sequences, heads, length, work.splits, work.rows, 0 if rows is None else rows.stride(0), scale, eps,
+        work.sequences, heads, length, work.splits, work.rows, 0 if factors is None else factors.stride(0), scale, eps,
         D=dim, WIDTH=width, SIGNS=side.signs, GROUP=heads // state.shape[1], BLOCK=tile.block,
         FEATURE_MAP=side.feature_map, NORMALIZE=normalize, KEYS=keys, KEEP=tile.keeps,
         PRECISION=side.precision,

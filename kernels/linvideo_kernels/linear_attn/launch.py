@@ -46,6 +46,10 @@ def target_of(x: torch.Tensor) -> Target:
 @functools.cache
 def _cuda_target(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None or properties.major < 8:
+        raise RuntimeError(
+            f"the kernels need an NVIDIA GPU of compute capability 8.0 or newer, found {properties.name}"
+        )
     return Target(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 

@@ -15,9 +15,9 @@ from linvideo_kernels.linear_attn.tiles import head_rows, load_rows, locate, sto
 
 @triton.jit(do_not_specialize=SIZES)
 def mix_grad(
-    do_ptr, softmax_ptr, r_ptr, stats_ptr, rows_ptr, cu_ptr, dsoftmax_ptr, dr_partial_ptr,
+    do_ptr, softmax_ptr, r_ptr, stats_ptr, factors_ptr, cu_ptr, dsoftmax_ptr, dr_partial_ptr,
     stride_gb, stride_gn, stride_gh, stride_mb, stride_mn, stride_mh, stride_ob, stride_on, stride_oh,
-    SEQUENCES, HEADS, N, splits, rows, rows_plane,
+    SEQUENCES, HEADS, N, splits, rows, factors_plane,
     D: tl.constexpr, WIDTH: tl.constexpr, SIGNS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One partial dr per item and head."""
@@ -28,7 +28,7 @@ def mix_grad(
     do_ptr = head_rows(do_ptr, batch, first, head, stride_gb, stride_gn, stride_gh, False)
     softmax_ptr = head_rows(softmax_ptr, batch, first, head, stride_mb, stride_mn, stride_mh, False)
     dsoftmax_ptr = head_rows(dsoftmax_ptr, batch, first, head, stride_ob, stride_on, stride_oh, False)
-    rows_ptr += rows_plane + (batch * HEADS + head).to(tl.int64) * N + first
+    factors_ptr += factors_plane + (batch * HEADS + head).to(tl.int64) * N + first
     key_head = (sequence * (HEADS // GROUP) + head // GROUP).to(tl.int64)
     center = tl.load(stats_ptr + (key_head * (2 * SIGNS + 2) + 2 * SIGNS) * WIDTH + tl.arange(0, WIDTH))
     r = tl.load(r_ptr).to(tl.float32)
@@ -39,24 +39,24 @@ def mix_grad(
         do = load_rows(do_ptr, batch, head, row, length, valid, stride_gn, D, WIDTH, BLOCK, False).to(tl.float32)
         softmax_out = load_rows(softmax_ptr, batch, head, row, length, valid, stride_mn, D, WIDTH, BLOCK, False)
         dr += tl.sum(do * (softmax_out.to(tl.float32) - center[None, :]), axis=1)
-        dr -= tl.load(rows_ptr + n, valid, 0.0)
+        dr -= tl.load(factors_ptr + n, valid, 0.0)
         store_rows(dsoftmax_ptr, r * do, row, valid, stride_on, D, WIDTH, BLOCK)
     tl.store(dr_partial_ptr + pid, tl.sum(dr, axis=0))
 
 
-def mix_gradient(side: Side, do, softmax_out, r, stats, rows):
-    """Returns the gradients of softmax_out and of r, the latter [1] in fp32. side: the queries; rows: row factors."""
+def mix_gradient(side: Side, do, softmax_out, r, stats, factors):
+    """Returns the gradients of softmax_out and of r, the latter [1] in fp32. side: the queries; factors: map_grad's."""
     softmax_out = aligned(softmax_out)
-    dsoftmax = torch.empty(do.shape, dtype=softmax_out.dtype, device=do.device)
+    dsoftmax = side.new_rows()
     _, length, heads, dim = do.shape
     tile = side.tile("mix_grad")
     work = side.work(tile)
     dr_partial = torch.empty(work.items * heads, dtype=torch.float32, device=do.device)
     launch(
         mix_grad, work.items * heads, tile,
-        do, softmax_out, r, stats, rows, side.cu_seqlens, dsoftmax, dr_partial,
+        do, softmax_out, r, stats, factors, side.cu_seqlens, dsoftmax, dr_partial,
         *do.stride()[:3], *softmax_out.stride()[:3], *dsoftmax.stride()[:3],
-        work.sequences, heads, length, work.splits, work.rows, rows.stride(0),
+        work.sequences, heads, length, work.splits, work.rows, factors.stride(0),
         D=dim, WIDTH=configs.padded(dim), SIGNS=side.signs, GROUP=heads // stats.shape[1], BLOCK=tile.block,
     )  # fmt: skip
     return dsoftmax, dr_partial.sum(0, keepdim=True)

@@ -61,14 +61,24 @@ def apply_backward(
     do, z = aligned(do), z.contiguous()
     side = Side.of(q, weight, feature_map, precision, None, None, cu_seqlens)
     prepared, stats = prepare(state.contiguous(), z, q.dtype, normalize)
-    rows = None
+    factors = None
     if normalize or r is not None:
         batch, length, heads, _ = q.shape
-        rows = torch.empty((2, batch, heads, length), dtype=torch.float32, device=q.device)
+        factors = torch.empty((2, batch, heads, length), dtype=torch.float32, device=q.device)
     dq, dweight = row_gradient(
-        side, do, prepared, stats, keys=False, normalize=normalize, rope=rope, scale=scale, eps=eps, r=r, rows=rows
+        side,
+        do,
+        prepared,
+        stats,
+        keys=False,
+        normalize=normalize,
+        rope=rope,
+        scale=scale,
+        eps=eps,
+        r=r,
+        factors=factors,
     )
-    backward = {"rows": rows, "z": z, "stats": stats} if normalize else {"scale": scale}
+    backward = {"factors": factors, "z": z, "stats": stats} if normalize else {"scale": scale}
     dstate, dz = accumulate(side, do, key_heads=state.shape[1], backward=True, r=r, **backward)
-    mixed = (None, None) if r is None else mix_gradient(side, do, softmax_out, r, stats, rows)
+    mixed = (None, None) if r is None else mix_gradient(side, do, softmax_out, r, stats, factors)
     return dq, dstate, dz, dweight, *mixed

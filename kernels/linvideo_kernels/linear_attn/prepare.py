@@ -77,7 +77,7 @@ def prepare(state, z, dtype, center: bool, grads=(None, None)):
     """Returns T in `dtype` and the stats. state [B, H, F, D] and z [B, H, F] contiguous; grads: (dS, dz)."""
     batch, heads, features, dim = state.shape
     signs = features // dim
-    out_shape, stats_shape = configs.saved_shapes(batch, heads, dim, signs)
+    out_shape, stats_shape = configs.prepared_shapes(batch, heads, dim, signs)
     out = torch.empty(out_shape, dtype=dtype, device=state.device)
     stats = torch.empty(stats_shape, dtype=torch.float32, device=state.device)
     tile = configs.tile("prepare_state", dim, torch.float32, 0, "")

@@ -45,7 +45,7 @@ def logits(u, w, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def floor_power(x):
-    """2^floor(log2 x); 1 where x is 0, infinite or NaN."""
+    """2^floor(log2 x) for x in 1e-25 to 1e25; 1 for all else: 0, infinity, NaN."""
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where((power > 1e-25) & (power < 1e25), power, 1.0)
 

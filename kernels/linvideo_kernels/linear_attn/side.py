@@ -31,6 +31,11 @@ class Side(NamedTuple):
         keep = None if keep is None else keep.to(torch.int8).contiguous()
         return cls(aligned(u), weight, feature_map, precision, cos, sin, keep, cu_seqlens)
 
+    def new_rows(self) -> torch.Tensor:
+        """Room for an output like u. Rows that no packed sequence covers are written by no kernel: they are 0."""
+        make = torch.empty if self.cu_seqlens is None else torch.zeros
+        return make(self.u.shape, dtype=self.u.dtype, device=self.u.device)
+
     @property
     def signs(self) -> int:
         return configs.signs(self.feature_map)
@@ -88,5 +93,10 @@ def expanded(*tensors: torch.Tensor) -> bool:
 
 
 def _steps(x: torch.Tensor) -> list[int]:
-    """The first three strides; that of an axis of one element does not matter."""
-    return [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    """The first three strides; that of an axis of one element does not matter and is the one without gaps."""
+    steps, step = [], x.shape[3]
+    for size, stride in zip(reversed(x.shape[:3]), reversed(x.stride()[:3]), strict=True):
+        step = stride if size > 1 else step
+        steps.insert(0, step)
+        step *= size
+    return steps

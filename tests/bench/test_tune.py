@@ -1,0 +1,25 @@
+"""tune: what it offers and how it compares."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="tune needs triton")
+
+from benchmarks import tune  # noqa: E402
+
+
+def test_a_nan_is_no_agreement():
+    right, wrong = torch.ones(3), torch.full((3,), float("nan"))
+    for results in ((right, wrong), (wrong, right)):
+        assert not tune.difference(results, (right, right)) < 1e9
+    assert tune.difference((right, None), (right, None)) == 0
+
+
+def test_descriptors_are_offered_only_where_they_can_read():
+    for kernel in tune.PASS:
+        for options in ([], ["rope"], ["key_mask"], ["packed"], ["expanded"]):
+            offered = any(tile.tma for tile in tune.candidates(kernel, 90, options))
+            fits = kernel == "accumulate_state" and options in ([], ["rope"])
+            fits |= kernel == "apply_state" and options in ([], ["rope"], ["key_mask"])
+            assert offered == fits, (kernel, options)
+    assert not any(tile.tma for tile in tune.candidates("apply_state", 80, []))
