@@ -18,6 +18,7 @@ TRAIN = [
     "imageio-ffmpeg",
     "matplotlib",
     "tensorboard",
+    "torchmetrics",
 ]
 BENCH = ["flash-linear-attention; sys_platform == 'linux'", "matplotlib", "pytest-benchmark"]
 TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff"]

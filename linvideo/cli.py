@@ -8,6 +8,14 @@ import sys
 from pathlib import Path
 
 DTYPES = ("float32", "float16", "bfloat16")
+DIMENSIONS = [
+    "imaging_quality",
+    "aesthetic_quality",
+    "motion_smoothness",
+    "dynamic_degree",
+    "background_consistency",
+    "subject_consistency",
+]
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -45,19 +53,61 @@ def generate(args: argparse.Namespace) -> None:
     pipeline = load(args)
     models.wan_transformer(pipeline)
     pipeline.to(args.device)
-    video = generate_video(
-        pipeline,
-        args.prompt,
-        negative_prompt=args.negative_prompt,
-        height=args.height,
-        width=args.width,
-        num_frames=args.num_frames,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(args.seed),
-    )
+    generator = torch.Generator("cpu").manual_seed(args.seed)
+    video = generate_video(pipeline, args.prompt, generator=generator, **sampling(args))
     save_video(video, args.output, fps=args.fps)
     print(f"wrote {args.output}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    {"fidelity": evaluate_fidelity, "vbench": evaluate_vbench}[args.suite](args)
+
+
+def evaluate_fidelity(args: argparse.Namespace) -> None:
+    from linvideo import models
+    from linvideo.evaluation.fidelity import fidelity, summary
+    from linvideo.training.prompts import read_prompts
+
+    if args.teacher is None:
+        raise ValueError("--suite fidelity needs --teacher, the pipeline that the model was converted from")
+    prompts = read_prompts(args.prompts_file)[: args.num_prompts]
+    student = load(args).to(args.device)
+    shared = {name: getattr(student, name) for name in ("tokenizer", "text_encoder", "vae")}
+    teacher = models.load_pipeline(args.teacher, torch_dtype=student.transformer.dtype, **shared).to(args.device)
+    rows = []
+    for pipeline in (student, teacher):
+        pipeline.set_progress_bar_config(disable=True)
+    for row in fidelity(student, teacher, prompts, args.output_dir, seed=args.seed, fps=args.fps, **sampling(args)):
+        rows.append(row)
+        print(f"[{len(rows)}/{len(prompts)}] PSNR {row['psnr']:.2f} dB, SSIM {row['ssim']:.4f}: {row['prompt'][:60]}")
+    for name, (mean, spread) in summary(rows).items():
+        print(f"{name:16} {mean:8.4f} +- {spread:.4f} over {len(rows)} prompts")
+    print(f"rows and videos are in {args.output_dir}")
+
+
+def evaluate_vbench(args: argparse.Namespace) -> None:
+    import importlib.util
+
+    from linvideo.evaluation import vbench
+
+    full_info = args.full_info or vbench.full_info_path()
+    prompts = vbench.prompts_of(full_info, args.dimensions)[: args.num_prompts]
+    pipeline = load(args).to(args.device)
+    pipeline.set_progress_bar_config(disable=True)
+    for finished, total in vbench.generate_videos(pipeline, prompts, args.output_dir, fps=args.fps, **sampling(args)):
+        print(f"\rvideo {finished} of {total}", end="", flush=True)
+    print()
+    if importlib.util.find_spec("vbench") is None:
+        where, names = args.output_dir / "videos", " ".join(args.dimensions)
+        print(f'scores need the package vbench: vbench evaluate --videos_path {where} --dimension "{names}"')
+        return
+    print(vbench.table(vbench.score(args.output_dir, args.dimensions, full_info, args.device)))
+
+
+def sampling(args: argparse.Namespace) -> dict:
+    """What a video is sampled with, for `generate_video`."""
+    names = ("negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+    return {name: getattr(args, name) for name in names}
 
 
 def check(args: argparse.Namespace) -> int:
@@ -141,6 +191,17 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument("--model", required=True, help="pipeline folder or Hub id, converted or stock")
         sub.add_argument("--dtype", choices=DTYPES, default="float32")
 
+    def add_sampling(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--negative_prompt", default="")
+        sub.add_argument("--height", type=int, default=480)
+        sub.add_argument("--width", type=int, default=832)
+        sub.add_argument("--num_frames", type=int, default=81)
+        sub.add_argument("--num_inference_steps", type=int, default=50)
+        sub.add_argument("--guidance_scale", type=float, default=5.0)
+        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--fps", type=int, default=16)
+        sub.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+
     def add_output_dir(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--output_dir", type=Path, required=True)
         sub.add_argument("--overwrite", action="store_true", help="replace what is in the output place")
@@ -163,17 +224,23 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command("generate", generate, "make a video with a pipeline, converted or stock")
     add_model(sub)
     sub.add_argument("--prompt", required=True)
-    sub.add_argument("--negative_prompt", default="")
-    sub.add_argument("--height", type=int, default=480)
-    sub.add_argument("--width", type=int, default=832)
-    sub.add_argument("--num_frames", type=int, default=81)
-    sub.add_argument("--num_inference_steps", type=int, default=50)
-    sub.add_argument("--guidance_scale", type=float, default=5.0)
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--fps", type=int, default=16)
-    sub.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    add_sampling(sub)
     sub.add_argument("--output", type=Path, default=Path("output.mp4"), help="the mp4 file")
     sub.add_argument("--overwrite", action="store_true")
+
+    sub = command("evaluate", evaluate, "measure a converted pipeline; an interrupted evaluation is continued")
+    sub.add_argument("model", help="pipeline folder or Hub id")
+    sub.add_argument("--suite", choices=["fidelity", "vbench"], required=True, help="against its teacher, or VBench")
+    sub.add_argument("--dtype", choices=DTYPES, default="float32")
+    sub.add_argument("--output_dir", type=Path, required=True)
+    sub.add_argument("--teacher", help="fidelity: the stock pipeline folder or Hub id")
+    sub.add_argument("--prompts_file", type=Path, help="fidelity: one caption a line; default: linvideo's own captions")
+    sub.add_argument("--num_prompts", type=int, help="only the first ones")
+    sub.add_argument(
+        "--full_info", type=Path, help="vbench: its VBench_full_info.json; default: the installed package's"
+    )
+    sub.add_argument("--dimensions", nargs="+", default=DIMENSIONS, help="vbench; default: the paper's six")
+    add_sampling(sub)
 
     sub = command("check", check, "try every part of a training run once with the real weights, in minutes")
     sub.add_argument("model", help="stock pipeline folder or Hub id")

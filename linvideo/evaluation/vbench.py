@@ -1,0 +1,102 @@
+"""VBench (arXiv 2311.17982): its prompts, a pipeline's videos, its package's scores beside those of the paper."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linvideo.evaluation.generate import generate_video, save_video
+from linvideo.evaluation.work_folder import WorkFolder
+from linvideo.models import wan_transformer
+from linvideo.training.files import read_json
+from linvideo.training.fingerprint import fingerprint
+
+VIDEOS_PER_PROMPT = 5  # VBench's standard
+# Per cent; arXiv 2510.08318, Wan 1.3B: dense, LinVideo (16 of 30 layers linear), and that distilled to 4 steps.
+PAPER = {
+    "imaging_quality": (66.25, 66.07, 65.62),
+    "aesthetic_quality": (59.49, 59.41, 57.74),
+    "motion_smoothness": (98.42, 98.19, 97.32),
+    "dynamic_degree": (59.72, 59.67, 61.26),
+    "background_consistency": (96.57, 96.72, 95.47),
+    "subject_consistency": (95.28, 95.12, 93.74),
+}
+
+
+def full_info_path() -> Path:
+    """VBench_full_info.json of the installed package. ValueError without it."""
+    found = importlib.util.find_spec("vbench")
+    if found is None or found.origin is None:
+        raise ValueError(
+            "expected the package vbench, which holds the prompts, or the path of its VBench_full_info.json"
+        )
+    return Path(found.origin).with_name("VBench_full_info.json")
+
+
+def prompts_of(full_info: str | Path, dimensions: list[str]) -> list[str]:
+    """The prompts that these dimensions are measured on, each once, in the file's order.
+
+    Raises:
+        ValueError: the file is not VBench's, or a dimension has no prompt in it.
+    """
+    entries = read_json(full_info)
+    try:
+        of_prompt = {entry["prompt_en"]: set(entry["dimension"]) for entry in entries}
+    except (TypeError, KeyError):
+        raise ValueError(f"expected a list of prompt_en and dimension in {full_info}, got something else") from None
+    known = set().union(*of_prompt.values())
+    if unknown := sorted(set(dimensions) - known):
+        raise ValueError(f"expected dimensions of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    return [prompt for prompt, of in of_prompt.items() if of & set(dimensions)]
+
+
+def generate_videos(
+    pipeline: Any,
+    prompts: list[str],
+    folder: str | Path,
+    per_prompt: int = VIDEOS_PER_PROMPT,
+    fps: int = 16,
+    **settings,
+) -> Iterator[tuple[int, int]]:
+    """Makes the videos `{prompt}-{i}.mp4` in folder/videos as VBench wants them named; those there are kept.
+
+    Video i of a prompt starts from noise of seed i. Yields (finished, all) after each. settings: of `generate_video`.
+
+    Raises:
+        ValueError: no prompts, sizes that do not fit, or a folder with other work.
+    """
+    if not prompts or any("/" in prompt for prompt in prompts):
+        raise ValueError(f"expected at least one prompt, none with a slash (they name files), got {prompts[:3]}")
+    request = {"suite": "vbench", "prompts": prompts, "per_prompt": per_prompt, "fps": fps, **settings}
+    work = WorkFolder(folder, request | {"model": fingerprint(wan_transformer(pipeline))})
+    todo = [(prompt, seed) for prompt in prompts for seed in range(per_prompt)]
+    for finished, (prompt, seed) in enumerate(todo, 1):
+        path = work.path / "videos" / f"{prompt}-{seed}.mp4"
+        if not path.exists():
+            generator = torch.Generator("cpu").manual_seed(seed)
+            save_video(generate_video(pipeline, prompt, generator=generator, **settings), path, fps=fps)
+        yield finished, len(todo)
+
+
+def score(folder: str | Path, dimensions: list[str], full_info: str | Path, device: str) -> dict[str, float]:
+    """Dimension -> per cent, by the package vbench on what `generate_videos` made. ImportError without it."""
+    from vbench import VBench
+
+    folder = Path(folder)
+    judge = VBench(torch.device(device), str(full_info), str(folder))
+    judge.evaluate(videos_path=str(folder / "videos"), name="vbench", dimension_list=dimensions)
+    results = json.loads((folder / "vbench_eval_results.json").read_text())
+    return {dimension: 100 * results[dimension][0] for dimension in dimensions}
+
+
+def table(scores: dict[str, float]) -> str:
+    """Ours beside the paper's, in per cent."""
+    lines = [f"{'':24}{'ours':>8}{'dense':>8}{'LinVideo':>10}{'4 steps':>9}   (the last three: paper, Wan 1.3B)"]
+    for dimension in {**PAPER, **scores}:
+        ours = f"{scores[dimension]:.2f}" if dimension in scores else ""
+        dense, linear, four = (f"{x:.2f}" for x in PAPER[dimension]) if dimension in PAPER else ("", "", "")
+        lines.append(f"{dimension:24}{ours:>8}{dense:>8}{linear:>10}{four:>9}")
+    return "\n".join(lines)

@@ -1,0 +1,36 @@
+"""A folder of long work that can be continued: what was asked for in request.json, the finished pieces in rows.json."""
+
+from pathlib import Path
+from typing import Any
+
+from linvideo.training.files import read_json, write_json
+
+
+class WorkFolder:
+    """Opens, or starts, `folder` for exactly this `request` (a JSON dict).
+
+    Raises:
+        ValueError: the folder holds something else, or work on another request.
+    """
+
+    def __init__(self, folder: str | Path, request: dict[str, Any]):
+        self.path = Path(folder)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"expected a folder, {self.path} is a file")
+        there = self.path / "request.json"
+        if there.exists():
+            stored = read_json(there)
+            keys = sorted(key for key in {**stored, **request} if stored.get(key) != request.get(key))
+            if keys:
+                got = ", ".join(f"{key} {stored.get(key)!r}, asked for {request.get(key)!r}" for key in keys)
+                raise ValueError(f"{self.path} holds work on another request: {got}; choose another folder")
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise ValueError(f"{self.path} is not empty and holds no work to continue; choose another folder")
+        else:
+            write_json(there, request)
+        rows = self.path / "rows.json"
+        self.rows: list[dict] = read_json(rows) if rows.exists() else []
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        write_json(self.path / "rows.json", self.rows)

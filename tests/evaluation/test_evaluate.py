@@ -1,0 +1,167 @@
+"""`linvideo evaluate`: fidelity to the teacher and VBench's videos; interrupted work goes on, other work is refused."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_pipeline
+
+from linvideo import cli, convert, save_pipeline
+from linvideo.evaluation import fidelity, vbench
+from linvideo.evaluation.work_folder import WorkFolder
+
+SIZE = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 1.0}
+FLAGS = [word for name, value in SIZE.items() for word in (f"--{name}", str(value))] + ["--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    path = tmp_path_factory.mktemp("evaluate")
+    stock = tiny_pipeline()
+    stock.save_pretrained(path / "stock")
+    save_pipeline(convert(stock, [0, 1, 2], mode="linear"), path / "linear")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipelines():
+    stock = tiny_pipeline()
+    for pipeline in (stock, linear := convert(stock, [0, 1, 2], mode="linear")):
+        pipeline.set_progress_bar_config(disable=True)
+    return linear, stock
+
+
+def test_metrics_of_known_videos():
+    still = torch.full((4, 3, 32, 32), 0.5)
+    same = fidelity.compare(still, still)
+    assert same == {"psnr": 100.0, "ssim": pytest.approx(1.0), "flicker": 0.0, "teacher_flicker": 0.0}
+    blinking = still.clone()
+    blinking[::2] += 0.1
+    row = fidelity.compare(blinking, still)
+    assert row["psnr"] == pytest.approx(10 * np.log10(1 / (0.01 / 2)), rel=1e-5)
+    assert row["flicker"] == pytest.approx(0.1, rel=1e-5) and row["teacher_flicker"] == 0 and row["ssim"] < 1
+    seen = fidelity.compare(blinking, still, perceptual=lambda a, b: (a - b).abs().mean((1, 2, 3)))
+    assert seen["lpips"] == pytest.approx(0.1, rel=1e-5)  # half of the frames are off by 0.1, which is 0.2 in [-1, 1]
+    assert fidelity.flicker(still[:1]) == 0
+
+
+def test_a_pipeline_is_true_to_itself(pipelines, tmp_path):
+    _, stock = pipelines
+    (row,) = fidelity.fidelity(stock, stock, ["a cat"], tmp_path / "f", **SIZE)
+    assert row["psnr"] == 100 and row["ssim"] == pytest.approx(1)
+
+
+def test_fidelity_goes_on_where_it_was(pipelines, tmp_path):
+    linear, stock = pipelines
+    prompts = ["a cat", "a dog", "a bird"]
+    whole = list(fidelity.fidelity(linear, stock, prompts, tmp_path / "whole", **SIZE))
+    steps = fidelity.fidelity(linear, stock, prompts, tmp_path / "parts", **SIZE)
+    next(steps)
+    steps.close()
+    assert json.loads((tmp_path / "parts" / "rows.json").read_text()) == whole[:1]
+    first = (tmp_path / "parts" / "0000-student.mp4").stat().st_mtime_ns
+    assert list(fidelity.fidelity(linear, stock, prompts, tmp_path / "parts", **SIZE)) == whole
+    assert (tmp_path / "parts" / "0000-student.mp4").stat().st_mtime_ns == first
+    assert len(list((tmp_path / "parts").glob("*.mp4"))) == 6
+    with pytest.raises(ValueError, match="num_inference_steps 2, asked for 3"):
+        list(fidelity.fidelity(linear, stock, prompts, tmp_path / "parts", **SIZE | {"num_inference_steps": 3}))
+    with pytest.raises(ValueError, match="student '.*', asked for '.*'"):
+        list(fidelity.fidelity(stock, stock, prompts, tmp_path / "parts", **SIZE))
+    mean, spread = fidelity.summary(whole)["psnr"]
+    assert mean == pytest.approx(np.mean([row["psnr"] for row in whole])) and spread > 0
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        WorkFolder(tmp_path, {"a": 1})
+    with pytest.raises(ValueError, match="is a file"):
+        WorkFolder(tmp_path / "mine.txt", {"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_fidelity_command(folders, tmp_path, capsys):
+    command = [
+        "evaluate",
+        str(folders / "linear"),
+        "--suite",
+        "fidelity",
+        "--output_dir",
+        str(tmp_path / "out"),
+        *FLAGS,
+    ]
+    assert cli.main(command) == 2 and "needs --teacher" in capsys.readouterr().err
+    assert cli.main([*command, "--teacher", str(folders / "stock"), "--num_prompts", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "[2/2] PSNR" in out and "psnr " in out and "over 2 prompts" in out
+
+
+INFO = [
+    {"prompt_en": "a cat", "dimension": ["imaging_quality", "color"]},
+    {"prompt_en": "a dog", "dimension": ["subject_consistency"]},
+    {"prompt_en": "a bird", "dimension": ["color"]},
+]
+
+
+@pytest.fixture
+def full_info(tmp_path):
+    path = tmp_path / "VBench_full_info.json"
+    path.write_text(json.dumps(INFO))
+    return path
+
+
+def test_prompts_of_dimensions(full_info, tmp_path):
+    assert vbench.prompts_of(full_info, ["imaging_quality", "subject_consistency"]) == ["a cat", "a dog"]
+    with pytest.raises(
+        ValueError, match="expected dimensions of color, imaging_quality, subject_consistency, got colour"
+    ):
+        vbench.prompts_of(full_info, ["colour"])
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="expected a list of prompt_en and dimension"):
+        vbench.prompts_of(tmp_path / "other.json", ["color"])
+    assert set(cli.DIMENSIONS) == set(vbench.PAPER)
+
+
+def test_vbench_videos_are_named_and_continued(pipelines, tmp_path):
+    linear, _ = pipelines
+    steps = vbench.generate_videos(linear, ["a cat", "a dog"], tmp_path / "v", per_prompt=2, **SIZE)
+    assert next(steps) == (1, 4)
+    steps.close()
+    first = (tmp_path / "v" / "videos" / "a cat-0.mp4").stat().st_mtime_ns
+    again = vbench.generate_videos(linear, ["a cat", "a dog"], tmp_path / "v", per_prompt=2, **SIZE)
+    assert list(again)[-1] == (4, 4)
+    names = {path.name for path in (tmp_path / "v" / "videos").iterdir()}
+    assert names == {"a cat-0.mp4", "a cat-1.mp4", "a dog-0.mp4", "a dog-1.mp4"}
+    assert (tmp_path / "v" / "videos" / "a cat-0.mp4").stat().st_mtime_ns == first
+    with pytest.raises(ValueError, match="none with a slash"):
+        list(vbench.generate_videos(linear, ["a/b"], tmp_path / "w", **SIZE))
+
+
+def test_the_vbench_command(folders, full_info, tmp_path, capsys, monkeypatch):
+    """Without the package it says how to get the scores; with it they stand beside the paper's."""
+    command = ["evaluate", str(folders / "linear"), "--suite", "vbench", "--output_dir", str(tmp_path / "out")]
+    command += [*FLAGS, "--num_prompts", "1", "--dimensions", "imaging_quality"]
+    assert cli.main(command) == 2 and "package vbench" in capsys.readouterr().err
+    command += ["--full_info", str(full_info)]
+    assert cli.main(command) == 0
+    assert "vbench evaluate --videos_path" in capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "videos").iterdir())) == 5
+
+    class Judge:
+        def __init__(self, device, full_info_dir, output_path):
+            self.output_path = output_path
+
+        def evaluate(self, videos_path, name, dimension_list):
+            results = {dimension: [0.5, []] for dimension in dimension_list}
+            with open(f"{self.output_path}/{name}_eval_results.json", "w") as file:
+                json.dump(results, file)
+
+    package = types.ModuleType("vbench")
+    package.VBench, package.__spec__ = Judge, types.SimpleNamespace(origin=str(full_info))
+    monkeypatch.setitem(sys.modules, "vbench", package)
+    assert cli.main(command) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("imaging_quality"))
+    assert line.split() == ["imaging_quality", "50.00", "66.25", "66.07", "65.62"]
