@@ -1,14 +1,14 @@
 """Measure on this device: `python -m benchmarks [--suite op,block,model,train] [--part 1/2]`, and write the report.
 
-Rows go to a new file of benchmarks/results per suite, also when the run is cut short. On a CPU there is the op suite,
-at small shapes; the others, and the shapes that matter, need a CUDA GPU.
+Each row goes at once to a new file of benchmarks/results per suite: a run that is cut short keeps what it measured. On
+a CPU there is the op suite, at small shapes; the others, and the shapes that matter, need a CUDA GPU. There, by
+arithmetic for an H100, op takes half an hour, block and model together 25 minutes, train 5: --part and --time_limit
+split them.
 """
 
 import argparse
-import signal
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,11 +17,11 @@ from benchmarks import measure, op, report, results, tables
 from benchmarks.shapes import SHAPES, TINY, TINY_SHAPE, WAN
 
 SUITES = tuple(results.COLUMNS)
-Job = tuple[str, Callable[[], list[dict]]]  # what to say, what to do
+Job = tuple[str, Callable[[], Iterator[dict]]]  # what to say, what to do
 
 
 def jobs(suites: list[str], names: list[str] | None, dtype: torch.dtype, device: str, tiny: bool) -> list[Job]:
-    """Each makes the rows of one shape or model."""
+    """Each makes the rows of one shape, or of one model eager or compiled."""
     made: list[Job] = []
     if "op" in suites:
         shapes = [TINY_SHAPE] if tiny else names or op.default_shapes(device)
@@ -32,7 +32,9 @@ def jobs(suites: list[str], names: list[str] | None, dtype: torch.dtype, device:
 
         label = "+".join(sorted(parts))
         for name, model in models.items():
-            made.append((f"{label} {name}", lambda n=name, m=model: blocks.rows_of(n, parts, device, dtype, m)))
+            for compiled in (False, True):
+                arguments = (name, parts, compiled, device, dtype, model)
+                made.append((f"{label} {name}{', compiled' * compiled}", lambda a=arguments: blocks.rows_of(*a)))
     if "train" in suites:
         from benchmarks import train
 
@@ -42,19 +44,22 @@ def jobs(suites: list[str], names: list[str] | None, dtype: torch.dtype, device:
     return made
 
 
-def run(todo: list[Job], environment: dict, folder: Path) -> list[Path]:
-    """Do the jobs; what they measured is saved whatever happens."""
-    rows: list[dict] = []
-    try:
-        for number, (name, job) in enumerate(todo, 1):
-            started = time.time()
-            rows += job()
-            print(f"[{number}/{len(todo)}] {name}: {time.time() - started:.0f} s", flush=True)
-    finally:
-        by_suite = {suite: [row for row in rows if row["suite"] == suite] for suite in SUITES}
-        paths = [results.save(some, environment, folder) for some in by_suite.values() if some]
-        print("\n".join(f"wrote {path}" for path in paths), flush=True)
-    return paths
+def run(todo: list[Job], environment: dict, folder: Path, time_limit: float) -> list[Path]:
+    """Do the jobs until `time_limit` seconds have passed, no row is begun after; returns the files."""
+    files = {suite: results.ResultFile(environment, folder) for suite in SUITES}
+    begun = time.monotonic()
+    for number, (name, job) in enumerate(todo, 1):
+        started, rows, why = time.monotonic(), job(), ""
+        try:
+            while time.monotonic() - begun <= time_limit and (row := next(rows, None)) is not None:
+                files[row["suite"]].add(row)
+        except Exception as error:  # a model that does not fit, say: the next ones may
+            why = f", ended by {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        print(f"[{number}/{len(todo)}] {name}: {time.monotonic() - started:.0f} s{why}", flush=True)
+        if time.monotonic() - begun > time_limit:
+            print(f"stopped at the time limit in: {', '.join(name for name, _ in todo[number - 1 :])}")
+            break
+    return [file.path for file in files.values() if file.path is not None]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -68,6 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
     dtypes = ["bfloat16", "float16", "float32"]
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16" if cuda else "float32")
     parser.add_argument("--output_dir", type=Path, default=results.FOLDER, help="default: benchmarks/results")
+    parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds after which no figure is begun")
+    parser.add_argument("--no_report", action="store_true", help="results only: no tables and plots on disk")
     parser.add_argument("--tiny", action="store_true", help="one tiny shape a suite: does everything run?")
     args = parser.parse_args(arguments)
     suites = args.suite.split(",")
@@ -80,8 +87,6 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"expected a CUDA GPU for --suite {args.suite}, found none; a CPU has --suite op")
     if args.tiny:
         measure.SECONDS = 0.01
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit: save what there is
-
     dtype, device = getattr(torch, args.dtype), "cuda" if cuda else "cpu"
     todo = jobs(suites, args.shapes, dtype, device, args.tiny)[int(part) - 1 :: int(parts)]
     if not todo:
@@ -89,11 +94,14 @@ def main(arguments: list[str] | None = None) -> None:
     environment = results.environment({args.dtype: measure.rates(device, dtype)})
     print(", ".join(f"{name} {version}" for name, version in environment["packages"].items()))
     print(f"{environment['device']}: {environment['rates']}", flush=True)
-    paths = run(todo, environment, args.output_dir)
+    paths = run(todo, environment, args.output_dir, args.time_limit)
+    print("\n".join(f"wrote {path}" for path in paths), flush=True)
     for document in map(results.read, paths):
         print("\n".join(tables.sections([(row, environment) for row in document["rows"]])))
     if not cuda:
         print("This was a CPU: the figures of a GPU, and whole models, need one (README, Use 3).")
+    if args.no_report:
+        return
     default = args.output_dir == results.FOLDER
     print("\n".join(f"wrote {x}" for x in report.write(args.output_dir, report.DOCS if default else args.output_dir)))
 

@@ -24,36 +24,37 @@ def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
 def measure(
     call: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor], gradient: torch.Tensor, which: str, device: str
 ) -> dict:
-    """{"ms": [median, p20, p80], "peak_mib" on CUDA} of one of PASSES; the forward alone runs without autograd."""
+    """`timed` of one of PASSES: the forward without autograd, the backward with a forward before it, untimed."""
     if which == "forward":
-        run = torch.no_grad()(call)
-    elif which == "backward":
-        out = call()
-        run = lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True)  # noqa: E731
-    else:
-        run = lambda: torch.autograd.grad(call(), leaves, gradient)  # noqa: E731
-    return timed(run, device)
+        return timed(torch.no_grad()(call), device)
+    if which == "backward":
+        return timed(lambda out: torch.autograd.grad(out, leaves, gradient), device, before=call)
+    return timed(lambda: torch.autograd.grad(call(), leaves, gradient), device)
 
 
-def timed(run: Callable[[], object], device: str) -> dict:
-    """{"ms": [median, p20, p80]}, on CUDA with "peak_mib", the memory that the call takes beside what it finds."""
+def timed(run: Callable, device: str, before: Callable[[], object] | None = None) -> dict:
+    """{"ms": [median, p20, p80]} and on CUDA "held_mib", what was allocated before the call, weights and saved tensors
+    included, and "peak_mib", what it took beside that."""
     if device != "cuda":
-        return {"ms": list(time_call(run, device, SECONDS))}
-    run()  # compiled and warm: what that needed once is not the call's
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    peak = (torch.cuda.max_memory_allocated() - held) / 2**20
-    return {"ms": list(time_call(run, device, SECONDS)), "peak_mib": round(peak, 1)}
+        return {"ms": list(time_call(run, device, SECONDS, before))}
+    for _ in range(2):  # the first one compiles
+        arguments = () if before is None else (before(),)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        run(*arguments)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    del arguments
+    memory = {"held_mib": round(held / 2**20, 1), "peak_mib": round((peak - held) / 2**20, 1)}
+    return {"ms": list(time_call(run, device, SECONDS, before))} | memory
 
 
 def attempt(row: dict, action: Callable[[], dict]) -> dict:
-    """The row with what `action` returns, or with the reason why it cannot."""
+    """The row with what `action` returns, or with the reason why it cannot: a peer's failure ends no run."""
     try:
         return row | action()
-    except (RuntimeError, ImportError, NotImplementedError, ValueError, AttributeError) as error:
+    except Exception as error:  # compilers and kernels of others raise anything
         lines = str(error).strip().splitlines() or [""]
         return row | {"absent": f"{type(error).__name__}: {lines[0][:120]}"}
     finally:

@@ -1,47 +1,75 @@
 """The op suite: one attention call, forward and backward, against every peer that can run here."""
 
+from collections.abc import Iterator
+
 import torch
 import torch._dynamo
-import torch._functorch.config
 
 from benchmarks.measure import PASSES, attempt, measure
 from benchmarks.peers import PEERS, SWEEP, Inputs, Peer, gbytes, tflops
 from benchmarks.shapes import CPU, DIMS, MODELS, SHAPES, TOKENS
+from linvideo.ops.reference import linear_attn_reference
+
+TOLERANCE = 2e-2  # relative error of a result that is still worth timing
 
 
 def default_shapes(device: str) -> list[str]:
     return list(MODELS | TOKENS | DIMS if device == "cuda" else CPU)
 
 
-def rows_of(shape_name: str, dtype: torch.dtype, device: str) -> list[dict]:
+def rows_of(shape_name: str, dtype: torch.dtype, device: str) -> Iterator[dict]:
     """A row for each peer and pass."""
-    torch._functorch.config.donated_buffer = False  # or a compiled function's backward could run but once
     torch._dynamo.reset()  # compiled peers are compiled for this shape
     inputs = Inputs.random(SHAPES[shape_name], dtype, device)
-    wanted = SWEEP if shape_name in TOKENS else PEERS
-    rows = []
-    for name in wanted:
+    for name in SWEEP if shape_name in TOKENS else PEERS:
         if device == "cuda" or not PEERS[name].cuda_only:
-            rows += _peer_rows(shape_name, name, PEERS[name], inputs)
-    return rows
+            yield from _peer_rows(shape_name, name, PEERS[name], inputs)
 
 
-def _peer_rows(shape_name: str, name: str, peer: Peer, inputs: Inputs) -> list[dict]:
+def _peer_rows(shape_name: str, name: str, peer: Peer, inputs: Inputs) -> Iterator[dict]:
     shape, dtype, device = SHAPES[shape_name], inputs.q.dtype, inputs.q.device.type
-    leaves = [getattr(inputs, x) for x in peer.learned]
-    rows, calls = [], []
+    leaves, calls = peer.leaves(inputs), []
     for which in PASSES if leaves else PASSES[:1]:
         row = {"suite": "op", "shape": shape_name, "dtype": str(dtype).removeprefix("torch."), "name": name}
         row |= {"pass": which, "sizes": list(shape)}
 
         def run(which=which):
             if not calls:
-                calls.append(peer.build(inputs))
+                if peer.most_tokens is not None and shape.tokens > peer.most_tokens:
+                    raise ValueError(f"left out beyond {peer.most_tokens:,} tokens")
+                call = peer.build(inputs)
+                verify(name, call, inputs)
+                calls.append(call)
             costs = gbytes(shape, peer.cost, which, dtype.itemsize), tflops(shape, peer.cost, which)
             measured = measure(calls[0], leaves, inputs.gradient, which, device)
             return measured | {"gbytes": costs[0], "tflops": costs[1]}
 
-        rows.append(attempt(row, run))
-        if "absent" in rows[-1] and not calls:
+        row = attempt(row, run)
+        yield row
+        if "absent" in row and not calls:
             break  # not installed: once is enough
-    return rows
+
+
+@torch.no_grad()
+def verify(name: str, call, x: Inputs) -> None:
+    """A wrong result has no speed. Ours are compared with the reference in fp32 on the first head.
+
+    Raises ArithmeticError.
+    """
+    out = call()
+    if not out.isfinite().all():
+        raise ArithmeticError("the output is not finite")
+    if not name.startswith("linvideo "):
+        return
+    what = name.removeprefix("linvideo ")
+    feature_map = what.partition(",")[0].removesuffix(" map")
+    q, k, v, softmax_out = (rows[:, :, :1].float() for rows in (x.q, x.k, x.v, x.softmax_out))
+    options: dict = {"feature_map": feature_map, "normalize": feature_map != "identity"}
+    if feature_map.startswith("hedgehog"):
+        options |= {"q_weight": x.q_weight[:1].float(), "k_weight": x.k_weight[:1].float()}
+    options |= {"rope": x.rope} if "RoPE" in what else {}
+    options |= {"mix": (softmax_out, x.r)} if "mix" in what else {}
+    expected = linear_attn_reference(q, k, v, **options)
+    error = ((out[:, :, :1].float() - expected).norm() / expected.norm()).item()
+    if not error < TOLERANCE:
+        raise ArithmeticError(f"relative error {error:.1e} against the reference in fp32")

@@ -25,6 +25,7 @@ class Inputs(NamedTuple):
     r: torch.Tensor
     rope: tuple[torch.Tensor, torch.Tensor]
     gradient: torch.Tensor
+    heads_first: tuple[torch.Tensor, ...]  # q, k, v once more as [B, H, N, D], for those who want them so in memory
 
     @classmethod
     def random(cls, shape: Shape, dtype: torch.dtype, device: str) -> "Inputs":
@@ -35,7 +36,8 @@ class Inputs(NamedTuple):
         angles = torch.outer(torch.arange(tokens, device=device), 100.0 ** -torch.linspace(0, 1, dim // 2).to(device))
         learned = [*rows[:4], *(weight.to(dtype) for weight in weights), torch.full((1,), 0.5, device=device)]
         q, k, v, softmax_out, q_weight, k_weight, r = (x.requires_grad_() for x in learned)
-        return cls(q, k, v, q_weight, k_weight, softmax_out, r, (angles.cos(), angles.sin()), rows[4])
+        turned = tuple(x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v))
+        return cls(q, k, v, q_weight, k_weight, softmax_out, r, (angles.cos(), angles.sin()), rows[4], turned)
 
 
 class Peer(NamedTuple):
@@ -43,6 +45,11 @@ class Peer(NamedTuple):
     cost: str  # a key of COSTS
     learned: tuple[str, ...] = ("q", "k", "v")  # which inputs get gradients; none: forward only
     cuda_only: bool = False
+    heads_first: bool = False  # reads Inputs.heads_first
+    most_tokens: int | None = None  # is left out beyond, where it would take minutes
+
+    def leaves(self, x: Inputs) -> list[torch.Tensor]:
+        return list(x.heads_first) if self.heads_first else [getattr(x, name) for name in self.learned]
 
 
 HEDGEHOG = ("q", "k", "v", "q_weight", "k_weight")
@@ -102,7 +109,7 @@ def _sdpa(backend: SDPBackend) -> Callable:
     def build(x: Inputs):
         def run():
             with sdpa_kernel(backend):
-                q, k, v = _heads_first(x)
+                q, k, v = (rows.transpose(1, 2) for rows in (x.q, x.k, x.v))  # views: these kernels take any strides
                 return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
         return run
@@ -121,7 +128,7 @@ def _flex_sparse(x: Inputs):
     length = (x.q.shape[1], x.q.shape[1])
     mask = BlockMask.from_kv_blocks(none, order, some, order, BLOCK_SIZE=BLOCK, seq_lengths=length)
     attention = torch.compile(flex_attention, dynamic=False)
-    return lambda: attention(*_heads_first(x), block_mask=mask).transpose(1, 2)
+    return lambda: attention(*x.heads_first, block_mask=mask).transpose(1, 2)
 
 
 def _fla(x: Inputs):
@@ -133,7 +140,7 @@ def _fla(x: Inputs):
 def _flash_bla(x: Inputs):
     from flash_bla.ops.linear_attn.fused import linear_attention
 
-    return lambda: linear_attention(*_heads_first(x)).transpose(1, 2)
+    return lambda: linear_attention(*x.heads_first).transpose(1, 2)
 
 
 def _sla(x: Inputs):
@@ -141,7 +148,7 @@ def _sla(x: Inputs):
 
     module = SparseLinearAttention(x.q.shape[-1], topk=1 - SPARSITY, use_bf16=x.q.dtype == torch.bfloat16)
     module = module.to(x.q.device)
-    return lambda: module(*_heads_first(x)).transpose(1, 2)
+    return lambda: module(*x.heads_first).transpose(1, 2)
 
 
 def _flash_attn_2(x: Inputs):
@@ -168,10 +175,6 @@ def _sage(x: Inputs):
     return lambda: sageattn(x.q, x.k, x.v, tensor_layout="NHD")
 
 
-def _heads_first(x: Inputs) -> tuple[torch.Tensor, ...]:
-    return tuple(rows.transpose(1, 2) for rows in (x.q, x.k, x.v))
-
-
 def _first(out):
     return out[0] if isinstance(out, tuple) else out
 
@@ -189,16 +192,18 @@ PEERS = {
     EAGER: Peer(_eager(compiled=False), "hedgehog", HEDGEHOG),
     COMPILED: Peer(_eager(compiled=True), "hedgehog", HEDGEHOG),
     "fla chunk_linear_attn (causal, no map)": Peer(_fla, "plain", cuda_only=True),
-    "flash_bla linear_attention (no map)": Peer(_flash_bla, "plain", cuda_only=True),
+    "flash_bla linear_attention (no map)": Peer(_flash_bla, "plain", cuda_only=True, heads_first=True),
     "softmax SDPA flash": Peer(_sdpa(SDPBackend.FLASH_ATTENTION), "softmax"),
     "softmax SDPA cuDNN": Peer(_sdpa(SDPBackend.CUDNN_ATTENTION), "softmax", cuda_only=True),
-    "softmax SDPA efficient": Peer(_sdpa(SDPBackend.EFFICIENT_ATTENTION), "softmax", cuda_only=True),
+    "softmax SDPA efficient": Peer(
+        _sdpa(SDPBackend.EFFICIENT_ATTENTION), "softmax", cuda_only=True, most_tokens=40_000
+    ),
     "softmax flash-attn 2": Peer(_flash_attn_2, "softmax", cuda_only=True),
     "softmax flash-attn 3": Peer(_flash_attn_3, "softmax", cuda_only=True),
     "softmax flash-attn 4": Peer(_flash_attn_4, "softmax", cuda_only=True),
     "softmax SageAttention (8 bit, forward)": Peer(_sage, "softmax", (), cuda_only=True),
-    f"FlexAttention, {SPARSITY:.0%} of blocks left out": Peer(_flex_sparse, "sparse", cuda_only=True),
-    f"SLA, {SPARSITY:.0%} of blocks linear": Peer(_sla, "sparse", cuda_only=True),
+    f"FlexAttention, {SPARSITY:.0%} of blocks left out": Peer(_flex_sparse, "sparse", cuda_only=True, heads_first=True),
+    f"SLA, {SPARSITY:.0%} of blocks linear": Peer(_sla, "sparse", cuda_only=True, heads_first=True),
 }
 # The sweeps' lines: the rest of the field is measured at the models' shapes.
 SWEEP = (

@@ -6,22 +6,24 @@ from pathlib import Path
 from benchmarks.peers import OURS, SWEEP
 from benchmarks.results import slug
 from benchmarks.shapes import CPU, TOKENS
+from benchmarks.tables import BACKENDS
 
 
 def draw(device: str, pairs: list[tuple[dict, dict]], folder: Path) -> list[tuple[Path, str]]:
     """(file, title) of each plot that the rows of one device allow. pairs: (row, environment)."""
     made = []
-    sweep = [(row, env) for row, env in pairs if row["suite"] == "op" and row["shape"] in TOKENS | CPU]
-    sweep = [(row, env) for row, env in sweep if row["name"] in SWEEP and "ms" in row]
-    if sweep:
-        made += _over_tokens(device, sweep, folder)
+    for shapes in (TOKENS, CPU):
+        sweep = [(row, env) for row, env in pairs if row["suite"] == "op" and row["shape"] in shapes and "ms" in row]
+        for dtype in dict.fromkeys(row["dtype"] for row, _ in sweep):
+            chosen = [(row, env) for row, env in sweep if row["dtype"] == dtype and row["name"] in SWEEP]
+            made += _over_tokens(device, dtype, chosen, folder) if chosen else []
     models = [row for row, _ in pairs if row["suite"] == "model" and row["how"] == "composed"]
-    if models:
-        made += _over_layers(device, models, folder)
+    for dtype in dict.fromkeys(row["dtype"] for row in models):
+        made += _over_layers(device, dtype, [row for row in models if row["dtype"] == dtype], folder)
     return made
 
 
-def _over_tokens(device: str, pairs: list, folder: Path) -> list[tuple[Path, str]]:
+def _over_tokens(device: str, dtype: str, pairs: list, folder: Path) -> list[tuple[Path, str]]:
     plt = _pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for axis, which in zip(axes, ("forward", "forward+backward"), strict=True):
@@ -52,32 +54,34 @@ def _over_tokens(device: str, pairs: list, folder: Path) -> list[tuple[Path, str
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     row = pairs[0][0]
-    title = f"Attention on {device}: batch 1, {row['sizes'][2]} heads of {row['sizes'][3]}, {row['dtype']}"
+    title = f"Attention on {device}: batch 1, {row['sizes'][2]} heads of {row['sizes'][3]}, {dtype}"
     figure.suptitle(title, fontsize=11)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
-    return _save(figure, folder / f"{slug(device)}-time-over-tokens", title)
+    return _save(figure, folder / f"{slug(device)}-{dtype}-time-over-tokens", title)
 
 
-def _over_layers(device: str, rows: list[dict], folder: Path) -> list[tuple[Path, str]]:
+def _over_layers(device: str, dtype: str, rows: list[dict], folder: Path) -> list[tuple[Path, str]]:
     plt = _pyplot()
     names = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names) + 1.5, 4), layout="constrained", squeeze=False)
+    found = {}  # a backend may be missing for one model
     for axis, name in zip(axes[0], names, strict=True):
         lines = defaultdict(dict)
         for row in rows:
             if row["model"] == name:
                 lines[row["backend"], row["compiled"]][row["linear_layers"]] = row["ms"][0]
-        for number, ((backend, compiled), times) in enumerate(lines.items()):
+        for (backend, compiled), times in lines.items():
             counts = sorted(times)
-            label = f"{backend.strip('_')}, {'compiled' if compiled else 'eager'}"
+            label = f"{BACKENDS.get(backend, backend)}, {'compiled' if compiled else 'eager'}"
             speed = [times[counts[0]] / times[n] for n in counts]
-            axis.plot(counts, speed, marker="o", markersize=3, label=label, color=f"C{number}")
+            style = {"color": f"C{list(BACKENDS).index(backend)}", "linestyle": "-" if compiled else "--"}
+            (found[label],) = axis.plot(counts, speed, marker="o", markersize=3, **style)
         axis.set(xlabel="linear layers", ylabel="speed-up of one forward", title=f"Wan {name}", ylim=(0, None))
         axis.grid(alpha=0.3)
-    title = f"Forward of a Wan transformer on {device}, over the dense one with the same softmax"
+    title = f"Forward of a Wan transformer on {device}, over the dense one with the same softmax; {dtype}"
     figure.suptitle(title, fontsize=11)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
-    return _save(figure, folder / f"{slug(device)}-speed-up-over-layers", title)
+    figure.legend(found.values(), found, loc="outside right center", fontsize=8, frameon=False)
+    return _save(figure, folder / f"{slug(device)}-{dtype}-speed-up-over-layers", title)
 
 
 def _pyplot():

@@ -1,6 +1,7 @@
 """All committed results as tables and plots: `python -m benchmarks.report` writes docs/benchmarks.md and its plots.
 
-Of a figure that was measured more than once on a device the newest counts. The same results give the same files, byte
+Of a figure that was measured more than once on a device the newest counts, if there was one: a peer that was absent
+later keeps its older figure, and the table says which run it is from. The same results give the same files, byte
 for byte.
 """
 
@@ -17,7 +18,9 @@ Written by `python -m benchmarks.report` from [benchmarks/results](../benchmarks
 are medians in milliseconds with the 20th to 80th percentile behind; on CUDA by events, the L2 cache flushed before each
 run. GB/s counts the bytes that must move (q, k, v, o; in a backward 7 rows), TFLOP/s the useful operations (hedgehog:
 12 D² a row and head, 28 D² in a backward; softmax: 4 N D and 10 N D); per cent are of a plain copy and a plain matrix
-product on the same device.
+product on the same device. Memory is the peak beside the inputs (and, in a backward, beside what the forward saved);
+for blocks, models and training steps it is written as held + peak, weights and optimizer being held. Times include the
+launch of the kernels: at a few thousand tokens that is most of them on a GPU.
 """
 
 
@@ -27,7 +30,9 @@ def write(folder: Path = results.FOLDER, docs: Path = DOCS) -> list[Path]:
     for document in results.load(folder):
         for row in document["rows"]:
             key = row["suite"], *(row[key] for key in results.COLUMNS[row["suite"]][0])
-            devices[document["environment"]["device"]][key] = (row, document["environment"])
+            found = devices[document["environment"]["device"]]
+            if "ms" in row or "ms" not in found.get(key, ({},))[0]:
+                found[key] = (row, document["environment"])
     lines, written = [HEAD], []
     for device, found in devices.items():
         pairs = list(found.values())
@@ -52,7 +57,7 @@ def _measured(pairs: list) -> list[str]:
         commit = environment["commit"] or "unknown"
         driver = f", driver {environment['driver']}" if environment["driver"] else ""
         versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-        lines.add(f"- {environment['date']}, commit {commit[:12]}{commit[40:]}{driver}: {versions}")
+        lines.add(f"- {environment['time']}, commit {commit[:12]}{commit[40:]}{driver}: {versions}")
     return sorted(lines)
 
 

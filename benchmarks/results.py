@@ -1,4 +1,4 @@
-"""Result files: benchmarks/results/<device>-<date>-<suite>.json, written whole and never over another.
+"""Result files: benchmarks/results/<device>-<date>-<suite>.json, written row by row and never over another.
 
 A file is {"format", "environment", "rows"}. Every row has a "suite" and either "ms", [median, 20th, 80th percentile],
 or "absent", the reason why there is no figure; COLUMNS says which other keys a suite's rows have.
@@ -21,13 +21,14 @@ from linvideo.evaluation.latency import device_name
 FORMAT = 1
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "diffusers", "flash-linear-attention", "flash-attn", "sageattention", "flash_bla")
-ENVIRONMENT = ("device", "driver", "cuda", "python", "packages", "commit", "date", "rates")
+ENVIRONMENT = ("device", "driver", "cuda", "python", "packages", "commit", "time", "rates")
+_MEMORY = ("held_mib", "peak_mib")
 # suite -> the keys that tell its rows apart, and further keys
 COLUMNS = {
-    "op": (("shape", "dtype", "name", "pass"), ("sizes", "gbytes", "tflops", "peak_mib")),
-    "block": (("model", "attention", "compiled"), ("tokens", "layers", "peak_mib")),
-    "model": (("model", "backend", "linear_layers", "compiled", "how"), ("tokens", "layers", "peak_mib")),
-    "train": (("model", "step", "attention"), ("tokens", "layers", "peak_mib")),
+    "op": (("shape", "dtype", "name", "pass"), ("sizes", "gbytes", "tflops", *_MEMORY)),
+    "block": (("model", "dtype", "attention", "compiled"), ("tokens", "layers", *_MEMORY)),
+    "model": (("model", "dtype", "backend", "linear_layers", "compiled", "how"), ("tokens", "layers", *_MEMORY)),
+    "train": (("model", "dtype", "step", "attention"), ("tokens", "layers", *_MEMORY)),
 }
 
 
@@ -41,36 +42,49 @@ def environment(rates: dict) -> dict:
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d"),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "rates": rates,
     }
 
 
-def save(rows: list[dict], environment: dict, folder: Path = FOLDER) -> Path:
-    """One file of one suite's rows; a number is added to its name where there is one already."""
-    document = {"format": FORMAT, "environment": environment, "rows": rows}
-    check(document)
-    suites = "-".join(sorted({row["suite"] for row in rows}))
-    device = "cpu" if environment["cuda"] is None else re.sub(r"^nvidia-|[^a-z0-9]+$", "", slug(environment["device"]))
-    stem = f"{device}-{environment['date']}-{suites}"
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{stem}.{os.getpid()}"
-    aside.write_text(json.dumps(document, indent=1) + "\n")
-    for number in range(1, 1000):
-        path = folder / f"{stem}{'' if number == 1 else f'-{number}'}.json"
-        try:
-            os.link(aside, path)  # fails where the name is taken
-        except FileExistsError:
-            continue
-        aside.unlink()
-        return path
-    raise ValueError(f"expected fewer than 1,000 results named {stem} in {folder}")
+class ResultFile:
+    """One suite's rows; each is on disk once it is added, so that a run that is killed loses nothing it measured."""
+
+    def __init__(self, environment: dict, folder: Path = FOLDER):
+        self.environment, self.folder, self.rows, self.path = environment, folder, [], None
+
+    def add(self, row: dict) -> None:
+        document = {"format": FORMAT, "environment": self.environment, "rows": [*self.rows, row]}
+        check(document)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = self.folder / f".{row['suite']}.{os.getpid()}"
+        aside.write_text(json.dumps(document, indent=1) + "\n")
+        if self.path is None:
+            self.path = self._claim(aside, row["suite"])
+            aside.unlink()  # a second name of the same file now: replacing would do nothing
+        else:
+            os.replace(aside, self.path)
+        self.rows.append(row)
+
+    def _claim(self, aside: Path, suite: str) -> Path:
+        """A name that no file has: a number is added where there is one already."""
+        name = slug(self.environment["device"]).removeprefix("nvidia-")
+        device = "cpu" if self.environment["cuda"] is None else name
+        stem = f"{device}-{self.environment['time'][:10]}-{suite}"
+        for number in range(1, 1000):
+            path = self.folder / f"{stem}{'' if number == 1 else f'-{number}'}.json"
+            try:
+                os.link(aside, path)  # fails where the name is taken
+            except FileExistsError:
+                continue
+            return path
+        raise ValueError(f"expected fewer than 1,000 results named {stem} in {self.folder}")
 
 
 def load(folder: Path = FOLDER) -> list[dict]:
     """All files there, oldest first."""
     documents = map(read, sorted(folder.glob("*.json")))
-    return sorted(documents, key=lambda document: (document["environment"]["date"], document["name"]))
+    return sorted(documents, key=lambda document: document["environment"]["time"])
 
 
 def read(path: Path) -> dict:
@@ -125,6 +139,8 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
+    if given := os.environ.get("LINVIDEO_COMMIT"):  # where the files came without their history
+        return given
     root = str(Path(__file__).parents[1])
     commit = _output("git", "-C", root, "rev-parse", "HEAD")
     changed = _output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")

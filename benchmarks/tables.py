@@ -64,13 +64,25 @@ def _op_table(pairs: list) -> list[str]:
         cells = [name, _ms(forward), _ms(passes.get("backward")), _ms(passes.get("forward+backward"))]
         cells += [_rate(forward, "gbytes", "copy_gb_s"), _rate(forward, "tflops", "matmul_tflop_s")]
         if memory:
-            cells.append(" / ".join(_memory(passes[w]) for w in FORWARD_AND_BOTH if w in passes))
+            shown = [passes[w] for w in FORWARD_AND_BOTH if w in passes]
+            cells.append(" / ".join(f"{row['peak_mib']:,.0f}" for row in shown if "peak_mib" in row))
         for other in (fastest, medians.get(EAGER, {}), medians.get(COMPILED, {})):
             shared = [w for w in FORWARD_AND_BOTH if w in passes and w in other]
             cells.append(" / ".join(f"{other[w] / medians[name][w]:.2f}" for w in shared))
         lines.append(_line(cells))
-    reasons = [f"- absent: {name}, {which} ({why})" for (name, which), why in absent.items()]
-    return [*lines, "", *reasons] if reasons else lines
+    notes = [f"- absent: {name}, {which} ({why})" for (name, which), why in absent.items()]
+    notes += _runs({row["name"]: environment for row, environment in pairs if "ms" in row})
+    return [*lines, "", *notes] if notes else lines
+
+
+def _runs(environments: dict[str, dict]) -> list[str]:
+    """Which row is from which run, where they are from several."""
+    by_run = defaultdict(list)
+    for name, environment in environments.items():
+        by_run[environment["time"], (environment["commit"] or "unknown")[:12]].append(name)
+    if len(by_run) < 2:
+        return []
+    return [f"- of {when}, commit {commit}: {', '.join(names)}" for (when, commit), names in sorted(by_run.items())]
 
 
 def _model(pairs: list) -> list[str]:
@@ -78,10 +90,10 @@ def _model(pairs: list) -> list[str]:
     by_model = defaultdict(list)
     for row, _ in pairs:
         if "ms" in row:
-            by_model[row["model"]].append(row)
+            by_model[row["model"], row["dtype"]].append(row)
     numbers = ["linear layers", "one forward, ms", "whole, ms", "speed-up", "50 x 2, s", "4 x 2, s", "4 x 1, s"]
-    for model, rows in by_model.items():
-        lines += [f"**Wan {model}**: {rows[0]['layers']} layers, {rows[0]['tokens']:,} tokens", ""]
+    for (model, dtype), rows in by_model.items():
+        lines += [f"**Wan {model}**: {rows[0]['layers']} layers, {rows[0]['tokens']:,} tokens, {dtype}", ""]
         lines += [*_header(["softmax", "", *numbers], texts=2), *_model_rows(rows)]
         if model in PAPER:
             lines += _paper_rows(*PAPER[model])
@@ -122,7 +134,7 @@ def _paper_rows(dense: float, count: int, linear: float, four_steps: float) -> l
 
 
 def _block(pairs: list) -> list[str]:
-    lines = ["### Blocks", "", *_header(["model", "attention", "", "one block, ms", "peak MiB"], texts=3)]
+    lines = ["### Blocks", "", *_header(["model", "attention", "", "one block, ms", "MiB"], texts=3)]
     for row, _ in pairs:
         what, mode = BACKENDS.get(row["attention"], row["attention"]), "compiled" if row["compiled"] else "eager"
         lines.append(_line([row["model"], what, mode, _ms(row), _memory(row)]))
@@ -130,7 +142,7 @@ def _block(pairs: list) -> list[str]:
 
 
 def _train(pairs: list) -> list[str]:
-    header = _header(["model", "step", "linear attention", "ms", "peak MiB"], texts=3)
+    header = _header(["model", "step", "linear attention", "ms", "MiB"], texts=3)
     lines = ["### Training steps", "", TRAIN_NOTE, "", *header]
     for row, _ in pairs:
         lines.append(_line([row["model"], row["step"], row["attention"], _ms(row), _memory(row)]))
@@ -155,7 +167,7 @@ def _rate(row: dict | None, amount: str, reference: str) -> str:
 
 
 def _memory(row: dict) -> str:
-    return f"{row['peak_mib']:,.0f}" if "peak_mib" in row else ""
+    return f"{row['held_mib']:,.0f} + {row['peak_mib']:,.0f}" if "peak_mib" in row else ""
 
 
 def _short(x: float) -> str:

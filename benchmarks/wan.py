@@ -5,12 +5,11 @@ every count. A forward is composed of its parts, rest + softmax blocks + linear 
 are also timed whole, which shows what composing is worth.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 
 import torch
 import torch._dynamo
-from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from diffusers.models.attention_dispatch import attention_backend
 
 from benchmarks.measure import attempt, timed
 from benchmarks.shapes import LINEAR_COUNTS, WAN, WanModel
@@ -64,16 +63,15 @@ class Parts:
         self.model = build(self.wan, device, dtype)
         self.arguments = latents(self.wan, device, dtype)
         self.backends = [b for b in BACKENDS if device == "cuda" or b == "_native_flash"]
-        self.base = {"model": name, "tokens": tokens(self.wan), "layers": self.wan.layers}
+        self.base = {"model": name, "dtype": str(dtype).removeprefix("torch.")}
+        self.base |= {"tokens": tokens(self.wan), "layers": self.wan.layers}
         self.block_arguments = self._block_arguments()
 
-    def block_rows(self, compiled: bool) -> list[dict]:
-        """Softmax with each backend, linear, and the model without its blocks."""
-        rows = []
+    def block_rows(self, compiled: bool) -> Iterator[dict]:
+        """Softmax with each backend, linear (its cross-attention with the first backend), the model without blocks."""
         for attention in (*self.backends, "linear", "rest"):
             row = {"suite": "block", **self.base, "attention": attention, "compiled": compiled}
-            rows.append(attempt(row, lambda a=attention: self._time_part(a, compiled)))
-        return rows
+            yield attempt(row, lambda a=attention: self._time_part(a, compiled))
 
     def whole_row(self, backend: str, linear_layers: int, compiled: bool) -> dict:
         row = self._model_row(backend, linear_layers, compiled, "whole")
@@ -104,7 +102,7 @@ class Parts:
         block = self.model.blocks[0]
         set_attention_types(self.model, {0: "linear" if attention == "linear" else "softmax"})
         call = torch.compile(block, fullgraph=True) if compiled else block
-        with self._backend(attention):
+        with attention_backend(BACKENDS[0] if attention == "linear" else attention):
             return timed(lambda: _no_grad(call, *self.block_arguments), self.device)
 
     def _without_blocks(self) -> dict:
@@ -121,14 +119,10 @@ class Parts:
         if compiled:  # block by block, as diffusers' compile_repeated_blocks does
             self.model.blocks = torch.nn.ModuleList(torch.compile(block, fullgraph=True) for block in blocks)
         try:
-            with self._backend(backend):
+            with attention_backend(backend):
                 return timed(lambda: _no_grad(self.model, **self.arguments), self.device)
         finally:
             self.model.blocks = blocks
-
-    def _backend(self, name: str):
-        known = name in {backend.value for backend in AttentionBackendName}
-        return attention_backend(name) if known else nullcontext()
 
     def _block_arguments(self) -> tuple:
         """What the first block is called with in a forward of the model."""
@@ -148,20 +142,22 @@ def _no_grad(call: Callable, *args, **kwargs):
     return call(*args, **kwargs)
 
 
-def rows_of(name: str, suites: set[str], device: str, dtype: torch.dtype, wan: WanModel | None = None) -> list[dict]:
-    """Rows of the suites "block" and "model" for one Wan model, eager and compiled."""
+def rows_of(
+    name: str, suites: set[str], compiled: bool, device: str, dtype: torch.dtype, wan: WanModel | None = None
+) -> Iterator[dict]:
+    """Rows of the suites "block" and "model" for one Wan model, eager or compiled."""
+    torch._dynamo.reset()
     parts = Parts(name, device, dtype, wan)
-    rows = []
-    for compiled in (False, True):
-        torch._dynamo.reset()
-        blocks = parts.block_rows(compiled)
-        rows += blocks if "block" in suites else []
-        if "model" in suites:
-            rows += parts.composed_rows(blocks)
-            fastest = _fastest(blocks)
-            for count in parts.wan.linear_layers if fastest else ():
-                rows.append(parts.whole_row(fastest, count, compiled))
-    return rows
+    blocks = []
+    for row in parts.block_rows(compiled):
+        blocks.append(row)
+        if "block" in suites:
+            yield row
+    if "model" in suites:
+        yield from parts.composed_rows(blocks)
+        fastest = _fastest(blocks)
+        for count in parts.wan.linear_layers if fastest else ():
+            yield parts.whole_row(fastest, count, compiled)
 
 
 def _fastest(block_rows: list[dict]) -> str | None:

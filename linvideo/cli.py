@@ -91,7 +91,7 @@ def evaluate_vbench(args: argparse.Namespace) -> None:
     from linvideo.evaluation import vbench
 
     full_info = args.full_info or vbench.full_info_path()
-    prompts = vbench.prompts_of(full_info, args.dimensions)[: args.num_prompts]
+    prompts = vbench.prompts_of(full_info, args.dimensions, args.num_prompts)
     pipeline = load(args).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     for finished, total in vbench.generate_videos(pipeline, prompts, args.output_dir, fps=args.fps, **sampling(args)):
@@ -139,7 +139,8 @@ def load(args: argparse.Namespace, **components):
 
     from linvideo import models
 
-    return models.load_pipeline(args.model, torch_dtype=getattr(torch, args.dtype), **components)
+    dtype = {"default": getattr(torch, args.dtype), "vae": torch.float32}  # Wan's VAE is meant for fp32
+    return models.load_pipeline(args.model, torch_dtype=dtype, **components)
 
 
 def choose_device(name: str | None) -> str:
@@ -235,7 +236,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--output_dir", type=Path, required=True)
     sub.add_argument("--teacher", help="fidelity: the stock pipeline folder or Hub id")
     sub.add_argument("--prompts_file", type=Path, help="fidelity: one caption a line; default: linvideo's own captions")
-    sub.add_argument("--num_prompts", type=int, help="only the first ones")
+    sub.add_argument("--num_prompts", type=int, help="only the first ones (vbench: of each dimension)")
     sub.add_argument(
         "--full_info", type=Path, help="vbench: its VBench_full_info.json; default: the installed package's"
     )

@@ -19,21 +19,44 @@ class Timing(NamedTuple):
     p80: float
 
 
-def time_call(call: Callable[[], object], device: torch.device | str, seconds: float = 0.3) -> Timing:
-    """Time a call without arguments. On CUDA by events with the L2 cache flushed before every run, elsewhere by the
-    wall clock; after one warm-up, for about `seconds`, at least three runs."""
-    if torch.device(device).type == "cuda":
-        from triton.testing import do_bench
+def time_call(
+    call: Callable, device: torch.device | str, seconds: float = 0.3, before: Callable[[], object] | None = None
+) -> Timing:
+    """Time a call without arguments, or with what `before` returns; `before` runs ahead of each call, untimed.
 
-        return Timing(*do_bench(call, warmup=100, rep=int(1000 * seconds), quantiles=[0.5, 0.2, 0.8]))
-    call()
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - start))
+    After one warm-up, for about `seconds`, at least three runs and at most 200. On CUDA by events, with the L2 cache
+    flushed before every run; elsewhere by the wall clock.
+    """
+    cuda = torch.device(device).type == "cuda"
+    run = _run_cuda(device) if cuda else _run_cpu
+    arguments = (lambda: ()) if before is None else (lambda: (before(),))
+    call(*arguments())
+    times = [run(call, arguments())]
+    for _ in range(min(200, max(3, int(1000 * seconds / times[0]))) - 1):
+        times.append(run(call, arguments()))
     quantiles = torch.tensor(times).quantile(torch.tensor([0.5, 0.2, 0.8]))
     return Timing(*quantiles.tolist())
+
+
+def _run_cpu(call: Callable, arguments: tuple) -> float:
+    start = time.perf_counter()
+    call(*arguments)
+    return 1000 * (time.perf_counter() - start)
+
+
+def _run_cuda(device) -> Callable[[Callable, tuple], float]:
+    cache = torch.empty(256 << 20, dtype=torch.uint8, device=device)  # larger than any L2
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def run(call: Callable, arguments: tuple) -> float:
+        cache.zero_()
+        start.record()
+        call(*arguments)
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end)
+
+    return run
 
 
 def device_name(device: torch.device | str) -> str:

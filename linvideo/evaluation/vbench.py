@@ -9,10 +9,8 @@ from typing import Any
 import torch
 
 from linvideo.evaluation.generate import generate_video, save_video
-from linvideo.evaluation.work_folder import WorkFolder
-from linvideo.models import wan_transformer
+from linvideo.evaluation.work_folder import WorkFolder, identity
 from linvideo.training.files import read_json
-from linvideo.training.fingerprint import fingerprint
 
 VIDEOS_PER_PROMPT = 5  # VBench's standard
 # Per cent; arXiv 2510.08318, Wan 1.3B: dense, LinVideo (16 of 30 layers linear), and that distilled to 4 steps.
@@ -36,21 +34,24 @@ def full_info_path() -> Path:
     return Path(found.origin).with_name("VBench_full_info.json")
 
 
-def prompts_of(full_info: str | Path, dimensions: list[str]) -> list[str]:
-    """The prompts that these dimensions are measured on, each once, in the file's order.
+def prompts_of(full_info: str | Path, dimensions: list[str], most: int | None = None) -> list[str]:
+    """The prompts that these dimensions are measured on, each once, in the file's order; the first `most` of each.
 
     Raises:
         ValueError: the file is not VBench's, or a dimension has no prompt in it.
     """
     entries = read_json(full_info)
     try:
-        of_prompt = {entry["prompt_en"]: set(entry["dimension"]) for entry in entries}
+        of_prompt: dict[str, set[str]] = {}
+        for entry in entries:
+            of_prompt.setdefault(entry["prompt_en"], set()).update(entry["dimension"])
     except (TypeError, KeyError):
         raise ValueError(f"expected a list of prompt_en and dimension in {full_info}, got something else") from None
     known = set().union(*of_prompt.values())
     if unknown := sorted(set(dimensions) - known):
         raise ValueError(f"expected dimensions of {', '.join(sorted(known))}, got {', '.join(unknown)}")
-    return [prompt for prompt, of in of_prompt.items() if of & set(dimensions)]
+    chosen = [[prompt for prompt, of in of_prompt.items() if name in of][:most] for name in dimensions]
+    return [prompt for prompt in of_prompt if any(prompt in some for some in chosen)]
 
 
 def generate_videos(
@@ -71,7 +72,7 @@ def generate_videos(
     if not prompts or any("/" in prompt for prompt in prompts):
         raise ValueError(f"expected at least one prompt, none with a slash (they name files), got {prompts[:3]}")
     request = {"suite": "vbench", "prompts": prompts, "per_prompt": per_prompt, "fps": fps, **settings}
-    work = WorkFolder(folder, request | {"model": fingerprint(wan_transformer(pipeline))})
+    work = WorkFolder(folder, request | {"model": identity(pipeline)})
     todo = [(prompt, seed) for prompt in prompts for seed in range(per_prompt)]
     for finished, (prompt, seed) in enumerate(todo, 1):
         path = work.path / "videos" / f"{prompt}-{seed}.mp4"

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from linvideo.training.files import read_json, write_json
+from linvideo.training.fingerprint import fingerprint
 
 
 class WorkFolder:
@@ -34,3 +37,14 @@ class WorkFolder:
     def add(self, row: dict) -> None:
         self.rows.append(row)
         write_json(self.path / "rows.json", self.rows)
+
+
+def identity(pipeline: Any) -> dict[str, str]:
+    """What a pipeline's videos depend on, by component: weights and dtype, or the scheduler's config."""
+    found = {}
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            found[name] = f"{fingerprint(part)} {part.dtype}"
+        elif hasattr(part, "config") and hasattr(part, "set_timesteps"):
+            found[name] = f"{type(part).__name__} {sorted(dict(part.config).items())}"
+    return found

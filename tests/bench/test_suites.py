@@ -1,8 +1,6 @@
 """Every suite end to end at a tiny shape, so that the first run on a GPU needs no debugging."""
 
-import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as bench
-from benchmarks import peers, results, train, wan
+from benchmarks import op, peers, results, train, wan
 from benchmarks.measure import PASSES, attempt
 from benchmarks.shapes import SHAPES, TINY, WAN
 from linvideo.training.config import TrainConfig
@@ -93,7 +91,8 @@ def test_parts_cover_the_work_once():
     whole = [name for name, _ in bench.jobs(list(results.COLUMNS), None, torch.bfloat16, "cuda", False)]
     parts = [whole[i::3] for i in range(3)]
     assert sorted(sum(parts, [])) == sorted(whole) and len(set(whole)) == len(whole)
-    assert [name for name in whole if name.startswith("block+model")] == [f"block+model {name}" for name in WAN]
+    models = [f"block+model {name}{mode}" for name in WAN for mode in ("", ", compiled")]
+    assert [name for name in whole if name.startswith("block+model")] == models
     assert "train 1.3b-480p" in whole and "op wan2.1-14b-720p" in whole
 
 
@@ -114,6 +113,43 @@ def test_bad_arguments(arguments, message, monkeypatch, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_time_limit_begins_no_further_row(tmp_path, capsys):
+    def job():
+        for number in range(3):
+            time.sleep(0.1)
+            yield {"suite": "train", "model": str(number), "dtype": "x", "step": "x", "attention": "x", "ms": [1.0] * 3}
+
+    environment = dict.fromkeys(results.ENVIRONMENT) | {"device": "x", "time": "2026-01-02T03:04:05Z"}
+    (path,) = bench.run([("one", job), ("two", job), ("three", job)], environment, tmp_path, 0.45)
+    assert 4 <= len(results.read(path)["rows"]) <= 5
+    assert "stopped at the time limit in: two, three" in capsys.readouterr().out
+
+
+def test_a_job_that_fails_does_not_end_the_others(tmp_path, capsys):
+    row = {"suite": "train", "model": "m", "dtype": "x", "step": "x", "attention": "x", "ms": [1.0] * 3}
+
+    def fails():
+        yield row
+        raise KeyError("no room")
+
+    environment = dict.fromkeys(results.ENVIRONMENT) | {"device": "x", "time": "2026-01-02T03:04:05Z"}
+    (path,) = bench.run([("one", fails), ("two", lambda: iter([row]))], environment, tmp_path, 9.0)
+    assert len(results.read(path)["rows"]) == 2 and "ended by KeyError" in capsys.readouterr().out
+
+
+def test_a_wrong_result_is_not_timed():
+    x = peers.Inputs.random(SHAPES["tiny"], torch.float32, "cpu")
+    for name, peer in peers.PEERS.items():
+        if not peer.cuda_only:
+            op.verify(name, peer.build(x), x)
+    right = peers.PEERS["linvideo hedgehog, RoPE"].build(x)()
+    for wrong in (1.1 * right, right * float("nan")):
+        with pytest.raises(ArithmeticError):
+            op.verify("linvideo hedgehog, RoPE", lambda wrong=wrong: wrong, x)
+    (row,) = op._peer_rows("tiny", "linvideo elu", peers.Peer(lambda x: lambda: x.q, "plain"), x)
+    assert "relative error" in row["absent"]
+
+
 def test_a_failed_measurement_is_a_row_with_its_reason():
     def fails():
         raise RuntimeError("No available kernel.\nand more")
@@ -121,20 +157,21 @@ def test_a_failed_measurement_is_a_row_with_its_reason():
     assert attempt({"name": "x"}, fails) == {"name": "x", "absent": "RuntimeError: No available kernel."}
 
 
-def test_a_run_that_is_cut_short_keeps_what_it_has(tmp_path):
-    """A time limit sends SIGTERM."""
-    command = [sys.executable, "-m", "benchmarks", "--shapes", "cpu-n256", "cpu-n4096", "--output_dir", str(tmp_path)]
+def test_a_run_that_is_killed_keeps_what_it_has(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--shapes", "cpu-n256", "--output_dir", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("[1/2]"):
-            break
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode == 143
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        while not list(tmp_path.glob("*.json")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.5)
+    finally:
+        process.kill()
+        process.wait()
     (path,) = tmp_path.glob("*.json")
-    assert {row["shape"] for row in json.loads(path.read_text())["rows"]} == {"cpu-n256"}
+    rows = results.read(path)["rows"]
+    assert [(row["name"], row["pass"]) for row in rows[:1]] == [(peers.OURS, "forward")]
 
 
 def test_costs():

@@ -53,6 +53,14 @@ def test_other_attention_at_r_1_is_found(pipeline, tmp_path, monkeypatch):
     assert not found["the feature maps learn softmax attention"].passed
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_maps_that_do_not_learn_are_found(pipeline, tmp_path, seed, monkeypatch):
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
+    found = {finding.name: finding for finding in check_pipeline(pipeline, tmp_path / "check.mp4", seed=seed, **SIZE)}
+    assert not found["the feature maps learn softmax attention"].passed
+    assert not found["an ADM step moves r and the feature maps"].passed
+
+
 def test_the_command(pipeline, tmp_path, capsys):
     folder, output = tmp_path / "stock", tmp_path / "check.mp4"
     pipeline.save_pretrained(folder)

@@ -68,8 +68,14 @@ def test_fidelity_goes_on_where_it_was(pipelines, tmp_path):
     assert len(list((tmp_path / "parts").glob("*.mp4"))) == 6
     with pytest.raises(ValueError, match="num_inference_steps 2, asked for 3"):
         list(fidelity.fidelity(linear, stock, prompts, tmp_path / "parts", **SIZE | {"num_inference_steps": 3}))
-    with pytest.raises(ValueError, match="student '.*', asked for '.*'"):
+    with pytest.raises(ValueError, match="student .*, asked for .*"):
         list(fidelity.fidelity(stock, stock, prompts, tmp_path / "parts", **SIZE))
+    with pytest.raises(ValueError, match="fps 16, asked for 8"):
+        list(fidelity.fidelity(linear, stock, prompts, tmp_path / "parts", fps=8, **SIZE))
+    stock.scheduler.register_to_config(shift=5.0)
+    with pytest.raises(ValueError, match="teacher .*shift', 3.0.*, asked for .*shift', 5.0"):
+        list(fidelity.fidelity(linear, stock, prompts, tmp_path / "parts", **SIZE))
+    stock.scheduler.register_to_config(shift=3.0)
     mean, spread = fidelity.summary(whole)["psnr"]
     assert mean == pytest.approx(np.mean([row["psnr"] for row in whole])) and spread > 0
 
@@ -115,6 +121,7 @@ def full_info(tmp_path):
 
 def test_prompts_of_dimensions(full_info, tmp_path):
     assert vbench.prompts_of(full_info, ["imaging_quality", "subject_consistency"]) == ["a cat", "a dog"]
+    assert vbench.prompts_of(full_info, ["subject_consistency", "color"], most=1) == ["a cat", "a dog"]
     with pytest.raises(
         ValueError, match="expected dimensions of color, imaging_quality, subject_consistency, got colour"
     ):

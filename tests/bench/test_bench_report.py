@@ -14,18 +14,32 @@ ENVIRONMENT = {
     "python": "3.12",
     "packages": {"torch": "2.13.0", "triton": "3.7.1"},
     "commit": "0123456789abcdef0123456789abcdef01234567",
-    "date": "2026-01-02",
+    "time": "2026-01-02T03:04:05Z",
     "rates": {"bfloat16": {"copy_gb_s": 4000.0, "matmul_tflop_s": 700.0}},
 }
 
 
 def op_row(name: str, ms: float, which: str = "forward", shape: str = "n1k", tokens: int = 1024) -> dict:
     row = {"suite": "op", "shape": shape, "dtype": "bfloat16", "name": name, "pass": which}
-    return row | {"sizes": [1, tokens, 12, 128], "ms": [ms, ms, ms], "gbytes": 1.0, "tflops": 0.7, "peak_mib": 10.0}
+    return row | {
+        "sizes": [1, tokens, 12, 128],
+        "ms": [ms, ms, ms],
+        "gbytes": 1.0,
+        "tflops": 0.7,
+        "held_mib": 5.0,
+        "peak_mib": 10.0,
+    }
 
 
 def model_row(count: int, ms: float, how: str = "composed") -> dict:
-    row = {"suite": "model", "model": "1.3b-480p", "backend": "_native_flash", "linear_layers": count, "how": how}
+    row = {
+        "suite": "model",
+        "model": "1.3b-480p",
+        "dtype": "bfloat16",
+        "backend": "_native_flash",
+        "linear_layers": count,
+        "how": how,
+    }
     return row | {"compiled": False, "tokens": 32760, "layers": 30, "ms": [ms, ms, ms]}
 
 
@@ -43,9 +57,16 @@ ROWS = [
 ]
 
 
+def save(rows: list[dict], environment: dict, folder):
+    """As a run does; returns the first suite's file."""
+    files = {}
+    for row in rows:
+        files.setdefault(row["suite"], results.ResultFile(environment, folder)).add(row)
+    return next(iter(files.values())).path
+
+
 def test_saved_and_read_again(tmp_path):
-    first = results.save(ROWS[:7], ENVIRONMENT, tmp_path)
-    second = results.save(ROWS[:7], ENVIRONMENT, tmp_path)
+    first, second = (save(ROWS[:7], ENVIRONMENT, tmp_path) for _ in range(2))
     assert first.name == "h200-2026-01-02-op.json" and second.name == "h200-2026-01-02-op-2.json"
     assert [document["rows"] for document in results.load(tmp_path)] == [ROWS[:7]] * 2
 
@@ -88,7 +109,7 @@ def line_of(text: str, *starts: str) -> str:
 
 
 def test_tables_hold_the_figures(tmp_path):
-    results.save(ROWS, ENVIRONMENT, tmp_path)
+    save(ROWS, ENVIRONMENT, tmp_path)
     written = report.write(tmp_path, tmp_path / "docs")
     text = written[0].read_text()
     ours = line_of(text.split("**n2k**")[0], OURS)
@@ -102,14 +123,31 @@ def test_tables_hold_the_figures(tmp_path):
 
 
 def test_the_newest_figure_counts(tmp_path):
-    results.save(ROWS, ENVIRONMENT, tmp_path)
-    results.save([op_row(OURS, 0.5)], ENVIRONMENT | {"date": "2026-01-03"}, tmp_path)
+    save(ROWS, ENVIRONMENT, tmp_path)
+    save([op_row(OURS, 0.5)], ENVIRONMENT | {"time": "2026-01-03T03:04:05Z"}, tmp_path)
     text = report.write(tmp_path, tmp_path / "docs")[0].read_text()
     assert "0.500 (0.500–0.500)" in line_of(text.split("**n2k**")[0], OURS)
 
 
+def test_an_older_figure_outlives_an_absence(tmp_path):
+    later = ENVIRONMENT | {"time": "2026-01-03T03:04:05Z", "commit": "f" * 40}
+    save(ROWS, ENVIRONMENT, tmp_path)
+    absent = {k: v for k, v in op_row("softmax SDPA cuDNN", 1.0).items() if k != "ms"} | {"absent": "no cuDNN"}
+    save([absent, op_row(OURS, 0.5)], later, tmp_path)
+    table = report.write(tmp_path, tmp_path / "docs")[0].read_text().split("**n2k**")[0]
+    assert "5.000 (5.000–5.000)" in line_of(table, "softmax SDPA cuDNN") and "no cuDNN" not in table
+    assert line_of(table, OURS).endswith("| 10.00 | 6.00 | 4.00 |")
+    assert f"of 2026-01-03T03:04:05Z, commit {'f' * 12}: {OURS}" in table and "commit 0123456789ab: " in table
+
+
+def test_runs_of_one_day_are_in_order(tmp_path):
+    for hour in range(12):
+        save([op_row(OURS, 1.0 + hour)], ENVIRONMENT | {"time": f"2026-01-02T{hour:02d}:00:00Z"}, tmp_path)
+    assert [d["rows"][0]["ms"][0] for d in results.load(tmp_path)] == [1.0 + hour for hour in range(12)]
+
+
 def test_the_same_results_give_the_same_files(tmp_path):
-    results.save(ROWS, ENVIRONMENT, tmp_path)
+    save(ROWS, ENVIRONMENT, tmp_path)
     first = {path.name: path.read_bytes() for path in report.write(tmp_path, tmp_path / "a")}
     second = {path.name: path.read_bytes() for path in report.write(tmp_path, tmp_path / "b")}
     assert first == second
