@@ -100,9 +100,8 @@ def difference(a, b) -> torch.Tensor:
     return torch.stack([(x - y).norm() / y.norm().clamp(min=1e-300) for x, y in pairs]).max()
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda = torch.cuda.is_available()
     parser.add_argument("--kernel", required=True, choices=PASS)
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--feature_map", default="hedgehog", choices=static_gates.MAPS[:-1])
@@ -112,7 +111,12 @@ def main() -> None:
     )
     parser.add_argument("--options", nargs="*", choices=OPTIONS, default=[])
     parser.add_argument("--fp32_precision", choices=["ieee", "tf32x3"], default="ieee")
-    parser.add_argument("--shape", choices=SHAPES, default="wan-1.3b-480p", help="what to time on a GPU")
+    parser.add_argument("--shape", choices=SHAPES, default="wan2.1-1.3b-480p", help="what to time on a GPU")
+    return parser
+
+
+def main() -> None:
+    parser, cuda = make_parser(), torch.cuda.is_available()
     args = parser.parse_args()
     here = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1] if cuda else None
     capability = int(args.arch.removeprefix("sm_")) if args.arch else here

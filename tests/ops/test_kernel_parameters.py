@@ -12,7 +12,7 @@ from linvideo_kernels.linear_attn.launch import SIZES, Target, recording  # noqa
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 # sizes of a launch: by these names wherever they occur; with HEADS, which differs between models only
-GROW = {"SEQUENCES", "N", "splits", "rows", "rows_plane"}
+GROW = {"SEQUENCES", "N", "splits", "rows", "factors_plane"}
 
 
 def kernels() -> dict[str, JITFunction]:
@@ -38,6 +38,11 @@ def test_sizes_do_not_specialize(name):
 
 def test_lengths_are_among_the_sizes():
     assert set(SIZES) >= GROW
+
+
+def test_each_size_is_a_parameter():
+    """A name that no kernel has any more protects none: its parameter was renamed."""
+    assert set(SIZES) <= {parameter.name for kernel in kernels().values() for parameter in kernel.params}
 
 
 def launches(length: int, sequences: int):

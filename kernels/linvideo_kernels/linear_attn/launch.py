@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 # Run-time sizes of the kernels: another value is no other kernel.
-SIZES = ["SEQUENCES", "HEADS", "N", "splits", "rows", "rows_plane"]
+SIZES = ["SEQUENCES", "HEADS", "N", "splits", "rows", "factors_plane"]
 
 
 class Target(NamedTuple):
