@@ -54,7 +54,7 @@ def run(todo: list[Job], environment: dict, folder: Path, time_limit: float) -> 
             while time.monotonic() - begun <= time_limit and (row := next(rows, None)) is not None:
                 files[row["suite"]].add(row)
         except Exception as error:  # a model that does not fit, say: the next ones may
-            why = f", ended by {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            why = f", ended by {measure.reason(error)}"
         print(f"[{number}/{len(todo)}] {name}: {time.monotonic() - started:.0f} s{why}", flush=True)
         if time.monotonic() - begun > time_limit:
             print(f"stopped at the time limit in: {', '.join(name for name, _ in todo[number - 1 :])}")

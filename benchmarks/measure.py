@@ -55,8 +55,17 @@ def attempt(row: dict, action: Callable[[], dict]) -> dict:
     try:
         return row | action()
     except Exception as error:  # compilers and kernels of others raise anything
-        lines = str(error).strip().splitlines() or [""]
-        return row | {"absent": f"{type(error).__name__}: {lines[0][:120]}"}
+        return row | {"absent": reason(error)}
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def reason(error: Exception) -> str:
+    """In one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:120]}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 import torch._dynamo
 
-from benchmarks.measure import PASSES, attempt, measure
+from benchmarks.measure import PASSES, attempt, dtype_name, measure
 from benchmarks.peers import PEERS, SWEEP, Inputs, Peer, gbytes, tflops
 from benchmarks.shapes import CPU, DIMS, MODELS, SHAPES, TOKENS
 from linvideo.ops.reference import linear_attn_reference
@@ -30,7 +30,7 @@ def _peer_rows(shape_name: str, name: str, peer: Peer, inputs: Inputs) -> Iterat
     shape, dtype, device = SHAPES[shape_name], inputs.q.dtype, inputs.q.device.type
     leaves, calls = peer.leaves(inputs), []
     for which in PASSES if leaves else PASSES[:1]:
-        row = {"suite": "op", "shape": shape_name, "dtype": str(dtype).removeprefix("torch."), "name": name}
+        row = {"suite": "op", "shape": shape_name, "dtype": dtype_name(dtype), "name": name}
         row |= {"pass": which, "sizes": list(shape)}
 
         def run(which=which):
@@ -59,17 +59,10 @@ def verify(name: str, call, x: Inputs) -> None:
     out = call()
     if not out.isfinite().all():
         raise ArithmeticError("the output is not finite")
-    if not name.startswith("linvideo "):
+    if PEERS[name].options is None:
         return
-    what = name.removeprefix("linvideo ")
-    feature_map = what.partition(",")[0].removesuffix(" map")
-    q, k, v, softmax_out = (rows[:, :, :1].float() for rows in (x.q, x.k, x.v, x.softmax_out))
-    options: dict = {"feature_map": feature_map, "normalize": feature_map != "identity"}
-    if feature_map.startswith("hedgehog"):
-        options |= {"q_weight": x.q_weight[:1].float(), "k_weight": x.k_weight[:1].float()}
-    options |= {"rope": x.rope} if "RoPE" in what else {}
-    options |= {"mix": (softmax_out, x.r)} if "mix" in what else {}
-    expected = linear_attn_reference(q, k, v, **options)
+    one = x.first_head()
+    expected = linear_attn_reference(one.q, one.k, one.v, **PEERS[name].options(one))
     error = ((out[:, :, :1].float() - expected).norm() / expected.norm()).item()
     if not error < TOLERANCE:
         raise ArithmeticError(f"relative error {error:.1e} against the reference in fp32")

@@ -39,6 +39,12 @@ class Inputs(NamedTuple):
         turned = tuple(x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v))
         return cls(q, k, v, q_weight, k_weight, softmax_out, r, (angles.cos(), angles.sin()), rows[4], turned)
 
+    def first_head(self) -> "Inputs":
+        """That of everything, in fp32 and without gradients."""
+        rows = {name: getattr(self, name)[:, :, :1] for name in ("q", "k", "v", "softmax_out", "gradient")}
+        weights = {name: getattr(self, name)[:1] for name in ("q_weight", "k_weight")}
+        return self._replace(**{name: x.detach().float() for name, x in (rows | weights).items()})
+
 
 class Peer(NamedTuple):
     build: Callable[[Inputs], Callable[[], torch.Tensor]]  # may raise ImportError
@@ -47,6 +53,7 @@ class Peer(NamedTuple):
     cuda_only: bool = False
     heads_first: bool = False  # reads Inputs.heads_first
     most_tokens: int | None = None  # is left out beyond, where it would take minutes
+    options: Callable[[Inputs], dict] | None = None  # of linear_attn, which this is; None for the others
 
     def leaves(self, x: Inputs) -> list[torch.Tensor]:
         return list(x.heads_first) if self.heads_first else [getattr(x, name) for name in self.learned]
@@ -79,20 +86,21 @@ def tflops(shape: Shape, cost: str, which: str) -> float:
     return factor * shape.batch * shape.tokens * shape.heads * shape.head_dim * inner / 1e12
 
 
-def _ours(feature_map: str, rope: bool = False, mix: bool = False) -> Callable:
-    def build(x: Inputs):
-        options = {"feature_map": feature_map}
-        if feature_map.startswith("hedgehog"):
-            options |= {"q_weight": x.q_weight, "k_weight": x.k_weight}
-        if feature_map == "identity":
-            options |= {"normalize": False}
-        if rope:
-            options |= {"rope": x.rope}
-        if mix:
-            options |= {"mix": (x.softmax_out, x.r)}
-        return lambda: linear_attn(x.q, x.k, x.v, **options)
+def _ours(feature_map: str, rope: bool = False, mix: bool = False) -> Peer:
+    weighted = feature_map.startswith("hedgehog")
 
-    return build
+    def options(x: Inputs) -> dict:
+        given: dict = {"feature_map": feature_map, "normalize": feature_map != "identity"}
+        given |= {"q_weight": x.q_weight, "k_weight": x.k_weight} if weighted else {}
+        given |= {"rope": x.rope} if rope else {}
+        return given | ({"mix": (x.softmax_out, x.r)} if mix else {})
+
+    def build(x: Inputs):
+        given = options(x)
+        return lambda: linear_attn(x.q, x.k, x.v, **given)
+
+    learned = (HEDGEHOG if weighted else HEDGEHOG[:3]) + (("softmax_out", "r") if mix else ())
+    return Peer(build, "mix" if mix else "hedgehog" if weighted else "plain", learned, options=options)
 
 
 def _eager(compiled: bool) -> Callable:
@@ -181,14 +189,14 @@ def _first(out):
 
 OURS, EAGER, COMPILED = "linvideo hedgehog", "eager hedgehog", "compiled hedgehog"
 PEERS = {
-    OURS: Peer(_ours("hedgehog"), "hedgehog", HEDGEHOG),
-    "linvideo hedgehog, RoPE": Peer(_ours("hedgehog", rope=True), "hedgehog", HEDGEHOG),
-    "linvideo hedgehog, mix": Peer(_ours("hedgehog", mix=True), "mix", (*HEDGEHOG, "softmax_out", "r")),
-    "linvideo hedgehog_joint": Peer(_ours("hedgehog_joint"), "hedgehog", HEDGEHOG),
-    "linvideo elu": Peer(_ours("elu"), "plain"),
-    "linvideo relu": Peer(_ours("relu"), "plain"),
-    "linvideo softmax map": Peer(_ours("softmax"), "plain"),
-    "linvideo identity": Peer(_ours("identity"), "plain"),
+    OURS: _ours("hedgehog"),
+    "linvideo hedgehog, RoPE": _ours("hedgehog", rope=True),
+    "linvideo hedgehog, mix": _ours("hedgehog", mix=True),
+    "linvideo hedgehog_joint": _ours("hedgehog_joint"),
+    "linvideo elu": _ours("elu"),
+    "linvideo relu": _ours("relu"),
+    "linvideo softmax map": _ours("softmax"),
+    "linvideo identity": _ours("identity"),
     EAGER: Peer(_eager(compiled=False), "hedgehog", HEDGEHOG),
     COMPILED: Peer(_eager(compiled=True), "hedgehog", HEDGEHOG),
     "fla chunk_linear_attn (causal, no map)": Peer(_fla, "plain", cuda_only=True),

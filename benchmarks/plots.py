@@ -24,8 +24,10 @@ def draw(device: str, pairs: list[tuple[dict, dict]], folder: Path) -> list[tupl
 
 
 def _over_tokens(device: str, dtype: str, pairs: list, folder: Path) -> list[tuple[Path, str]]:
-    plt = _pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, which in zip(axes, ("forward", "forward+backward"), strict=True):
         lines, least = defaultdict(dict), {}
         for row, env in pairs:
@@ -61,9 +63,11 @@ def _over_tokens(device: str, dtype: str, pairs: list, folder: Path) -> list[tup
 
 
 def _over_layers(device: str, dtype: str, rows: list[dict], folder: Path) -> list[tuple[Path, str]]:
-    plt = _pyplot()
+    from matplotlib.figure import Figure
+
     names = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names) + 1.5, 4), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(4 * len(names) + 1.5, 4), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)
     found = {}  # a backend may be missing for one model
     for axis, name in zip(axes[0], names, strict=True):
         lines = defaultdict(dict)
@@ -84,22 +88,12 @@ def _over_layers(device: str, dtype: str, rows: list[dict], folder: Path) -> lis
     return _save(figure, folder / f"{slug(device)}-{dtype}-speed-up-over-layers", title)
 
 
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "linvideo"  # the same figure, the same bytes
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def _save(figure, stem: Path, title: str) -> list[tuple[Path, str]]:
-    import matplotlib.pyplot as plt
+    from matplotlib import rc_context
 
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
     figure.savefig(paths[0], dpi=120, metadata={"Software": None})
-    figure.savefig(paths[1], metadata={"Date": None})
-    plt.close(figure)
+    with rc_context({"svg.hashsalt": "linvideo"}):  # the same figure, the same bytes
+        figure.savefig(paths[1], metadata={"Date": None})
     return [(path, title) for path in paths]

@@ -88,13 +88,13 @@ def load(folder: Path = FOLDER) -> list[dict]:
 
 
 def read(path: Path) -> dict:
-    """One file, with its name. ValueError where it is none of ours."""
+    """One file. ValueError where it is none of ours."""
     try:
         document = json.loads(path.read_text())
         check(document)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return document | {"name": path.stem}
+    return document
 
 
 def check(document: dict) -> None:

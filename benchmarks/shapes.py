@@ -43,6 +43,15 @@ class WanModel(NamedTuple):
     def layers(self) -> int:
         return self.config["num_layers"]
 
+    @property
+    def tokens(self) -> int:
+        _, frames, height, width = self.latents
+        return frames * (height // 2) * (width // 2)
+
+    @property
+    def text_dim(self) -> int:
+        return self.config.get("text_dim", 4096)
+
 
 _SMALL = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
 _LARGE = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}

@@ -11,8 +11,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from benchmarks import wan as models
-from benchmarks.measure import attempt, timed
-from benchmarks.shapes import WAN, WanModel
+from benchmarks.measure import attempt, dtype_name, timed
+from benchmarks.shapes import WanModel
 from linvideo.models import convert, finalize
 from linvideo.ops.reference import linear_attn_reference
 from linvideo.training.branches import gates
@@ -29,9 +29,8 @@ ATTENTION = ("fused", "eager")
 NUM_INFERENCE_STEPS = 50
 
 
-def rows_of(name: str, device: str, dtype: torch.dtype, wan: WanModel | None = None) -> Iterator[dict]:
+def rows_of(name: str, device: str, dtype: torch.dtype, wan: WanModel) -> Iterator[dict]:
     """Rows for each step with fused and with eager linear attention, in autocast to `dtype`."""
-    wan = wan or WAN[name]
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             output_dir=folder,
@@ -42,8 +41,8 @@ def rows_of(name: str, device: str, dtype: torch.dtype, wan: WanModel | None = N
         )
         for step in STEPS:
             for attention in ATTENTION:
-                row = {"suite": "train", "model": name, "dtype": str(dtype).removeprefix("torch."), "step": step}
-                row |= {"attention": attention, "tokens": models.tokens(wan), "layers": wan.layers}
+                row = {"suite": "train", "model": name, "dtype": dtype_name(dtype), "step": step}
+                row |= {"attention": attention, "tokens": wan.tokens, "layers": wan.layers}
                 yield attempt(row, lambda s=step, a=attention: _time_step(s, a, wan, config, device, dtype))
 
 
@@ -62,7 +61,7 @@ def training_step(
     if step == "ADM":
         finalize(student, range(wan.linear_layers[1]))
     student.float().requires_grad_(True).train().enable_gradient_checkpointing()
-    text = torch.randn(2, wan.text_tokens, wan.config.get("text_dim", 4096))
+    text = torch.randn(2, wan.text_tokens, wan.text_dim)
     prompts = PromptEmbeddings(text, torch.randn_like(text[:1]))
     grid = sampler_grid(FlowMatchEulerDiscreteScheduler(shift=3.0), NUM_INFERENCE_STEPS)
     objective = replace(config.objective, name=STEPS[step])

@@ -39,7 +39,7 @@ def using(kernel: str, tile: configs.Tile) -> Iterator[None]:
 
 
 def candidates(kernel: str, capability: int, options: list[str]) -> list[configs.Tile]:
-    unfit = {"accumulate_state": {"packed", "expanded", "key_mask"}, "apply_state": {"packed", "expanded"}}
+    unfit = configs.NO_DESCRIPTOR
     descriptors = capability >= 90 and kernel in unfit and not unfit[kernel] & set(options)
     axes = {
         "block": (16, 32, 64, 128) if capability not in (90, 100) else (64, 128),

@@ -11,8 +11,8 @@ import torch
 import torch._dynamo
 from diffusers.models.attention_dispatch import attention_backend
 
-from benchmarks.measure import attempt, timed
-from benchmarks.shapes import LINEAR_COUNTS, WAN, WanModel
+from benchmarks.measure import attempt, dtype_name, timed
+from benchmarks.shapes import LINEAR_COUNTS, WanModel
 from linvideo.models.wan import LinVideoWanTransformer3DModel, set_attention_types
 
 # FlashAttention-2 as PyTorch ships it is what the paper compares with; the others are the strongest there are.
@@ -41,7 +41,7 @@ def build(
 
 def latents(wan: WanModel, device: str, dtype: torch.dtype) -> dict:
     """Arguments of the transformer's forward."""
-    text = torch.randn(1, wan.text_tokens, wan.config.get("text_dim", 4096), device=device, dtype=dtype)
+    text = torch.randn(1, wan.text_tokens, wan.text_dim, device=device, dtype=dtype)
     return {
         "hidden_states": torch.randn(1, *wan.latents, device=device, dtype=dtype),
         "timestep": torch.tensor([500.0], device=device),
@@ -50,21 +50,15 @@ def latents(wan: WanModel, device: str, dtype: torch.dtype) -> dict:
     }
 
 
-def tokens(wan: WanModel) -> int:
-    _, frames, height, width = wan.latents
-    return frames * (height // 2) * (width // 2)
-
-
 class Parts:
     """One Wan model and what its forward is made of."""
 
-    def __init__(self, name: str, device: str, dtype: torch.dtype, wan: WanModel | None = None):
-        self.name, self.wan, self.device = name, wan or WAN[name], device
+    def __init__(self, name: str, device: str, dtype: torch.dtype, wan: WanModel):
+        self.wan, self.device = wan, device
         self.model = build(self.wan, device, dtype)
         self.arguments = latents(self.wan, device, dtype)
         self.backends = [b for b in BACKENDS if device == "cuda" or b == "_native_flash"]
-        self.base = {"model": name, "dtype": str(dtype).removeprefix("torch.")}
-        self.base |= {"tokens": tokens(self.wan), "layers": self.wan.layers}
+        self.base = {"model": name, "dtype": dtype_name(dtype), "tokens": wan.tokens, "layers": wan.layers}
         self.block_arguments = self._block_arguments()
 
     def block_rows(self, compiled: bool) -> Iterator[dict]:
@@ -84,12 +78,12 @@ class Parts:
         rows, layers = [], self.wan.layers
         if not {"linear", "rest"} <= parts.keys():
             return rows
-        for backend in self.backends:
-            for count in sorted({n for n in LINEAR_COUNTS if n < layers} | {*self.wan.linear_layers, layers}):
-                if backend in parts:
-                    triples = zip(parts["rest"], parts[backend], parts["linear"], strict=True)
-                    ms = [rest + (layers - count) * softmax + count * linear for rest, softmax, linear in triples]
-                    rows.append(self._model_row(backend, count, compiled, "composed") | {"ms": ms})
+        counts = sorted({n for n in LINEAR_COUNTS if n < layers} | {*self.wan.linear_layers, layers})
+        for backend in (b for b in self.backends if b in parts):
+            triples = list(zip(parts["rest"], parts[backend], parts["linear"], strict=True))
+            for count in counts:
+                ms = [rest + (layers - count) * softmax + count * linear for rest, softmax, linear in triples]
+                rows.append(self._model_row(backend, count, compiled, "composed") | {"ms": ms})
         return rows
 
     def _model_row(self, backend: str, linear_layers: int, compiled: bool, how: str) -> dict:
@@ -143,7 +137,7 @@ def _no_grad(call: Callable, *args, **kwargs):
 
 
 def rows_of(
-    name: str, suites: set[str], compiled: bool, device: str, dtype: torch.dtype, wan: WanModel | None = None
+    name: str, suites: set[str], compiled: bool, device: str, dtype: torch.dtype, wan: WanModel
 ) -> Iterator[dict]:
     """Rows of the suites "block" and "model" for one Wan model, eager or compiled."""
     torch._dynamo.reset()

@@ -1,7 +1,6 @@
 """VBench (arXiv 2311.17982): its prompts, a pipeline's videos, its package's scores beside those of the paper."""
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ def score(folder: str | Path, dimensions: list[str], full_info: str | Path, devi
     folder = Path(folder)
     judge = VBench(torch.device(device), str(full_info), str(folder))
     judge.evaluate(videos_path=str(folder / "videos"), name="vbench", dimension_list=dimensions)
-    results = json.loads((folder / "vbench_eval_results.json").read_text())
+    results = read_json(folder / "vbench_eval_results.json")
     return {dimension: 100 * results[dimension][0] for dimension in dimensions}
 
 

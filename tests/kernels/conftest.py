@@ -49,8 +49,8 @@ def set_tiles(monkeypatch, device):
             found, options = plain(kernel, *args), args[-1]
             if kernel in ("prepare_state", "reduce_state"):
                 return found
-            unfit = {"packed", "expanded"} | ({"key_mask"} if kernel == "accumulate_state" else set())
-            return found._replace(**fields | ({"tma": False} if options & unfit else {}))
+            unfit = options & configs.NO_DESCRIPTOR.get(kernel, frozenset())
+            return found._replace(**fields | ({"tma": False} if unfit else {}))
 
         if device == "cpu":
             monkeypatch.setattr(configs, "tile", tile)

@@ -30,6 +30,11 @@ class Work(NamedTuple):
     rows: int  # of an item
 
 
+# Options under which a TMA descriptor cannot read the rows: it leaves none out, knows one length and repeats nothing.
+NO_DESCRIPTOR = {
+    "accumulate_state": frozenset({"packed", "expanded", "key_mask"}),
+    "apply_state": frozenset({"packed", "expanded"}),
+}
 ROOM = 32768.0  # features of at most 1 are multiplied by it, so that small ones stay in fp16's range
 
 
@@ -71,12 +76,12 @@ def _float32(kernel: str, head_dim: int, wide: bool, tf32x3: bool) -> Tile:
 def _hopper(kernel: str, dtype: torch.dtype, options: frozenset) -> Tile:
     """D > 64 on sm_90. 64 rows need 4 warps, 128 rows 8, for a dot that feeds a dot: fewer rows repeat exponentials."""
     if kernel == "accumulate_state":
-        # Two stages of pointer loads exceed shared memory by a KB. TMA fits, but leaves no row out and repeats none.
-        if options & {"key_mask", "packed", "expanded"} or dtype == torch.float16:
+        # Two stages of pointer loads exceed shared memory by a KB; TMA fits.
+        if options & NO_DESCRIPTOR[kernel] or dtype == torch.float16:
             return Tile(128, 8, 1)
         return Tile(128, 8, 2, tma=True)
     if kernel == "apply_state":
-        tma = not options & {"packed", "expanded"}
+        tma = not options & NO_DESCRIPTOR[kernel]
         if "mix" in options and not tma:
             return Tile(64, 4, 2, keeps=False)
         if "rope" in options:
