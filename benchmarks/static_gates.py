@@ -151,7 +151,8 @@ def faults(job: CompileJob, code: Code) -> dict[str, str]:
     architecture, dtype = ARCHITECTURES[job.capability], job.name.split("-")[3]
     name = job.launch.kernel.__name__
     products = name in ("accumulate_state", "apply_state", "map_grad", "project_grad")
-    rows = products or name in ("mix_grad", "rotate_rows")
+    moves = name in ("mix_grad", "rotate_rows")  # without products: bytes are all they cost
+    rows = products or moves
     found = {
         "spills": code.stack > 8 and f"{code.stack} bytes of stack, {code.local} local accesses",
         "two registers": 0 < code.stack <= 8 and f"{code.stack} bytes of stack, {code.local} local accesses",
@@ -164,7 +165,9 @@ def faults(job: CompileJob, code: Code) -> dict[str, str]:
         and code.exponentials > 1.01
         and f"{code.exponentials:.2f} of what is due",
         "shuffles": dtype != "fp32" and code.shuffles > 160 and f"{code.shuffles} shuffles a tile",
-        "narrow": rows and (code.narrow or not code.wide) and f"{code.narrow} accesses of 2 bytes, {code.wide} of 16",
+        "narrow": rows
+        and (code.narrow or (moves and not code.wide))
+        and f"{code.narrow} accesses of 2 bytes, {code.wide} of 16",
         "resident": rows
         and code.resident < job.launch.tile.resident
         and f"{code.resident} of {job.launch.tile.resident}",
