@@ -41,7 +41,7 @@ def environment(rates: dict) -> dict:
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "commit": _commit(),
+        "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "rates": rates,
     }
@@ -138,7 +138,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     if given := os.environ.get("LINVIDEO_COMMIT"):  # where the files came without their history
         return given
     root = str(Path(__file__).parents[1])

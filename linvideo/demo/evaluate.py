@@ -1,56 +1,54 @@
-"""Judge converted transformers of the embedded world against their teacher, on the same captions and noise."""
+"""Judge converted transformers of an embedded world against their teacher, on the same captions and noise."""
 
 import torch
 
-from linvideo.demo import metrics, teacher, world
+from linvideo.demo import metrics
+from linvideo.demo.teacher import SETTINGS, tokens
+from linvideo.demo.world import WORLDS, World
 from linvideo.evaluation.generate import generate_video
 from linvideo.evaluation.velocity import velocity_errors
 from linvideo.training import encode_prompts
 
+TOKENS_AT_ONCE = 2**16  # of all videos of a batch: 512 videos of the small world, 16 of the large one
 
-def evaluate(pipeline, transformers: dict, videos: int) -> tuple[dict[str, dict], dict[str, torch.Tensor]]:
+
+def evaluate(
+    pipeline, transformers: dict, videos: int, world: World = WORLDS["small"], seed: int = 0
+) -> tuple[dict[str, dict], dict[str, torch.Tensor]]:
     """Judge every transformer on the same captions and noise.
 
     Args:
         pipeline: the teacher's; its transformer is the reference of psnr and of the velocity errors.
         transformers: name -> transformer; one is "teacher".
         videos: how many each.
+        world: the one that the teacher was trained on.
+        seed: of the captions and the noise.
 
     Returns name -> metrics (see metrics.judge, metrics.psnr and velocity_errors), and name -> videos, float
-    [videos, 3, FRAMES, SIZE, SIZE] in [-1, 1].
+    [videos, 3, frames, size, size] in [-1, 1].
     """
-    numbers = caption_numbers(videos)
-    captions = [world.all_captions()[number] for number in numbers]
-    shape = (videos, 3, world.FRAMES, world.SIZE, world.SIZE)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1234)).to(pipeline.device)
-    embeddings = encode_prompts(pipeline, world.all_captions())
+    settings = SETTINGS[world.name]
+    captions = world.evaluation_captions(videos, seed)
+    noise = start_noise(world, videos, seed).to(pipeline.device)
+    # Every caption is encoded once, also where they repeat.
+    distinct = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    embeddings = encode_prompts(pipeline, list(distinct))
+    numbers = torch.tensor([distinct[caption] for caption in captions])
     outcome, films = {}, {}
     for name, transformer in transformers.items():
         pipeline_of = pipeline if transformer is pipeline.transformer else with_transformer(pipeline, transformer)
-        found = generate_video(
-            pipeline_of,
-            captions,
-            negative_prompt="",
-            height=world.SIZE,
-            width=world.SIZE,
-            num_frames=world.FRAMES,
-            num_inference_steps=teacher.NUM_INFERENCE_STEPS,
-            guidance_scale=teacher.GUIDANCE_SCALE,
-            latents=noise,
-            output_type="pt",
-        )
-        films[name] = found.transpose(1, 2).float().cpu() * 2 - 1
+        films[name] = sample_videos(pipeline_of, captions, noise, world)
         errors = velocity_errors(
             transformer,
             pipeline.transformer,
             noise,
             embeddings.take(numbers, device=noise.device),
             pipeline.scheduler,
-            teacher.NUM_INFERENCE_STEPS,
+            settings.num_inference_steps,
             negative_prompt_embeds=embeddings.take(numbers[:1], torch.tensor([True]), noise.device),
-            guidance_scale=teacher.GUIDANCE_SCALE,
+            guidance_scale=settings.guidance_scale,
         )
-        outcome[name] = metrics.judge(films[name], numbers) | {
+        outcome[name] = metrics.judge(films[name], captions, world) | {
             "psnr_to_teacher": metrics.psnr(films[name], films["teacher"]) if name != "teacher" else None,
             "own_state_error": errors["own_state_error"],
             "teacher_state_error": errors["teacher_state_error"],
@@ -62,11 +60,33 @@ def evaluate(pipeline, transformers: dict, videos: int) -> tuple[dict[str, dict]
     return outcome, films
 
 
-def caption_numbers(videos: int) -> torch.Tensor:
-    """The captions in a fixed shuffled order, repeated as needed, int64 [videos]."""
-    total = len(world.all_captions())
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(99))
-    return order.repeat(-(-videos // total))[:videos]
+def start_noise(world: World, videos: int, seed: int = 0) -> torch.Tensor:
+    """What sampling starts from, float [videos, 3, frames, size, size]."""
+    shape = (videos, 3, world.frames, world.size, world.size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1234 + seed))
+
+
+def sample_videos(pipeline, captions: list[str], noise: torch.Tensor, world: World) -> torch.Tensor:
+    """One video per caption from its noise, with the world's sampler settings: float [B, 3, frames, size, size] in
+    [-1, 1] on the CPU."""
+    settings = SETTINGS[world.name]
+    batch = max(1, TOKENS_AT_ONCE // tokens(world))
+    videos = []
+    for first in range(0, len(captions), batch):
+        found = generate_video(
+            pipeline,
+            captions[first : first + batch],
+            negative_prompt="",
+            height=world.size,
+            width=world.size,
+            num_frames=world.frames,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            latents=noise[first : first + batch],
+            output_type="pt",
+        )
+        videos.append(found.transpose(1, 2).float().cpu() * 2 - 1)
+    return torch.cat(videos)
 
 
 def with_transformer(pipeline, transformer):

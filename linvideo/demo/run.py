@@ -12,10 +12,11 @@ from pathlib import Path
 import diffusers
 import torch
 
-from linvideo.demo import teacher, world
-from linvideo.demo.evaluate import caption_numbers, evaluate
+from linvideo.demo import teacher
+from linvideo.demo.evaluate import evaluate
 from linvideo.demo.kernel_check import check_kernels
 from linvideo.demo.report import write_report
+from linvideo.demo.world import WORLDS
 from linvideo.evaluation import report
 from linvideo.evaluation.latency import attention_latency, device_name
 from linvideo.models import convert, load_pipeline, new_folder
@@ -25,6 +26,7 @@ from linvideo.training.objectives import ObjectiveConfig
 from linvideo.training.sensitivity import SensitivityConfig
 from linvideo.training.trajectories import TrajectoryConfig
 
+WORLD = WORLDS["small"]
 SHOWN = 4  # videos in the side-by-side film; the report shows the first of each
 
 
@@ -75,7 +77,7 @@ def write_demo(folder: Path, device: str, seed: int, videos: int) -> dict:
     print(f"loading the embedded teacher from {teacher.FOLDER}")
     pipeline = load_pipeline(teacher.FOLDER).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    trainer = Trainer(demo_config(folder / "training", seed), pipeline, prompts=world.all_captions())
+    trainer = Trainer(demo_config(folder / "training", seed), pipeline, prompts=WORLD.training_captions())
     result = trainer.train()
     os.rename(result.pipeline_path, folder / "pipeline")
     print(f"linear layers: {result.layers_linear} of {len(pipeline.transformer.blocks)}")
@@ -88,7 +90,7 @@ def write_demo(folder: Path, device: str, seed: int, videos: int) -> dict:
         "alternate_untrained": convert(pipeline.transformer, alternate, mode="linear"),
         "final": load_pipeline(folder / "pipeline").to(device).transformer,
     }
-    outcome, films = evaluate(pipeline, transformers, videos)
+    outcome, films = evaluate(pipeline, transformers, videos, WORLD)
     seconds = result.seconds | {"evaluation": time.time() - stage_started}
 
     stage_started = time.time()
@@ -116,8 +118,7 @@ def write_demo(folder: Path, device: str, seed: int, videos: int) -> dict:
     }
     report.write_video(report.side_by_side([film[:SHOWN] for film in films.values()]), folder / "side_by_side.mp4")
     (folder / "metrics.json").write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
-    captions = [world.all_captions()[number] for number in caption_numbers(videos)]
-    write_report(folder, outcome, films, captions)
+    write_report(folder, outcome, films, WORLD.evaluation_captions(videos))
     return outcome
 
 
@@ -134,6 +135,7 @@ def print_kernel_check(check: dict | None) -> None:
 
 def demo_config(output_dir: Path, seed: int) -> TrainConfig:
     """The short recipe for the embedded model; everything not named here is linvideo's default."""
+    settings = teacher.SETTINGS[WORLD.name]
     return TrainConfig(
         output_dir=str(output_dir),
         seed=seed,
@@ -142,11 +144,11 @@ def demo_config(output_dir: Path, seed: int) -> TrainConfig:
         checkpoints_total_limit=1,
         trajectories=TrajectoryConfig(
             num_trajectories=192,
-            num_inference_steps=teacher.NUM_INFERENCE_STEPS,
-            guidance_scale=teacher.GUIDANCE_SCALE,
-            height=world.SIZE,
-            width=world.SIZE,
-            num_frames=world.FRAMES,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            height=WORLD.size,
+            width=WORLD.size,
+            num_frames=WORLD.frames,
             batch_size=16,
         ),
         sensitivity=SensitivityConfig(num_states=96),

@@ -1,8 +1,13 @@
-"""Trains the embedded teacher from scratch: `python -m linvideo.demo.train_teacher --output_dir DIR`.
+"""Trains an embedded teacher from scratch: `python -m linvideo.demo.train_teacher --output_dir DIR`.
 
-Flow matching on videos rendered on the fly. Muon on the blocks' matrices and AdamW on the rest; t is drawn from a
-logit-normal law shifted by 6, because position, shape and direction are decided at high noise; 10% of the captions are
-replaced by the empty one so that classifier-free guidance works.
+Flow matching on videos rendered on the fly, on the training device. Muon on the blocks' matrices and AdamW on the
+rest; t is drawn from a logit-normal law shifted to high noise, because position, shape and direction are decided there;
+10% of the captions are replaced by the empty one so that classifier-free guidance works. On CUDA in bf16 (autocast) and
+TF32.
+
+The state of the run lies beside the output folder, in DIR.state, until the folder is complete; a killed run continues
+with --resume_from_checkpoint. At the end the teacher, its weights averaged, is judged on videos of its own and the
+metrics join the folder as teacher.json.
 
 The direction of motion is learned last, and a second cycle of the learning rate helps it most. The shipped folder is
 
@@ -10,114 +15,254 @@ The direction of motion is learned last, and a second cycle of the learning rate
     python -m linvideo.demo.train_teacher --output_dir second --init_from first --seed 1 --max_train_steps 2500
 
 both with --compile, about an hour on one CPU core.
+
+For `--world middle` and `large` there is only an estimate, no measurement. A forward pass takes, per token, two
+operations for each of the blocks' weights and, per layer, 4 N d for attention to N tokens at width d; the backward
+twice as many:
+
+    middle: 3 (2 x 5.9 M + 12 x 4 x 1,024 x 192) = 64 M per token, 4.2 T per step of 64 videos. At 50 TFLOP/s, a
+            twentieth of what an H100 can do in bf16 (layers this narrow wait for memory), 0.08 s, with 0.02 s for the
+            optimizers 0.1 s, and under 9 minutes for 5,000 steps.
+    large:  3 (2 x 59 M + 30 x 4 x 4,096 x 384) = 0.92 G per token, 30 T per step of 8 videos. At 150 TFLOP/s 0.2 s,
+            with the optimizers 0.25 s, and about 40 minutes for 10,000 steps.
+
+--max_minutes ends a run in time, wherever that is, with the learning rate down where it belongs.
 """
 
 import argparse
 import json
 import math
+import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from linvideo.demo import teacher, world
+from linvideo.demo import metrics
+from linvideo.demo.evaluate import sample_videos, start_noise
+from linvideo.demo.teacher import SETTINGS, build_pipeline
+from linvideo.demo.world import WORLDS, World
+from linvideo.evaluation.latency import device_name
 from linvideo.models import load_pipeline, new_folder
+from linvideo.training.checkpoint import list_checkpoints, load_checkpoint, remove_leftovers, save_checkpoint
+from linvideo.training.devices import check_device
+from linvideo.training.files import write_json
 
-SHIFT = 6.0
+
+@dataclass(frozen=True)
+class Recipe:
+    """steps and batch: defaults of the flags; shift: of the times' law; muon_lr and adamw_lr: highest rates."""
+
+    steps: int
+    batch: int
+    shift: float
+    muon_lr: float
+    adamw_lr: float
 
 
-def shifted_logit_normal(batch: int, generator: torch.Generator) -> torch.Tensor:
+# The small one is tuned; the others follow it, with lower rates for more layers.
+RECIPES = {
+    "small": Recipe(steps=6000, batch=16, shift=6.0, muon_lr=4e-3, adamw_lr=2e-3),
+    "middle": Recipe(steps=5000, batch=64, shift=6.0, muon_lr=3e-3, adamw_lr=2e-3),
+    "large": Recipe(steps=10000, batch=8, shift=8.0, muon_lr=2e-3, adamw_lr=1e-3),
+}
+
+
+def shifted_logit_normal(batch: int, shift: float, generator: torch.Generator) -> torch.Tensor:
     """Times in (0, 1), float [batch]: t = S s / (1 + (S - 1) s) with s = sigmoid(normal)."""
     s = torch.sigmoid(torch.randn(batch, generator=generator))
-    return SHIFT * s / (1 + (SHIFT - 1) * s)
+    return shift * s / (1 + (shift - 1) * s)
 
 
-def make_optimizers(transformer: torch.nn.Module) -> list[torch.optim.Optimizer]:
+def make_optimizers(transformer: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in transformer.named_parameters() if n.startswith("blocks.") and p.dim() == 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in transformer.parameters() if id(p) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=4e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.0, betas=(0.9, 0.99)),
+        torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=recipe.adamw_lr, weight_decay=0.0, betas=(0.9, 0.99)),
     ]
 
 
-def train(
-    output_dir: Path, steps: int, batch: int, seed: int, compile_blocks: bool, device: str, init_from: Path | None
-) -> None:
-    pipeline = load_pipeline(init_from) if init_from else teacher.build_pipeline(seed)
-    transformer = pipeline.transformer.to(device).train()
-    captions, empty = (e.to(device) for e in teacher.caption_embeddings(pipeline))
-    ema = EMAModel(transformer.parameters(), decay=0.995, use_ema_warmup=True)
-    optimizers = make_optimizers(transformer)
+class TeacherRun:
+    """A training run: everything that a checkpoint keeps.
 
-    def factor(step: int) -> float:
-        return min(1.0, (step + 1) / 40) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    Args:
+        world: to train on.
+        steps, batch, seed: of the run.
+        device: to render and train on.
+        init_from: folder of a teacher of the same world to start from, None for a new one.
 
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in optimizers]
-    if compile_blocks:
-        for block in transformer.blocks:
-            block.compile(dynamic=False)
-    generator = torch.Generator().manual_seed(seed)
-    average, started = None, time.time()
-    progress = tqdm(range(steps), desc="teacher", mininterval=5)
-    for step in progress:
-        scenes = world.sample_scenes(batch, generator)
-        clean = world.render(scenes).to(device)
-        condition = captions[world.caption_number(scenes).to(device)]
-        dropped = torch.rand(batch, generator=generator) < 0.1
-        condition = torch.where(dropped.to(device)[:, None, None], empty, condition)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        t = shifted_logit_normal(batch, generator).to(device)
-        s = t[:, None, None, None, None]
-        velocity = transformer((1 - s) * clean + s * noise, 1000 * t, condition, return_dict=False)[0]
-        loss = (velocity - (noise - clean)).square().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        ema.step(transformer.parameters())
-        average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
-        progress.set_postfix(loss=f"{average:.4f}")
-        if (step + 1) % 1000 == 0 or step + 1 == steps:
-            ema.store(transformer.parameters())
-            ema.copy_to(transformer.parameters())
-            save(pipeline, output_dir)
-            ema.restore(transformer.parameters())
-            print(
-                f"step {step + 1}: loss {average:.4f}, {time.time() - started:.0f} s, saved to {output_dir}", flush=True
+    Raises:
+        ValueError: init_from holds a teacher of another world.
+    """
+
+    def __init__(self, world: World, steps: int, batch: int, seed: int, device: str, init_from: Path | None = None):
+        self.world, self.steps, self.batch, self.device = world, steps, batch, torch.device(device)
+        self.identity = {"world": world.name, "steps": steps, "batch": batch, "seed": seed}
+        self.pipeline = load_pipeline(init_from) if init_from else build_pipeline(world, seed)
+        if self.pipeline.transformer.config.num_layers != SETTINGS[world.name].layers:
+            raise ValueError(f"{init_from} is no teacher of the {world.name} world")
+        self.pipeline.to(self.device).set_progress_bar_config(disable=True)
+        self.transformer = self.pipeline.transformer.train()
+        self.ema = EMAModel(self.transformer.parameters(), decay=0.995, use_ema_warmup=True, foreach=True)
+        self.optimizers = make_optimizers(self.transformer, RECIPES[world.name])
+        self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+        # Noise is drawn where it is used: on a GPU, drawing it on the CPU would take as long as the step.
+        self.generator = torch.Generator().manual_seed(seed)
+        self.noise_generator = (
+            self.generator if self.device.type == "cpu" else torch.Generator(self.device).manual_seed(seed)
+        )
+        self.step, self.seconds = 0, 0.0
+        self.loss = torch.zeros((), device=self.device)  # running mean
+
+    def train(self, state_dir: Path, checkpointing_steps: int, max_minutes: float | None) -> None:
+        """To the end, which is `steps`, or `max_minutes` of all sessions together where that comes first."""
+        limit = math.inf if max_minutes is None else 60 * max_minutes
+        before, started = self.seconds, time.monotonic()
+        progress = tqdm(total=self.steps, initial=self.step, desc=f"{self.world.name} teacher", mininterval=5)
+        while (done := max(self.step / self.steps, self.seconds / limit)) < 1:
+            self.train_step(min(1.0, (self.step + 1) / 40) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))))
+            self.step += 1
+            self.seconds = before + time.monotonic() - started
+            progress.update()
+            if self.step % 50 == 0:
+                progress.set_postfix(loss=f"{self.loss.item():.4f}")
+            if self.step % checkpointing_steps == 0:
+                self.save_state(state_dir)
+        progress.close()
+        self.save_state(state_dir)
+        print(f"step {self.step}: loss {self.loss.item():.4f}, {self.seconds:.0f} s", flush=True)
+
+    def train_step(self, factor: float) -> None:
+        """One step with the learning rates at `factor` of the highest."""
+        scenes = self.world.sample_scenes(self.batch, self.generator)
+        clean = self.world.render(scenes.to(self.device))
+        dropped = (torch.rand(self.batch, generator=self.generator) < 0.1).tolist()
+        captions = ["" if drop else caption for drop, caption in zip(dropped, scenes.captions(), strict=True)]
+        with torch.no_grad():
+            condition, _ = self.pipeline.encode_prompt(
+                captions,
+                do_classifier_free_guidance=False,
+                max_sequence_length=SETTINGS[self.world.name].text_length,
+                device=self.device,
             )
+        noise = torch.randn(clean.shape, generator=self.noise_generator, device=self.device)
+        t = shifted_logit_normal(self.batch, RECIPES[self.world.name].shift, self.generator).to(self.device)
+        s = t[:, None, None, None, None]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            velocity = self.transformer((1 - s) * clean + s * noise, 1000 * t, condition, return_dict=False)[0]
+        loss = (velocity.float() - (noise - clean)).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0)
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        self.ema.step(self.transformer.parameters())
+        self.loss = loss.detach() if self.step == 0 else self.loss.lerp(loss.detach(), 0.01)
+
+    def save_state(self, state_dir: Path) -> None:
+        state = {
+            "identity": self.identity,
+            "seconds": self.seconds,
+            "loss": self.loss,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "ema": self.ema.state_dict(),
+            "generators": [self.generator.get_state(), self.noise_generator.get_state()],
+        }
+        save_checkpoint(state_dir, self.step, self.transformer.state_dict(), state | {"step": self.step}, limit=1)
+
+    def load_state(self, state_dir: Path) -> None:
+        """Go on where the newest checkpoint in `state_dir` was saved, or from the start where there is none.
+
+        Raises:
+            ValueError: it belongs to a run with other settings, or is damaged.
+        """
+        remove_leftovers(state_dir)
+        checkpoints = list_checkpoints(state_dir)
+        if not checkpoints:
+            print(f"no checkpoint in {state_dir}: starting from the beginning")
+            return
+        model, state = load_checkpoint(checkpoints[-1])
+        if state["identity"] != self.identity:
+            raise ValueError(f"{checkpoints[-1]} is of the run {state['identity']}, not {self.identity}")
+        self.transformer.load_state_dict(model)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.ema.load_state_dict(state["ema"])
+        self.ema.to(self.device)
+        for generator, saved in zip((self.generator, self.noise_generator), state["generators"], strict=True):
+            generator.set_state(saved)
+        self.step, self.seconds, self.loss = state["step"], state["seconds"], state["loss"].to(self.device)
+
+    def finish(self, folder: Path, num_videos: int) -> dict:
+        """Save the pipeline with the averaged weights, complete or not at all; then judge it and add teacher.json."""
+        self.ema.copy_to(self.transformer.parameters())
+        with new_folder(folder) as new:
+            self.pipeline.save_pretrained(new)
+            for file in new.rglob("*.json"):  # where --init_from lay on this machine is nobody's business
+                config = json.loads(file.read_text())
+                if config.pop("_name_or_path", None) is not None:
+                    file.write_text(json.dumps(config, indent=2) + "\n")
+        self.transformer.eval()
+        captions = self.world.evaluation_captions(num_videos)
+        noise = start_noise(self.world, num_videos).to(self.device)
+        videos = sample_videos(self.pipeline, captions, noise, self.world)
+        outcome = metrics.judge(videos, captions, self.world) | {
+            "videos": num_videos,
+            "run": self.identity | {"steps": self.step},
+            "loss": self.loss.item(),
+            "minutes": self.seconds / 60,
+            "device": device_name(str(self.device)),
+        }
+        write_json(folder / "teacher.json", outcome)
+        return outcome
 
 
-def save(pipeline, folder: Path) -> None:
-    """The whole folder, complete or not at all."""
-    with new_folder(folder) as new:
-        pipeline.save_pretrained(new)
-        for file in new.rglob("*.json"):  # where --init_from lay on this machine is nobody's business
-            config = json.loads(file.read_text())
-            if config.pop("_name_or_path", None) is not None:
-                file.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the pipeline")
-    parser.add_argument("--max_train_steps", type=int, default=6000)
-    parser.add_argument("--train_batch_size", type=int, default=16)
+    parser.add_argument("--world", choices=list(WORLDS), default="small")
+    parser.add_argument("--max_train_steps", type=int, help="default: the world's, see RECIPES")
+    parser.add_argument("--train_batch_size", type=int, help="default: the world's, see RECIPES")
+    parser.add_argument("--max_minutes", type=float, help="stop by then; the learning rate follows the time")
+    parser.add_argument("--checkpointing_steps", type=int, default=500)
+    parser.add_argument("--resume_from_checkpoint", action="store_true", help="continue the run that was killed")
+    parser.add_argument("--num_videos", type=int, default=200, help="that the finished teacher is judged on")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init_from", type=Path, help="continue from this folder, with a new learning rate cycle")
+    parser.add_argument("--init_from", type=Path, help="start from this folder, with a new learning rate cycle")
     parser.add_argument("--compile", action="store_true", help="compile the blocks (needs a C++ compiler on CPU)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--overwrite", action="store_true")
-    args = parser.parse_args()
-    if args.output_dir.exists() and not (args.overwrite and (args.output_dir / "model_index.json").is_file()):
-        parser.error(f"{args.output_dir} exists; choose another --output_dir, or --overwrite a pipeline folder")
-    steps, batch = args.max_train_steps, args.train_batch_size
-    train(args.output_dir, steps, batch, args.seed, args.compile, args.device, args.init_from)
+    args = parser.parse_args(argv)
+    folder = args.output_dir.resolve()
+    state_dir = folder.with_name(folder.name + ".state")
+    resumed = args.resume_from_checkpoint and state_dir.exists()  # the folder may be there, but not judged yet
+    if folder.exists() and not resumed and not (args.overwrite and (folder / "model_index.json").is_file()):
+        parser.error(f"{folder} exists; choose another --output_dir, or --overwrite a pipeline folder")
+    if state_dir.exists() and not resumed:
+        parser.error(f"{state_dir} holds a run that was killed; --resume_from_checkpoint, or delete it")
+    recipe = RECIPES[args.world]
+    steps, batch = args.max_train_steps or recipe.steps, args.train_batch_size or recipe.batch
+    try:
+        check_device(args.device)
+        run = TeacherRun(WORLDS[args.world], steps, batch, args.seed, args.device, args.init_from)
+        if resumed:
+            run.load_state(state_dir)
+    except ValueError as error:
+        parser.error(str(error))
+    if run.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if args.compile:
+        for block in run.transformer.blocks:
+            block.compile(dynamic=False)
+    run.train(state_dir, args.checkpointing_steps, args.max_minutes)
+    print(json.dumps(run.finish(folder, args.num_videos), indent=2))
+    shutil.rmtree(state_dir)
 
 
 if __name__ == "__main__":

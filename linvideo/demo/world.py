@@ -1,14 +1,21 @@
-"""The embedded world: one coloured shape on black that moves straight at a constant speed.
+"""The embedded worlds: coloured shapes that move at constant speeds, in three sizes.
 
-Everything about a video is known exactly (colour, shape, direction, speed, start), so generated videos can be judged
-without a learned metric. Space is measured in pixels, time in frames; y points down as in images.
+In the small one a single shape moves straight over black. In the others several shapes of different colours bounce off
+the edges of the picture, the one named first in front of the next, before a dim grey pattern that stands still while
+the camera pans over it. The camera carries the walls along, so it does not change how shapes move in the picture.
+
+Everything about a video is known exactly (colours, shapes, directions, speeds, starts, camera), so generated videos can
+be judged without a learned metric. Space is measured in pixels, time in frames; y points down as in images. Light runs
+from 0 to 1; videos show it as 2 light - 1.
 """
 
-from dataclasses import dataclass
+import itertools
+import math
+import re
+from dataclasses import dataclass, fields
 
 import torch
 
-FRAMES, SIZE = 8, 16
 COLOURS = {
     "red": (1.0, 0.0, 0.0),
     "green": (0.0, 1.0, 0.0),
@@ -28,85 +35,245 @@ DIRECTIONS = {
     "up": (0, -1),
     "up-right": (1, -1),
 }
-SPEED = (0.7, 1.2)  # pixels per frame
-MARGIN = 3.0  # the shape's centre keeps this distance from the border
+CAMERAS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+GREY = 0.25  # the brightest light of the background, of the 1.0 that every shape has in some channel
+FREE_STEPS = 4  # no shape meets a wall within so many frames: the caption's direction can be seen
+
+
+@dataclass(frozen=True)
+class World:
+    """A setting. frames and size (height and width in pixels) of its videos; objects: shapes in each, of different
+    colours; scale: of the shapes, 1 for a radius of about 3 pixels; speed: range in pixels per frame; bounce: off the
+    edges of the picture, else every path ends before them; camera: range of its speed in pixels per frame, None for a
+    world without camera and background; period: of the background's pattern in pixels."""
+
+    name: str
+    frames: int
+    size: int
+    objects: int
+    scale: float
+    speed: tuple[float, float]
+    bounce: bool = False
+    camera: tuple[float, float] | None = None
+    period: int = 0
+
+    @property
+    def margin(self) -> float:
+        """Pixels that a shape's centre keeps from the border."""
+        return 3.0 * self.scale
+
+    @property
+    def caption_total(self) -> int:
+        return math.prod(self._radices())
+
+    def captions(self, numbers: torch.Tensor) -> list[str]:
+        """The captions with these numbers, int64 [B]: every caption has one in [0, caption_total). Directions count
+        fastest, then shapes, colours and the camera; with one shape number ((colour * 3) + shape) * 8 + direction."""
+        return self.scenes_from_numbers(numbers, torch.Generator(numbers.device)).captions()
+
+    def caption_numbers(self, captions: list[str]) -> torch.Tensor:
+        """The inverse of `captions`, int64 [B].
+
+        Raises:
+            ValueError: a caption that this world does not have.
+        """
+        one = rf"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) moving ({'|'.join(DIRECTIONS)})"
+        camera = f" camera ({'|'.join(CAMERAS)})" if self.camera else ""
+        pattern = re.compile(" in front of ".join([one] * self.objects) + camera)
+        orders = {order: number for number, order in enumerate(self._colour_orders())}
+        names, shapes, ways, cameras = list(COLOURS), list(SHAPES), list(DIRECTIONS), list(CAMERAS)
+        numbers = []
+        for text in captions:
+            match = pattern.fullmatch(text)
+            words = match.groups() if match else ()
+            order = tuple(names.index(word) for word in words[: 3 * self.objects : 3])
+            if order not in orders:
+                raise ValueError(f"the {self.name} world has no caption {text!r}")
+            digits = [cameras.index(words[-1]) if self.camera else 0, orders[order]]
+            digits += [shapes.index(word) for word in words[1 : 3 * self.objects : 3]]
+            digits += [ways.index(word) for word in words[2 : 3 * self.objects : 3]]
+            number = 0
+            for digit, radix in zip(digits, self._radices(), strict=True):
+                number = number * radix + digit
+            numbers.append(number)
+        return torch.tensor(numbers, dtype=torch.long)
+
+    def training_captions(self, count: int = 1000) -> list[str]:
+        """All captions in the order of their numbers or, where there are more than `count`, a fixed sample of as many
+        different ones."""
+        if self.caption_total <= count:
+            return self.captions(torch.arange(self.caption_total))
+        order = torch.randperm(self.caption_total, generator=torch.Generator().manual_seed(98))
+        return self.captions(order[:count])
+
+    def evaluation_captions(self, count: int, seed: int = 0) -> list[str]:
+        """Captions in a shuffled order that `seed` fixes, repeated as needed."""
+        order = torch.randperm(self.caption_total, generator=torch.Generator().manual_seed(99 + seed))
+        return self.captions(order.repeat(-(-count // self.caption_total))[:count])
+
+    def sample_scenes(self, batch: int, generator: torch.Generator) -> "Scenes":
+        """Scenes with captions drawn uniformly, on the generator's device."""
+        device = generator.device
+        numbers = torch.randint(self.caption_total, (batch,), generator=generator, device=device)
+        return self.scenes_from_numbers(numbers, generator)
+
+    def scenes_from_captions(self, captions: list[str], generator: torch.Generator) -> "Scenes":
+        """Scenes with these captions and random speeds and starts, on the generator's device.
+
+        Raises:
+            ValueError: a caption that this world does not have.
+        """
+        return self.scenes_from_numbers(self.caption_numbers(captions).to(generator.device), generator)
+
+    def scenes_from_numbers(self, numbers: torch.Tensor, generator: torch.Generator) -> "Scenes":
+        """The same for captions by number (int64 [B], see `captions`)."""
+        device, batch, count = numbers.device, len(numbers), self.objects
+        camera, order, *digits = torch.unravel_index(numbers, self._radices())
+        colour = torch.tensor(self._colour_orders(), device=device)[order]
+        shape, direction = torch.stack(digits[:count], 1), torch.stack(digits[count:], 1)
+
+        def uniform(low, high, *size: int) -> torch.Tensor:
+            return low + (high - low) * torch.rand(batch, *size, generator=generator, device=device)
+
+        speed = uniform(*self.speed, count)
+        # Uniform over the starts from which no wall is met: on the whole path, or on its first steps in a world that
+        # bounces.
+        steps = FREE_STEPS if self.bounce else self.frames - 1
+        travel = unit_directions(device)[direction] * speed[..., None] * steps
+        low = self.margin - travel.clamp(max=0)
+        high = self.size - self.margin - travel.clamp(min=0)
+        start = uniform(low, high, count, 2)
+        if self.camera:
+            pan, phase = uniform(*self.camera), uniform(0.0, self.period, 2)
+        else:
+            pan, phase = torch.zeros(batch, device=device), torch.zeros(batch, 2, device=device)
+        return Scenes(self, colour, shape, direction, speed, start, camera, pan, phase)
+
+    def paths(self, direction: torch.Tensor, speed: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """The centres in every frame. direction, speed: [B, K]; start: [B, K, 2] -> float [B, K, frames, 2]."""
+        time = torch.arange(self.frames, dtype=torch.float32, device=start.device)
+        velocity = unit_directions(start.device)[direction] * speed[..., None]
+        path = start[:, :, None] + velocity[:, :, None] * time[:, None]
+        return self.reflect(path) if self.bounce else path
+
+    def reflect(self, path: torch.Tensor) -> torch.Tensor:
+        """Coordinates of a path without walls, folded back to where the walls let them go."""
+        width = self.size - 2 * self.margin
+        return self.margin + width - ((path - self.margin).remainder(2 * width) - width).abs()
+
+    def render(self, scenes: "Scenes") -> torch.Tensor:
+        """Videos of the scenes on their device, float [B, 3, frames, size, size] in [-1, 1]."""
+        path = self.paths(scenes.direction, scenes.speed, scenes.start)
+        background = self.background(scenes.camera, scenes.pan, scenes.phase)
+        return self.compose(scenes.colour, self.masks(scenes.shape, path), background)
+
+    def masks(self, shape: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+        """Anti-aliased masks, as if nothing stood in front. shape: int64 [B, K]; path: float [B, K, F, 2] -> float
+        [B, K, F, size, size] in [0, 1]."""
+        pixel = torch.arange(self.size, dtype=torch.float32, device=path.device) + 0.5
+        dx = (pixel - path[..., 0, None, None]).abs()
+        dy = (pixel[:, None] - path[..., 1, None, None]).abs()
+        s = self.scale
+        square = torch.maximum(dx, dy) - 2.5 * s
+        disc = torch.sqrt(dx * dx + dy * dy) - 2.8 * s
+        cross = torch.minimum(torch.maximum(dx - 3.0 * s, dy - 1.0 * s), torch.maximum(dx - 1.0 * s, dy - 3.0 * s))
+        shape = shape[..., None, None, None]
+        distance = torch.where(shape == 0, square, torch.where(shape == 1, disc, cross))
+        return (0.5 - distance).clamp(0, 1)
+
+    def background(self, camera: torch.Tensor, pan: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
+        """The light behind the shapes. camera: int64 [B]; pan: its speed, float [B]; phase: float [B, 2], the point of
+        the pattern at the picture's corner in the first frame -> float [B, frames, size, size], or a 0 that broadcasts
+        in a world without camera."""
+        if not self.camera:
+            return torch.zeros(1, 1, 1, 1, device=phase.device)
+        time = torch.arange(self.frames, dtype=torch.float32, device=phase.device)
+        pixel = torch.arange(self.size, dtype=torch.float32, device=phase.device) + 0.5
+        vector = torch.tensor(list(CAMERAS.values()), dtype=torch.float32, device=phase.device)[camera]
+        corner = phase[:, None] + (vector * pan[:, None])[:, None] * time[:, None]  # [B, F, 2]
+        wave = torch.cos(2 * math.pi / self.period * (pixel + corner[..., None]))  # [B, F, 2, size]
+        return GREY / 4 * (2 + wave[:, :, 0, None, :] + wave[:, :, 1, :, None])
+
+    def compose(self, colour: torch.Tensor, masks: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
+        """Videos in [-1, 1] from colours (int64 [B, K]), masks (see `masks`; the first is in front) and background."""
+        palette = torch.tensor(list(COLOURS.values()), device=masks.device)[colour]
+        light = background[:, None]
+        for k in reversed(range(masks.shape[1])):
+            mask = masks[:, k, None]
+            light = light * (1 - mask) + mask * palette[:, k, :, None, None, None]
+        return light * 2 - 1
+
+    def _radices(self) -> tuple[int, ...]:
+        cameras = len(CAMERAS) if self.camera else 1
+        return (cameras, len(self._colour_orders()), *[len(SHAPES)] * self.objects, *[len(DIRECTIONS)] * self.objects)
+
+    def _colour_orders(self) -> list[tuple[int, ...]]:
+        return list(itertools.permutations(range(len(COLOURS)), self.objects))
 
 
 @dataclass
 class Scenes:
-    """A batch of videos as parameters. colour, shape, direction: int64 [B] indices into the tables above;
-    speed: float [B] in pixels per frame; start: float [B, 2], the centre (x, y) in the first frame in pixels."""
+    """A batch of videos of a world as parameters, K shapes each, the first in front. colour, shape, direction: int64
+    [B, K] indices into the tables above; speed: float [B, K] in pixels per frame; start: float [B, K, 2], the centres
+    (x, y) in the first frame in pixels; camera: int64 [B], index into CAMERAS; pan: float [B], its speed in pixels per
+    frame; phase: float [B, 2], of the background in pixels."""
 
+    world: World
     colour: torch.Tensor
     shape: torch.Tensor
     direction: torch.Tensor
     speed: torch.Tensor
     start: torch.Tensor
+    camera: torch.Tensor
+    pan: torch.Tensor
+    phase: torch.Tensor
 
     def captions(self) -> list[str]:
-        rows = zip(self.colour.tolist(), self.shape.tolist(), self.direction.tolist(), strict=True)
-        return [caption(*row) for row in rows]
+        names, ways, cameras = list(COLOURS), list(DIRECTIONS), list(CAMERAS)
+        texts = []
+        for row, camera in zip(
+            torch.stack([self.colour, self.shape, self.direction], -1).tolist(), self.camera.tolist(), strict=True
+        ):
+            text = " in front of ".join(f"a {names[c]} {SHAPES[s]} moving {ways[d]}" for c, s, d in row)
+            texts.append(text + (f" camera {cameras[camera]}" if self.world.camera else ""))
+        return texts
+
+    def to(self, device: torch.device | str) -> "Scenes":
+        world, *tensors = (getattr(self, field.name) for field in fields(self))
+        return Scenes(world, *(tensor.to(device) for tensor in tensors))
 
 
-def caption(colour: int, shape: int, direction: int) -> str:
-    return f"a {list(COLOURS)[colour]} {SHAPES[shape]} moving {list(DIRECTIONS)[direction]}"
-
-
-def all_captions() -> list[str]:
-    """The 144 captions, ordered so that number ((colour * 3) + shape) * 8 + direction names that scene."""
-    return [caption(c, s, d) for c in range(len(COLOURS)) for s in range(len(SHAPES)) for d in range(len(DIRECTIONS))]
-
-
-def caption_number(scenes: Scenes) -> torch.Tensor:
-    """Index into `all_captions`, int64 [B]."""
-    return (scenes.colour * len(SHAPES) + scenes.shape) * len(DIRECTIONS) + scenes.direction
-
-
-def scenes_from_numbers(numbers: torch.Tensor, generator: torch.Generator) -> Scenes:
-    """Scenes with the captions of the given numbers (int64 [B]) and random speed and start."""
-    batch = len(numbers)
-    direction = numbers % len(DIRECTIONS)
-    shape = numbers // len(DIRECTIONS) % len(SHAPES)
-    colour = numbers // (len(DIRECTIONS) * len(SHAPES))
-    speed = SPEED[0] + (SPEED[1] - SPEED[0]) * torch.rand(batch, generator=generator)
-    travel = unit_directions()[direction] * speed[:, None] * (FRAMES - 1)
-    # Uniform over the starts from which the whole path stays inside the margin.
-    low = MARGIN - travel.clamp(max=0)
-    high = SIZE - MARGIN - travel.clamp(min=0)
-    start = low + (high - low) * torch.rand(batch, 2, generator=generator)
-    return Scenes(colour, shape, direction, speed, start)
-
-
-def sample_scenes(batch: int, generator: torch.Generator) -> Scenes:
-    """Scenes with captions drawn uniformly."""
-    total = len(COLOURS) * len(SHAPES) * len(DIRECTIONS)
-    return scenes_from_numbers(torch.randint(total, (batch,), generator=generator), generator)
-
-
-def unit_directions() -> torch.Tensor:
+def unit_directions(device: torch.device | str = "cpu") -> torch.Tensor:
     """Unit vectors (x, y) of the eight directions, float [8, 2]."""
-    vectors = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32)
+    vectors = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32, device=device)
     return vectors / vectors.norm(dim=1, keepdim=True)
 
 
-def coverage_of(shape: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
-    """Anti-aliased masks. shape: int64 [B]; centre: float [B, F, 2] -> float [B, F, SIZE, SIZE] in [0, 1]."""
-    pixel = torch.arange(SIZE, dtype=torch.float32) + 0.5
-    dx = (pixel[None, None, None, :] - centre[..., 0, None, None]).abs()
-    dy = (pixel[None, None, :, None] - centre[..., 1, None, None]).abs()
-    dx, dy = torch.broadcast_tensors(dx, dy)
-    square = torch.maximum(dx, dy) - 2.5
-    disc = torch.sqrt(dx * dx + dy * dy) - 2.8
-    cross = torch.minimum(torch.maximum(dx - 3.0, dy - 1.0), torch.maximum(dx - 1.0, dy - 3.0))
-    distance = torch.stack([square, disc, cross])[shape, torch.arange(len(shape))]
-    return (0.5 - distance).clamp(0, 1)
-
-
-def render(scenes: Scenes) -> torch.Tensor:
-    """Videos of the scenes, float [B, 3, FRAMES, SIZE, SIZE] in [-1, 1]."""
-    time = torch.arange(FRAMES, dtype=torch.float32)
-    velocity = unit_directions()[scenes.direction] * scenes.speed[:, None]
-    centre = scenes.start[:, None] + velocity[:, None] * time[None, :, None]
-    colour = torch.tensor(list(COLOURS.values()))[scenes.colour]
-    video = coverage_of(scenes.shape, centre)[:, None] * colour[:, :, None, None, None]
-    return video * 2 - 1
+WORLDS = {
+    world.name: world
+    for world in (
+        World("small", frames=8, size=16, objects=1, scale=1.0, speed=(0.7, 1.2)),
+        World(
+            "middle",
+            frames=16,
+            size=32,
+            objects=2,
+            scale=1.5,
+            speed=(0.8, 1.6),
+            bounce=True,
+            camera=(0.4, 0.8),
+            period=16,
+        ),
+        World(
+            "large",
+            frames=16,
+            size=64,
+            objects=3,
+            scale=3.0,
+            speed=(1.5, 3.0),
+            bounce=True,
+            camera=(0.8, 1.6),
+            period=32,
+        ),
+    )
+}

@@ -14,9 +14,9 @@ from linvideo.training.flow import predict_velocity, sample_steps
 
 
 @torch.no_grad()
-def velocity_errors(
-    student: torch.nn.Module,
-    teacher: torch.nn.Module,
+def trajectory_error(
+    mover: torch.nn.Module,
+    other: torch.nn.Module,
     noise: torch.Tensor,
     prompt_embeds: torch.Tensor,
     scheduler: Any,
@@ -24,8 +24,8 @@ def velocity_errors(
     negative_prompt_embeds: torch.Tensor | None = None,
     guidance_scale: float = 1.0,
     batch_size: int = 16,
-) -> dict[str, float | torch.Tensor]:
-    """Both errors, and the samples made on the way.
+) -> tuple[float, torch.Tensor]:
+    """The error along `mover`'s sampling trajectories, and its samples (latents like noise, fp32).
 
     Args:
         noise: [V, C, F, H, W], one start per video.
@@ -35,9 +35,6 @@ def velocity_errors(
         guided.
         batch_size: videos at once.
 
-    Returns own_state_error, teacher_state_error (floats) and student_samples, teacher_samples (latents like noise,
-    fp32).
-
     Raises:
         ValueError: noise and prompt_embeds do not go together, or guidance without negative_prompt_embeds.
     """
@@ -46,19 +43,29 @@ def velocity_errors(
         raise ValueError(f"expected one prompt embedding per noise, got {len(prompt_embeds)} for {count}")
     if negative_prompt_embeds is not None:
         negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
+    error, samples = 0.0, []
+    for part in (slice(start, start + batch_size) for start in range(0, count, batch_size)):
+        embeds = prompt_embeds[part]
+        negative = None if negative_prompt_embeds is None else negative_prompt_embeds[part]
+        for step in sample_steps(mover, scheduler, num_inference_steps, noise[part], embeds, negative, guidance_scale):
+            difference = step.u - predict_velocity(other, step.x, step.timestep, embeds)
+            share = len(embeds) / count
+            error += share * (step.sigma - step.sigma_next) * float(difference.square().mean())
+        samples.append(step.x_next)
+    return error, torch.cat(samples)
+
+
+def velocity_errors(
+    student: torch.nn.Module, teacher: torch.nn.Module, *arguments: Any, **keywords: Any
+) -> dict[str, float | torch.Tensor]:
+    """Both errors, and the samples made on the way.
+
+    The arguments after the models are those of `trajectory_error`.
+
+    Returns own_state_error, teacher_state_error (floats) and student_samples, teacher_samples.
+    """
     result: dict[str, Any] = {}
     for who, mover, other in (("student", student, teacher), ("teacher", teacher, student)):
-        error, samples = 0.0, []
-        for part in (slice(start, start + batch_size) for start in range(0, count, batch_size)):
-            embeds = prompt_embeds[part]
-            negative = None if negative_prompt_embeds is None else negative_prompt_embeds[part]
-            for step in sample_steps(
-                mover, scheduler, num_inference_steps, noise[part], embeds, negative, guidance_scale
-            ):
-                difference = step.u - predict_velocity(other, step.x, step.timestep, embeds)
-                share = len(embeds) / count
-                error += share * (step.sigma - step.sigma_next) * float(difference.square().mean())
-            samples.append(step.x_next)
+        error, result[f"{who}_samples"] = trajectory_error(mover, other, *arguments, **keywords)
         result["own_state_error" if who == "student" else "teacher_state_error"] = error
-        result[f"{who}_samples"] = torch.cat(samples)
     return result

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from linvideo import describe, load_pipeline
-from linvideo.demo import evaluate, kernel_check, report, run, teacher, world
+from linvideo.demo import evaluate, kernel_check, report, run, teacher
+from linvideo.demo.world import WORLDS
 from linvideo.evaluation.generate import generate_video
 
 METRICS = {
@@ -131,12 +132,18 @@ def test_evaluate_starts_every_model_from_the_same_noise():
     assert outcome["copy"]["own_state_error"] == 0 and outcome["copy"]["psnr_to_teacher"] > 99
 
 
+def test_evaluate_takes_other_captions_and_noise_with_another_seed():
+    pipeline = load_pipeline(teacher.FOLDER)
+    transformers = {"teacher": pipeline.transformer}
+    films = [evaluate.evaluate(pipeline, transformers, 2, WORLDS["small"], seed)[1]["teacher"] for seed in (0, 0, 1)]
+    assert torch.equal(films[0], films[1]) and not torch.equal(films[0], films[2])
+
+
 def test_generate_video_gives_exactly_the_frames_asked_for():
     pipeline = load_pipeline(teacher.FOLDER)
-    video = generate_video(
-        pipeline, world.caption(0, 0, 0), height=16, width=16, num_frames=world.FRAMES, num_inference_steps=1
-    )
-    assert video.shape == (world.FRAMES, 16, 16, 3)
+    caption = WORLDS["small"].training_captions()[0]
+    video = generate_video(pipeline, caption, height=16, width=16, num_frames=8, num_inference_steps=1)
+    assert video.shape == (8, 16, 16, 3)
 
 
 @pytest.mark.full

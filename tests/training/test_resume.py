@@ -17,8 +17,7 @@ from tiny_run import run
 from linvideo.training import Trainer, read_metrics
 from linvideo.training.checkpoint import list_checkpoints, load_checkpoint
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +45,10 @@ def assert_same_run(folder: Path, reference: Path) -> None:
 def test_killed_and_resumed(stage, step, tmp_path, uninterrupted):
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests", HERE))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests"))),
     }
     folder = tmp_path / "run"
-    command = [sys.executable, str(HERE / "tiny_run.py"), str(folder), stage, str(step)]
+    command = [sys.executable, str(ROOT / "tests" / "tiny_run.py"), str(folder), stage, str(step)]
     killed = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (folder / "pipeline").exists()

@@ -1,0 +1,118 @@
+"""A distribution distance between videos and the world: the kernel distance on features of a small network.
+
+Like the Frechet video distance in use, but with a network that knows this world (an I3D knows nothing of 16 pixels),
+and by the unbiased kernel estimate (Binkowski et al., arXiv 1801.01401), for which a few hundred videos are enough.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from linvideo.demo import world
+from linvideo.training.files import write_safetensors
+
+FEATURES = 64
+TABLES = tuple(list(table) for table in (world.COLOURS, world.SHAPES, world.DIRECTIONS))
+TRUTH = 1000  # videos of the world that are compared with
+
+
+class VideoNet(nn.Module):
+    """Videos [B, 3, F, H, W] in [-1, 1] -> features [B, 64]. `head` learns them: per colour, logits for being there,
+    for each shape and for each direction."""
+
+    def __init__(self):
+        super().__init__()
+        widths, layers = (3, 16, 32, FEATURES), []
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv3d(before, after, 3, stride=2, padding=1), nn.GroupNorm(4, after), nn.SiLU()]
+        layers += [nn.AdaptiveAvgPool3d((2, 2, 2)), nn.Flatten(), nn.Linear(8 * FEATURES, FEATURES), nn.SiLU()]
+        self.body = nn.Sequential(*layers)
+        colours, shapes, directions = map(len, TABLES)
+        self.head = nn.Linear(FEATURES, colours * (1 + shapes + directions))
+
+    def forward(self, videos: torch.Tensor) -> torch.Tensor:
+        return self.body(videos)
+
+    def logits(self, videos: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(there [B, colours], shape [B, colours, 3], direction [B, colours, 8])."""
+        per_colour = self.head(self(videos)).unflatten(1, (len(TABLES[0]), -1))
+        return per_colour[..., 0], *per_colour[..., 1:].split([len(table) for table in TABLES[1:]], dim=-1)
+
+
+def labels(captions: list[str]) -> torch.Tensor:
+    """[objects, 4] int64: which video, colour, shape, direction; one row for each object of a caption."""
+    found = [
+        (row, *(table.index(word) for table, word in zip(TABLES, words, strict=True)))
+        for row, text in enumerate(captions)
+        for words in re.findall(r"(\w+) (\w+) moving ([\w-]+)", text)
+    ]
+    return torch.tensor(found)
+
+
+def train_network(samples, device: str, steps: int = 1000, batch: int = 64) -> tuple[VideoNet, float]:
+    """(network, share of objects of which it names shape and direction), on `samples(batch, generator)` -> (videos,
+    captions)."""
+    torch.manual_seed(0)
+    net, draws = VideoNet().to(device), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in range(steps):
+        videos, captions = samples(batch, draws)
+        video, colour, shape, direction = labels(captions).to(device).T
+        there, shapes, directions = net.logits(videos.to(device))
+        present = torch.zeros_like(there)
+        present[video, colour] = 1.0
+        loss = nn.functional.binary_cross_entropy_with_logits(there, present)
+        loss = loss + nn.functional.cross_entropy(shapes[video, colour], shape)
+        loss = loss + nn.functional.cross_entropy(directions[video, colour], direction)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    net.eval().requires_grad_(False)
+    videos, captions = samples(500, draws)
+    video, colour, shape, direction = labels(captions).to(device).T
+    _, shapes, directions = net.logits(videos.to(device))
+    right = (shapes[video, colour].argmax(-1) == shape) & (directions[video, colour].argmax(-1) == direction)
+    return net, right.float().mean().item()
+
+
+class WorldDistance:
+    """Kernel distance to `TRUTH` videos of the world; the network is trained once and kept in `path`."""
+
+    def __init__(self, path: Path, samples, device: str):
+        if not path.is_file():
+            net, accuracy = train_network(samples, device)
+            write_safetensors(path, net.state_dict(), {"accuracy": f"{accuracy:.3f}"})
+        self.net, self.device = VideoNet().to(device), device
+        self.net.load_state_dict(load_file(path))
+        self.net.eval().requires_grad_(False)
+        truth = self._features(samples(TRUTH, torch.Generator().manual_seed(1))[0])
+        self.mean, self.deviation = truth.mean(0), truth.std(0).clamp_min(1e-6)
+        self.truth = self._standard(truth)
+
+    def __call__(self, videos: torch.Tensor) -> float:
+        return kernel_distance(self._standard(self._features(videos)), self.truth)
+
+    def _standard(self, features: torch.Tensor) -> torch.Tensor:
+        return (features - self.mean) / self.deviation
+
+    def _features(self, videos: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.net(part.to(self.device)) for part in videos.split(64)]).double().cpu()
+
+
+def kernel_distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Unbiased squared maximum mean discrepancy of x [n, d] and y [m, d] under the kernel (x y / d + 1)^3: 0 on average
+    where both follow the same law, and then as often below as above."""
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a):
+        k, n = kernel(a, a), len(a)
+        return (k.sum() - k.diagonal().sum()) / (n * (n - 1))
+
+    return float(within(x) + within(y) - 2 * kernel(x, y).mean())

@@ -1,0 +1,143 @@
+"""Objectives that the library leaves out, because they lost or diverged; here so that anyone can see it.
+
+All act on the states of the student's own trajectories (lanes), as "adm" and "adm_step" do.
+"""
+
+import copy
+
+import torch
+
+from linvideo.training.flow import NUM_TRAIN_TIMESTEPS, like, predict_velocity
+from linvideo.training.lanes import StudentLanes
+from linvideo.training.objectives import adm_gradient, descend, mean_square, score_weight
+from linvideo.training.seeding import generator
+from linvideo.training.step import GradientStep
+
+SCORE_NETS = ("adm_score_net", "dmd")
+
+
+class AblationStep(GradientStep):
+    """GradientStep with the losses below.
+
+    adm_renoise: ADM at x_hat_t = (1 - t) x_0 + t eps, x_0 the student's one-step estimate, t anew from the sampler's
+        grid; the student judges itself.
+    adm_score_net: ADM at the end of a sampler step as "adm_step", but the student's score comes from a network of its
+        own, trained (one step for each of the student's) on the samples that the lanes end in.
+    dmd: distribution matching at the one-step estimate of x_0 (Yin et al., arXiv 2311.18828), with a score network
+        trained on those estimates, the gradient normalised by the distance to the teacher's estimate.
+    own_mse_for_adm: as configured, with "own_mse" wherever "adm" would come.
+    uniform_t: as configured, but "mse" draws its states so that t is uniform; the sampler's grid prefers large t.
+    """
+
+    def __init__(self, kind: str | None, *arguments):
+        super().__init__(*arguments)
+        self.kind = kind
+        if kind in SCORE_NETS:
+            self.score_net = copy.deepcopy(self.teacher).requires_grad_(True)
+            self.score_optimizer = torch.optim.AdamW(
+                self.score_net.parameters(), lr=self.config.optimizer.learning_rate, weight_decay=0.0
+            )
+        if kind == "adm_score_net":
+            self.lanes = RecordingLanes(self.lanes, self.store)
+
+    def _loss(self, name: str, draw: int) -> torch.Tensor:
+        if self.kind == "uniform_t" and name == "mse":
+            batch = self._uniform_t(draw)
+            return mean_square(predict_velocity(self.student, batch.x, batch.timestep, batch.prompt_embeds), batch.u)
+        if self.kind == "own_mse_for_adm" and name == "adm":
+            name = "own_mse"
+        if self.kind in (None, "own_mse_for_adm", "uniform_t"):
+            return super()._loss(name, draw)
+        draws = generator(self.config.seed, self.stage, self.kind, draw)
+        return getattr(self, f"_{self.kind}")(draws)
+
+    def _adm_renoise(self, draws: torch.Generator) -> torch.Tensor:
+        lanes, embeds = self.lanes, self.lanes.prompt_embeds()
+        u = predict_velocity(self.student, lanes.x, lanes.timestep, embeds)
+        x_hat, t = self._noised(lanes.x - like(lanes.sigma, u) * u, draws)
+        with torch.no_grad():
+            u_teacher = predict_velocity(self.teacher, x_hat, NUM_TRAIN_TIMESTEPS * t, embeds)
+            u_student = predict_velocity(self.student, x_hat, NUM_TRAIN_TIMESTEPS * t, embeds)
+        gradient = adm_gradient(u_teacher, u_student, score_weight(t, self.objective.weight_clip))
+        lanes.advance(self.student, u)
+        return descend(x_hat, gradient, mean_square(u_teacher, u_student))
+
+    def _adm_score_net(self, draws: torch.Generator) -> torch.Tensor:
+        lanes, embeds = self.lanes, self.lanes.prompt_embeds()
+        u = predict_velocity(self.student, lanes.x, lanes.timestep, embeds)
+        t = torch.where(lanes.sigma_next > 0, lanes.sigma_next, lanes.sigma / 2)
+        x_hat = lanes.x - like(lanes.sigma - t, u) * u
+        with torch.no_grad():
+            u_teacher = predict_velocity(self.teacher, x_hat, NUM_TRAIN_TIMESTEPS * t, embeds)
+            u_fake = predict_velocity(self.score_net, x_hat, NUM_TRAIN_TIMESTEPS * t, embeds)
+        gradient = adm_gradient(u_teacher, u_fake, score_weight(t, self.objective.weight_clip))
+        lanes.advance(self.student, u)
+        self._fit_score_net(*lanes.samples(len(u), draws), draws)
+        return descend(x_hat, gradient, mean_square(u_teacher, u_fake))
+
+    def _dmd(self, draws: torch.Generator) -> torch.Tensor:
+        lanes, embeds = self.lanes, self.lanes.prompt_embeds()
+        u = predict_velocity(self.student, lanes.x, lanes.timestep, embeds)
+        clean = lanes.x - like(lanes.sigma, u) * u
+        with torch.no_grad():
+            x, t = self._noised(clean, draws)
+            real, fake = (
+                x - like(t, x) * predict_velocity(model, x, NUM_TRAIN_TIMESTEPS * t, embeds)
+                for model in (self.teacher, self.score_net)
+            )
+            distance = (clean - real).abs().flatten(1).mean(1).clamp_min(1e-6)
+            gradient = (fake - real) / like(distance, real)
+        lanes.advance(self.student, u)
+        self._fit_score_net(clean.detach(), embeds, draws)
+        return descend(clean, gradient, mean_square(fake, real))
+
+    def _noised(self, clean: torch.Tensor, draws: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x_t, t) of each sample at a t drawn from the grid, its ends left out."""
+        grid = self.lanes.sigmas[1:-1]
+        t = grid[torch.randint(len(grid), (len(clean),), generator=draws)].to(clean.device)
+        noise = torch.randn(clean.shape, generator=draws).to(clean.device)
+        return (1 - like(t, clean)) * clean + like(t, clean) * noise, t
+
+    def _fit_score_net(self, clean: torch.Tensor, embeds: torch.Tensor, draws: torch.Generator) -> None:
+        """One step of flow matching on samples of the student."""
+        x, t = self._noised(clean, draws)
+        target = (x - clean) / like(t, x)  # eps - x_0
+        loss = mean_square(predict_velocity(self.score_net, x, NUM_TRAIN_TIMESTEPS * t, embeds), target)
+        self.score_optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.score_net.parameters(), self.config.optimizer.max_grad_norm)
+        self.score_optimizer.step()
+
+    def _uniform_t(self, draw: int):
+        """Teacher states with P(step) in proportion to the t that the step covers."""
+        draws = generator(self.config.seed, self.stage, "uniform t", draw)
+        count, kept = self.config.train_batch_size, self.store.request["states_per_trajectory"]
+        step = torch.multinomial(-self.lanes.sigmas.diff(), count, replacement=True, generator=draws)
+        trajectory = torch.randint(self.store.request["num_trajectories"], (count,), generator=draws)
+        return self.store.batch((trajectory * kept + step).tolist(), self.prompts, self.student.device)
+
+
+class RecordingLanes(StudentLanes):
+    """Lanes that keep the last `kept` samples they ended in; before there are any, the teacher's."""
+
+    def __init__(self, lanes: StudentLanes, store, kept: int = 64):
+        self.__dict__.update(lanes.__dict__)
+        states = store.request["states_per_trajectory"]
+        last = [states - 1 + states * (i % store.request["num_trajectories"]) for i in range(kept)]
+        batch = store.batch(last, self.prompts, self.x.device)
+        self.ended = batch.x - like(batch.t, batch.u) * batch.u
+        self.ended_prompt, self.ended_negative, self.next = batch.prompt, batch.negative, 0
+
+    def _restart(self, lane: int) -> None:
+        if self.x[lane].isfinite().all():
+            slot = self.next % len(self.ended)
+            self.ended[slot] = self.x[lane]
+            self.ended_prompt[slot], self.ended_negative[slot] = self.prompt[lane], self.negative[lane]
+            self.next += 1
+        super()._restart(lane)
+
+    def samples(self, count: int, draws: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x_0 [count, ...], prompt_embeds)."""
+        chosen = torch.randint(len(self.ended), (count,), generator=draws)
+        embeds = self.prompts.take(self.ended_prompt[chosen], self.ended_negative[chosen], self.x.device)
+        return self.ended[chosen.to(self.x.device)], embeds

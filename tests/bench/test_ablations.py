@@ -1,0 +1,366 @@
+"""The ablations: settings, shared stages, the objectives that only they have, the distance, the report."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from tiny_run import PROMPTS, tiny_config, tiny_teacher
+from toy import AffineFlow, toy_prompts, toy_store
+
+from benchmarks.ablations import report, suite
+from benchmarks.ablations.__main__ import main
+from benchmarks.ablations.distance import kernel_distance, labels
+from benchmarks.ablations.objectives import AblationStep, RecordingLanes
+from benchmarks.ablations.run import Bench
+from benchmarks.ablations.settings import COST, DEFAULT, SETTINGS, SUITES, Setting, Suite, fixed_layers, steps
+from benchmarks.ablations.trainer import AblationTrainer, start_after
+from benchmarks.ablations.variants import RopeAfterBranch
+from linvideo.demo import teacher
+from linvideo.demo.world import WORLDS
+from linvideo.ops.reference import features
+from linvideo.training import Trainer
+from linvideo.training.config import TrainConfig
+from linvideo.training.objectives import ObjectiveConfig
+
+TINY = Suite("small", tuple(SETTINGS), 4, 2, 1, 4, num_trajectories=4, batch_size=2, videos=2)
+
+
+# Settings.
+
+
+def test_suites_name_settings_and_begin_with_the_default():
+    for chosen in SUITES.values():
+        assert set(chosen.settings) <= set(SETTINGS)
+        assert chosen.settings[0] == DEFAULT.name
+        assert len(set(chosen.settings)) == len(chosen.settings)
+
+
+def test_only_the_default_changes_nothing():
+    def content(setting: Setting) -> tuple:
+        changes = tuple(sorted(setting.changes.items()))
+        return changes, setting.layers, setting.share, setting.objective, setting.sampler_steps, setting.variant
+
+    assert len({content(setting) for setting in SETTINGS.values()}) == len(SETTINGS)
+
+
+def test_objectives_get_the_same_time():
+    for name in COST:
+        assert steps(name, 3000, 100) * COST[name] == pytest.approx(3000, rel=0.01)
+    hybrid = steps("hybrid", 3000, 100)
+    at = [ObjectiveConfig(mse_steps=100).at(step) for step in range(hybrid)]
+    assert sum(COST[name] for name in at) == pytest.approx(3000, rel=0.01)
+    assert steps("hybrid", 40, 100) == 40
+    assert steps("hybrid", 3000, 100, "own_mse") > hybrid
+
+
+@pytest.mark.parametrize("rule", ["first", "last", "spread", "random"])
+@pytest.mark.parametrize("num_layers", [8, 12, 30])
+def test_fixed_layers(rule, num_layers):
+    for count in range(1, num_layers + 1):
+        chosen = fixed_layers(rule, count, num_layers, 0)
+        assert chosen == sorted(set(chosen)) and len(chosen) == count
+        assert 0 <= chosen[0] and chosen[-1] < num_layers
+    assert fixed_layers("spread", 4, 8, 0) == [1, 3, 5, 7]
+    assert fixed_layers("random", 4, 30, 0) != fixed_layers("random", 4, 30, 1)
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match="rule"):
+        fixed_layers("middle", 1, 8, 0)
+
+
+# Stages that are shared.
+
+
+@pytest.mark.parametrize("stage", ["sensitivity", "selection"])
+def test_a_run_that_shares_stages_ends_as_one_that_does_not(tmp_path, stage):
+    path = {"path": str(tmp_path / "trajectories")}
+    sections = {"trajectories": tiny_config("x").to_dict()["trajectories"] | path, "checkpointing_steps": 100}
+    whole = Trainer(tiny_config(tmp_path / "whole", **sections), tiny_teacher(), PROMPTS).train()
+    config = start_after(stage, tmp_path / "whole", tiny_config(tmp_path / "shared", **sections))
+    shared = Trainer(config, tiny_teacher(), PROMPTS)
+    assert shared.train().layers_linear == whole.layers_linear
+    state = whole.pipeline.transformer.state_dict()
+    for name, value in shared.student.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_shared_stages_must_be_there(tmp_path):
+    with pytest.raises(ValueError, match="expected a checkpoint at the end of warmup"):
+        start_after("warmup", tmp_path, TrainConfig(output_dir=str(tmp_path / "new")))
+
+
+# Objectives. With u_T = x + c and u_S = a x + c everything can be written down.
+
+
+def toy_step(tmp_path, kind: str | None, objective: str = "own_mse", student: float = 0.5) -> AblationStep:
+    sigmas = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
+    prompts, store = toy_prompts(), toy_store(tmp_path / "store", 1000 * sigmas[:-1])
+    config = TrainConfig(output_dir=str(tmp_path / "run"), train_batch_size=4)
+    models = (AffineFlow(student), AffineFlow(1.0))
+    grid = (1000 * sigmas[:-1], sigmas)
+    return AblationStep(kind, *models, store, prompts, grid, config, "finetune", ObjectiveConfig(objective))
+
+
+def test_renoised_adm_moves_the_noised_estimate_towards_the_teacher(tmp_path):
+    step = toy_step(tmp_path, "adm_renoise")
+    x, sigma, scale = step.lanes.x.clone(), step.lanes.sigma.clone(), step.student.scale
+    noised = {}
+    original = step._noised
+
+    def noise(clean, draws):
+        noised["x"], noised["t"] = original(clean, draws)
+        return noised["x"], noised["t"]
+
+    step._noised = noise
+    step(0)
+    t = noised["t"].view(-1, 1, 1, 1, 1)
+    gradient = ((1 - t) / t).clamp(max=5) * (1.0 - scale.detach()) * noised["x"].detach()
+    through = -(1 - t) * sigma.view(-1, 1, 1, 1, 1) * x  # d x_hat / d scale, u = scale x + ...
+    assert scale.grad.item() == pytest.approx((gradient * through).mean().item(), rel=1e-4)
+
+
+def test_dmd_asks_nothing_of_a_student_whose_score_is_the_teachers(tmp_path):
+    step = toy_step(tmp_path, "dmd", student=1.0)
+    before = step.score_net.scale.item()
+    name, _ = step(0)
+    assert name == "own_mse"  # as the config has it; what runs is the kind
+    assert step.student.scale.grad.item() == pytest.approx(0.0, abs=1e-7)
+    assert step.score_net.scale.item() != before
+
+
+def test_a_score_network_learns_from_the_samples_that_lanes_end_in(tmp_path):
+    step = toy_step(tmp_path, "adm_score_net")
+    lanes = step.lanes
+    assert isinstance(lanes, RecordingLanes)
+    first = lanes.ended.clone()
+    for number in range(6):
+        step(number)
+    assert lanes.next >= 4  # four lanes of four steps each, from different starts
+    assert not torch.equal(lanes.ended[: lanes.next], first[: lanes.next])
+    assert torch.equal(lanes.ended[lanes.next :], first[lanes.next :])
+
+
+def test_the_teachers_samples_stand_in_at_first(tmp_path):
+    step = toy_step(tmp_path, "adm_score_net")
+    last = step.store.batch([3], step.prompts)
+    assert torch.allclose(step.lanes.ended[0], (last.x - last.t.item() * last.u)[0])
+
+
+def test_uniform_t_draws_a_step_as_often_as_it_covers_t(tmp_path):
+    step = toy_step(tmp_path, "uniform_t", "hybrid")
+    t = torch.cat([step._uniform_t(draw).t for draw in range(500)])
+    share = [(t - sigma).abs().lt(1e-3).float().mean().item() for sigma in (1.0, 0.8, 0.5, 0.2)]
+    assert share == pytest.approx([0.2, 0.3, 0.3, 0.2], abs=0.04)
+
+
+def test_own_states_can_stand_in_for_adm(tmp_path):
+    ours, theirs = toy_step(tmp_path / "a", "own_mse_for_adm", "adm"), toy_step(tmp_path / "b", None, "own_mse")
+    assert ours(0)[1] == theirs(0)[1]
+
+
+def test_without_a_kind_it_is_the_librarys_step(tmp_path):
+    ours, theirs = toy_step(tmp_path / "a", None, "adm"), toy_step(tmp_path / "b", None, "adm")
+    theirs._loss = super(AblationStep, theirs)._loss
+    assert ours(0) == theirs(0)
+
+
+# Variants.
+
+
+def test_rope_after_the_map_equals_its_formula_and_sees_only_distances():
+    torch.manual_seed(0)
+    branch = RopeAfterBranch(2, 8, mixed=False)
+    q, k, v = torch.randn(3, 1, 6, 2, 8)
+
+    def tables(offset: int):
+        angle = (torch.arange(6.0) + offset)[:, None] * torch.tensor([1.0, 0.5, 0.2, 0.1])
+        return angle.cos(), angle.sin()
+
+    def turned(phi: torch.Tensor) -> torch.Tensor:
+        """R phi by complex numbers, the pairs of both halves."""
+        cos, sin = tables(0)
+        pairs = torch.view_as_complex(phi.unflatten(-1, (2, 4, 2)).contiguous())
+        return torch.view_as_real(pairs * torch.complex(cos, sin)[None, :, None, None]).flatten(-3)
+
+    phi_q, phi_k = features(q, branch.q_weight, None, "hedgehog"), features(k, branch.k_weight, None, "hedgehog")
+    scores = torch.einsum("bnhf,bmhf->bhnm", turned(phi_q), turned(phi_k))
+    total = torch.einsum("bnhf,bmhf->bhnm", phi_q, phi_k).sum(-1, keepdim=True)
+    expected = torch.einsum("bhnm,bmhd->bnhd", scores / (total + 1e-6), v)
+    assert torch.allclose(branch(q, k, v, rope=tables(0)), expected, atol=1e-5)
+    assert torch.allclose(branch(q, k, v, rope=tables(7)), expected, atol=1e-5)
+
+
+# The distance.
+
+
+def test_the_kernel_distance_is_that_of_its_definition():
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64) + 1
+
+    def kernel(a, b):
+        return float((a @ b / 3 + 1) ** 3)
+
+    xx = sum(kernel(x[i], x[j]) for i in range(5) for j in range(5) if i != j) / 20
+    yy = sum(kernel(y[i], y[j]) for i in range(4) for j in range(4) if i != j) / 12
+    xy = sum(kernel(a, b) for a in x for b in y) / 20
+    assert kernel_distance(x, y) == pytest.approx(xx + yy - 2 * xy)
+
+
+def test_the_kernel_distance_has_no_bias_and_sees_another_law():
+    draws = torch.Generator().manual_seed(0)
+    same = [kernel_distance(*torch.randn(2, 40, 8, generator=draws, dtype=torch.float64)) for _ in range(200)]
+    assert abs(sum(same) / 200) < 3 * torch.tensor(same).std() / 200**0.5
+    assert min(same) < 0 < max(same)
+    assert kernel_distance(torch.randn(100, 8, generator=draws) + 1, torch.randn(100, 8, generator=draws)) > max(same)
+
+
+def test_labels_name_every_object():
+    captions = ["a red disc moving up", "a blue square moving left in front of a cyan cross moving up-left camera up"]
+    assert labels(captions).tolist() == [[0, 0, 1, 6], [1, 2, 0, 4], [1, 5, 2, 5]]
+
+
+# Whole runs.
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A bench with an untrained teacher of four layers that is sampled in three steps."""
+    settings = dataclasses.replace(teacher.SETTINGS["small"], layers=4, ffn_dim=32, num_inference_steps=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(teacher.SETTINGS, "small", settings)
+        folder = tmp_path_factory.mktemp("suite")
+        teacher.build_pipeline(WORLDS["small"]).save_pretrained(folder / "teacher")
+        bench = Bench(TINY, folder / "teacher", folder, "cpu")
+        bench.distance = lambda videos: 0.5  # its network is trained in the test of the command
+        bench.rows = [bench.teacher_row(0), bench.row(DEFAULT, 0)]
+        yield bench
+
+
+def test_the_teachers_row(bench):
+    first, default = bench.rows
+    assert first["distance"] == 0.5 and "psnr_to_teacher" not in first
+    assert len(default["layers_linear"]) == 2 and default["steps"] == 4
+    assert [share for share, _ in default["curve"]] == [0, 0.25, 0.5, 0.75, 1.0]
+    assert default["device_seconds"] > 0 and default["own_state_error"] > 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("no fine-tuning", "ADM, one step of 25", "ADM, re-noised", "ADM, score network", "DMD", "every second"),
+        *("lowest sensitivity", "no L_reg", "100.0% linear", "t uniform in the MSE", "LoRA of rank 16", "elu"),
+        "hybrid, ADM in the last fifth",
+        "hedgehog, no warm-up, RoPE after the map",
+    ],
+)
+def test_settings_run(bench, name):
+    setting = SETTINGS[name]
+    row = bench.row(setting, 0)
+    assert row["setting"] == name and len(row["layers_linear"]) == round(4 * setting.share)
+    assert 0 <= row["good"] <= 1 and row["own_state_error"] > 0
+    if setting.layers == "default" or setting.after == "selection":
+        assert row["layers_linear"] == bench.rows[1]["layers_linear"]
+    assert not (bench.folder / "runs" / name).exists()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != DEFAULT.name])
+def test_every_setting_runs(bench, name):
+    assert bench.row(SETTINGS[name], 0)["setting"] == name
+
+
+def test_lora_trains_low_rank_updates_only(bench):
+    setting = SETTINGS["LoRA of rank 16"]
+    trainer = AblationTrainer(bench.config(setting, 0), bench.pipeline, bench.prompts, setting, lambda student: 0.0)
+    trainer.train()
+    before = dict(bench.pipeline.transformer.named_parameters())
+    name = "blocks.3.ffn.net.2.base_layer.weight"
+    assert torch.equal(dict(trainer.student.named_parameters())[name], before["blocks.3.ffn.net.2.weight"].float())
+    assert any("lora_B" in name and p.abs().max() > 0 for name, p in trainer.student.named_parameters())
+
+
+def test_the_command_continues_and_reports(tmp_path, monkeypatch, capsys):
+    names = (DEFAULT.name, "no fine-tuning")
+    monkeypatch.setitem(SUITES, "small", Suite(**{**vars(TINY), "settings": names}))
+    monkeypatch.setattr(report, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    arguments = ["--suite", "small", "--seeds", "1", "--output_dir", str(tmp_path / "work"), "--processes", "1"]
+    main([*arguments, "--no_report"])
+    rows = json.loads((tmp_path / "work" / "rows.json").read_text())
+    assert [row["setting"] for row in rows] == ["teacher", *names]
+    (tmp_path / "work" / "rows.json").write_text(json.dumps(rows[:2]))
+    main(arguments)
+    again = json.loads((tmp_path / "work" / "rows.json").read_text())
+    assert again[:2] == rows[:2] and again[2]["good"] == rows[2]["good"]
+    assert again[2]["own_state_error"] == rows[2]["own_state_error"]
+    assert "[1/1] no fine-tuning" in capsys.readouterr().out
+    (result,) = (tmp_path / "results").glob("*.json")
+    assert json.loads(result.read_text())["rows"] == again
+    assert "no fine-tuning" in (tmp_path / "ablations.md").read_text()
+    assert main(arguments) is None and len(list((tmp_path / "results").glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "expected --seeds of at least 1, got 0"),
+        (["--processes", "0"], "expected --processes of at least 1"),
+        (["--suite", "middle"], "--suite middle needs --teacher"),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_of_another_scale_is_refused(tmp_path, capsys):
+    (tmp_path / "request.json").write_text('{"suite": {}}')
+    with pytest.raises(ValueError, match="another request"):
+        suite.run(TINY, [DEFAULT.name], 1, teacher.FOLDER, tmp_path, 1)
+
+
+def test_a_poor_teacher_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "TEACHER_GOOD", 1.01)
+    with pytest.raises(ValueError, match="expected a teacher with at least 101% good videos, got 100%"):
+        suite.run(TINY, [DEFAULT.name], 1, teacher.FOLDER, tmp_path / "work", 1)
+
+
+# The report.
+
+
+def row(setting: str, seed: int, good: float, **more) -> dict:
+    figures = {"good": good, "own_state_error": 0.01, "psnr_to_teacher": 20.0, "layers_linear": [0, 1]}
+    figures |= {"curve": [[0, 0.02], [1.0, 0.01]], "steps": 3, "sensitivity": {"0": 1.0, "1": 2.0, "2": 3.0}}
+    return {"setting": setting, "seed": seed} | figures | more
+
+
+def document(rows: list[dict], time: str = "2026-01-02T03:04:05Z") -> dict:
+    environment = {"device": "NVIDIA H200", "packages": {"torch": "2.13.0"}, "commit": "0123", "time": time}
+    scale = {"name": "small", "world": "small", "videos": 168, "budget": 200, "batch_size": 8, "selection_steps": 80}
+    return {"format": 1, "environment": environment, "suite": scale, "rows": rows}
+
+
+def test_the_report_shows_mean_and_spread(tmp_path):
+    rows = [row("default", 0, 0.9), row("default", 1, 1.0), row("elu", 0, 0.5), row("elu", 1, 0.5, diverged="x")]
+    rows.append(row("100.0% linear", 0, 0.1, layers_linear=[0, 1, 2]))
+    (tmp_path / "a.json").write_text(json.dumps(document(rows)))
+    (tmp_path / "older.json").write_text(json.dumps(document([row("default", 0, 0.1)], "2025-01-02T03:04:05Z")))
+    files = report.write(tmp_path, tmp_path / "docs")
+    text = files[0].read_text()
+    assert "| default | 95.0 ± 7.1 |" in text
+    assert "| elu | 50.0 |" in text and "1 of 2 diverged" in text
+    assert "10.0 | " in text and "### Target" in text and "### T law" not in text
+    names = {path.name for path in files}
+    assert {"small-nvidia-h200-target.png", "small-nvidia-h200-layers.svg"} <= names
+    assert all(path.stat().st_size for path in files)
+
+
+def test_saving_keeps_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    first = report.save([row("default", 0, 0.9)], "small", TINY)
+    content = first.read_text()
+    assert report.save([row("default", 0, 0.9)], "small", TINY) == first
+    second = report.save([row("default", 0, 0.8)], "small", TINY)
+    assert second != first and first.read_text() == content

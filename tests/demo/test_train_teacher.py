@@ -1,0 +1,117 @@
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from linvideo import load_pipeline
+from linvideo.demo import metrics, teacher, train_teacher
+from linvideo.demo.world import WORLDS
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def tiny_teachers(monkeypatch):
+    for name, settings in teacher.SETTINGS.items():
+        tiny = dataclasses.replace(settings, layers=1, heads=2, head_dim=24, ffn_dim=64, num_inference_steps=1)
+        monkeypatch.setitem(teacher.SETTINGS, name, tiny)
+
+
+def flags(folder: Path, *more: str, world: str = "middle", steps: int = 4) -> list[str]:
+    return [
+        *("--output_dir", str(folder), "--world", world, "--max_train_steps", str(steps), "--train_batch_size", "2"),
+        *("--checkpointing_steps", "2", "--num_videos", "3", "--device", "cpu", *more),
+    ]
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    whole = train_teacher.TeacherRun.train_step
+
+    def cut(run, factor):
+        if run.step == step:
+            raise Killed
+        whole(run, factor)
+
+    monkeypatch.setattr(train_teacher.TeacherRun, "train_step", cut)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_killed_run_continues_as_if_nothing_had_been(tmp_path, capsys):
+    train_teacher.main(flags(tmp_path / "whole"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 3)
+        train_teacher.main(flags(tmp_path / "cut"))
+    assert [path.name for path in (tmp_path / "cut.state").iterdir()] == ["checkpoint-2"]
+    assert not (tmp_path / "cut").exists()
+    with pytest.raises(SystemExit):  # neither lost nor overwritten by a new start
+        train_teacher.main(flags(tmp_path / "cut"))
+    with pytest.raises(SystemExit):
+        train_teacher.main(flags(tmp_path / "cut", "--seed", "5", "--resume_from_checkpoint"))
+    assert "'seed': 5" in capsys.readouterr().err
+    train_teacher.main(flags(tmp_path / "cut", "--resume_from_checkpoint"))
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "cut"}
+
+
+def test_a_run_killed_while_it_is_judged_is_judged_again(tmp_path, monkeypatch):
+    def fail(*args):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(metrics, "judge", fail)
+        train_teacher.main(flags(tmp_path / "run", steps=1))
+    assert not (tmp_path / "run" / "teacher.json").exists()
+    kill_at(monkeypatch, 1)  # no step more
+    train_teacher.main(flags(tmp_path / "run", "--resume_from_checkpoint", steps=1))
+    assert (tmp_path / "run" / "teacher.json").is_file() and not (tmp_path / "run.state").exists()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_folder_holds_a_pipeline_and_its_metrics(tmp_path, world, capsys):
+    train_teacher.main(flags(tmp_path / "run", world=world, steps=1))
+    written = json.loads((tmp_path / "run" / "teacher.json").read_text())
+    assert json.loads(capsys.readouterr().out.split("\n", 1)[1]) == written
+    assert written["videos"] == 3 and written["run"] == {"world": world, "steps": 1, "batch": 2, "seed": 0}
+    assert 0 <= written["good"] <= 1 and ("camera" in written) == (world != "small")
+    pipeline = load_pipeline(tmp_path / "run")
+    assert pipeline.transformer.config.num_layers == 1
+    assert pipeline.tokenizer.model_max_length == teacher.SETTINGS[world].text_length
+    assert pipeline.scheduler.config.shift == teacher.SETTINGS[world].flow_shift
+
+
+def test_the_clock_ends_a_run_and_moves_its_learning_rate(tmp_path, monkeypatch):
+    now, factors = iter(range(0, 1000, 10)), []
+    monkeypatch.setattr(train_teacher, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(train_teacher.TeacherRun, "train_step", lambda run, factor: factors.append(factor))
+    run = train_teacher.TeacherRun(WORLDS["small"], 1000, 2, 0, "cpu")
+    run.train(tmp_path / "state", 1000, max_minutes=1.0)  # ten seconds a step
+    assert run.step == 6 and run.seconds == 60
+    rates = [factor / ((step + 1) / 40) for step, factor in enumerate(factors)]  # without the warm-up
+    assert rates == sorted(rates, reverse=True) and rates[0] == pytest.approx(1) and rates[-1] < 0.1
+
+
+def test_existing_folders_are_kept(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    for more in ([], ["--overwrite"], ["--resume_from_checkpoint"]):
+        with pytest.raises(SystemExit):
+            train_teacher.main(flags(tmp_path / "mine", *more))
+        assert "exists" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "file").read_text() == "mine"
+
+
+def test_teachers_of_other_worlds_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_teacher.main(flags(tmp_path / "run", "--init_from", str(teacher.FOLDER)))
+    assert "no teacher of the middle world" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
