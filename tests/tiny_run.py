@@ -37,7 +37,7 @@ def tiny_config(output_dir, **overrides) -> TrainConfig:
         "warmup": {"max_train_steps": 4, "batch_size": 2},
         "sensitivity": {"num_states": 6, "batch_size": 4},
         "selection": {"max_train_steps": 5, "num_linear_layers": 2, "objective": "hybrid"},
-        "objective": {"mse_steps": 1},
+        "objective": {"name": "hybrid", "mse_steps": 1},
         "optimizer": {"lr_scheduler": "cosine", "lr_warmup_steps": 1},
     }
     return from_dict({**values, **overrides})

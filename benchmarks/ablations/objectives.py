@@ -37,6 +37,7 @@ class AblationStep(GradientStep):
             self.score_optimizer = torch.optim.AdamW(
                 self.score_net.parameters(), lr=self.config.optimizer.learning_rate, weight_decay=0.0
             )
+        self.sigmas = arguments[4][1]  # of the sampler's grid
         if kind == "adm_score_net":
             self.lanes = RecordingLanes(self.lanes, self.store)
 
@@ -93,7 +94,7 @@ class AblationStep(GradientStep):
 
     def _noised(self, clean: torch.Tensor, draws: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """(x_t, t) of each sample at a t drawn from the grid, its ends left out."""
-        grid = self.lanes.sigmas[1:-1]
+        grid = self.sigmas[1:-1]
         t = grid[torch.randint(len(grid), (len(clean),), generator=draws)].to(clean.device)
         noise = torch.randn(clean.shape, generator=draws).to(clean.device)
         return (1 - like(t, clean)) * clean + like(t, clean) * noise, t
@@ -112,7 +113,7 @@ class AblationStep(GradientStep):
         """Teacher states with P(step) in proportion to the t that the step covers."""
         draws = generator(self.config.seed, self.stage, "uniform t", draw)
         count, kept = self.config.train_batch_size, self.store.request["states_per_trajectory"]
-        step = torch.multinomial(-self.lanes.sigmas.diff(), count, replacement=True, generator=draws)
+        step = torch.multinomial(-self.sigmas.diff(), count, replacement=True, generator=draws)
         trajectory = torch.randint(self.store.request["num_trajectories"], (count,), generator=draws)
         return self.store.batch((trajectory * kept + step).tolist(), self.prompts, self.student.device)
 

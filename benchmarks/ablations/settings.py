@@ -61,6 +61,11 @@ def _second(label: str, changes: dict[str, Any], **more: Any) -> Setting:
     )
 
 
+def _hybrid(label: str, **changes: Any) -> Setting:
+    changes = {"name": "hybrid"} | changes
+    return Setting(f"hybrid, {label}", ("t law",), {f"objective.{k}": v for k, v in changes.items()})
+
+
 def _selection(label: str, **changes: Any) -> Setting:
     return Setting(label, ("selection",), {f"selection.{k}": v for k, v in changes.items()}, "sensitivity")
 
@@ -79,7 +84,6 @@ SETTINGS = {
     for setting in (
         DEFAULT,
         Setting("no fine-tuning", ("objective",), {"max_train_steps": 0}),
-        _objective("MSE, teacher states", "mse"),
         _objective("MSE, own states", "own_mse"),
         _objective("ADM, small step", "adm"),
         _objective("ADM, one sampler step", "adm_step"),
@@ -88,17 +92,18 @@ SETTINGS = {
         _objective("ADM, re-noised", "own_mse", objective="adm_renoise"),
         _objective("ADM, score network", "own_mse", objective="adm_score_net"),
         _objective("DMD", "own_mse", objective="dmd"),
+        _objective("hybrid", "hybrid"),
         _objective("hybrid, ADM in the last fifth", "hybrid", {"objective.mse_steps": 0.8}),
         _objective("hybrid, own-state MSE for ADM", "hybrid", objective="own_mse_for_adm"),
         _objective("ADM, small step, learning rate / 4", "adm", {"optimizer.learning_rate": 2.5e-4}),
         Setting("every second", ("objective, every second layer", "layers"), after="sensitivity", layers="spread"),
         _second("no fine-tuning", {"max_train_steps": 0}),
-        _second("MSE, teacher states", {"objective.name": "mse"}),
         _second("MSE, own states", {"objective.name": "own_mse"}),
         _second("ADM, small step", {"objective.name": "adm"}),
         _second("ADM, one sampler step", {"objective.name": "adm_step"}),
-        _second("hybrid, ADM in the last fifth", {"objective.mse_steps": 0.8}),
-        _second("hybrid, own-state MSE for ADM", {}, objective="own_mse_for_adm"),
+        _second("hybrid", {"objective.name": "hybrid"}),
+        _second("hybrid, ADM in the last fifth", {"objective.name": "hybrid", "objective.mse_steps": 0.8}),
+        _second("hybrid, own-state MSE for ADM", {"objective.name": "hybrid"}, objective="own_mse_for_adm"),
         Setting("lowest sensitivity", ("layers",), {"selection.method": "sensitivity"}, "sensitivity"),
         Setting("first half", ("layers",), after="sensitivity", layers="first"),
         Setting("last half", ("layers",), after="sensitivity", layers="last"),
@@ -127,10 +132,10 @@ SETTINGS = {
         _branch("hedgehog, no warm-up", warmup__max_train_steps=0),
         _branch("hedgehog, no warm-up, RoPE after the map", "rope_after", warmup__max_train_steps=0),
         Setting("t uniform in the MSE", ("t law",), objective="uniform_t"),
-        Setting("ADM weight (1 - t) / t up to 5", ("t law",), {"objective.weight": "score"}),
-        Setting("the same up to 1", ("t law",), {"objective.weight": "score", "objective.weight_clip": 1.0}),
-        Setting("ADM step up to 0.01", ("t law",), {"objective.max_dt": 0.01}),
-        Setting("ADM step up to 0.1", ("t law",), {"objective.max_dt": 0.1}),
+        _hybrid("weight (1 - t) / t up to 5", weight="score"),
+        _hybrid("weight (1 - t) / t up to 1", weight="score", weight_clip=1.0),
+        _hybrid("ADM step up to 0.01", max_dt=0.01),
+        _hybrid("ADM step up to 0.1", max_dt=0.1),
         Setting("LoRA of rank 16", ("weights",), {"optimizer.learning_rate": 5e-3}, variant="lora"),
     )
 }
@@ -139,8 +144,8 @@ GROUPS = tuple(dict.fromkeys(group for setting in SETTINGS.values() for group in
 # about an hour on two CPU cores
 CORE = (
     *(name for name, setting in SETTINGS.items() if {"default", "objective", "layers"} & set(setting.groups)),
-    *("every second, no fine-tuning", "every second, MSE, teacher states", "every second, MSE, own states"),
-    *("every second, ADM, small step", "every second, hybrid, ADM in the last fifth"),
+    *("every second, no fine-tuning", "every second, MSE, own states", "every second, ADM, small step"),
+    *("every second, hybrid", "every second, hybrid, ADM in the last fifth"),
     *("every second, hybrid, own-state MSE for ADM", "no L_reg", "rounded count, the paper's weights", "elu"),
     *("75.0% linear", "100.0% linear"),
 )

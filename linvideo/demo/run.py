@@ -22,7 +22,6 @@ from linvideo.evaluation.latency import attention_latency, device_name
 from linvideo.models import convert, load_pipeline, new_folder
 from linvideo.training import TrainConfig, Trainer
 from linvideo.training.devices import check_device
-from linvideo.training.objectives import ObjectiveConfig
 from linvideo.training.sensitivity import SensitivityConfig
 from linvideo.training.trajectories import TrajectoryConfig
 
@@ -152,5 +151,4 @@ def demo_config(output_dir: Path, seed: int) -> TrainConfig:
             batch_size=16,
         ),
         sensitivity=SensitivityConfig(num_states=96),
-        objective=ObjectiveConfig(name="hybrid", mse_steps=100),
     )

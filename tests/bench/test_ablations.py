@@ -149,7 +149,7 @@ def test_the_teachers_samples_stand_in_at_first(tmp_path):
 
 
 def test_uniform_t_draws_a_step_as_often_as_it_covers_t(tmp_path):
-    step = toy_step(tmp_path, "uniform_t", "hybrid")
+    step = toy_step(tmp_path, "uniform_t", "mse")
     t = torch.cat([step._uniform_t(draw).t for draw in range(500)])
     share = [(t - sigma).abs().lt(1e-3).float().mean().item() for sigma in (1.0, 0.8, 0.5, 0.2)]
     assert share == pytest.approx([0.2, 0.3, 0.3, 0.2], abs=0.04)
