@@ -128,7 +128,7 @@ class Bench:
             *path, last = name.split(".")
             for key in path:
                 section = section[key]
-            section[last] = value
+            section[last] = value * section[last] if name == "optimizer.learning_rate" else value
         objective = values["objective"]
         if isinstance(objective["mse_steps"], float):
             objective["mse_steps"] = round(objective["mse_steps"] * suite.budget)
