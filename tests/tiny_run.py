@@ -58,8 +58,8 @@ def die(*_):
 def die_at(stage: str, step: int) -> None:
     """Kill this process when the run reaches `step` of `stage`, at the worst moment we know of."""
     if stage == "trajectories":  # shard `step` is on disk, the manifest does not know it yet
-        original, calls = store._crc32, []
-        store._crc32 = lambda path: die() if len(calls) == step else (calls.append(path), original(path))[1]
+        original, calls = store.crc32, []
+        store.crc32 = lambda path: die() if len(calls) == step else (calls.append(path), original(path))[1]
     elif stage == "checkpoint":  # the `step`-th checkpoint has its tensors but not its state.json
         original_text, written = checkpoint.write_text, []
         checkpoint.write_text = lambda path, text: (

@@ -2,7 +2,7 @@
 
 Optimizer, schedule, EMA, lanes and random state are ordinary nested state dicts. Their tensors go to
 state.safetensors, what is left, with a reference in each tensor's place, to state.json: a checkpoint can hold data
-only, never code.
+only, never code. state.json also has the other files' checksums.
 """
 
 import json
@@ -16,9 +16,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from linvideo.training.files import TEMPORARY, read_json, write_safetensors, write_text
+from linvideo.training.files import TEMPORARY, crc32, read_json, write_safetensors, write_text
 
-FORMAT = 1
+FORMAT = 2
+FILES = ("model.safetensors", "state.safetensors")
 _OLD = TEMPORARY + "old-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -32,16 +33,26 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 def save_checkpoint(
     output_dir: str | Path, step: int, model: dict[str, torch.Tensor], state: dict[str, Any], limit: int | None = None
 ) -> Path:
-    """Write checkpoint-<step> and delete the oldest ones beyond `limit` (checkpoints_total_limit; None keeps all)."""
+    """Write checkpoint-<step> and delete the oldest ones beyond `limit` (checkpoints_total_limit; None keeps all).
+
+    Raises:
+        OSError: it cannot be written (a full disk); the earlier ones are as they were.
+    """
     target = Path(output_dir) / f"checkpoint-{step}"
     new, old = target.with_name(TEMPORARY + target.name), target.with_name(_OLD + target.name)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     tensors: dict[str, torch.Tensor] = {}
     plain = _strip(state, "", tensors)
-    write_safetensors(new / "model.safetensors", model)
-    write_safetensors(new / "state.safetensors", tensors)
-    write_text(new / "state.json", json.dumps({"format": FORMAT, "step": step, "state": plain}))
+    try:
+        for name, content in zip(FILES, (model, tensors), strict=True):
+            write_safetensors(new / name, content)
+        checksums = {name: crc32(new / name) for name in FILES}
+        content = {"format": FORMAT, "step": step, "checksums": checksums, "state": plain}
+        write_text(new / "state.json", json.dumps(content))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise OSError(f"cannot write {target}, the earlier checkpoints are untouched: {error}") from error
     if target.exists():
         os.rename(target, old)
     os.rename(new, target)
@@ -82,7 +93,10 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a linvideo checkpoint of format {FORMAT}")
     try:
-        model, tensors = load_file(path / "model.safetensors"), load_file(path / "state.safetensors")
+        for name in FILES:
+            if crc32(path / name) != content["checksums"][name]:
+                raise ValueError(f"{name} has another checksum than when it was written")
+        model, tensors = (load_file(path / name) for name in FILES)
         return model, _fill(content["state"], tensors)
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint {path} is damaged: {error}") from None

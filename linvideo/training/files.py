@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,12 @@ def write_safetensors(
     # contiguous().clone() only where needed: safetensors refuses views that share storage
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
     os.replace(temporary, path)
+
+
+def crc32(path: str | Path) -> int:
+    """Checksum of a file's content."""
+    value = 0
+    with Path(path).open("rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value

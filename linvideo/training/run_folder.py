@@ -16,8 +16,9 @@ FILES = ("config.yaml", "metrics.jsonl", "selection.json", FEATURE_MAPS, PROMPT_
 FOLDERS = ("trajectories", "pipeline", "logs")
 
 
-def check(config: TrainConfig) -> Path | None:
-    """The checkpoint to continue from, if any; nothing is written, but leftovers of a kill are tidied up.
+def check(config: TrainConfig) -> list[Path]:
+    """The checkpoints to continue from, the first that is whole; nothing is written, but leftovers of a kill are tidied
+    up.
 
     Raises:
         ValueError: output_dir is in use, or there is nothing to continue.
@@ -32,18 +33,18 @@ def check(config: TrainConfig) -> Path | None:
                 f"output_dir {folder} is not empty; choose another folder, --overwrite_output_dir true or"
                 " --resume_from_checkpoint latest"
             )
-        return None
+        return []
     if resume != "latest":
         if not (Path(resume) / "state.json").is_file():
             raise ValueError(f"resume_from_checkpoint must be latest or a checkpoint folder, got {resume}")
         if Path(resume).resolve().parent != folder.resolve():
             raise ValueError(f"resume_from_checkpoint must be a checkpoint in output_dir {folder}, got {resume}")
         remove_leftovers(folder)
-        return Path(resume)
+        return [Path(resume)]
     if content and not {"config.yaml", "trajectories"} & set(content):
         raise ValueError(f"output_dir {folder} holds no training run to continue")
     remove_leftovers(folder)
-    return (list_checkpoints(folder) or [None])[-1]
+    return list_checkpoints(folder)[::-1]
 
 
 def clear(folder: str | Path) -> None:

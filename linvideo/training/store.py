@@ -9,7 +9,6 @@ interrupted collection loses at most the shard it was in. u is stored, not deriv
 with an error of several per cent.
 """
 
-import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from linvideo.training.files import read_json, write_json, write_safetensors
+from linvideo.training.files import crc32, read_json, write_json, write_safetensors
 from linvideo.training.flow import NUM_TRAIN_TIMESTEPS
 from linvideo.training.prompts import PromptEmbeddings
 from linvideo.training.seeding import draw_indices
@@ -110,7 +109,7 @@ class TrajectoryStore:
     def write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
         file = self._file(number)
         write_safetensors(file, {key: tensors[key] for key in KEYS})
-        self.shards[str(number)] = {"file": file.name, "bytes": file.stat().st_size, "crc32": _crc32(file)}
+        self.shards[str(number)] = {"file": file.name, "bytes": file.stat().st_size, "crc32": crc32(file)}
         self._write_manifest()
 
     def verify(self) -> None:
@@ -120,7 +119,7 @@ class TrajectoryStore:
             ValueError: naming the first damaged shard.
         """
         for name, entry in self.shards.items():
-            if _crc32(self._file(int(name))) != entry["crc32"]:
+            if crc32(self._file(int(name))) != entry["crc32"]:
                 raise ValueError(f"{self._damaged(name)} another checksum than the manifest")
 
     def batch(self, indices: list[int], prompts: PromptEmbeddings, device: torch.device | str = "cpu") -> StateBatch:
@@ -155,14 +154,6 @@ class TrajectoryStore:
 
     def _write_manifest(self) -> None:
         write_json(self.path / "manifest.json", {"format": FORMAT, "request": self.request, "shards": self.shards})
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return value
 
 
 def _difference(stored: dict, wanted: dict) -> str:

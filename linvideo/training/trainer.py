@@ -7,6 +7,9 @@ uninterrupted one would have done.
 
 import copy
 import math
+import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +48,13 @@ class TrainingDiverged(RuntimeError):
     """Too many steps had a non-finite loss or gradient."""
 
 
+class TrainingStopped(RuntimeError):
+    """SIGTERM came, as schedulers send it before they take a machine away."""
+
+    def __init__(self, when: str):
+        super().__init__(f"stopped by SIGTERM {when}; continue with --resume_from_checkpoint latest")
+
+
 @dataclass
 class TrainResult:
     """What a run made.
@@ -80,7 +90,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, teacher_pipeline: Any = None, prompts: list[str] | None = None):
         self.config, self.output_dir = config, Path(config.output_dir)
-        self.checkpoint = run_folder.check(config)
+        self.checkpoints = run_folder.check(config)
         self.captions = read_prompts(config.prompts.prompts_file) if prompts is None else list(prompts)
         if not self.captions:
             raise ValueError("expected at least one prompt, got none")
@@ -99,6 +109,7 @@ class Trainer:
         self.grid = sampler_grid(self.pipeline.scheduler, config.trajectories.num_inference_steps)
 
         self.stage, self.stage_step, self.global_step, self.nonfinite = STAGES[0], 0, 0, 0
+        self.in_step = self.stop = False
         self.results: dict[str, Any] = {"seconds": {}}  # of finished stages; plain values
         self.components: dict[str, Any] = {}  # what the current stage adds to a checkpoint
         self.restored: dict[str, Any] = {}  # their state in the checkpoint we continue from
@@ -110,10 +121,16 @@ class Trainer:
             ValueError: the trajectories there belong to another request, or the checkpoint to another config; or no
             learned r fell below 0.5 with selection.rounding "threshold".
             TrainingDiverged: see config.max_nonfinite_steps.
+            TrainingStopped: SIGTERM came; between two optimizer steps a checkpoint was saved first.
+            OSError: a checkpoint could not be written, say on a full disk; the earlier ones are untouched.
         """
+        with self._stoppable():
+            return self._train()
+
+    def _train(self) -> TrainResult:
         config = self.config
         torch.manual_seed(config.seed)  # nothing here draws from it; a model with dropout would
-        saved = None if self.checkpoint is None else load_checkpoint(self.checkpoint)
+        saved = self._load_newest()
         if saved is not None:
             config.check_continues(saved[1]["config"], "linear_layers" in saved[1]["results"])
         if config.overwrite_output_dir:
@@ -320,9 +337,14 @@ class Trainer:
         for step in self.bar:
             self.global_step += 1
             self.stage_step = step + 1
+            self.in_step = True
             yield step
-            if self.global_step % self.config.checkpointing_steps == 0 and self.stage_step < count:
+            stop = self.stop
+            if stop or (self.global_step % self.config.checkpointing_steps == 0 and self.stage_step < count):
                 self._save()
+            self.in_step = False
+            if stop:  # a signal since then waits for the next step
+                raise TrainingStopped(f"after step {self.stage_step} of {self.stage}, which is saved")
 
     def _report(self, **values: Any) -> None:
         kept = {name: value for name, value in values.items() if not isinstance(value, float) or math.isfinite(value)}
@@ -349,6 +371,8 @@ class Trainer:
         if self.stage != STAGES[-1]:
             self.stage = STAGES[STAGES.index(self.stage) + 1]
             self._save()
+        if self.stop:
+            raise TrainingStopped("at the end of a stage, which is saved")
 
     def _save(self) -> None:
         state = {
@@ -364,6 +388,17 @@ class Trainer:
         limit = self.config.checkpoints_total_limit
         save_checkpoint(self.output_dir, self.global_step, self.student.state_dict(), state, limit)
 
+    def _load_newest(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The newest checkpoint that is whole; those passed over are named."""
+        for number, path in enumerate(self.checkpoints, 1):
+            try:
+                return load_checkpoint(path)
+            except ValueError as error:
+                if number == len(self.checkpoints):
+                    raise
+                print(f"{error}; continuing from the one before it", file=sys.stderr)
+        return None
+
     def _restore(self, model: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         self.stage, self.stage_step = state["stage"], state["stage_step"]
         self.global_step, self.nonfinite = state["global_step"], state["nonfinite"]
@@ -372,6 +407,24 @@ class Trainer:
             finalize(self.student, self.results["linear_layers"])
         self.student.load_state_dict(model)
         set_random_state(state["random"], self.device)
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """SIGTERM waits for the end of an optimizer step; elsewhere everything worth keeping is on disk already."""
+
+        def terminate(*_):
+            self.stop = True
+            if not self.in_step:
+                raise TrainingStopped("between the steps")
+
+        if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, terminate)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """A run killed with SIGKILL and continued gives the weights of an uninterrupted one, bit for bit."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,8 +15,10 @@ import yaml
 from safetensors.torch import load_file
 from tiny_run import run
 
-from linvideo.training import Trainer, read_metrics
+from linvideo.training import Trainer, checkpoint, metrics, read_metrics
+from linvideo.training import trainer as trainer_module
 from linvideo.training.checkpoint import list_checkpoints, load_checkpoint
+from linvideo.training.trainer import TrainingStopped
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,3 +124,103 @@ def test_resume_refuses_another_config(tmp_path, uninterrupted):
         run(uninterrupted, resume_from_checkpoint="latest", optimizer=changed)
     assert sorted(path.name for path in uninterrupted.iterdir()) == before
     assert yaml.safe_load((uninterrupted / "config.yaml").read_text())["optimizer"]["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize("stage, step", [("warmup", 1), ("selection", 5), ("finetune", 3), ("finetune", 6)])
+def test_sigterm_saves_the_step_and_ends_the_run(stage, step, tmp_path, uninterrupted, monkeypatch):
+    write = metrics.MetricsLog.write
+
+    def write_and_terminate(log, row):
+        write(log, row)
+        if (row["stage"], row["stage_step"]) == (stage, step):
+            signal.raise_signal(signal.SIGTERM)
+
+    folder, before = tmp_path / "run", signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.MetricsLog, "write", write_and_terminate)
+        with pytest.raises(TrainingStopped, match=f"after step {step} of {stage}, which is saved"):
+            run(folder)
+    assert signal.getsignal(signal.SIGTERM) == before
+    state = load_checkpoint(list_checkpoints(folder)[-1])[1]
+    assert (state["stage"], state["stage_step"]) == (stage, step)
+    run(folder, resume_from_checkpoint="latest")
+    assert_same_run(folder, uninterrupted)
+
+
+def test_sigterm_outside_of_steps_ends_the_run_at_once(tmp_path, uninterrupted, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "collect", lambda *_: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(TrainingStopped, match="between the steps"):
+            run(folder)
+    run(folder, resume_from_checkpoint="latest")
+    assert_same_run(folder, uninterrupted)
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "altered":  # one bit of a tensor, which no format would notice
+        path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "altered", "missing"])
+@pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors"])
+def test_a_damaged_checkpoint_is_passed_over(how, name, tmp_path, uninterrupted, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    newest = list_checkpoints(folder)[-1]
+    damage(newest / name, how)
+    run(folder, resume_from_checkpoint="latest")
+    assert f"the checkpoint {newest} is damaged" in capsys.readouterr().err
+    assert_same_run(folder, uninterrupted)
+    assert load_checkpoint(newest)  # written anew
+
+
+def test_a_half_written_state_is_passed_over(tmp_path, uninterrupted, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    damage(list_checkpoints(folder)[-1] / "state.json", "truncated")
+    run(folder, resume_from_checkpoint="latest")
+    assert "continuing from the one before it" in capsys.readouterr().err
+    assert_same_run(folder, uninterrupted)
+
+
+def test_nothing_is_trained_when_every_checkpoint_is_damaged(tmp_path, uninterrupted):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    for path in list_checkpoints(folder):
+        damage(path / "model.safetensors", "truncated")
+    with pytest.raises(ValueError, match="checkpoint-2 is damaged"):
+        run(folder, resume_from_checkpoint="latest")
+
+
+def test_a_named_checkpoint_that_is_damaged_is_an_error(tmp_path, uninterrupted):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    damage(folder / "checkpoint-8" / "model.safetensors", "altered")
+    with pytest.raises(ValueError, match="checkpoint-8 is damaged: model.safetensors has another checksum"):
+        run(folder, resume_from_checkpoint=str(folder / "checkpoint-8"))
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, uninterrupted, monkeypatch):
+    folder, write = tmp_path / "run", checkpoint.write_safetensors
+
+    def full(path, tensors):
+        if path.parent.name.endswith("checkpoint-8"):
+            path.parent.mkdir(parents=True)
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_safetensors", full)
+        with pytest.raises(OSError, match="cannot write .*checkpoint-8, the earlier checkpoints .* No space left"):
+            run(folder)
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert not list(folder.glob(".tmp-*"))
+    run(folder, resume_from_checkpoint="latest")
+    assert_same_run(folder, uninterrupted)
