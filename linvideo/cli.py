@@ -43,6 +43,26 @@ def train(argv: list[str]) -> None:
     print(f"linear layers: {result.layers_linear}; saved the converted pipeline to {result.pipeline_path}")
 
 
+def plan(args: argparse.Namespace) -> None:
+    import json
+
+    from linvideo.planning.plan import make_plan
+    from linvideo.planning.report import text
+    from linvideo.planning.sizes import read_sizes
+    from linvideo.training import load_config
+
+    video = {f"--trajectories.{name}": getattr(args, name) for name in ("height", "width", "num_frames")}
+    video = [word for name, value in video.items() if value is not None for word in (name, str(value))]
+    # nothing trains here: any folder will do, and the device may be elsewhere
+    config = load_config(["--output_dir", "run", *args.train_options, *video, "--device", "cpu"])
+    model = args.model or config.pretrained_model_name_or_path
+    if model is None:
+        raise ValueError("plan needs --model, a known name, pipeline folder or Hub id, got none")
+    sizes = read_sizes(model, config.trajectories)
+    result = make_plan(sizes, config, args.gpus, args.gpu_memory, args.lora, args.critic, args.forward_seconds)
+    print(json.dumps(result, indent=2) if args.json else text(result))
+
+
 def generate(args: argparse.Namespace) -> None:
     import torch
 
@@ -222,6 +242,21 @@ def make_parser() -> argparse.ArgumentParser:
 
     command("train", train, "selective transfer and fine-tuning from a config: --config FILE, --section.key VALUE")
 
+    sub = command(
+        "plan", plan, "memory, disk and pace of a training run before it starts; takes linvideo train's options too"
+    )
+    sub.add_argument(
+        "--model", help="wan2.1-1.3b, wan2.1-14b, a stock pipeline folder or a Hub id; default: the config's"
+    )
+    sub.add_argument("--gpus", type=int, default=1)
+    sub.add_argument("--gpu_memory", type=float, default=80.0, help="of one GPU, in GB of 10^9 bytes")
+    for name in ("height", "width", "num_frames"):
+        sub.add_argument(f"--{name}", type=int, help="default: the config's")
+    sub.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank in place of all weights")
+    sub.add_argument("--critic", action="store_true", help="with a fake-score network, as for distillation")
+    sub.add_argument("--forward_seconds", type=float, help="of the teacher with one video on one GPU, as measured")
+    sub.add_argument("--json", action="store_true", help="print the plan as JSON")
+
     sub = command("generate", generate, "make a video with a pipeline, converted or stock")
     add_model(sub)
     sub.add_argument("--prompt", required=True)
@@ -264,7 +299,10 @@ def main(argv: list[str] | None = None) -> int:
         if argv[:1] == ["train"]:
             train(argv[1:])  # its flags are the config's own; jsonargparse reads them
             return 0
-        args = make_parser().parse_args(argv)
+        parser = make_parser()
+        args, args.train_options = parser.parse_known_args(argv)
+        if args.train_options and args.run is not plan:
+            parser.error(f"unrecognized arguments: {' '.join(args.train_options)}")
         if hasattr(args, "device"):
             args.device = choose_device(args.device)
         return args.run(args) or 0

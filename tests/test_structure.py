@@ -24,6 +24,7 @@ RANK = {
     "linvideo.models": 3,
     "linvideo.training": 4,
     "linvideo.evaluation": 5,
+    "linvideo.planning": 5,
     "linvideo.demo": 6,
     "linvideo.cli": 7,
     "linvideo.__main__": 8,

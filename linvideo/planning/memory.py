@@ -1,0 +1,219 @@
+"""Bytes on one GPU in each stage of a training run, by part. Everything is derived from sizes; nothing is measured.
+
+Activations are what autograd keeps: the tensors that the operations of diffusers' WanTransformerBlock and of linvideo's
+attention save on CUDA (PyTorch 2.13's autocast lists, fused RMSNorm, a flash-attention backend, our kernels). Kernels'
+own scratch memory, fragmentation and the CUDA context are not in here: the plan keeps a reserve for them.
+
+    B samples, N tokens of one (of a rank under context parallelism), T text tokens, C = H D channels, F of the MLP
+"""
+
+from dataclasses import dataclass
+from math import ceil, prod
+
+from linvideo.ops.reference import WEIGHTED_MAPS
+from linvideo.planning.sizes import TEXT_TOKENS, Sizes
+from linvideo.training.config import TrainConfig
+
+FP32, BF16 = 4, 2
+TRAINING = ("mixed stage", "fine-tuning")
+STAGES = ("trajectories", "warm-up", "sensitivity", *TRAINING)
+ACTIVATIONS, COPIES, WORKING = "saved for the backward", "bf16 copies, gathered blocks", "working space"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is laid out on the GPUs; the defaults are what `linvideo train` does without options.
+
+    Args:
+        gpus: all of them. context_parallel: GPUs that share a sample's tokens; the others hold other samples.
+        sharded: FSDP2 over all GPUs, of everything that is trained and of the frozen models.
+        micro_batch: samples per forward. accumulation: forwards per optimizer step.
+        autocast: mixed_precision bf16. lora: rank of adapters on the attention projections of a frozen bf16 student;
+            feature maps and r still train. critic: a fake-score network for distillation, trained beside the student.
+        forward_batch: samples per forward in the stages without a backward through the model, in STAGES' order.
+    """
+
+    gpus: int = 1
+    context_parallel: int = 1
+    sharded: bool = False
+    gradient_checkpointing: bool = False
+    micro_batch: int = 1
+    accumulation: int = 1
+    autocast: bool = False
+    lora: int | None = None
+    critic: bool = False
+    forward_batch: tuple[int, int, int] = (1, 1, 1)
+
+
+def block_activations(
+    sizes: Sizes, kind: str, batch: int, tokens: int, text: int, autocast: bool, weighted: bool
+) -> int:
+    """Bytes one block saves; kind is its self-attention, "softmax", "linear" or "mixed"; weighted: F = 2D features."""
+    heads, dim = sizes.config.num_attention_heads, sizes.config.attention_head_dim
+    e = BF16 if autocast else FP32  # what Linear and attention compute in; norms, gates and RMSNorm are fp32
+    rows, words = batch * tokens * sizes.width, batch * text * sizes.width
+    row, log_sum = batch * tokens * FP32, batch * heads * tokens * FP32  # a number a row; the log-sum-exp of softmax
+    modulation = batch * sizes.width * FP32
+    # norm1, norm3: input, output (for the scale), mean, 1/std, 1 + scale; each gate: its input, and once all six
+    total = 2 * (2 * FP32 * rows + 2 * row + modulation) + (e + FP32) * rows + 6 * modulation
+    if sizes.config.cross_attn_norm:  # affine, without a scale
+        total += FP32 * rows + 2 * row
+    # norm_q, norm_k of self-attention and norm_q of cross-attention: input and 1/rms; norm_k there, of the text
+    total += 3 * (FP32 * rows + row) + FP32 * words + batch * text * FP32
+    # inputs of to_q/k/v (one tensor), of the cross-attention's to_q, of the MLP; in the MLP, GELU's input and output
+    total += e * (3 * rows + 2 * batch * tokens * sizes.config.ffn_dim)
+    # Self-attention: q, k, v, out and to_out's input. Outside autocast out is to_out's input; under it RMSNorm gives
+    # fp32, so that out becomes fp32 and is cast again, and a mixed layer's q and k are cast once for each branch.
+    # linear: turned q and k, v, and out, which only to_out keeps.
+    attention = {"softmax": 5, "linear": 4, "mixed": 7} if autocast else {"softmax": 4, "linear": 4, "mixed": 5}
+    total += e * attention[kind] * rows + FP32 * tokens * dim  # the tables of cos and sin
+    if kind != "linear":
+        total += log_sum
+    if kind != "softmax":  # S [F, D] and z [F] of each head; r and softmax_out are there already
+        total += FP32 * batch * heads * (2 if weighted else 1) * dim * (dim + 1)
+    # Cross-attention: q, out (and to_out's input), k and v of the text
+    return total + e * ((3 if autocast else 2) * rows + 2 * words) + log_sum
+
+
+def outer_activations(sizes: Sizes, batch: int, tokens: int, text: int, autocast: bool) -> int:
+    """What the rest saves: latents, the text's two Linears, head (norm with scale, proj_out), the blocks' text."""
+    e, rows = (BF16 if autocast else FP32), batch * tokens * sizes.width
+    words, latents = batch * text * sizes.width, batch * prod(sizes.latents)
+    head = 2 * FP32 * rows + 2 * FP32 * batch * tokens + e * rows
+    return head + e * (latents + batch * text * sizes.config.text_dim + 3 * words) + FP32 * latents
+
+
+def forward_working(sizes: Sizes, batch: int, tokens: int, e: int) -> int:
+    """The largest moment of a forward without gradient, GELU: its input, its output, four more rows, and the angles."""
+    rows, inner = batch * tokens * sizes.width, batch * tokens * sizes.config.ffn_dim
+    return e * (2 * inner + 4 * rows) + 2 * FP32 * tokens * sizes.config.attention_head_dim
+
+
+def backward_working(sizes: Sizes, batch: int, tokens: int, e: int) -> int:
+    """Beside what is saved: the gradient of the block's output, and four fp32 rows or GELU's gradient and one."""
+    rows, inner = batch * tokens * sizes.width, batch * tokens * sizes.config.ffn_dim
+    return FP32 * rows + max(4 * FP32 * rows, e * inner + FP32 * rows)
+
+
+def lora_parameters(sizes: Sizes, rank: int) -> int:
+    """Adapters on to_q, to_k, to_v and to_out.0 of both attentions of every block: [rank, C] and [C, rank] each."""
+    return sizes.config.num_layers * 8 * 2 * rank * sizes.width
+
+
+def stages(config: TrainConfig) -> list[str]:
+    """Those of STAGES that this run has."""
+    steps = (1, config.warmup.max_train_steps, config.sensitivity.num_states)
+    steps += (config.selection.max_train_steps * (config.selection.method == "learned"), config.max_train_steps)
+    return [stage for stage, count in zip(STAGES, steps, strict=True) if count]
+
+
+def checkpoints_midway(config: TrainConfig) -> bool:
+    """Whether the run may save a checkpoint within a stage, with the optimizer's state."""
+    steps = (config.warmup.max_train_steps, config.selection.max_train_steps, config.max_train_steps)
+    return config.checkpointing_steps < sum(steps)
+
+
+def layer_kinds(sizes: Sizes, config: TrainConfig, stage: str) -> dict[str, int]:
+    """Kind of self-attention -> how many layers train as it, in a stage of TRAINING."""
+    layers = sizes.config.num_layers
+    chosen = config.selection.target(layers)
+    if stage == "fine-tuning":
+        kinds = {"linear": chosen, "softmax": layers - chosen}
+    else:
+        mixed = layers if config.selection.layers is None else chosen
+        kinds = {"mixed": mixed, "softmax": layers - mixed}
+    return {kind: count for kind, count in kinds.items() if count}
+
+
+def stage_memory(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> dict[str, int]:
+    """Part -> bytes on each GPU at the stage's largest moment."""
+    parts, trained = held(sizes, config, layout, stage)
+    together = (parts | moment for moment in moments(sizes, config, layout, stage, trained))
+    largest = max(together, key=lambda each: sum(each.values()))
+    return {name: ceil(size) for name, size in largest.items()}
+
+
+def held(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> tuple[dict[str, float], float]:
+    """(part -> bytes that are there throughout the stage, parameters that AdamW steps), on each GPU."""
+    e, shards = BF16 if layout.autocast else FP32, layout.gpus if layout.sharded else 1
+    # a model loaded as bf16 keeps its norms and the time embedding in fp32; text encoder and VAE are wholly bf16
+    parts = {"frozen teacher": (e * sizes.parameters + (FP32 - e) * sizes.kept) / shards}
+    parts["text encoder and VAE"] = e * sizes.encoders
+    if stage == "trajectories":
+        return parts, 0
+    tuning = stage == "fine-tuning"
+    count = sum(n for kind, n in layer_kinds(sizes, config, stage).items() if kind != "softmax")
+    branches = count * sizes.branch(config.feature_map, mixed=not tuning) / shards
+    weights = (sizes.parameters if layout.lora is None else lora_parameters(sizes, layout.lora)) / shards
+    parts["student's weights, fp32"] = FP32 * weights
+    if layout.lora is not None:
+        parts["student's frozen base, bf16"] = BF16 * sizes.parameters / shards
+    # weight, gradient and Adam's two numbers; the sensitivity pass has the weight alone
+    parts["feature maps and r"] = (FP32 if stage == "sensitivity" else 4 * FP32) * branches
+    if stage not in TRAINING:
+        return parts, branches
+    parts |= {"gradients": FP32 * weights, "AdamW state": 2 * FP32 * weights}
+    if tuning and config.use_ema:
+        parts["EMA"] = FP32 * (weights + branches)
+    if layout.critic:
+        parts["critic, with its training"] = 4 * FP32 * sizes.parameters / shards
+    if (config.objective.name if tuning else config.selection.objective) != "mse":
+        parts["lanes"] = FP32 * layout.micro_batch * prod(sizes.latents)
+    return parts, weights + branches
+
+
+def moments(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str, trained: float) -> list[dict[str, float]]:
+    """Part -> bytes of what comes and goes, at each moment of the stage that may be its largest.
+
+    trained: parameters that AdamW steps on one GPU.
+    """
+    e, training = BF16 if layout.autocast else FP32, stage in TRAINING
+    batch = layout.micro_batch if training else layout.forward_batch[STAGES.index(stage)]
+    tokens = ceil(sizes.tokens / layout.context_parallel)
+    text = config.prompts.max_sequence_length or TEXT_TOKENS
+    # FSDP2 gathers each model's next block while one runs, and a block's gradient before it is scattered; without it
+    # autocast keeps a copy of every fp32 weight that it casts, in the backward those of the block at hand.
+    copies = block_copies = (2 * e * (2 + layout.critic) + FP32) * sizes.block if layout.sharded else 0
+    if not layout.sharded and layout.autocast and layout.lora is None and stage != "trajectories":
+        copies, block_copies = BF16 * sizes.cast, BF16 * sizes.block_cast
+    forward = forward_working(sizes, batch, tokens, e)
+    if not training:
+        if stage == "warm-up":  # a layer's two outputs, compared in fp32
+            forward += 2 * FP32 * batch * tokens * sizes.width
+        return [{COPIES: copies, WORKING: forward}]
+
+    arguments, weighted = (batch, tokens, text, layout.autocast), config.feature_map in WEIGHTED_MAPS
+    kinds = layer_kinds(sizes, config, stage)
+    blocks = {kind: block_activations(sizes, kind, *arguments, weighted) for kind in kinds}
+    outer, backward = outer_activations(sizes, *arguments), backward_working(sizes, batch, tokens, e)
+    others = [{WORKING: FP32 * trained}]  # the square roots in AdamW's step, of all parameters at once
+    # a checkpoint clones what the optimizer and EMA hold; the mixed model is judged as the sensitivity pass judges
+    if checkpoints_midway(config):
+        clones = 2 + (config.use_ema and stage == "fine-tuning")
+        others.append({"gradients": 0, WORKING: clones * FP32 * trained})
+    if stage == "mixed stage" and config.sensitivity.num_states:
+        judged = forward_working(sizes, layout.forward_batch[2], tokens, e)
+        others.append({"gradients": 0, COPIES: copies, WORKING: judged})
+    if not layout.gradient_checkpointing:
+        kept = outer + sum(count * blocks[kind] for kind, count in kinds.items())
+        return [{ACTIVATIONS: kept, COPIES: copies, WORKING: max(forward, backward)}, *others]
+    # the blocks' inputs; in the backward one block's activations at a time beside them
+    inputs = e * batch * tokens * sizes.width * sizes.config.num_layers
+    return [
+        {ACTIVATIONS: inputs + outer, COPIES: copies, WORKING: forward},
+        {ACTIVATIONS: inputs + max(blocks.values()), COPIES: block_copies, WORKING: backward},
+        *others,
+    ]
+
+
+def saved(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> int:
+    """The most that is saved for the backward at any moment of a stage of TRAINING."""
+    return max(moment.get(ACTIVATIONS, 0) for moment in moments(sizes, config, layout, stage, trained=0))
+
+
+def store_bytes(config: TrainConfig, sizes: Sizes) -> int:
+    """Of the trajectories on disk: x and u, a timestep (4 bytes) and a condition (1) a state, a prompt (8) a video.
+    Headers, under a kilobyte a file, and the manifest come on top."""
+    wanted = config.trajectories
+    state = 2 * prod(sizes.latents) * {"float32": FP32}.get(wanted.dtype, BF16) + 4 + 1
+    return wanted.num_trajectories * (wanted.states_per_trajectory * state + 8)

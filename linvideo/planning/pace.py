@@ -1,0 +1,65 @@
+"""How long a run takes, from measured times only: of one forward, given or in the repository's results, or of steps."""
+
+from pathlib import Path
+
+from linvideo.planning.memory import TRAINING, Layout, stages
+from linvideo.planning.sizes import KNOWN, Sizes
+from linvideo.training.config import TrainConfig
+from linvideo.training.files import read_json
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # there in a checkout only
+_STEPS = {
+    "selective transfer": "mse",
+    "ADM": "adm",
+}  # the train suite's steps: all layers mixed; the paper's number linear
+
+
+def read_results(folder: Path, sizes: Sizes) -> dict[str, dict]:
+    """What the newest results of a GPU have of this model and number of tokens in bf16, a video at a time: "forward",
+    "mse", "adm" -> {"seconds", "source"}."""
+    name = next((name for name, known in KNOWN.items() if known.items() <= vars(sizes.config).items()), None)
+    documents = [(read_json(path), path.name) for path in folder.glob("*.json")] if name else []
+    found = {}
+    for document, file in sorted(documents, key=lambda pair: pair[0]["environment"]["time"]):
+        source = f"{document['environment']['device']}, {file}"
+        for row in document["rows"] if document["environment"]["cuda"] else ():
+            same = (row.get("tokens"), row["dtype"]) == (sizes.tokens, "bfloat16")
+            if "ms" not in row or not same or not row["model"].startswith(name.removeprefix("wan2.1-")):
+                continue
+            whole = (row.get("linear_layers"), row.get("how"), row.get("compiled")) == (0, "whole", False)
+            step = _STEPS.get(row.get("step")) if row.get("attention") == "fused" else None
+            if key := "forward" if row["suite"] == "model" and whole else step:
+                found[key] = {"seconds": row["ms"][0] / 1000, "source": source}
+    return found
+
+
+def collection_hours(config: TrainConfig, measured: dict[str, dict]) -> float | None:
+    """Of one GPU, for all trajectories; None when a forward is not measured."""
+    wanted = config.trajectories
+    # guided: two forwards a step; unguided: states kept under the negative prompt take a second one
+    more = wanted.negative_probability * wanted.states_per_trajectory
+    forwards = wanted.num_inference_steps + (wanted.num_inference_steps if wanted.guidance_scale > 1 else more)
+    return wanted.num_trajectories * forwards * measured["forward"]["seconds"] / 3600 if "forward" in measured else None
+
+
+def steps_per_hour(config: TrainConfig, layout: Layout, measured: dict[str, dict]) -> dict[str, float | None]:
+    """Training stage -> optimizer steps an hour, without communication between GPUs; None where nothing is measured."""
+    rates = {}
+    for stage in [stage for stage in stages(config) if stage in TRAINING]:
+        name = config.objective.name if stage == "fine-tuning" else config.selection.objective
+        names = ("mse", "adm") if name == "hybrid" else (name,)  # in turn
+        seconds = [_sample_seconds(each, config, layout, measured) for each in names]
+        share = layout.micro_batch * layout.accumulation / layout.context_parallel / len(names)
+        rates[stage] = None if None in seconds else 3600 / (share * sum(seconds))
+    return rates
+
+
+def _sample_seconds(objective: str, config: TrainConfig, layout: Layout, measured: dict[str, dict]) -> float | None:
+    """As measured, else an estimate in forwards of the teacher: a backward counts as two, a recomputation as one."""
+    if objective in measured and layout.gradient_checkpointing:
+        return measured[objective]["seconds"]
+    # on the student's own states the teacher is evaluated too, under guidance the other condition for the lanes' way,
+    # and ADM evaluates the student again at x_hat
+    own = 0 if objective == "mse" else 1 + (config.trajectories.guidance_scale > 1)
+    forwards = 3 + layout.gradient_checkpointing + own + objective.startswith("adm")
+    return forwards * measured["forward"]["seconds"] if "forward" in measured else None

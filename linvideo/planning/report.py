@@ -1,0 +1,54 @@
+"""A plan as text."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from linvideo.planning.memory import STAGES, TRAINING
+
+
+def text(plan: dict[str, Any]) -> str:
+    """What `make_plan` returns: a table for each training stage with a column for each layout, and lines around it."""
+    found = {name: column for name, column in plan["layouts"].items() if column is not None}
+    columns = found.values()
+    lines = [
+        f"{plan['model']}: {plan['parameters'] / 1e9:.3f} B parameters; {plan['linear_layers']} of {plan['layers']}"
+        f" layers become linear; {plan['tokens']:,} tokens a video; global batch {plan['global_batch']}",
+        f"{plan['gpus']} x {_gb(plan['gpu_memory'])} GB (10^9 bytes), {_gb(plan['usable_memory'])} GB of each planned"
+        " with; memory is derived from sizes, not measured",
+    ]
+    for stage in (stage for stage in TRAINING if stage in plan["saved_for_backward"]):
+        parts = dict.fromkeys(part for column in columns for part in column["stages"][stage])
+        lines += ["", _row(f"{stage}, GB on each GPU", found), _row("GPUs", (c["layout"]["gpus"] for c in columns))]
+        lines += [_row(part, (_gb(column["stages"][stage].get(part)) for column in columns)) for part in parts]
+        for name, size in plan["saved_for_backward"][stage].items():
+            lines.append(f"  as configured, saved for the backward {name}: {_gb(size)}")
+        lines.append(_row("steps an hour, without communication", (_rate(c["steps_per_hour"][stage]) for c in columns)))
+    lines += ["", _row("in all, GB on each GPU", found)]
+    lines += [_row(stage, (_gb(column["totals"].get(stage)) for column in columns)) for stage in STAGES]
+    lines += [_row("fits", ("yes" if column["fits"] else "no" for column in columns)), ""]
+    lines.append("linvideo train runs on one GPU in this version; its options:")
+    for name, column in plan["layouts"].items():
+        lines.append(f"{name}: {' '.join(column['options']) if column else 'nothing fits with this global batch'}")
+        if column and column["not_in_train"]:
+            lines.append(f"  and what linvideo train does not offer yet: {', '.join(column['not_in_train'])}")
+    hours = plan["collection_hours"]
+    took = "unmeasured; give --forward_seconds, of the teacher with one video on one GPU"
+    took = took if hours is None else f"{hours:.1f} hours on one GPU"
+    lines.append(f"trajectories: {_gb(plan['store_bytes'])} GB on disk; to collect them: {took}")
+    for name, entry in plan["measured"].items():
+        lines.append(f"  {name}: {entry['seconds']:.3f} s a video ({entry['source']})")
+    if plan["measured"].keys() == {"forward"}:
+        lines.append("  steps an hour are estimated from it: a backward counts as two forwards, every layer as softmax")
+    return "\n".join(lines)
+
+
+def _rate(rate: float | None) -> str:
+    return "unmeasured" if rate is None else f"{rate:.0f}"
+
+
+def _gb(size: int | None) -> str:
+    return f"{size / 1e9:.2f}" if size else ""
+
+
+def _row(name: str, cells: Iterable) -> str:
+    return f"{name:38}" + "".join(f"{cell:>16}" for cell in cells)

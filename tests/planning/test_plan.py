@@ -1,0 +1,180 @@
+"""What a plan says: which layouts, which options, how long; and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+from tiny import tiny_pipeline, tiny_transformer
+
+from linvideo import cli
+from linvideo.planning import plan
+from linvideo.planning.memory import TRAINING, Layout
+from linvideo.planning.pace import read_results
+from linvideo.planning.report import text
+from linvideo.planning.sizes import read_sizes
+from linvideo.training import load_config
+from linvideo.training.trajectories import TrajectoryConfig
+
+SMALL, LARGE = (read_sizes(name, TrajectoryConfig()) for name in ("wan2.1-1.3b", "wan2.1-14b"))
+USUAL = "--mixed_precision bf16 --gradient_checkpointing true --train_batch_size 1 --gradient_accumulation_steps 8"
+USUAL += " --warmup.batch_size 1 --sensitivity.batch_size 1"
+
+
+def make(sizes, options: str = USUAL, **arguments) -> dict:
+    return plan.make_plan(sizes, load_config(["--output_dir", "run", *options.split()]), **arguments)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "tiny"
+    tiny_pipeline().save_pretrained(path)
+    return path
+
+
+def said(capsys, *argv: object) -> str:
+    assert cli.main(["plan", *map(str, argv)]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, *argv: object) -> str:
+    assert cli.main(["plan", *map(str, argv)]) == 2
+    return capsys.readouterr().err
+
+
+def test_what_fits_is_left_as_it_is(tmp_path):
+    result = make(SMALL, results=tmp_path)
+    assert list(result["layouts"]) == ["as configured"] and result["layouts"]["as configured"]["fits"]
+    assert " ".join(result["layouts"]["as configured"]["options"][:4]) in USUAL
+    assert result["measured"] == {} and result["collection_hours"] is None
+    assert set(result["layouts"]["as configured"]["steps_per_hour"].values()) == {None}
+
+
+def test_the_defaults_do_not_fit_a_real_model_but_other_options_of_train_do():
+    """What is suggested for today parses, keeps the global batch, and fits when it is planned with."""
+    column = make(SMALL, "")["layouts"]["train today"]
+    assert column["fits"] and column["not_in_train"] == [] and column["options"][0] == "--mixed_precision bf16"
+    again = make(SMALL, " ".join(column["options"]))
+    assert again["global_batch"] == 8 and again["layouts"]["as configured"]["totals"] == column["totals"]
+
+
+@pytest.mark.parametrize("gpus, memory, parts", [(8, 80, "FSDP2 over 8"), (8, 40, "LoRA"), (1, 141, "LoRA")])
+def test_14b_takes_more_than_train_offers(gpus, memory, parts):
+    result = make(LARGE, gpus=gpus, gpu_memory=memory)
+    assert not result["layouts"]["as configured"]["fits"] and result["layouts"]["train today"] is None
+    column = result["layouts"]["suggested"]
+    layout = Layout(**column["layout"])
+    assert column["fits"] and max(column["totals"].values()) <= 0.9e9 * memory
+    assert any(part.startswith(parts) for part in column["not_in_train"])
+    assert layout.micro_batch * layout.accumulation * gpus // layout.context_parallel == 8
+    assert LARGE.tokens % layout.context_parallel == LARGE.config.num_attention_heads % layout.context_parallel == 0
+
+
+def test_nothing_fits():
+    layouts = make(LARGE, gpu_memory=80)["layouts"]
+    assert layouts["train today"] is layouts["suggested"] is None
+    assert "suggested: nothing fits" in text(make(LARGE))
+
+
+def test_lora_and_critic_are_planned_when_asked_for():
+    column = make(SMALL, gpus=2, lora=16, critic=True)["layouts"]["suggested"]
+    assert {"LoRA of rank 16", "a critic"} < set(column["not_in_train"])
+    assert column["stages"]["mixed stage"]["critic, with its training"] >= 16 * SMALL.parameters / 2
+
+
+def test_stages_that_the_run_does_not_have_are_not_planned():
+    options = f"{USUAL} --selection.method layers --selection.layers [1,2] --sensitivity.num_states 0"
+    column = make(SMALL, options)["layouts"]["as configured"]
+    assert list(column["totals"]) == ["trajectories", "warm-up", "fine-tuning"]
+
+
+def test_pace_from_a_given_forward():
+    result = make(SMALL, f"{USUAL} --objective.name hybrid --trajectories.stride 5", forward_seconds=0.5)
+    assert result["collection_hours"] == pytest.approx(192 * 50 * 2 * 0.5 / 3600)
+    rates = result["layouts"]["as configured"]["steps_per_hour"]
+    # 8 videos: forward, recomputation and a backward of two; ADM: the teacher, the student again, the other condition
+    assert rates == pytest.approx({"mixed stage": 3600 / (8 * 4 * 0.5), "fine-tuning": 3600 / (8 * 5.5 * 0.5)})
+    assert "steps an hour are estimated" in text(result)
+    unguided = make(SMALL, f"{USUAL} --trajectories.guidance_scale 1", forward_seconds=0.5)
+    assert unguided["collection_hours"] == pytest.approx(192 * (50 + 0.2 * 50) * 0.5 / 3600)
+
+
+def test_pace_from_results(tmp_path):
+    model = {"suite": "model", "model": "1.3b-480p", "dtype": "bfloat16", "tokens": 32760, "layers": 30}
+    model |= {"backend": "flash", "linear_layers": 0, "compiled": False, "how": "whole"}
+    step = {"suite": "train", "model": "1.3b-480p", "dtype": "bfloat16", "tokens": 32760, "layers": 30}
+    step |= {"attention": "fused", "step": "selective transfer"}
+
+    def write(name: str, day: int, cuda: str | None, *rows: dict) -> None:
+        environment = {"device": name, "cuda": cuda, "time": f"2026-12-{day:02d}T00:00:00Z"}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"format": 1, "environment": environment, "rows": rows}))
+
+    write("cpu", 9, None, model | {"ms": [9000.0] * 3})
+    write("old", 1, "12.8", model | {"ms": [900.0] * 3})
+    others = [{"linear_layers": 16}, {"model": "14b-480p"}, {"tokens": 75600}, {"dtype": "float32"}, {"compiled": True}]
+    others = [model | other | {"ms": [1.0] * 3} for other in others] + [step | {"attention": "eager", "ms": [1.0] * 3}]
+    write("new", 2, "12.8", model | {"ms": [700.0] * 3}, step | {"ms": [3000.0] * 3}, step | {"absent": "no"}, *others)
+    found = read_results(tmp_path, SMALL)
+    assert {name: entry["seconds"] for name, entry in found.items()} == {"forward": 0.7, "mse": 3.0}
+    assert read_results(tmp_path, LARGE)["forward"]["seconds"] == 0.001
+    rates = make(SMALL, results=tmp_path)["layouts"]["as configured"]["steps_per_hour"]
+    assert rates["mixed stage"] == pytest.approx(3600 / (8 * 3.0))
+
+
+def test_the_command(folder, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"pretrained_model_name_or_path: {folder}\nmixed_precision: bf16\nuse_ema: true\ndevice: cuda\n")
+    video = ["--height", 32, "--width", 64, "--num_frames", 9]
+    out = said(capsys, "--config", config, *video, "--train_batch_size", 2, "--gpus", 2)
+    assert (
+        "48 tokens" not in out and "24 tokens" in out and "EMA" in out and "unmeasured; give --forward_seconds" in out
+    )
+    assert "--mixed_precision bf16" in out and "--train_batch_size 2" in out and "data parallel over 2" in out
+    result = json.loads(said(capsys, "--model", folder, *video, "--forward_seconds", 0.1, "--json"))
+    assert result["tokens"] == 24 and set(result["saved_for_backward"]) == set(TRAINING)
+    assert "hours on one GPU" in said(capsys, "--model", folder, *video, "--forward_seconds", 1)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--gpus 0", "gpus must be at least 1, got 0"),
+        ("--gpu_memory 0", "gpu_memory must be a positive number, got 0.0"),
+        ("--lora 0", "lora must be at least 1, got 0"),
+        ("--forward_seconds nan", "forward_seconds must be a positive number, got nan"),
+        ("--height 100", "trajectories.height must be a multiple of 16, got 100"),
+        ("--num_frames 80", "trajectories.num_frames must be 1 more than a multiple of 4, got 80"),
+        ("--selection.num_linear_layers 31", "at most the model's 30 layers, got 31"),
+        ("--nonsense 1", "nonsense"),
+        ("--model wan3", "model must be one of wan2.1-1.3b, wan2.1-14b, a pipeline folder or a Hub id, got 'wan3'"),
+        ("--config missing.yaml", "missing.yaml"),
+    ],
+)
+def test_bad_input_is_named(capsys, flags, words):
+    assert words in refused(capsys, "--model", "wan2.1-1.3b", *flags.split())
+
+
+def test_models_that_train_does_not_take(tmp_path, capsys):
+    assert "plan needs --model" in refused(capsys)
+    (tmp_path / "empty").mkdir()
+    assert "cannot build from the configs of" in refused(capsys, "--model", tmp_path / "empty")
+    image = tiny_pipeline(tiny_transformer(in_channels=36))
+    image.save_pretrained(tmp_path / "image")
+    assert "image conditions beside the latents" in refused(capsys, "--model", tmp_path / "image")
+    two = tiny_pipeline(transformer_2=tiny_transformer())
+    two.save_pretrained(tmp_path / "two")
+    assert "one stock WanTransformer3DModel" in refused(capsys, "--model", tmp_path / "two")
+    cli.main(["convert", "--model", str(tmp_path / "two"), "--output_dir", str(tmp_path / "made"), "--layers", "0"])
+    assert "LinVideoWanTransformer3DModel" in refused(capsys, "--model", tmp_path / "made")
+
+
+def test_a_damaged_config(folder, tmp_path, capsys):
+    damaged = shutil.copytree(folder, tmp_path / "damaged") / "transformer" / "config.json"
+    for content in ("{", '{"num_layers": "many"}'):
+        damaged.write_text(content)
+        assert "cannot build from the configs of" in refused(capsys, "--model", tmp_path / "damaged")
+
+
+def test_other_commands_still_refuse_unknown_options(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["info", "--model", "x", "--nonsense", "1"])
+    assert "unrecognized arguments: --nonsense 1" in capsys.readouterr().err

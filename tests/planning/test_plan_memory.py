@@ -1,0 +1,367 @@
+"""The planner's arithmetic against counted bytes.
+
+Counted on real CPU tensors: parameters, gradients, optimizer state, EMA, teacher, text encoder and VAE, the store, and
+activations in fp32. Counted on fake tensors of real sizes (shapes and autograd graphs without data), with CUDA's
+choices put in place of the CPU's: RMSNorm fused, and fp32 under autocast; a flash-attention backend; our kernels, whose
+operators describe themselves. What a real GPU keeps is not checked here.
+"""
+
+import contextlib
+import weakref
+from unittest import mock
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from peft import LoraConfig
+from tiny import tiny_pipeline, tiny_transformer
+from tiny_run import PROMPTS, tiny_config, tiny_teacher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from linvideo.models import convert, finalize
+from linvideo.models.wan import LinVideoWanTransformer3DModel
+from linvideo.planning import memory
+from linvideo.planning.memory import Layout
+from linvideo.planning.sizes import KNOWN, read_sizes
+from linvideo.training import run_folder
+from linvideo.training.checkpoint import save_checkpoint
+from linvideo.training.config import TrainConfig, from_dict
+from linvideo.training.optimizer import StudentOptimizer
+from linvideo.training.prompts import encode_prompts
+from linvideo.training.store import StateBatch
+from linvideo.training.trajectories import TrajectoryConfig, collect, open_store
+from linvideo.training.warmup import attention_output_errors
+
+TEXT = 512
+KINDS = ("softmax", "linear", "mixed")
+SMALL = TrajectoryConfig(height=64, width=96, num_frames=9)  # 3 x 4 x 6 tokens, see tiny_transformer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "tiny"
+    tiny_pipeline().save_pretrained(path)
+    return path
+
+
+def nbytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def counted(call, model: torch.nn.Module, of: torch.nn.Module | None = None) -> int:
+    """Bytes of the distinct storages that autograd saves in call(), weights and their autocast copies excepted; only
+    while the module `of` runs, if that is given. The tensors live on, so that no storage is counted twice."""
+    shapes = {p.shape for p in model.parameters()} | {p.mT.shape for p in model.parameters() if p.dim() == 2}
+    weights, saved, inside = {p.untyped_storage()._cdata for p in model.parameters()}, {}, [of is None]
+
+    def pack(tensor):
+        key = tensor.untyped_storage()._cdata
+        copy = tensor.dtype == torch.bfloat16 and tensor.shape in shapes
+        if inside[0] and key not in weights and not copy:
+            saved[key] = tensor
+        return tensor
+
+    hooks = []
+    if of is not None:
+        hooks.append(of.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True)))
+        hooks.append(of.register_forward_hook(lambda *_: inside.__setitem__(0, False)))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    for hook in hooks:
+        hook.remove()
+    del result
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+# CUDA's choices, on fake CPU tensors.
+
+
+class FusedNorm(torch.autograd.Function):
+    """What aten._fused_rms_norm saves on CUDA: input, 1/rms, weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, inverse, weight)
+        return x * inverse * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, _, weight = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight), None
+
+
+def rms_norm(x, _shape, weight=None, eps=None):
+    return FusedNorm.apply(x.float() if torch.is_autocast_enabled("cpu") else x, weight, eps)
+
+
+def attention(query, key, value, **_):
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (x.bfloat16() for x in (query, key, value))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+
+
+@contextlib.contextmanager
+def like_cuda():
+    with (
+        FakeTensorMode(),
+        mock.patch("torch.nn.functional.rms_norm", rms_norm),
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
+        mock.patch("linvideo.ops.linear_attn.uses_kernels", lambda _: True),
+    ):
+        yield
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the storages that operations have made and nobody has dropped."""
+
+    def __init__(self, known: torch.nn.Module):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = {x.untyped_storage()._cdata for p in known.parameters() for x in (p, p.grad) if x is not None}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return result
+
+    def _free(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+
+def meta_model(config: dict, types: list[str]) -> torch.nn.Module:
+    with torch.device("meta"):
+        return LinVideoWanTransformer3DModel(**config, attention_types=types).train()
+
+
+def without_data(model: torch.nn.Module) -> torch.nn.Module:
+    """The meta model with fake weights in place; inside like_cuda()."""
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[name] = torch.nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype))
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return model
+
+
+def velocity(model, latents, batch: int = 1, text: int = TEXT):
+    x, words = torch.empty(batch, *latents), torch.empty(batch, text, model.config.text_dim)
+    arguments = {"hidden_states": x, "timestep": torch.full((batch,), 500.0), "encoder_hidden_states": words}
+    return model(**arguments, return_dict=False)[0].float()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_of_wan_on_cuda(kind, autocast):
+    """A block of the 1.3B model at 480p: exactly what is counted, but for the text, which all blocks share."""
+    sizes = read_sizes("wan2.1-1.3b", TrajectoryConfig())
+    arguments = (1, sizes.tokens, TEXT, autocast)
+    model = meta_model(KNOWN["wan2.1-1.3b"] | {"num_layers": 1}, [kind])
+    with like_cuda(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model = without_data(model)
+        block = counted(lambda: velocity(model, sizes.latents), model, model.blocks[0])
+        whole = counted(lambda: velocity(model, sizes.latents).square().mean(), model)
+    expected = memory.block_activations(sizes, kind, *arguments, weighted=True)
+    assert block - expected == (2 if autocast else 4) * TEXT * sizes.width
+    # what is left out is of the size of the time embedding
+    assert 0 <= whole - expected - memory.outer_activations(sizes, *arguments) < 1e-5 * whole
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_on_this_cpu(folder, kind, checkpointing):
+    """The same formula on real tensors in fp32, with what the CPU saves beyond a GPU added: RMSNorm in plain operations
+    keeps its quotient too, and a mixed layer its linear branch's output and 1 - r."""
+    batch, text = 2, 7
+    sizes = read_sizes(str(folder), SMALL)
+    arguments = (batch, sizes.tokens, text, False)
+    model = convert(tiny_transformer(), "all", mode="mixed")
+    if kind != "mixed":
+        finalize(model, range(3) if kind == "linear" else [])
+    model.train().requires_grad_(True)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    saved = counted(lambda: velocity(model, sizes.latents, batch, text).square().mean(), model)
+
+    rows, words = 4 * batch * sizes.tokens * sizes.width, 4 * batch * text * sizes.width
+    block = memory.block_activations(sizes, kind, *arguments, weighted=True)
+    block += 3 * rows + words + (rows + 4 if kind == "mixed" else 0)
+    blocks = rows if checkpointing else block
+    expected = 3 * blocks + memory.outer_activations(sizes, *arguments)
+    assert saved == pytest.approx(expected, rel=0.03)  # the time embedding is 2% of so small a model
+
+
+@pytest.mark.parametrize("kinds", [["mixed"] * 3, ["linear", "linear", "softmax"]])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_largest_moment_of_a_step_on_cuda(kinds, checkpointing, precision):
+    """Forward and backward of three layers of the 1.3B model at 480p: never less than counted, 15% more at most."""
+    with mock.patch.dict(KNOWN, {"three layers": KNOWN["wan2.1-1.3b"] | {"num_layers": 3}}):
+        sizes = read_sizes("three layers", TrajectoryConfig())
+        model = meta_model(KNOWN["three layers"], kinds)
+    stage = "mixed stage" if "mixed" in kinds else "fine-tuning"
+    config = from_dict({"output_dir": "run", "selection": {"num_linear_layers": 2}})
+    layout = Layout(gradient_checkpointing=checkpointing, autocast=precision == "bf16")
+    with like_cuda():
+        model = without_data(model)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        for weight in model.parameters():
+            weight.grad = torch.empty_like(weight)
+        with Live(model) as live:
+            with torch.autocast("cpu", torch.bfloat16, enabled=layout.autocast):
+                loss = velocity(model, sizes.latents).square().mean()
+            loss.backward()
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=True)  # as by default on CUDA
+        optimizer.step()
+        with Live(model) as step:
+            optimizer.step()
+    trained = sum(weight.numel() for weight in model.parameters())
+    training, others = split(memory.moments(sizes, config, layout, stage, trained))
+    assert 1 <= max(sum(moment.values()) for moment in training) / live.peak < 1.15
+    assert sum(others[0].values()) == 4 * trained == step.peak
+
+
+def split(moments: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Those with activations, and the others."""
+    training = [moment for moment in moments if memory.ACTIVATIONS in moment]
+    return training, [moment for moment in moments if memory.ACTIVATIONS not in moment]
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
+    return [[state["exp_avg"], state["exp_avg_sq"]] for state in optimizer.state.values()]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("stage", memory.STAGES[:3])
+def test_largest_moment_before_training_on_cuda(stage, autocast):
+    with mock.patch.dict(KNOWN, {"three layers": KNOWN["wan2.1-1.3b"] | {"num_layers": 3}}):
+        sizes = read_sizes("three layers", TrajectoryConfig())
+        kind = {"trajectories": "softmax", "sensitivity": "linear"}.get(stage, "mixed")
+        model = meta_model(KNOWN["three layers"], [kind] * 3)
+    with like_cuda():
+        model = without_data(model)
+        for weight in model.parameters():
+            weight.grad = torch.empty_like(weight)
+        x, words = torch.empty(1, *sizes.latents), torch.empty(1, TEXT, 4096)
+        batch = StateBatch(x, x, torch.full((1,), 500.0), words, torch.zeros(1), torch.zeros(1))
+        with Live(model) as live, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if stage == "warm-up":
+                attention_output_errors(model, batch, backward=True)
+            else:
+                with torch.no_grad():
+                    velocity(model, sizes.latents)
+    largest = memory.moments(sizes, TrainConfig("run"), Layout(autocast=autocast), stage, 0)[0]
+    # a bf16 teacher has no copies of its weights; this one stands for it and has
+    copies = 2 * sizes.cast if autocast and stage == "trajectories" else 0
+    assert 0.99 < (sum(largest.values()) + copies) / live.peak < 1.15
+
+
+@pytest.mark.parametrize("stage", memory.TRAINING)
+def test_weights_gradients_optimizer_and_checkpoint(folder, tmp_path, stage):
+    config = tiny_config("run", mixed_precision="bf16", use_ema=True)
+    sizes = read_sizes(str(folder), SMALL)
+    student = convert(tiny_transformer(), "all", mode="mixed").float().requires_grad_(True)
+    if stage == "fine-tuning":
+        finalize(student, [0, 2])
+    optimizer = StudentOptimizer(student, config.optimizer, 10, 1e-2)
+    (sum(weight.sum() for weight in student.parameters()) * 1e-3).backward()
+    gradients = nbytes(weight.grad for weight in student.parameters())
+    optimizer.step()
+    adams = [adam for adam in (optimizer.adamw, optimizer.r_adam) if adam is not None]
+    counts = [nbytes(tensors) for adam in adams for tensors in moments_of(adam)]
+
+    layout = Layout(autocast=True, micro_batch=config.train_batch_size)
+    parts, trained = memory.held(sizes, config, layout, stage)
+    branches = parts["feature maps and r"]
+    assert branches == 16 * nbytes(feature_maps_and_r(student)) / 4
+    assert parts["student's weights, fp32"] + branches / 4 == nbytes(student.parameters()) == 4 * trained
+    assert parts["gradients"] + branches / 4 == gradients
+    assert parts["AdamW state"] + branches / 2 == sum(counts)
+    assert parts["lanes"] == 4 * 2 * 16 * 3 * 8 * 12
+    components = {"optimizer": optimizer.state_dict()}
+    if stage == "fine-tuning":
+        ema = EMAModel(student.parameters())
+        assert parts["EMA"] == nbytes(ema.shadow_params)
+        components["ema"] = ema.state_dict()
+    else:
+        assert "EMA" not in parts
+    with Live(student) as live:
+        save_checkpoint(tmp_path, 1, student.state_dict(), components)
+    steps = 4 * sum(len(adam.state) for adam in adams)  # AdamW counts each parameter's steps, on the CPU
+    assert split(memory.moments(sizes, config, layout, stage, trained))[1][1][memory.WORKING] == live.peak - steps
+
+
+def feature_maps_and_r(student: torch.nn.Module) -> list[torch.Tensor]:
+    return [weight for name, weight in student.named_parameters() if ".linear_attn." in name]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_teacher_and_encoders_as_the_trainer_loads_them(folder, precision):
+    config = tiny_config("run", mixed_precision=precision, pretrained_model_name_or_path=str(folder), device="cpu")
+    pipeline = run_folder.load_teacher(config)
+    parts, _ = memory.held(read_sizes(str(folder), SMALL), config, Layout(autocast=precision == "bf16"), "trajectories")
+    assert len(parts) == 2 and parts["frozen teacher"] == nbytes(pipeline.transformer.parameters())
+    assert parts["text encoder and VAE"] == nbytes((*pipeline.text_encoder.parameters(), *pipeline.vae.parameters()))
+
+
+def test_the_published_models():
+    """1.419 B and 14.288 B parameters, UMT5-XXL 5.681 B, the VAE 0.127 B."""
+    small, large = (read_sizes(name, TrajectoryConfig()) for name in KNOWN)
+    assert (small.parameters, large.parameters) == (1_418_996_800, 14_288_491_584)
+    assert small.encoders == large.encoders == 5_680_910_336 + 126_892_531
+    assert small.tokens == large.tokens == 32_760
+
+
+def test_adapters():
+    model = tiny_transformer()
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    with mock.patch.dict(KNOWN, {"tiny": dict(model.config)}):
+        sizes = read_sizes("tiny", SMALL)
+    adapters = [weight.numel() for name, weight in model.named_parameters() if "lora" in name]
+    assert memory.lora_parameters(sizes, 4) == sum(adapters)
+
+
+@pytest.mark.parametrize("dtype, stride", [("float16", 1), ("float32", 3)])
+def test_the_store(tmp_path, dtype, stride):
+    config = tiny_config(tmp_path)
+    config.trajectories.dtype, config.trajectories.stride = dtype, stride
+    pipeline = tiny_teacher()
+    pipeline.save_pretrained(tmp_path / "teacher")
+    prompts = encode_prompts(pipeline, PROMPTS, config.prompts)
+    store = open_store(tmp_path / "store", pipeline, prompts, config.trajectories, seed=0)
+    collect(store, pipeline, prompts, progress=False)
+    files = list((tmp_path / "store").glob("*.safetensors"))
+    headers = [8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files]
+    written = sum(file.stat().st_size for file in files) - sum(headers)
+    assert written == memory.store_bytes(config, read_sizes(str(tmp_path / "teacher"), config.trajectories))
+    assert len(files) == 3 and max(headers) < 1000
+
+
+def test_the_mixed_model_is_judged_while_its_optimizer_lives():
+    """Right after the mixed stage, with the sensitivity pass's batch: no gradients, but AdamW's state."""
+    sizes = read_sizes("wan2.1-1.3b", TrajectoryConfig())
+    config = from_dict({"output_dir": "run", "sensitivity": {"batch_size": 32}})
+    layout = Layout(gradient_checkpointing=True, autocast=True, forward_batch=(1, 1, 32))
+    parts = memory.stage_memory(sizes, config, layout, "mixed stage")
+    assert parts["gradients"] == 0 and parts["AdamW state"] == 8 * sizes.parameters
+    assert parts[memory.WORKING] == memory.forward_working(sizes, 32, sizes.tokens, 2)
+
+
+def test_fsdp_shards_all_that_is_held_but_the_encoders():
+    sizes, config = read_sizes("wan2.1-1.3b", TrajectoryConfig()), TrainConfig("run", use_ema=True)
+    alone, _ = memory.held(sizes, config, Layout(critic=True), "fine-tuning")
+    shared, _ = memory.held(sizes, config, Layout(gpus=8, sharded=True, critic=True), "fine-tuning")
+    assert shared.pop("text encoder and VAE") == alone.pop("text encoder and VAE")
+    assert shared == pytest.approx({name: size / 8 for name, size in alone.items()})
+    assert shared["critic, with its training"] == 16 * sizes.parameters / 8
