@@ -57,7 +57,7 @@ def _target(rows: list[dict]):
             axis.plot(len(row["layers_linear"]), by * row[key], ".", color="0.6")
         means = [statistics.fmean(by * row[key] for row in points[n] if row.get(key) is not None) for n in counts]
         axis.plot(counts, means, "o-")
-        axis.set(xlabel="linear layers", ylabel=label)
+        axis.set(xlabel="linear layers", ylabel=label, xticks=counts)
         axis.grid(alpha=0.3)
     axes[-1].set_yscale("log")
     title = "Quality over the number of linear layers: mean, and each seed"
@@ -69,7 +69,7 @@ def _convergence(rows: list[dict]):
     groups = [group for group in ("objective", "objective, every second layer") if len(_by_setting(rows, group)) > 1]
     if not groups:
         return None, ""
-    figure, axes = _figure(len(groups), 4.6)
+    figure, axes = _figure(len(groups), 6)
     for axis, group in zip(axes, groups, strict=True):
         chosen = {name: found for name, found in _by_setting(rows, group).items() if found[0]["steps"]}
         if group != "objective":
@@ -90,7 +90,7 @@ def _convergence(rows: list[dict]):
         axis.set(xlabel="share of the fine-tuning time", ylabel="velocity error on own states", yscale="log")
         axis.set_title("learned layers" if group == "objective" else "every second layer", fontsize=10)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     title = "Convergence: median over seeds, and their range"
     figure.suptitle(title, fontsize=11)
     return figure, title
