@@ -36,7 +36,7 @@ def environment(rates: dict) -> dict:
     """Where and with what; `rates` of measure.rates."""
     cuda = torch.cuda.is_available()
     return {
-        "device": device_name("cuda") if cuda else f"{_processor()}, {torch.get_num_threads()} threads",
+        "device": device_name("cuda") if cuda else f"{_processor()}, {_threads()}",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
@@ -129,6 +129,11 @@ def _processor() -> str:
     except OSError:
         names = []
     return f"CPU {names[0] if names else platform.machine()}"
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def _version(package: str) -> str | None:

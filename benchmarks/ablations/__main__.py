@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     settings = [name for name in scale.settings if not args.groups or set(args.groups) & set(SETTINGS[name].groups)]
     folder = args.output_dir or Path("runs") / f"ablations-{scale.world}"
     processes = args.processes or (1 if cuda else os.cpu_count() or 1)
+    if not cuda:
+        torch.set_num_threads(1)  # as in the runs: the result names it
     try:
         rows = suite.run(scale, settings, args.seeds, args.teacher or SMALL_TEACHER, folder, processes)
     except ValueError as error:
