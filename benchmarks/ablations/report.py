@@ -38,7 +38,8 @@ decides everything drawn: trajectories, minibatches, the noise and captions of t
 - PSNR: to the teacher's video from the same noise. straightness, flicker, coverage: linvideo/demo/metrics.py; lower is
   better.
 - distance: kernel distance to the world's videos on features of a network trained on the world
-  (benchmarks/ablations/distance.py); 0 is the world, and an unbiased estimate can be negative.
+  (benchmarks/ablations/distance.py). The judged captions are spread more evenly than random ones, which makes it
+  negative for a perfect model: the teacher's value is the one to compare with.
 - device-s, peak MiB: of fine-tuning; processor time and the process's memory on a CPU.
 """
 
@@ -66,7 +67,7 @@ def save(rows: list[dict], name: str, suite: Suite) -> Path:
     while True:
         path = FOLDER / f"{stem}{'' if number == 1 else f'-{number}'}.json"
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             number += 1
             continue
