@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     if not args.no_report:
         path = report.save(rows, args.suite, scale)
-        print("\n".join(f"wrote {x}" for x in [path, *report.write()]))
+        print("\n".join(f"wrote {x}" for x in [path, *report.write(report.FOLDER, report.DOCS)]))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def save(rows: list[dict], name: str, suite: Suite) -> Path:
         return path
 
 
-def load(folder: Path = FOLDER) -> list[dict]:
+def load(folder: Path) -> list[dict]:
     """The newest result of each world and device."""
     documents = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     documents.sort(key=lambda document: document["environment"]["time"])
@@ -84,7 +84,7 @@ def load(folder: Path = FOLDER) -> list[dict]:
     return list(newest.values())
 
 
-def write(folder: Path = FOLDER, docs: Path = DOCS) -> list[Path]:
+def write(folder: Path, docs: Path) -> list[Path]:
     """docs/ablations.md and its plots in docs/ablations/; returns the files."""
     lines, files = [HEAD], []
     for document in load(folder):
@@ -147,4 +147,4 @@ def layers(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join(f"wrote {path}" for path in write()))
+    print("\n".join(f"wrote {path}" for path in write(FOLDER, DOCS)))
