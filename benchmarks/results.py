@@ -60,25 +60,26 @@ class ResultFile:
         aside = self.folder / f".{row['suite']}.{os.getpid()}"
         aside.write_text(json.dumps(document, indent=1) + "\n")
         if self.path is None:
-            self.path = self._claim(aside, row["suite"])
+            self.path = claim(aside, self.folder, self.environment, row["suite"])
             aside.unlink()  # a second name of the same file now: replacing would do nothing
         else:
             os.replace(aside, self.path)
         self.rows.append(row)
 
-    def _claim(self, aside: Path, suite: str) -> Path:
-        """A name that no file has: a number is added where there is one already."""
-        name = slug(self.environment["device"]).removeprefix("nvidia-")
-        device = "cpu" if self.environment["cuda"] is None else name
-        stem = f"{device}-{self.environment['time'][:10]}-{suite}"
-        for number in range(1, 1000):
-            path = self.folder / f"{stem}{'' if number == 1 else f'-{number}'}.json"
-            try:
-                os.link(aside, path)  # fails where the name is taken
-            except FileExistsError:
-                continue
-            return path
-        raise ValueError(f"expected fewer than 1,000 results named {stem} in {self.folder}")
+
+def claim(aside: Path, folder: Path, environment: dict, suite: str) -> Path:
+    """Give `aside` a second name in `folder` that no file has: a number is added where there is one already."""
+    name = slug(environment["device"]).removeprefix("nvidia-")
+    device = "cpu" if environment["cuda"] is None else name
+    stem = f"{device}-{environment['time'][:10]}-{suite}"
+    for number in range(1, 1000):
+        path = folder / f"{stem}{'' if number == 1 else f'-{number}'}.json"
+        try:
+            os.link(aside, path)  # fails where the name is taken
+        except FileExistsError:
+            continue
+        return path
+    raise ValueError(f"expected fewer than 1,000 results named {stem} in {folder}")
 
 
 def load(folder: Path = FOLDER) -> list[dict]:

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from linvideo.planning.known import KNOWN
+
 
 class Shape(NamedTuple):
     batch: int
@@ -53,8 +55,7 @@ class WanModel(NamedTuple):
         return self.config.get("text_dim", 4096)
 
 
-_SMALL = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
-_LARGE = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
+_SMALL, _LARGE = KNOWN["wan2.1-1.3b"], KNOWN["wan2.1-14b"]
 _P480, _P720 = (16, 21, 60, 104), (16, 21, 90, 160)
 WAN = {  # 81 frames; the middle count is the paper's
     "1.3b-480p": WanModel(_SMALL, _P480, (0, 16, 30)),

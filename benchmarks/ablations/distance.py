@@ -4,18 +4,16 @@ Like the Frechet video distance in use, but with a network that knows this world
 and by the unbiased kernel estimate (Binkowski et al., arXiv 1801.01401), for which a few hundred videos are enough.
 """
 
-import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from linvideo.demo import world
+from linvideo.demo.world import COLOURS, DIRECTIONS, SHAPES, Scenes, World
 from linvideo.training.files import write_safetensors
 
 FEATURES = 64
-TABLES = tuple(list(table) for table in (world.COLOURS, world.SHAPES, world.DIRECTIONS))
 TRUTH = 1000  # videos of the world that are compared with
 
 
@@ -30,39 +28,33 @@ class VideoNet(nn.Module):
             layers += [nn.Conv3d(before, after, 3, stride=2, padding=1), nn.GroupNorm(4, after), nn.SiLU()]
         layers += [nn.AdaptiveAvgPool3d((2, 2, 2)), nn.Flatten(), nn.Linear(8 * FEATURES, FEATURES), nn.SiLU()]
         self.body = nn.Sequential(*layers)
-        colours, shapes, directions = map(len, TABLES)
-        self.head = nn.Linear(FEATURES, colours * (1 + shapes + directions))
+        self.head = nn.Linear(FEATURES, len(COLOURS) * (1 + len(SHAPES) + len(DIRECTIONS)))
 
     def forward(self, videos: torch.Tensor) -> torch.Tensor:
         return self.body(videos)
 
     def logits(self, videos: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(there [B, colours], shape [B, colours, 3], direction [B, colours, 8])."""
-        per_colour = self.head(self(videos)).unflatten(1, (len(TABLES[0]), -1))
-        return per_colour[..., 0], *per_colour[..., 1:].split([len(table) for table in TABLES[1:]], dim=-1)
+        per_colour = self.head(self(videos)).unflatten(1, (len(COLOURS), -1))
+        return per_colour[..., 0], *per_colour[..., 1:].split([len(SHAPES), len(DIRECTIONS)], dim=-1)
 
 
-def labels(captions: list[str]) -> torch.Tensor:
-    """[objects, 4] int64: which video, colour, shape, direction; one row for each object of a caption."""
-    found = [
-        (row, *(table.index(word) for table, word in zip(TABLES, words, strict=True)))
-        for row, text in enumerate(captions)
-        for words in re.findall(r"(\w+) (\w+) moving ([\w-]+)", text)
-    ]
-    return torch.tensor(found)
+def labels(scenes: Scenes) -> torch.Tensor:
+    """[objects, 4] int64: which video, colour, shape, direction; one row for each object of a video."""
+    video = torch.arange(len(scenes.colour))[:, None].expand_as(scenes.colour)
+    return torch.stack([video, scenes.colour, scenes.shape, scenes.direction], -1).flatten(0, 1)
 
 
-def train_network(samples, device: str, steps: int = 1000, batch: int = 64) -> tuple[VideoNet, float]:
-    """(network, share of objects of which it names shape and direction), on `samples(batch, generator)` -> (videos,
-    captions)."""
+def train_network(world: World, device: str, steps: int = 1000, batch: int = 64) -> tuple[VideoNet, float]:
+    """(network, share of objects of which it names shape and direction)."""
     torch.manual_seed(0)
     net, draws = VideoNet().to(device), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for _ in range(steps):
-        videos, captions = samples(batch, draws)
-        video, colour, shape, direction = labels(captions).to(device).T
-        there, shapes, directions = net.logits(videos.to(device))
+        scenes = world.sample_scenes(batch, draws)
+        video, colour, shape, direction = labels(scenes).to(device).T
+        there, shapes, directions = net.logits(world.render(scenes).to(device))
         present = torch.zeros_like(there)
         present[video, colour] = 1.0
         loss = nn.functional.binary_cross_entropy_with_logits(there, present)
@@ -73,9 +65,9 @@ def train_network(samples, device: str, steps: int = 1000, batch: int = 64) -> t
         optimizer.step()
         schedule.step()
     net.eval().requires_grad_(False)
-    videos, captions = samples(500, draws)
-    video, colour, shape, direction = labels(captions).to(device).T
-    _, shapes, directions = net.logits(videos.to(device))
+    scenes = world.sample_scenes(500, draws)
+    video, colour, shape, direction = labels(scenes).to(device).T
+    _, shapes, directions = net.logits(world.render(scenes).to(device))
     right = (shapes[video, colour].argmax(-1) == shape) & (directions[video, colour].argmax(-1) == direction)
     return net, right.float().mean().item()
 
@@ -83,14 +75,14 @@ def train_network(samples, device: str, steps: int = 1000, batch: int = 64) -> t
 class WorldDistance:
     """Kernel distance to `TRUTH` videos of the world; the network is trained once and kept in `path`."""
 
-    def __init__(self, path: Path, samples, device: str):
+    def __init__(self, path: Path, world: World, device: str):
         if not path.is_file():
-            net, accuracy = train_network(samples, device)
+            net, accuracy = train_network(world, device)
             write_safetensors(path, net.state_dict(), {"accuracy": f"{accuracy:.3f}"})
         self.net, self.device = VideoNet().to(device), device
         self.net.load_state_dict(load_file(path))
         self.net.eval().requires_grad_(False)
-        truth = self._features(samples(TRUTH, torch.Generator().manual_seed(1))[0])
+        truth = self._features(world.render(world.sample_scenes(TRUTH, torch.Generator().manual_seed(1))))
         self.mean, self.deviation = truth.mean(0), truth.std(0).clamp_min(1e-6)
         self.truth = self._standard(truth)
 

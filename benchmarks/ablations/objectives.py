@@ -9,7 +9,14 @@ import torch
 
 from linvideo.training.flow import NUM_TRAIN_TIMESTEPS, like, predict_velocity
 from linvideo.training.lanes import StudentLanes
-from linvideo.training.objectives import adm_gradient, descend, mean_square, score_weight
+from linvideo.training.objectives import (
+    adm_gradient,
+    adm_sampler_step,
+    descend,
+    mean_square,
+    score_weight,
+    teacher_state_mse,
+)
 from linvideo.training.seeding import generator
 from linvideo.training.step import GradientStep
 
@@ -29,22 +36,20 @@ class AblationStep(GradientStep):
     uniform_t: as configured, but "mse" draws its states so that t is uniform; the sampler's grid prefers large t.
     """
 
-    def __init__(self, kind: str | None, *arguments):
-        super().__init__(*arguments)
-        self.kind = kind
+    def __init__(self, kind: str | None, student, teacher, store, prompts, grid, *arguments):
+        super().__init__(student, teacher, store, prompts, grid, *arguments)
+        self.kind, self.sigmas = kind, grid[1]
         if kind in SCORE_NETS:
             self.score_net = copy.deepcopy(self.teacher).requires_grad_(True)
             self.score_optimizer = torch.optim.AdamW(
                 self.score_net.parameters(), lr=self.config.optimizer.learning_rate, weight_decay=0.0
             )
-        self.sigmas = arguments[4][1]  # of the sampler's grid
         if kind == "adm_score_net":
             self.lanes = RecordingLanes(self.lanes, self.store)
 
     def _loss(self, name: str, draw: int) -> torch.Tensor:
         if self.kind == "uniform_t" and name == "mse":
-            batch = self._uniform_t(draw)
-            return mean_square(predict_velocity(self.student, batch.x, batch.timestep, batch.prompt_embeds), batch.u)
+            return teacher_state_mse(self.student, self._uniform_t(draw))
         if self.kind == "own_mse_for_adm" and name == "adm":
             name = "own_mse"
         if self.kind in (None, "own_mse_for_adm", "uniform_t"):
@@ -64,17 +69,9 @@ class AblationStep(GradientStep):
         return descend(x_hat, gradient, mean_square(u_teacher, u_student))
 
     def _adm_score_net(self, draws: torch.Generator) -> torch.Tensor:
-        lanes, embeds = self.lanes, self.lanes.prompt_embeds()
-        u = predict_velocity(self.student, lanes.x, lanes.timestep, embeds)
-        t = torch.where(lanes.sigma_next > 0, lanes.sigma_next, lanes.sigma / 2)
-        x_hat = lanes.x - like(lanes.sigma - t, u) * u
-        with torch.no_grad():
-            u_teacher = predict_velocity(self.teacher, x_hat, NUM_TRAIN_TIMESTEPS * t, embeds)
-            u_fake = predict_velocity(self.score_net, x_hat, NUM_TRAIN_TIMESTEPS * t, embeds)
-        gradient = adm_gradient(u_teacher, u_fake, score_weight(t, self.objective.weight_clip))
-        lanes.advance(self.student, u)
-        self._fit_score_net(*lanes.samples(len(u), draws), draws)
-        return descend(x_hat, gradient, mean_square(u_teacher, u_fake))
+        loss = adm_sampler_step(self.student, self.teacher, self.lanes, self.objective, self.score_net)
+        self._fit_score_net(*self.lanes.samples(self.config.train_batch_size, draws), draws)
+        return loss
 
     def _dmd(self, draws: torch.Generator) -> torch.Tensor:
         lanes, embeds = self.lanes, self.lanes.prompt_embeds()

@@ -61,19 +61,11 @@ def save(rows: list[dict], name: str, suite: Suite) -> Path:
         if json.loads(path.read_text())["rows"] == rows:
             return path
     FOLDER.mkdir(parents=True, exist_ok=True)
-    device = "cpu" if environment["cuda"] is None else results.slug(environment["device"]).removeprefix("nvidia-")
-    stem = f"{device}-{environment['time'][:10]}-{name}"
-    number = 1
-    while True:
-        path = FOLDER / f"{stem}{'' if number == 1 else f'-{number}'}.json"
-        try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        except FileExistsError:
-            number += 1
-            continue
-        with os.fdopen(descriptor, "w") as file:
-            file.write(json.dumps(document, indent=1) + "\n")
-        return path
+    aside = FOLDER / f".{name}.{os.getpid()}"
+    aside.write_text(json.dumps(document, indent=1) + "\n")
+    path = results.claim(aside, FOLDER, environment, name)
+    aside.unlink()
+    return path
 
 
 def load(folder: Path) -> list[dict]:

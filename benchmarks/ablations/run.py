@@ -2,7 +2,7 @@
 
 import gc
 import shutil
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from linvideo.models import load_pipeline
 from linvideo.training import TrainConfig, encode_prompts
 from linvideo.training.config import from_dict
 from linvideo.training.files import read_json, write_safetensors
-from linvideo.training.flow import sample_steps
 from linvideo.training.seeding import draw_noise
 from linvideo.training.trainer import TrainingDiverged
 
@@ -43,14 +42,11 @@ class Bench:
         self.pipeline = load_pipeline(teacher_folder, torch_dtype=dtype).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.prompts = self.world.training_captions()
+        self.start = lru_cache(maxsize=1)(self._start)  # every point of a curve begins from it
 
     @cached_property
     def distance(self) -> WorldDistance:
-        def samples(count: int, generator: torch.Generator):
-            scenes = self.world.sample_scenes(count, generator)
-            return self.world.render(scenes), scenes.captions()
-
-        return WorldDistance(self.folder / "video_net.safetensors", samples, self.device)
+        return WorldDistance(self.folder / "video_net.safetensors", self.world, self.device)
 
     def row(self, setting: Setting, seed: int) -> dict[str, Any]:
         """Train and judge. The default run of the seed must be done before any other setting's; its folder stays,
@@ -76,16 +72,9 @@ class Bench:
 
     def teacher_row(self, seed: int) -> dict[str, Any]:
         """The teacher itself; leaves its videos for the others' PSNR."""
-        noise, embeds, negative, captions = self.start(seed)
-        model, scheduler, parts = self.pipeline.transformer, self.pipeline.scheduler, []
-        count, guidance = self.sampler.num_inference_steps, self.sampler.guidance_scale
-        for part in (slice(i, i + 16) for i in range(0, len(noise), 16)):
-            empty = negative.expand(len(embeds[part]), -1, -1)
-            *_, last = sample_steps(model, scheduler, count, noise[part], embeds[part], empty, guidance)
-            parts.append(last.x_next)
-        videos = torch.cat(parts).cpu()
+        _, videos = self.sample(self.pipeline.transformer, seed, self.suite.videos)
         write_safetensors(self.teacher_videos(seed), {"videos": videos})
-        return {"setting": "teacher", "seed": seed, **self.figures(videos, captions)}
+        return {"setting": "teacher", "seed": seed, **self.figures(videos, seed)}
 
     def config(self, setting: Setting, seed: int) -> TrainConfig:
         """The run's config; its folder stands where the default run was after the stages they share."""
@@ -144,15 +133,13 @@ class Bench:
 
     def judge(self, student: torch.nn.Module, seed: int) -> dict[str, Any]:
         error, videos = self.sample(student, seed, self.suite.videos)
-        videos = videos.cpu()
         if not videos.isfinite().all():
             return {"good": 0.0}
-        _, _, _, captions = self.start(seed)
-        figures = self.figures(videos, captions)
         reference = load_file(self.teacher_videos(seed))["videos"]
-        return figures | {"own_state_error": error, "psnr_to_teacher": psnr(videos, reference)}
+        return self.figures(videos, seed) | {"own_state_error": error, "psnr_to_teacher": psnr(videos, reference)}
 
-    def figures(self, videos: torch.Tensor, captions: list[str]) -> dict[str, float]:
+    def figures(self, videos: torch.Tensor, seed: int) -> dict[str, float]:
+        *_, captions = self.start(seed)
         return judge(videos, captions, self.world) | {"distance": self.distance(videos.float().clamp(-1, 1))}
 
     def probe(self, seed: int):
@@ -160,8 +147,9 @@ class Bench:
         return lambda student: self.sample(student, seed, PROBED)[0]
 
     def sample(self, student: torch.nn.Module, seed: int, count: int) -> tuple[float, torch.Tensor]:
+        """(velocity error, videos on the CPU) of the first `count` starts of the seed."""
         noise, embeds, negative, _ = self.start(seed)
-        return trajectory_error(
+        error, videos = trajectory_error(
             student,
             self.pipeline.transformer,
             noise[:count],
@@ -171,8 +159,9 @@ class Bench:
             negative,
             self.sampler.guidance_scale,
         )
+        return error, videos.cpu()
 
-    def start(self, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+    def _start(self, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
         """(noise, prompt embeddings, the negative one, captions) that every model of the seed is judged from."""
         captions = self.world.evaluation_captions(self.suite.videos, seed=901 + seed)  # not the demo's
         embeddings = encode_prompts(self.pipeline, captions)

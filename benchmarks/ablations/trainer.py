@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.ablations.objectives import AblationStep
 from benchmarks.ablations.settings import Setting
-from benchmarks.ablations.variants import VARIANTS
+from benchmarks.ablations.variants import lora, rope_after
 from linvideo.training import TrainConfig, Trainer
 from linvideo.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from linvideo.training.flow import sampler_grid
@@ -39,11 +39,11 @@ class AblationTrainer(Trainer):
     def _make_student(self) -> None:
         super()._make_student()
         if self.setting.variant == "rope_after":
-            VARIANTS["rope_after"](self.student)
+            rope_after(self.student)
 
     def _finetune(self) -> None:
         if self.setting.variant == "lora":
-            VARIANTS["lora"](self.student)
+            lora(self.student)
         self._measure(0)
         _reset_peak(self.device)
         self.probing = 0.0

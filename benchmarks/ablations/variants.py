@@ -39,6 +39,3 @@ def lora(student: torch.nn.Module) -> None:
     student.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=targets))
     for weight in feature_weights(student).values():
         weight.requires_grad_(True)
-
-
-VARIANTS = {"rope_after": rope_after, "lora": lora}

@@ -2,16 +2,15 @@
 
 from pathlib import Path
 
+from linvideo.planning.known import KNOWN
 from linvideo.planning.memory import TRAINING, Layout, stages
-from linvideo.planning.sizes import KNOWN, Sizes
+from linvideo.planning.sizes import Sizes
 from linvideo.training.config import TrainConfig
 from linvideo.training.files import read_json
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # there in a checkout only
-_STEPS = {
-    "selective transfer": "mse",
-    "ADM": "adm",
-}  # the train suite's steps: all layers mixed; the paper's number linear
+# the train suite's steps: all layers mixed; the paper's number linear
+_STEPS = {"selective transfer": "mse", "ADM": "adm"}
 
 
 def read_results(folder: Path, sizes: Sizes) -> dict[str, dict]:

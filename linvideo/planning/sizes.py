@@ -9,13 +9,9 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
 from linvideo.nn import LinearAttentionBranch
+from linvideo.planning.known import KNOWN
 from linvideo.training.trajectories import TrajectoryConfig, latent_shape
 
-# The published configs where they differ from diffusers' defaults, so that planning needs no network.
-KNOWN = {
-    "wan2.1-1.3b": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
-    "wan2.1-14b": {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40},
-}
 EXPECTED = f"one of {', '.join(KNOWN)}, a pipeline folder or a Hub id"
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 UMT5_XXL |= {"feed_forward_proj": "gated-gelu"}

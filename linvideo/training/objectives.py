@@ -122,24 +122,30 @@ def adm_small_step(
 
 
 def adm_sampler_step(
-    student: torch.nn.Module, teacher: torch.nn.Module, lanes: StudentLanes, config: ObjectiveConfig
+    student: torch.nn.Module,
+    teacher: torch.nn.Module,
+    lanes: StudentLanes,
+    config: ObjectiveConfig,
+    score_net: torch.nn.Module | None = None,
 ) -> torch.Tensor:
     """ADM at the end of one whole sampler step, weight (1 - t) / t clipped; moves the lanes on.
 
-    Where the step would end at t = 0, which has no score, it stops half-way.
+    Where the step would end at t = 0, which has no score, it stops half-way. score_net: says the student's velocity at
+    x_hat_t in its place; ADM needs none.
     """
     t = torch.where(lanes.sigma_next > 0, lanes.sigma_next, lanes.sigma / 2)
-    return _adm(student, teacher, lanes, lanes.sigma - t, t, score_weight(t, config.weight_clip), normalize=False)
+    weight = score_weight(t, config.weight_clip)
+    return _adm(student, teacher, lanes, lanes.sigma - t, t, weight, normalize=False, score_net=score_net)
 
 
-def _adm(student, teacher, lanes, dt, t, weight, normalize: bool) -> torch.Tensor:
+def _adm(student, teacher, lanes, dt, t, weight, normalize: bool, score_net=None) -> torch.Tensor:
     embeds = lanes.prompt_embeds()
     u = predict_velocity(student, lanes.x, lanes.timestep, embeds)
     x_hat = lanes.x - like(dt, u) * u
     with torch.no_grad():
         timestep = NUM_TRAIN_TIMESTEPS * t
         u_teacher = predict_velocity(teacher, x_hat, timestep, embeds)
-        u_student = predict_velocity(student, x_hat, timestep, embeds)
+        u_student = predict_velocity(student if score_net is None else score_net, x_hat, timestep, embeds)
         gradient = adm_gradient(u_teacher, u_student, weight)
         value = (gradient * (u_teacher - u_student)).mean()
         if normalize:

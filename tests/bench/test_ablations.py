@@ -217,8 +217,15 @@ def test_the_kernel_distance_has_no_bias_and_sees_another_law():
 
 
 def test_labels_name_every_object():
-    captions = ["a red disc moving up", "a blue square moving left in front of a cyan cross moving up-left camera up"]
-    assert labels(captions).tolist() == [[0, 0, 1, 6], [1, 2, 0, 4], [1, 5, 2, 5]]
+    def scenes(world: str, *captions: str):
+        return WORLDS[world].scenes_from_captions(list(captions), torch.Generator().manual_seed(0))
+
+    assert labels(scenes("small", "a red disc moving up", "a cyan cross moving left")).tolist() == [
+        [0, 0, 1, 6],
+        [1, 5, 2, 4],
+    ]
+    two = "a blue square moving left in front of a cyan cross moving up-left camera up"
+    assert labels(scenes("middle", two, two)).tolist() == [[0, 2, 0, 4], [0, 5, 2, 5], [1, 2, 0, 4], [1, 5, 2, 5]]
 
 
 # Whole runs.

@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 from linvideo.models import convert, finalize
 from linvideo.models.wan import LinVideoWanTransformer3DModel
 from linvideo.planning import memory
+from linvideo.planning.known import KNOWN
 from linvideo.planning.memory import Layout
-from linvideo.planning.sizes import KNOWN, read_sizes
+from linvideo.planning.sizes import read_sizes
 from linvideo.training import run_folder
 from linvideo.training.checkpoint import save_checkpoint
 from linvideo.training.config import TrainConfig, from_dict

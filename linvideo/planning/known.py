@@ -1,0 +1,6 @@
+"""The published Wan configs where they differ from diffusers' defaults, so that planning and timing need no network."""
+
+KNOWN = {
+    "wan2.1-1.3b": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
+    "wan2.1-14b": {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40},
+}
