@@ -38,9 +38,14 @@ def convert(args: argparse.Namespace) -> None:
 
 def train(argv: list[str]) -> None:
     from linvideo.training import Trainer, load_config
+    from linvideo.training.parallel import disconnect
 
-    result = Trainer(load_config(argv)).train()
-    print(f"linear layers: {result.layers_linear}; saved the converted pipeline to {result.pipeline_path}")
+    try:
+        result = Trainer(load_config(argv)).train()
+    finally:
+        disconnect()
+    if result.pipeline is not None:  # of several processes the first has it
+        print(f"linear layers: {result.layers_linear}; saved the converted pipeline to {result.pipeline_path}")
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -240,7 +245,9 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--mode", choices=["mixed", "linear"], default="linear")
     sub.add_argument("--feature_map", default="hedgehog")
 
-    command("train", train, "selective transfer and fine-tuning from a config: --config FILE, --section.key VALUE")
+    command(
+        "train", train, "selective transfer and fine-tuning: --config FILE, --section.key VALUE; also under torchrun"
+    )
 
     sub = command(
         "plan", plan, "memory, disk and pace of a training run before it starts; takes linvideo train's options too"

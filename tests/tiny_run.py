@@ -7,8 +7,9 @@ import sys
 import torch
 from tiny import tiny_pipeline, tiny_transformer
 
-from linvideo.training import Trainer, TrainResult, checkpoint, metrics, store
+from linvideo.training import Trainer, TrainResult, checkpoint, store
 from linvideo.training.config import TrainConfig, from_dict
+from linvideo.training.resumable import ResumableRun
 
 PROMPTS = ["a red fox runs", "two white boats race", "rain falls on a pond"]
 
@@ -66,14 +67,14 @@ def die_at(stage: str, step: int) -> None:
             die() if len(written) == step else (written.append(path), original_text(path, text))
         )
     else:
-        original_write = metrics.MetricsLog.write
+        report = ResumableRun._report
 
-        def write(self, row):
-            original_write(self, row)
-            if (row["stage"], row["stage_step"]) == (stage, step):
+        def report_and_die(self, **values):
+            report(self, **values)
+            if (self.stage, self.stage_step) == (stage, step):
                 die()
 
-        metrics.MetricsLog.write = write
+        ResumableRun._report = report_and_die
 
 
 if __name__ == "__main__":

@@ -45,16 +45,21 @@ class AblationStep(GradientStep):
                 self.score_net.parameters(), lr=self.config.optimizer.learning_rate, weight_decay=0.0
             )
         if kind == "adm_score_net":
-            self.lanes = RecordingLanes(self.lanes, self.store)
+            self.all_lanes = [RecordingLanes(lanes, self.store) for lanes in self.all_lanes]
 
-    def _loss(self, name: str, draw: int) -> torch.Tensor:
+    @property
+    def lanes(self) -> StudentLanes:
+        """Ablations run on one process with one micro-batch a step."""
+        return self.all_lanes[0]
+
+    def _loss(self, name: str, step: int, micro: int) -> torch.Tensor:
         if self.kind == "uniform_t" and name == "mse":
-            return teacher_state_mse(self.student, self._uniform_t(draw))
+            return teacher_state_mse(self.student, self._uniform_t(step))
         if self.kind == "own_mse_for_adm" and name == "adm":
             name = "own_mse"
         if self.kind in (None, "own_mse_for_adm", "uniform_t"):
-            return super()._loss(name, draw)
-        draws = generator(self.config.seed, self.stage, self.kind, draw)
+            return super()._loss(name, step, micro)
+        draws = generator(self.config.seed, self.stage, self.kind, step)
         return getattr(self, f"_{self.kind}")(draws)
 
     def _adm_renoise(self, draws: torch.Generator) -> torch.Tensor:
@@ -106,13 +111,13 @@ class AblationStep(GradientStep):
         torch.nn.utils.clip_grad_norm_(self.score_net.parameters(), self.config.optimizer.max_grad_norm)
         self.score_optimizer.step()
 
-    def _uniform_t(self, draw: int):
+    def _uniform_t(self, step: int):
         """Teacher states with P(step) in proportion to the t that the step covers."""
-        draws = generator(self.config.seed, self.stage, "uniform t", draw)
+        draws = generator(self.config.seed, self.stage, "uniform t", step)
         count, kept = self.config.train_batch_size, self.store.request["states_per_trajectory"]
-        step = torch.multinomial(-self.sigmas.diff(), count, replacement=True, generator=draws)
+        kept_step = torch.multinomial(-self.sigmas.diff(), count, replacement=True, generator=draws)
         trajectory = torch.randint(self.store.request["num_trajectories"], (count,), generator=draws)
-        return self.store.batch((trajectory * kept + step).tolist(), self.prompts, self.student.device)
+        return self.store.batch((trajectory * kept + kept_step).tolist(), self.prompts, self.student.device)
 
 
 class RecordingLanes(StudentLanes):

@@ -15,7 +15,6 @@ from linvideo.training.checkpoint import list_checkpoints, load_checkpoint, save
 from linvideo.training.flow import sampler_grid
 from linvideo.training.objectives import ObjectiveConfig
 from linvideo.training.step import GradientStep
-from linvideo.training.trainer import STAGES
 
 PROBES = 4  # times in fine-tuning at which the curve has a point
 
@@ -90,7 +89,7 @@ def start_after(stage: str, source: Path, config: TrainConfig) -> TrainConfig:
     Raises:
         ValueError: the run in `source` has no checkpoint there.
     """
-    later = STAGES[STAGES.index(stage) + 1]
+    later = Trainer.stages[Trainer.stages.index(stage) + 1]
     for path in list_checkpoints(source):
         model, state = load_checkpoint(path)
         if state["stage"] == later and not state["stage_step"]:

@@ -12,9 +12,9 @@ class RopeAfterBranch(LinearAttentionBranch):
     the denominator goes without it (Su et al., RoFormer, arXiv 2104.09864, equation 19). Each half of hedgehog's
     features turns like q itself."""
 
-    def forward(self, q, k, v, rope=None, softmax_out=None):
-        if softmax_out is not None:
-            raise ValueError("RoPE after the feature map knows no mixture")
+    def forward(self, q, k, v, rope=None, softmax_out=None, group=None):
+        if softmax_out is not None or group is not None:
+            raise ValueError("RoPE after the feature map knows neither mixture nor context parallelism")
         phi_q, phi_k = (features(x, w, None, self.feature_map) for x, w in ((q, self.q_weight), (k, self.k_weight)))
         turned_q, turned_k = (
             torch.cat([rotate(part, *rope) for part in phi.split(self.head_dim, dim=-1)], dim=-1)

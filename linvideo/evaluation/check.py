@@ -90,7 +90,7 @@ class _Run:
         self.mixed = convert(self.base, "all", mode="mixed", r_init=1.0, copy=False)
 
     def draw(self, number: int) -> StateBatch:
-        return self.store.draw(1, self.config.seed, "check", number, prompts=self.prompts, device=self.base.device)
+        return self.store.draw([0], self.config.seed, "check", number, prompts=self.prompts, device=self.base.device)
 
 
 def _trajectory(run: _Run) -> tuple[bool, str]:

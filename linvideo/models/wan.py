@@ -28,7 +28,7 @@ class LinVideoWanAttnProcessor(WanAttnProcessor):
     whose processors were exchanged. With any other processor every layer runs as softmax and keeps its linear weights.
 
     Raises:
-        ValueError: a layer that is not softmax meets an attention mask or context parallelism.
+        ValueError: a layer that is not softmax meets an attention mask.
     """
 
     _attention_backend = None  # both attributes are written by diffusers (set_attention_backend, enable_parallelism)
@@ -45,18 +45,16 @@ class LinVideoWanAttnProcessor(WanAttnProcessor):
         if encoder_hidden_states is not None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         attention_type = getattr(attn, "attention_type", "softmax")
-        if attention_type != "softmax":
-            if attention_mask is not None:
-                raise ValueError(f"a {attention_type} attention layer takes no attention mask, got one")
-            if self._parallel_config is not None:
-                raise ValueError(
-                    f"context parallelism supports softmax attention layers only, got a {attention_type} layer"
-                )
+        if attention_type != "softmax" and attention_mask is not None:
+            raise ValueError(f"a {attention_type} attention layer takes no attention mask, got one")
+        group = None  # of the ranks with the other tokens
+        if self._parallel_config is not None:
+            group = self._parallel_config.context_parallel_config._flattened_mesh.get_group()
 
         query, key, value = _qkv(attn, hidden_states)
         rope = None if rotary_emb is None else _tables(*rotary_emb)
         if attention_type == "linear":
-            out = attn.linear_attn(query, key, value, rope=rope)
+            out = attn.linear_attn(query, key, value, rope=rope, group=group)
         else:
             if rope is not None:
                 query, key = rotate(query, *rope), rotate(key, *rope)
@@ -71,7 +69,7 @@ class LinVideoWanAttnProcessor(WanAttnProcessor):
                 parallel_config=self._parallel_config,
             )
         if attention_type == "mixed":
-            out = attn.linear_attn(query, key, value, softmax_out=out)
+            out = attn.linear_attn(query, key, value, softmax_out=out, group=group)
 
         out = out.flatten(2, 3).type_as(query)
         for layer in attn.to_out:  # projection, dropout

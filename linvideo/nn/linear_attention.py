@@ -11,7 +11,8 @@ q and k. q and k arrive after the layer's q/k norm; RoPE has been applied, or is
 import torch
 from torch import nn
 
-from linvideo.ops import linear_attn
+from linvideo.nn.collectives import all_reduce_sum
+from linvideo.ops import linear_attn, linear_attn_apply, linear_attn_state
 from linvideo.ops.reference import WEIGHTED_MAPS
 
 # "identity" is missing on purpose: without positive features the normalised form is undefined.
@@ -73,25 +74,24 @@ class LinearAttentionBranch(nn.Module):
         v: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor] | None = None,
         softmax_out: torch.Tensor | None = None,
+        group: torch.distributed.ProcessGroup | None = None,
     ) -> torch.Tensor:
         """Linear attention over q, k, v [B, N, H, D]; mixed with `softmax_out` [B, N, H, D] when that is given.
 
-        rope: (cos, sin), each [N, D/2], of q and k that are not rotated yet. Returns [B, N, H, D] in q's dtype. Mixing
-        happens here, and not in the attention processor, because offloading hooks place a module's parameters only
-        around that module's own forward.
+        rope: (cos, sin), each [N, D/2], of q and k that are not rotated yet. group: ranks that hold the other tokens
+        of the same samples (context parallelism); they exchange one sum of H F (D + 1) numbers a sample, however many
+        tokens there are. Returns [B, N, H, D] in q's dtype. Mixing happens here, and not in the attention processor,
+        because offloading hooks place a module's parameters only around that module's own forward.
         """
         if softmax_out is not None and self.r is None:
             raise ValueError("this layer is linear, not mixed: it has no r to mix softmax attention with")
-        return linear_attn(
-            q,
-            k,
-            v,
-            feature_map=self.feature_map,
-            q_weight=self.q_weight,
-            k_weight=self.k_weight,
-            rope=rope,
-            mix=None if softmax_out is None else (softmax_out, self.r),
-        )
+        mix = None if softmax_out is None else (softmax_out, self.r)
+        queries = {"feature_map": self.feature_map, "q_weight": self.q_weight, "rope": rope, "mix": mix}
+        if group is None:
+            return linear_attn(q, k, v, k_weight=self.k_weight, **queries)
+        state, z = linear_attn_state(k, v, feature_map=self.feature_map, k_weight=self.k_weight, rope=rope)
+        total = all_reduce_sum(torch.cat([state, z.unsqueeze(-1)], dim=-1), group)
+        return linear_attn_apply(q, total[..., :-1].contiguous(), total[..., -1].contiguous(), **queries)
 
     def drop_r(self) -> None:
         """Turn a mixed branch into a linear one, in place."""

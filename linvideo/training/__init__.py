@@ -6,8 +6,9 @@
 from linvideo.training.config import TrainConfig, load_config
 from linvideo.training.metrics import read_metrics
 from linvideo.training.prompts import PromptEmbeddings, encode_prompts, read_prompts
+from linvideo.training.resumable import TrainingDiverged, TrainingStopped
 from linvideo.training.store import StateBatch, TrajectoryStore
-from linvideo.training.trainer import Trainer, TrainingDiverged, TrainResult
+from linvideo.training.trainer import Trainer, TrainResult
 
 __all__ = [
     "PromptEmbeddings",
@@ -16,6 +17,7 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "TrainingDiverged",
+    "TrainingStopped",
     "TrajectoryStore",
     "encode_prompts",
     "load_config",

@@ -1,7 +1,8 @@
-"""checkpoint-<step>/ folders: model.safetensors, state.safetensors and state.json, moved into place when complete.
+"""checkpoint-<step>/ folders: safetensors files and state.json, moved into place when complete.
 
-Optimizer, schedule, EMA, lanes and random state are ordinary nested state dicts. Their tensors go to
-state.safetensors, what is left, with a reference in each tensor's place, to state.json: a checkpoint can hold data
+torch.distributed.checkpoint writes them, every rank its own shards, and reads them back into however many shards there
+are then. Optimizer, schedule, EMA, lanes and random state are ordinary nested state dicts: their tensors go to the
+safetensors files, what is left, with a reference in each tensor's place, to state.json. So a checkpoint can hold data
 only, never code. state.json also has the other files' checksums.
 """
 
@@ -9,17 +10,23 @@ import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from linvideo.training.files import TEMPORARY, crc32, read_json, write_safetensors, write_text
+from linvideo.training.files import TEMPORARY, crc32, read_json, write_text
+from linvideo.training.parallel import Ranks
 
-FORMAT = 2
-FILES = ("model.safetensors", "state.safetensors")
+FORMAT = 3
+MODEL, STATE = "model/", "state"
 _OLD = TEMPORARY + "old-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -31,35 +38,54 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def save_checkpoint(
-    output_dir: str | Path, step: int, model: dict[str, torch.Tensor], state: dict[str, Any], limit: int | None = None
+    output_dir: str | Path,
+    step: int,
+    model: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    limit: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Write checkpoint-<step> and delete the oldest ones beyond `limit` (checkpoints_total_limit; None keeps all).
+
+    ranks: those that call this together; tensors that are not sharded must be the same on all of them.
 
     Raises:
         OSError: it cannot be written (a full disk); the earlier ones are as they were.
     """
+    ranks = Ranks.alone() if ranks is None else ranks
     target = Path(output_dir) / f"checkpoint-{step}"
     new, old = target.with_name(TEMPORARY + target.name), target.with_name(_OLD + target.name)
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    tensors: dict[str, torch.Tensor] = {}
-    plain = _strip(state, "", tensors)
-    try:
-        for name, content in zip(FILES, (model, tensors), strict=True):
-            write_safetensors(new / name, content)
-        checksums = {name: crc32(new / name) for name in FILES}
+    tensors = {MODEL + name: tensor.detach() for name, tensor in model.items()}
+    plain = _strip(state, STATE, tensors)
+
+    def prepare() -> None:
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        new.mkdir(parents=True)
+
+    def finish() -> None:
         content = {"format": FORMAT, "step": step, "checksums": checksums, "state": plain}
         write_text(new / "state.json", json.dumps(content))
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(new, ignore_errors=True)
-        raise OSError(f"cannot write {target}, the earlier checkpoints are untouched: {error}") from error
-    if target.exists():
-        os.rename(target, old)
-    os.rename(new, target)
-    shutil.rmtree(old, ignore_errors=True)
-    if limit is not None:
-        for path in list_checkpoints(output_dir)[:-limit]:
-            shutil.rmtree(path)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(new, target)
+        shutil.rmtree(old, ignore_errors=True)
+        if limit is not None:
+            for path in list_checkpoints(output_dir)[:-limit]:
+                shutil.rmtree(path)
+
+    try:
+        ranks.on_first(prepare)
+        writer = HuggingFaceStorageWriter(str(new), save_distributed=True)
+        with _quiet():
+            dcp.save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
+        mine = {path.name: crc32(path) for path in new.glob(f"shard-{ranks.rank + 1:05d}-*")}
+        checksums = {name: value for part in ranks.gather_objects(mine) for name, value in part.items()}
+        ranks.on_first(finish)
+    except (CheckpointException, OSError, SafetensorError) as error:
+        if ranks.first:
+            shutil.rmtree(new, ignore_errors=True)
+        raise OSError(f"cannot write {target}, the earlier checkpoints are untouched: {_reason(error)}") from error
     return target
 
 
@@ -80,33 +106,129 @@ def remove_leftovers(output_dir: str | Path) -> None:
             shutil.rmtree(path)
 
 
-def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(model, state) as given to `save_checkpoint`, tensors on the CPU.
+class Checkpoint:
+    """A checkpoint to continue from, checked; tensors are read when they are asked for.
+
+    ranks: those that open it together, each checking its part of the files.
 
     Raises:
         ValueError: no checkpoint is there, or it is damaged.
     """
-    path = Path(path)
-    if not (path / "state.json").is_file():
-        raise ValueError(f"{path} is no checkpoint folder (no state.json)")
-    content = read_json(path / "state.json")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a linvideo checkpoint of format {FORMAT}")
-    try:
-        for name in FILES:
-            if crc32(path / name) != content["checksums"][name]:
-                raise ValueError(f"{name} has another checksum than when it was written")
-        model, tensors = (load_file(path / name) for name in FILES)
-        return model, _fill(content["state"], tensors)
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"the checkpoint {path} is damaged: {error}") from None
+
+    def __init__(self, path: str | Path, ranks: Ranks | None = None):
+        self.path, self.ranks = Path(path), Ranks.alone() if ranks is None else ranks
+        if not (self.path / "state.json").is_file():
+            raise ValueError(f"{path} is no checkpoint folder (no state.json)")
+        content = read_json(self.path / "state.json")
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a linvideo checkpoint of format {FORMAT}")
+        try:
+            self.plain = dict(content["state"]["items"])
+            damage = [self._damage(name, content["checksums"][name]) for name in self._files(content["checksums"])]
+        except (LookupError, TypeError, ValueError) as error:
+            damage = [f"state.json: {error}"]
+        found = [text for texts in self.ranks.gather_objects(damage) for text in texts if text]
+        if found:
+            raise ValueError(f"the checkpoint {path} is damaged: {found[0]}")
+
+    def _files(self, checksums: dict[str, int]) -> list[str]:
+        return sorted(checksums)[self.ranks.rank :: self.ranks.size]
+
+    def _damage(self, name: str, checksum: int) -> str | None:
+        try:
+            return None if crc32(self.path / name) == checksum else f"{name} has another checksum than when written"
+        except OSError as error:
+            return str(error)
+
+    def __getitem__(self, key: str) -> Any:
+        """The entry of `state` as it was given to `save_checkpoint`, tensors whole and on the CPU."""
+        wanted = list(_references(self.plain[key]))
+        sizes = self._sizes() if wanted else {}
+        tensors = {name: torch.empty(sizes[name].size, dtype=sizes[name].properties.dtype) for name in wanted}
+        self._read(tensors)
+        return _fill(self.plain[key], tensors)
+
+    def model(self) -> dict[str, torch.Tensor]:
+        """The model's tensors, whole and on the CPU."""
+        wanted = {name: size for name, size in self._sizes().items() if name.startswith(MODEL)}
+        tensors = {name: torch.empty(size.size, dtype=size.properties.dtype) for name, size in wanted.items()}
+        self._read(tensors)
+        return {name.removeprefix(MODEL): tensor for name, tensor in tensors.items()}
+
+    def load_model(self, model: dict[str, torch.Tensor]) -> None:
+        """Fill a model's tensors, sharded or not, in place.
+
+        Raises:
+            ValueError: the checkpoint has other tensors.
+        """
+        saved = {name.removeprefix(MODEL) for name in self._sizes() if name.startswith(MODEL)}
+        if saved != model.keys():
+            raise ValueError(f"{self.path} is of another model, in {sorted(saved ^ model.keys())[0]}")
+        self._read({MODEL + name: tensor.detach() for name, tensor in model.items()})
+
+    @property
+    def components(self) -> list[str]:
+        """The names of state["components"]."""
+        return [name for name, _ in self.plain["components"]["items"]]
+
+    def load_component(self, name: str, component: Any) -> None:
+        """Give a component of state["components"] its state back; its own state dict says which shards it wants.
+
+        Raises:
+            ValueError: it has other parts than the one that was saved.
+        """
+        saved = dict(self.plain["components"]["items"])[name]
+        tensors: dict[str, torch.Tensor] = {}
+        _strip(component.state_dict(), f"{STATE}/components/{name}", tensors)
+        if tensors.keys() != set(_references(saved)):
+            raise ValueError(f"{self.path} was made with another {name}: it has other tensors")
+        self._read(tensors)
+        component.load_state_dict(_fill(saved, tensors))
+
+    def _sizes(self) -> dict[str, Any]:
+        return HuggingFaceStorageReader(str(self.path)).read_metadata().state_dict_metadata
+
+    def _read(self, tensors: dict[str, torch.Tensor]) -> None:
+        """In place; every rank reads what its shards need."""
+        if not tensors:
+            return
+        try:
+            reader = HuggingFaceStorageReader(str(self.path))
+            with _quiet():
+                dcp.load(tensors, storage_reader=reader, no_dist=self.ranks.size == 1)
+        except (CheckpointException, OSError, SafetensorError, LookupError) as error:
+            raise ValueError(f"cannot read the checkpoint {self.path}: {_reason(error)}") from error
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(model, state) as given to `save_checkpoint`, all tensors whole and on the CPU.
+
+    Raises:
+        ValueError: no checkpoint is there, or it is damaged.
+    """
+    checkpoint = Checkpoint(path)
+    return checkpoint.model(), {key: checkpoint[key] for key in checkpoint.plain}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():  # one process is what we asked for
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong on the first rank where something did."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return str(error) or type(error).__name__
 
 
 def _strip(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     """`value` as JSON; tensors move into `tensors` under their path. Dicts become item lists, so that integer keys
     live."""
     if isinstance(value, torch.Tensor):
-        tensors[name] = value.clone()  # two entries may share storage, which safetensors refuses
+        tensors[name] = value.detach()
         return {"tensor": name}
     if isinstance(value, dict):
         return {"items": [[key, _strip(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
@@ -116,6 +238,17 @@ def _strip(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a checkpoint holds tensors and plain values, got {type(value).__name__} at {name}")
+
+
+def _references(value: Any) -> Iterator[str]:
+    """The names of the tensors in a stripped value."""
+    if isinstance(value, dict):
+        ((kind, content),) = value.items()
+        if kind == "tensor":
+            yield content
+        else:
+            for item in content:
+                yield from _references(item[1] if kind == "items" else item)
 
 
 def _fill(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -24,6 +24,7 @@ from linvideo.training.files import write_text
 from linvideo.training.metrics import REPORT_TO
 from linvideo.training.objectives import ObjectiveConfig
 from linvideo.training.optimizer import OptimizerConfig
+from linvideo.training.parallel import ParallelConfig
 from linvideo.training.prompts import PromptConfig
 from linvideo.training.selection import SelectionConfig
 from linvideo.training.sensitivity import SensitivityConfig
@@ -39,7 +40,7 @@ FREE = (
     "checkpointing_steps",
     "checkpoints_total_limit",
 )
-FREE += ("report_to", "device", "progress")
+FREE += ("report_to", "device", "progress", "parallel")
 
 
 @dataclass
@@ -60,8 +61,9 @@ class TrainConfig:
         mixed_precision: "no", or "bf16" (autocast over fp32 weights; a teacher loaded by us is then bf16).
         gradient_checkpointing: recompute activations of the student's blocks.
         feature_map: of the linear branch.
-        train_batch_size: teacher states, or lanes of student states, per forward.
-        gradient_accumulation_steps: forwards per optimizer step.
+        train_batch_size: teacher states, or lanes of student states, per forward on each data rank.
+        gradient_accumulation_steps: forwards per optimizer step. The product of both and the number of data ranks is
+            the global batch; it may not change when a run is continued, its factors may.
         max_train_steps: of fine-tuning; selection and warm-up have their own.
         use_ema: export an exponential moving average of the fine-tuned weights.
         ema_decay: of that average.
@@ -98,6 +100,7 @@ class TrainConfig:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self):
         if not self.output_dir:
@@ -135,17 +138,30 @@ class TrainConfig:
         """Write YAML that `load_config(["--config", path])` reads back."""
         write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
-    def check_continues(self, earlier: dict[str, Any], selected: bool = True) -> None:
+    def global_batch(self, processes: int) -> int:
+        """Samples of an optimizer step on so many processes."""
+        data_ranks = processes // self.parallel.context_degree
+        return self.train_batch_size * self.gradient_accumulation_steps * data_ranks
+
+    def check_continues(
+        self, earlier: dict[str, Any], selected: bool = True, processes: int = 1, earlier_processes: int = 1
+    ) -> None:
         """Raise ValueError when a run with the `earlier` config (a to_dict) cannot be continued exactly with this one.
 
-        Until layers are `selected`, selection.rounding may still change: nothing has depended on it.
+        Until layers are `selected`, selection.rounding may still change: nothing has depended on it. The number of
+        processes may always change, if the global batch stays.
         """
-        free = ("trajectories.path",) if selected else ("trajectories.path", "selection.rounding")
+        free = [*FREE, "trajectories.path"] if selected else [*FREE, "trajectories.path", "selection.rounding"]
+        before, now = from_dict(earlier).global_batch(earlier_processes), self.global_batch(processes)
+        if before == now:
+            free += ["train_batch_size", "gradient_accumulation_steps"]
         differences = [
             f"{name} {old!r} (now {new!r})"
             for name, old, new in _leaves(earlier, self.to_dict())
-            if old != new and name.split(".")[0] not in FREE and name not in free
+            if old != new and not {name, name.split(".")[0]} & set(free)
         ]
+        if before != now and not differences:
+            differences = [f"a global batch of {before} (now {now}, on {processes} processes)"]
         if differences:
             raise ValueError(f"the checkpoint was made with {', '.join(differences)}; continue with the same values")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import zlib
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 TEMPORARY = ".tmp-"  # prefix of what an interrupted write may leave behind
+_HOST = socket.gethostname()
 
 
 def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(TEMPORARY + path.name)
+    temporary = _temporary(path)
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
@@ -37,10 +39,33 @@ def write_safetensors(
 ) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(TEMPORARY + path.name)
+    temporary = _temporary(path)
     # contiguous().clone() only where needed: safetensors refuses views that share storage
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
     os.replace(temporary, path)
+
+
+def _temporary(path: Path) -> Path:
+    """A name that no other process uses: several workers may write into one folder, even the same file."""
+    return path.with_name(f"{TEMPORARY}{_HOST}-{os.getpid()}-{path.name}")
+
+
+def remove_dead(folder: str | Path) -> None:
+    """Delete temporary files in `folder` of this machine's processes that are no longer there."""
+    for path in Path(folder).glob(f"{TEMPORARY}{_HOST}-*"):
+        process = path.name.removeprefix(f"{TEMPORARY}{_HOST}-").split("-")[0]
+        if path.is_file() and process.isdecimal() and not _alive(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def crc32(path: str | Path) -> int:

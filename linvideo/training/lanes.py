@@ -1,10 +1,12 @@
-"""States on the student's own trajectories, without roll-outs: B lanes, each one video being sampled by the student.
+"""States on the student's own trajectories, without roll-outs: lanes, each one video being sampled by the student.
 
 Every training step evaluates the student at the lanes' states anyway; that velocity also moves each lane one Euler step
 along the sampler's grid (guided, when the sampler is). A lane that reaches the end restarts from fresh noise with
 another prompt. Lanes start on stored teacher states, so they stand at all t from the first step. The lanes are hidden
 state: they belong in the checkpoint. Multistep schedulers are replaced by Euler on their own grid.
 """
+
+from collections.abc import Sequence
 
 import torch
 
@@ -13,17 +15,21 @@ from linvideo.training.prompts import PromptEmbeddings
 from linvideo.training.seeding import draw_noise, stable_hash
 from linvideo.training.store import TrajectoryStore
 
+STATE = ("x", "step", "prompt", "negative", "restarts")
+
 
 class StudentLanes:
-    """Args:
-    store: teacher trajectories made with the same grid.
-    timesteps [n], sigmas [n + 1]: the sampler's grid.
-    guidance_scale, negative_probability: as for the trajectories.
+    """The lanes of one forward.
+
+    Args:
+        positions: their places among all lanes of a step, one for each sample of its global batch.
+        store: teacher trajectories made with the same grid.
+        timesteps [n], sigmas [n + 1]: the sampler's grid.
     """
 
     def __init__(
         self,
-        count: int,
+        positions: Sequence[int],
         store: TrajectoryStore,
         prompts: PromptEmbeddings,
         timesteps: torch.Tensor,
@@ -31,16 +37,16 @@ class StudentLanes:
         seed: int,
         device: torch.device | str,
     ):
-        self.prompts, self.seed = prompts, seed
+        self.positions, self.prompts, self.seed = list(positions), prompts, seed
         self.guidance_scale = store.request["guidance_scale"]
         self.negative_probability = store.request["negative_probability"]
         self.timesteps, self.sigmas = timesteps.cpu(), sigmas.cpu()
-        start = store.draw(count, seed, "lanes", prompts=prompts, device=device)
+        start = store.draw(self.positions, seed, "lanes", prompts=prompts, device=device)
         self.x = start.x
-        # [count] each, on the CPU: the step on the grid, the condition, how often the lane began anew
+        # [B] each, on the CPU: the step on the grid, the condition, how often the lane began anew
         self.step = (start.timestep.cpu()[:, None] - self.timesteps).abs().argmin(dim=1)
         self.prompt, self.negative = start.prompt, start.negative
-        self.restarts = torch.zeros(count, dtype=torch.long)
+        self.restarts = torch.zeros(len(self.positions), dtype=torch.long)
 
     @property
     def timestep(self) -> torch.Tensor:
@@ -77,15 +83,15 @@ class StudentLanes:
 
     def _restart(self, lane: int) -> None:
         self.restarts[lane] += 1
-        name = (self.seed, "lane", lane, int(self.restarts[lane]))
+        name = (self.seed, "lane", self.positions[lane], int(self.restarts[lane]))
         self.x[lane] = draw_noise(tuple(self.x.shape[1:]), *name, "noise").to(self.x.device)
         self.step[lane] = 0
         self.prompt[lane] = stable_hash(*name, "prompt") % len(self.prompts)
         self.negative[lane] = stable_hash(*name, "negative") / 2**63 < self.negative_probability
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name) for name in ("x", "step", "prompt", "negative", "restarts")}
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value.to(getattr(self, name).device))
+        for name in STATE:
+            setattr(self, name, state[name].to(getattr(self, name).device, copy=True))  # restarts write in place

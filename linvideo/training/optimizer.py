@@ -1,12 +1,14 @@
 """AdamW for the student's weights and a separate Adam for the mixing scalars r, stepped as one."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
+from torch.distributed.tensor import DTensor
 
-from linvideo.training.branches import gates
+from linvideo.training.branches import feature_weights, gates
 
 
 @dataclass
@@ -50,23 +52,30 @@ class OptimizerConfig:
 
 
 class StudentOptimizer:
-    """All parameters of `student` train; r, where layers are mixed, with its own Adam and is clamped to [0, 1]."""
+    """What of `student` requires a gradient trains; r, where layers are mixed, with its own Adam and clamped to [0, 1].
+
+    Parameters may be sharded (FSDP2) or whole; gradients are expected to be the same on all ranks, or their shards.
+    """
 
     def __init__(
         self, student: torch.nn.Module, config: OptimizerConfig, num_steps: int, r_learning_rate: float | None = None
     ):
         self.r = list(gates(student).values())
-        own = {id(r) for r in self.r}
-        self.weights = [p for p in student.parameters() if p.requires_grad and id(p) not in own]
+        features = list(feature_weights(student).values())
+        own = {id(p) for p in (*self.r, *features)}
+        others = [p for p in student.parameters() if p.requires_grad and id(p) not in own]
+        self.weights = [*others, *features]
         self.max_grad_norm = config.max_grad_norm
         self.adamw = torch.optim.AdamW(
-            self.weights,
+            [{"params": group} for group in (others, features) if group],  # never sharded and whole ones in one group
             lr=config.learning_rate,
             betas=(float(config.adam_beta1), float(config.adam_beta2)),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
         )
         self.r_adam = torch.optim.Adam(self.r, lr=r_learning_rate) if self.r else None
+        for optimizer in filter(None, (self.adamw, self.r_adam)):
+            fill_state(optimizer)
         self.schedule = get_scheduler(
             config.lr_scheduler,
             optimizer=self.adamw,
@@ -80,9 +89,9 @@ class StudentOptimizer:
 
     def step(self) -> float | None:
         """Clip, step, clear gradients; returns the weights' gradient norm, or None when a gradient is not finite: then
-        no parameter moves, only the schedule does."""
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.max_grad_norm)
-        finite = bool(norm.isfinite()) and all(bool(r.grad.isfinite()) for r in self.r if r.grad is not None)
+        no parameter moves, only the schedule does. A collective where weights are sharded."""
+        norm = clip_gradients(self.weights, self.max_grad_norm)
+        finite = math.isfinite(norm) and all(bool(r.grad.isfinite()) for r in self.r if r.grad is not None)
         if finite:
             self.adamw.step()
             if self.r_adam is not None:
@@ -92,7 +101,7 @@ class StudentOptimizer:
                         r.clamp_(0.0, 1.0)
         self.clear()
         self.schedule.step()
-        return float(norm) if finite else None
+        return norm if finite else None
 
     def skip(self) -> None:
         """Pass over a step whose loss is not finite: only the schedule moves."""
@@ -115,3 +124,34 @@ class StudentOptimizer:
         if self.r_adam is not None:
             self.r_adam.load_state_dict(state["r_adam"])
         self.schedule.load_state_dict(state["schedule"])
+
+
+def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> float:
+    """The norm of all gradients together, sharded and whole ones, before they are clipped to `max_norm`."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    kinds = ([g for g in gradients if isinstance(g, DTensor) is sharded] for sharded in (True, False))
+    norms = [torch.nn.utils.get_total_norm(kind) for kind in kinds if kind]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+    scale = max_norm / (norm + 1e-6)
+    if scale < 1:  # never of a norm that is not finite
+        for gradient in gradients:
+            (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale)
+    return norm
+
+
+def fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the state that an optimizer of the Adam family makes in its first step, so that a checkpoint can be loaded
+    into it, shard by shard."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
+        optimizer.state[parameter]["step"].zero_()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

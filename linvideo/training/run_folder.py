@@ -9,6 +9,7 @@ import torch
 from linvideo.models import load_pipeline
 from linvideo.training.checkpoint import list_checkpoints, remove_leftovers
 from linvideo.training.config import TrainConfig
+from linvideo.training.files import remove_dead
 
 PROMPT_CACHE = "prompt_embeds.safetensors"
 FEATURE_MAPS = "feature_maps.safetensors"
@@ -39,12 +40,18 @@ def check(config: TrainConfig) -> list[Path]:
             raise ValueError(f"resume_from_checkpoint must be latest or a checkpoint folder, got {resume}")
         if Path(resume).resolve().parent != folder.resolve():
             raise ValueError(f"resume_from_checkpoint must be a checkpoint in output_dir {folder}, got {resume}")
-        remove_leftovers(folder)
+        tidy(folder)
         return [Path(resume)]
     if content and not {"config.yaml", "trajectories"} & set(content):
         raise ValueError(f"output_dir {folder} holds no training run to continue")
-    remove_leftovers(folder)
+    tidy(folder)
     return list_checkpoints(folder)[::-1]
+
+
+def tidy(folder: Path) -> None:
+    """Away with what kills have left half-written."""
+    remove_leftovers(folder)
+    remove_dead(folder)
 
 
 def clear(folder: str | Path) -> None:
@@ -52,15 +59,14 @@ def clear(folder: str | Path) -> None:
     folder = Path(folder)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
-    remove_leftovers(folder)
+    tidy(folder)
     for path in (*(folder / name for name in FOLDERS), *list_checkpoints(folder)):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load_teacher(config: TrainConfig) -> Any:
-    """The pipeline config.pretrained_model_name_or_path names, on config.device."""
+def load_teacher(config: TrainConfig, device: torch.device) -> Any:
+    """The pipeline config.pretrained_model_name_or_path names, on `device`."""
     if config.pretrained_model_name_or_path is None:
         raise ValueError("pretrained_model_name_or_path must name the teacher, got None")
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return load_pipeline(config.pretrained_model_name_or_path, torch_dtype=dtype).to(device)

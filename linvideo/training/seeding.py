@@ -4,6 +4,7 @@ A run that is resumed, or that uses another number of processes, draws the same 
 """
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 
@@ -24,9 +25,9 @@ def draw_noise(shape: tuple[int, ...], *name: int | str) -> torch.Tensor:
     return torch.randn(shape, generator=generator(*name))
 
 
-def draw_indices(size: int, count: int, *name: int | str) -> list[int]:
-    """`count` integers in [0, size), with replacement."""
-    return [stable_hash(*name, position) % size for position in range(count)]
+def draw_indices(size: int, positions: Iterable[int], *name: int | str) -> list[int]:
+    """An integer in [0, size) for each of `positions`, the places in a global batch, with replacement."""
+    return [stable_hash(*name, position) % size for position in positions]
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor | None]:

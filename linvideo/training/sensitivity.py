@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from linvideo.models import attention_types
 from linvideo.training.branches import linear_branches
 from linvideo.training.flow import predict_velocity
+from linvideo.training.parallel import Ranks
 from linvideo.training.store import StateBatch
 
 
@@ -23,7 +24,7 @@ class SensitivityConfig:
 
     Args:
         num_states: teacher states each layer is judged on; 0 skips the pass.
-        batch_size: teacher states a forward.
+        batch_size: teacher states a forward, on each rank.
     """
 
     num_states: int = 96
@@ -37,29 +38,37 @@ class SensitivityConfig:
 
 
 @torch.no_grad()
-def velocity_error(student: torch.nn.Module, batches: Iterable[StateBatch]) -> float:
-    """Mean over elements of |u_student - u_teacher|^2 on teacher states, the teacher's u as stored."""
-    total = count = 0
+def velocity_error(student: torch.nn.Module, batches: Iterable[StateBatch], ranks: Ranks | None = None) -> float:
+    """Mean over elements of |u_student - u_teacher|^2 on teacher states, the teacher's u as stored.
+
+    ranks: that hold other batches; the mean is over all of them.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=student.device)
     for batch in batches:
         u = predict_velocity(student, batch.x, batch.timestep, batch.prompt_embeds)
-        total, count = total + (u - batch.u).square().sum().double(), count + u.numel()
-    return float(total) / count
+        if batch.counts:
+            sums += torch.stack([(u - batch.u).square().sum().double(), torch.tensor(u.numel(), device=u.device)])
+    total, count = (sums if ranks is None else ranks.sum(sums)).tolist()
+    return total / count
 
 
 def layer_sensitivity(
-    student: torch.nn.Module, batches: Callable[[], Iterable[StateBatch]], progress: bool = True
+    student: torch.nn.Module,
+    batches: Callable[[], Iterable[StateBatch]],
+    progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> tuple[dict[int, float], float]:
     """(layer -> velocity error with that layer alone linear, the error with none linear).
 
     Args:
         student: with mixed or linear layers; its r and parameters are not touched.
-        batches: gives the same teacher states on every call.
+        batches: gives the same teacher states on every call; of several `ranks` each gives its own.
     """
     layers = list(linear_branches(student))
     errors = {}
     with attention_types(student, dict.fromkeys(layers, "softmax")):
-        floor = velocity_error(student, batches())
+        floor = velocity_error(student, batches(), ranks)
         for layer in tqdm(layers, desc="sensitivity", unit="layer", disable=not progress):
             with attention_types(student, {layer: "linear"}):
-                errors[layer] = velocity_error(student, batches())
+                errors[layer] = velocity_error(student, batches(), ranks)
     return errors, floor

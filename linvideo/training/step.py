@@ -6,6 +6,7 @@ from linvideo.training import objectives
 from linvideo.training.config import TrainConfig
 from linvideo.training.lanes import StudentLanes
 from linvideo.training.objectives import ObjectiveConfig
+from linvideo.training.parallel import Ranks
 from linvideo.training.prompts import PromptEmbeddings
 from linvideo.training.seeding import generator
 from linvideo.training.store import TrajectoryStore
@@ -14,9 +15,14 @@ from linvideo.training.store import TrajectoryStore
 class GradientStep:
     """Calls add a step's gradient to the student's parameters; devices are the models' own.
 
+    A step sees one global batch: gradient_accumulation_steps micro-batches of train_batch_size samples on each data
+    rank. Everything drawn belongs to a sample's position in it, so that another number of ranks, with another number
+    of micro-batches each, trains on the same samples.
+
     Args:
         grid: (timesteps, sigmas) of the sampler the trajectories were made with.
         stage: names the draws. objective: names the loss.
+        ranks: those that share the work; None is this process alone.
     """
 
     def __init__(
@@ -29,46 +35,67 @@ class GradientStep:
         config: TrainConfig,
         stage: str,
         objective: ObjectiveConfig,
+        ranks: Ranks | None = None,
     ):
         self.student, self.teacher, self.store, self.prompts = student, teacher, store, prompts
         self.config, self.stage, self.objective = config, stage, objective
-        self.lanes = None
+        self.ranks = Ranks.alone(student.device) if ranks is None else ranks
+        self.micro_batches = range(config.gradient_accumulation_steps)
+        self.all_lanes: list[StudentLanes] = []  # of each micro-batch
         if objective.name != "mse":
-            self.lanes = StudentLanes(config.train_batch_size, store, prompts, *grid, config.seed, student.device)
+            arguments = (store, prompts, *grid, config.seed, student.device)
+            self.all_lanes = [StudentLanes(self.positions(micro), *arguments) for micro in self.micro_batches]
+
+    @property
+    def global_batch(self) -> int:
+        return self.config.train_batch_size * len(self.micro_batches) * self.ranks.data_size
+
+    def positions(self, micro: int) -> range:
+        """Where this rank's micro-batch stands in the global batch."""
+        size = self.config.train_batch_size
+        start = (micro * self.ranks.data_size + self.ranks.data_rank) * size
+        return range(start, start + size)
 
     def __call__(self, step: int) -> tuple[str, float]:
-        """(name of the objective at `step`, mean loss over the micro-batches)."""
-        name, count = self.objective.at(step), self.config.gradient_accumulation_steps
+        """(name of the objective at `step`, mean loss over the global batch); gradients are the global batch's."""
+        name, count = self.objective.at(step), len(self.micro_batches)
         total = torch.zeros((), device=self.student.device)
-        for micro in range(count):
+        for micro in self.micro_batches:
             with autocast(self.config, self.student.device):
-                loss = self._loss(name, step * count + micro)
-            (loss / count).backward()
+                loss = self._loss(name, step, micro)
+            # Gradients are averaged over all ranks, but those that share a sample each have a part of its gradient.
+            (loss * self.ranks.context_size / count).backward()
             total += loss.detach() / count
-        return name, float(total)
+        self.ranks.average_gradients(self.student.parameters())
+        return name, float(self.ranks.mean(total))
 
-    def _loss(self, name: str, draw: int) -> torch.Tensor:
+    def _loss(self, name: str, step: int, micro: int) -> torch.Tensor:
+        positions, draws = self.positions(micro), (self.config.seed, self.stage)
         if name == "mse":
-            draws = (self.config.seed, self.stage, draw)
-            batch = self.store.draw(
-                self.config.train_batch_size, *draws, prompts=self.prompts, device=self.student.device
-            )
+            batch = self.store.draw(positions, *draws, step, prompts=self.prompts, device=self.student.device)
             return objectives.teacher_state_mse(self.student, batch)
+        lanes = self.all_lanes[micro]
         if name == "own_mse":
-            return objectives.own_state_mse(self.student, self.teacher, self.lanes)
+            return objectives.own_state_mse(self.student, self.teacher, lanes)
         if name == "adm_step":
-            return objectives.adm_sampler_step(self.student, self.teacher, self.lanes, self.objective)
-        share = torch.rand(self.config.train_batch_size, generator=generator(self.config.seed, self.stage, "dt", draw))
+            return objectives.adm_sampler_step(self.student, self.teacher, lanes, self.objective)
+        share = torch.rand(self.global_batch, generator=generator(*draws, "dt", step))[list(positions)]
         # in (0, 1] of the largest step, which leaves t at least half of sigma
-        dt = (1 - share).to(self.student.device) * (self.lanes.sigma / 2).clamp_max(self.objective.max_dt)
-        return objectives.adm_small_step(self.student, self.teacher, self.lanes, dt, self.objective)
+        dt = (1 - share).to(self.student.device) * (lanes.sigma / 2).clamp_max(self.objective.max_dt)
+        return objectives.adm_small_step(self.student, self.teacher, lanes, dt, self.objective)
 
     def state_dict(self) -> dict:
-        return {} if self.lanes is None else {"lanes": self.lanes.state_dict()}
+        """The lanes of all ranks, in the order of the global batch."""
+        if not self.all_lanes:
+            return {}
+        states = [lanes.state_dict() for lanes in self.all_lanes]
+        mine = {name: torch.stack([state[name] for state in states]) for name in states[0]}  # [micro, B, ...]
+        every = {name: self.ranks.gather_samples(part) for name, part in mine.items()}  # [rank, micro, B, ...]
+        return {"lanes": {name: part.transpose(0, 1).flatten(0, 2) for name, part in every.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        if self.lanes is not None:
-            self.lanes.load_state_dict(state["lanes"])
+        for lanes in self.all_lanes:
+            lanes.load_state_dict({name: part[lanes.positions] for name, part in state["lanes"].items()})
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:

@@ -1,14 +1,17 @@
-"""The trajectory store: a folder of safetensors shards and one manifest.json that says what they are.
+"""The trajectory store: a folder of safetensors shards, each with its checksum, and manifest.json that says what
+they are.
 
     x, u [n, S, C, F, H, W]              state, and the teacher's velocity there under the state's condition
     timestep [n, S] fp32                 what the teacher was given (1000 t)
     negative [n, S] bool, prompt [n]     the condition: the negative prompt, or prompt number `prompt`
 
-n trajectories a shard, S kept sampler steps each. A shard is written whole and then entered in the manifest, so an
-interrupted collection loses at most the shard it was in. u is stored, not derived: differences of fp16 states give it
-with an error of several per cent.
+n trajectories a shard, S kept sampler steps each. A shard is written whole, and counts once shard-<number>.json beside
+it has its checksum: an interrupted collection loses at most the shard it was in, and several workers can fill one
+store, because what a shard holds depends on its number alone. u is stored, not derived: differences of fp16 states
+give it with an error of several per cent.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,19 +20,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from linvideo.training.files import crc32, read_json, write_json, write_safetensors
+from linvideo.training.files import TEMPORARY, crc32, read_json, remove_dead, write_json, write_safetensors
 from linvideo.training.flow import NUM_TRAIN_TIMESTEPS
 from linvideo.training.prompts import PromptEmbeddings
 from linvideo.training.seeding import draw_indices
 
-FORMAT = 1
+FORMAT = 2
 KEYS = ("x", "u", "timestep", "negative", "prompt")
 
 
 @dataclass
 class StateBatch:
     """Teacher states: x, u [B, C, F, H, W] fp32, timestep [B] fp32, prompt_embeds [B, L, E] of each state's condition,
-    prompt [B] and negative [B] which condition that is."""
+    prompt [B] and negative [B] which condition that is. counts: False for a batch that stands in on a rank without one,
+    so that it runs the same collectives; its results are left out."""
 
     x: torch.Tensor
     u: torch.Tensor
@@ -37,6 +41,7 @@ class StateBatch:
     prompt_embeds: torch.Tensor
     prompt: torch.Tensor
     negative: torch.Tensor
+    counts: bool = True
 
     @property
     def t(self) -> torch.Tensor:
@@ -58,10 +63,11 @@ class TrajectoryStore:
 
     def __init__(self, path: str | Path, request: dict[str, Any] | None = None):
         self.path = Path(path)
+        remove_dead(self.path)
         manifest_path = self.path / "manifest.json"
         if manifest_path.is_file():
             manifest = read_json(manifest_path)
-            if not isinstance(manifest, dict) or set(manifest) != {"format", "request", "shards"}:
+            if not isinstance(manifest, dict) or not {"format", "request"} <= set(manifest):
                 raise ValueError(f"{manifest_path} is not the manifest of a trajectory store")
             if manifest["format"] != FORMAT:
                 raise ValueError(f"{manifest_path} has format {manifest['format']!r}, expected {FORMAT}")
@@ -69,20 +75,17 @@ class TrajectoryStore:
                 raise ValueError(
                     f"the trajectories in {self.path} were made {_difference(manifest['request'], request)}"
                 )
-            self.request, self.shards = manifest["request"], manifest["shards"]
+            self.request = manifest["request"]
         elif request is None:
             raise ValueError(f"{self.path} holds no trajectory store (no manifest.json)")
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(not path.name.startswith(TEMPORARY) for path in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no trajectory store")
         else:
-            self.request, self.shards = request, {}
-            self._write_manifest()
-        # a shard whose file was deleted is collected anew
-        self.shards = {name: entry for name, entry in self.shards.items() if self._file(int(name)).is_file()}
-        for name, entry in self.shards.items():
-            size = self._file(int(name)).stat().st_size
-            if size != entry["bytes"]:
-                raise ValueError(f"{self._damaged(name)} {size} bytes, expected {entry['bytes']}")
+            self.request = request
+            write_json(manifest_path, {"format": FORMAT, "request": request})
+        for number in range(self.num_shards):
+            if self.has_shard(number) and (size := self._file(number).stat().st_size) != self._entry(number)["bytes"]:
+                raise ValueError(f"{self._damaged(number)} {size} bytes, expected {self._entry(number)['bytes']}")
         # an open file per shard; its tensors are memory-mapped, so a batch reads only its own states
         self._open = lru_cache(maxsize=64)(lambda number: safe_open(self._file(number), framework="pt"))
 
@@ -92,7 +95,7 @@ class TrajectoryStore:
 
     @property
     def complete(self) -> bool:
-        return len(self.shards) == self.num_shards
+        return not self.missing_shards()
 
     def __len__(self) -> int:
         """Number of states in a complete store."""
@@ -103,24 +106,27 @@ class TrajectoryStore:
         size, total = self.request["shard_size"], self.request["num_trajectories"]
         return range(number * size, min((number + 1) * size, total))
 
+    def has_shard(self, number: int) -> bool:
+        """Whether it was written, by this process or another; one whose file was deleted is collected anew."""
+        return self._file(number).is_file() and self._file(number).with_suffix(".json").is_file()
+
     def missing_shards(self) -> list[int]:
-        return [number for number in range(self.num_shards) if str(number) not in self.shards]
+        return [number for number in range(self.num_shards) if not self.has_shard(number)]
 
     def write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
         file = self._file(number)
         write_safetensors(file, {key: tensors[key] for key in KEYS})
-        self.shards[str(number)] = {"file": file.name, "bytes": file.stat().st_size, "crc32": crc32(file)}
-        self._write_manifest()
+        write_json(file.with_suffix(".json"), {"bytes": file.stat().st_size, "crc32": crc32(file)})
 
-    def verify(self) -> None:
-        """Read every shard and compare checksums.
+    def verify(self, worker: int = 0, workers: int = 1) -> None:
+        """Read the shards that are there, of several workers every one its part, and compare checksums.
 
         Raises:
             ValueError: naming the first damaged shard.
         """
-        for name, entry in self.shards.items():
-            if crc32(self._file(int(name))) != entry["crc32"]:
-                raise ValueError(f"{self._damaged(name)} another checksum than the manifest")
+        for number in range(worker, self.num_shards, workers):
+            if self.has_shard(number) and crc32(self._file(number)) != self._entry(number)["crc32"]:
+                raise ValueError(f"{self._damaged(number)} another checksum than when it was written")
 
     def batch(self, indices: list[int], prompts: PromptEmbeddings, device: torch.device | str = "cpu") -> StateBatch:
         """The states number `indices`, counted trajectory by trajectory."""
@@ -141,19 +147,27 @@ class TrajectoryStore:
         return StateBatch(x.to(device), u.to(device), timestep.to(device), embeds, prompt, negative)
 
     def draw(
-        self, batch_size: int, *name: int | str, prompts: PromptEmbeddings, device: torch.device | str = "cpu"
+        self,
+        positions: Iterable[int],
+        *name: int | str,
+        prompts: PromptEmbeddings,
+        device: torch.device | str = "cpu",
     ) -> StateBatch:
-        """A minibatch that depends only on `name`, say (seed, "finetune", step)."""
-        return self.batch(draw_indices(len(self), batch_size, *name), prompts, device)
+        """The states at `positions` of the batch `name`, say (seed, "finetune", step); they depend on nothing else."""
+        return self.batch(draw_indices(len(self), positions, *name), prompts, device)
 
     def _file(self, number: int) -> Path:
         return self.path / f"shard-{number:06d}.safetensors"
 
-    def _damaged(self, name: str) -> str:
-        return f"{self._file(int(name))} is damaged (delete it to collect it anew): it has"
+    def _entry(self, number: int) -> dict[str, int]:
+        path = self._file(number).with_suffix(".json")
+        entry = read_json(path)
+        if not isinstance(entry, dict) or set(entry) != {"bytes", "crc32"}:
+            raise ValueError(f"{path} does not say bytes and crc32 of its shard (delete it to collect that anew)")
+        return entry
 
-    def _write_manifest(self) -> None:
-        write_json(self.path / "manifest.json", {"format": FORMAT, "request": self.request, "shards": self.shards})
+    def _damaged(self, number: int) -> str:
+        return f"{self._file(number)} is damaged (delete it to collect it anew): it has"
 
 
 def _difference(stored: dict, wanted: dict) -> str:

@@ -124,14 +124,26 @@ def open_store(
     return TrajectoryStore(path, request)
 
 
-def collect(store: TrajectoryStore, pipeline, prompts: PromptEmbeddings, progress: bool = True) -> TrajectoryStore:
-    """Fill the shards that are missing, on the transformer's device; returns the store."""
+def collect(
+    store: TrajectoryStore,
+    pipeline,
+    prompts: PromptEmbeddings,
+    progress: bool = True,
+    worker: int = 0,
+    workers: int = 1,
+) -> TrajectoryStore:
+    """Fill the shards that are missing, on the transformer's device; returns the store.
+
+    Of several workers each fills every `workers`-th of them, and passes over those that another has filled meanwhile.
+    """
     request = store.request
     shape = tuple(request["latent_shape"])
-    missing = store.missing_shards()
+    missing = [number for number in store.missing_shards() if number % workers == worker]
     total = sum(len(store.shard_trajectories(number)) for number in missing)
     with tqdm(total=total, desc="trajectories", unit="video", disable=not progress or not missing) as bar:
         for number in missing:
+            if store.has_shard(number):
+                continue
             trajectories = list(store.shard_trajectories(number))
             batches = []
             for start in range(0, len(trajectories), request["batch_size"]):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from linvideo.models import attention_types
 from linvideo.training.branches import feature_weights, linear_branches
 from linvideo.training.flow import predict_velocity
+from linvideo.training.parallel import Ranks
 from linvideo.training.store import StateBatch
 
 
@@ -26,7 +27,7 @@ class WarmupConfig:
     Args:
         max_train_steps: of warm-up; 0 skips it.
         learning_rate: of Adam on W_q and W_k.
-        batch_size: teacher states a step.
+        batch_size: teacher states a step, of all ranks together.
     """
 
     max_train_steps: int = 80
@@ -42,14 +43,14 @@ class WarmupConfig:
             raise ValueError(f"warmup.batch_size must be at least 1, got {self.batch_size}")
 
 
-def relative_error(output: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """|output - reference|^2 / |reference|^2 over the whole tensor, in fp32."""
+def square_sums(output: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """[2]: |output - reference|^2 and |reference|^2 over the whole tensor, in fp32."""
     reference = reference.float()
-    return (output.float() - reference).square().sum() / reference.square().sum()
+    return torch.stack([(output.float() - reference).square().sum(), reference.square().sum()])
 
 
 def attention_output_errors(
-    student: torch.nn.Module, batch: StateBatch, backward: bool = False
+    student: torch.nn.Module, batch: StateBatch, backward: bool = False, ranks: Ranks | None = None
 ) -> dict[int, torch.Tensor]:
     """Layer -> relative error of its linear branch's output against softmax attention, on the teacher's activations.
 
@@ -57,18 +58,21 @@ def attention_output_errors(
         student: with mixed layers; the others are not looked at.
         backward: also add each error's gradient to the feature weights, layer by layer: no more than one layer's graph
             is alive at a time.
+        ranks: that hold the other samples, or tokens, of the batch: errors and gradients are the whole batch's.
     """
     errors: dict[int, torch.Tensor] = {}
+    size = 1 if ranks is None else ranks.size
 
     def compare(layer: int):
         def hook(branch, args, kwargs, output):
             q, k, v = (x.detach() for x in args)
             softmax_out = kwargs["softmax_out"]
             with torch.set_grad_enabled(backward):
-                error = relative_error(branch.forward(q, k, v), softmax_out)
+                mine = square_sums(branch.forward(q, k, v, group=kwargs.get("group")), softmax_out) * batch.counts
+                every = mine.detach() if ranks is None else ranks.sum(mine)
                 if backward:
-                    error.backward()
-            errors[layer] = error.detach()
+                    (mine[0] / every[1] * size).backward()
+            errors[layer] = every[0] / every[1]
             return softmax_out  # the layers behind see the teacher's activations
 
         return hook
@@ -81,6 +85,8 @@ def attention_output_errors(
     finally:
         for hook in hooks:
             hook.remove()
+    if backward and ranks is not None:
+        ranks.average_gradients(feature_weights(student).values())
     return errors
 
 

@@ -140,15 +140,6 @@ def test_attention_backend_reaches_the_softmax_layers():
         torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["linear", "mixed"])
-def test_context_parallelism_is_refused_for_linear_layers(kind):
-    model = three_kinds()
-    attn = model.blocks[KINDS.index(kind)].attn1
-    attn.processor._parallel_config = object()
-    with pytest.raises(ValueError, match=f"context parallelism .* got a {kind} layer"):
-        attn(torch.randn(1, 4, 48))
-
-
 def test_attention_mask_is_refused_for_linear_layers():
     model = three_kinds()
     hidden, mask = torch.randn(1, 4, 48), torch.ones(1, 1, 4, 4, dtype=torch.bool)

@@ -310,7 +310,7 @@ def feature_maps_and_r(student: torch.nn.Module) -> list[torch.Tensor]:
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_teacher_and_encoders_as_the_trainer_loads_them(folder, precision):
     config = tiny_config("run", mixed_precision=precision, pretrained_model_name_or_path=str(folder), device="cpu")
-    pipeline = run_folder.load_teacher(config)
+    pipeline = run_folder.load_teacher(config, torch.device("cpu"))
     parts, _ = memory.held(read_sizes(str(folder), SMALL), config, Layout(autocast=precision == "bf16"), "trajectories")
     assert len(parts) == 2 and parts["frozen teacher"] == nbytes(pipeline.transformer.parameters())
     assert parts["text encoder and VAE"] == nbytes((*pipeline.text_encoder.parameters(), *pipeline.vae.parameters()))

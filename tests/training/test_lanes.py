@@ -13,7 +13,7 @@ STEPS = 5
 def make_lanes(tmp_path, count=4, **request):
     timesteps, sigmas = sampler_grid(SCHEDULER, STEPS)
     store = toy_store(tmp_path / "store", timesteps, **request)
-    return StudentLanes(count, store, toy_prompts(), timesteps, sigmas, seed=5, device="cpu")
+    return StudentLanes(range(count), store, toy_prompts(), timesteps, sigmas, seed=5, device="cpu")
 
 
 def advance(lanes, student):

@@ -19,7 +19,7 @@ def store(tmp_path):
 
 
 def make_lanes(store, count=6):
-    return StudentLanes(count, store, toy_prompts(), TIMESTEPS, SIGMAS, seed=3, device="cpu")
+    return StudentLanes(range(count), store, toy_prompts(), TIMESTEPS, SIGMAS, seed=3, device="cpu")
 
 
 def column(values):
@@ -28,7 +28,7 @@ def column(values):
 
 def test_teacher_state_mse_is_the_stored_velocitys_mean_square(store):
     student = AffineFlow(0.5, 0.3)
-    batch = store.draw(5, 1, prompts=toy_prompts())
+    batch = store.draw(range(5), 1, prompts=toy_prompts())
     condition = torch.where(batch.negative, -1.0, batch.prompt + 1.0)
     by_hand = 0.5 * batch.x + column(0.3 * batch.timestep / 1000 + condition) - batch.u
     assert torch.allclose(objectives.teacher_state_mse(student, batch), by_hand.square().mean())
@@ -155,7 +155,7 @@ def test_hybrid_alternates_after_the_mse_steps():
 def test_losses_are_fp32_for_a_bf16_model(store):
     student = AffineFlow(0.5)
     student.dtype = torch.bfloat16
-    batch = store.draw(2, 1, prompts=toy_prompts())
+    batch = store.draw(range(2), 1, prompts=toy_prompts())
     assert predict_velocity(student, batch.x, batch.timestep, batch.prompt_embeds).dtype == torch.float32
     assert objectives.teacher_state_mse(student, batch).dtype == torch.float32
     assert batch.x.shape == (2, *SHAPE)

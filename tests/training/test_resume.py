@@ -1,7 +1,6 @@
 """A run killed with SIGKILL and continued gives the weights of an uninterrupted one, bit for bit."""
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -14,11 +13,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_run import run
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from linvideo.training import Trainer, checkpoint, metrics, read_metrics
+from linvideo.training import Trainer, metrics, read_metrics
 from linvideo.training import trainer as trainer_module
 from linvideo.training.checkpoint import list_checkpoints, load_checkpoint
-from linvideo.training.trainer import TrainingStopped
+from linvideo.training.resumable import TrainingStopped
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,10 +64,7 @@ def test_killed_and_resumed(stage, step, tmp_path, uninterrupted):
 def test_shards_of_a_killed_collection_are_those_of_an_uninterrupted_one(tmp_path, uninterrupted):
     folder = tmp_path / "run"
     run(folder)
-    manifest = folder / "trajectories" / "manifest.json"
-    content = json.loads(manifest.read_text())
-    del content["shards"]["1"]
-    manifest.write_text(json.dumps(content))
+    (folder / "trajectories" / "shard-000001.json").unlink()  # the shard is there, its entry is not
     (folder / "trajectories" / "shard-000002.safetensors").unlink()
     run(folder, resume_from_checkpoint="latest")
     for name in ("shard-000001.safetensors", "shard-000002.safetensors"):
@@ -150,7 +147,7 @@ def test_sigterm_saves_the_step_and_ends_the_run(stage, step, tmp_path, uninterr
 def test_sigterm_outside_of_steps_ends_the_run_at_once(tmp_path, uninterrupted, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "collect", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(trainer_module, "collect", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(TrainingStopped, match="between the steps"):
             run(folder)
     run(folder, resume_from_checkpoint="latest")
@@ -167,13 +164,15 @@ def damage(path: Path, how: str) -> None:
         path.unlink()
 
 
+TENSORS = "shard-00001-model-00001-of-00001.safetensors"
+
+
 @pytest.mark.parametrize("how", ["truncated", "altered", "missing"])
-@pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors"])
-def test_a_damaged_checkpoint_is_passed_over(how, name, tmp_path, uninterrupted, capsys):
+def test_a_damaged_checkpoint_is_passed_over(how, tmp_path, uninterrupted, capsys):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
     newest = list_checkpoints(folder)[-1]
-    damage(newest / name, how)
+    damage(newest / TENSORS, how)
     run(folder, resume_from_checkpoint="latest")
     assert f"the checkpoint {newest} is damaged" in capsys.readouterr().err
     assert_same_run(folder, uninterrupted)
@@ -193,7 +192,7 @@ def test_nothing_is_trained_when_every_checkpoint_is_damaged(tmp_path, uninterru
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
     for path in list_checkpoints(folder):
-        damage(path / "model.safetensors", "truncated")
+        damage(path / TENSORS, "truncated")
     with pytest.raises(ValueError, match="checkpoint-2 is damaged"):
         run(folder, resume_from_checkpoint="latest")
 
@@ -201,23 +200,22 @@ def test_nothing_is_trained_when_every_checkpoint_is_damaged(tmp_path, uninterru
 def test_a_named_checkpoint_that_is_damaged_is_an_error(tmp_path, uninterrupted):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
-    damage(folder / "checkpoint-8" / "model.safetensors", "altered")
-    with pytest.raises(ValueError, match="checkpoint-8 is damaged: model.safetensors has another checksum"):
+    damage(folder / "checkpoint-8" / TENSORS, "altered")
+    with pytest.raises(ValueError, match=f"checkpoint-8 is damaged: {TENSORS} has another checksum"):
         run(folder, resume_from_checkpoint=str(folder / "checkpoint-8"))
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, uninterrupted, monkeypatch):
-    folder, write = tmp_path / "run", checkpoint.write_safetensors
+    folder, write = tmp_path / "run", HuggingFaceStorageWriter.write_data
 
-    def full(path, tensors):
-        if path.parent.name.endswith("checkpoint-8"):
-            path.parent.mkdir(parents=True)
-            path.write_bytes(b"half")
+    def full(writer, plan, planner):
+        if "checkpoint-8" in str(writer.path):
+            (Path(writer.path) / "shard-00001-half.safetensors").write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, tensors)
+        return write(writer, plan, planner)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_safetensors", full)
+        patch.setattr(HuggingFaceStorageWriter, "write_data", full)
         with pytest.raises(OSError, match="cannot write .*checkpoint-8, the earlier checkpoints .* No space left"):
             run(folder)
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]

@@ -50,7 +50,7 @@ def test_training_lowers_the_error_of_the_linear_layers(tmp_path):
     }
     trainer = Trainer(tiny_config(tmp_path / "run", **settings), tiny_teacher(), PROMPTS)
     result = trainer.train()
-    batch = trainer.store.draw(24, "test", prompts=trainer.prompts)
+    batch = trainer.store.draw(range(24), "test", prompts=trainer.prompts)
 
     def error(model):
         with torch.no_grad():
@@ -129,7 +129,8 @@ def test_gradient_accumulation_averages_over_micro_batches(tmp_path):
     name, loss = GradientStep(*parts, objectives.ObjectiveConfig(name="mse"))(3)
     gradient = student.proj_out.weight.grad.clone()
     student.zero_grad()
-    batches = [trainer.store.draw(2, 0, "test", draw, prompts=trainer.prompts) for draw in (6, 7)]
+    positions = (range(2), range(2, 4))
+    batches = [trainer.store.draw(part, 0, "test", 3, prompts=trainer.prompts) for part in positions]
     by_hand = sum(objectives.teacher_state_mse(student, batch) for batch in batches) / 2
     by_hand.backward()
     assert name == "mse" and loss == pytest.approx(float(by_hand.detach()))

@@ -100,12 +100,12 @@ def test_stride_keeps_steps_from_a_drawn_offset(tmp_path, pipeline, prompts):
 
 def test_draws_depend_on_their_name_only(tmp_path):
     store, prompts = toy_store(tmp_path / "s", torch.tensor([900.0, 500.0])), toy_prompts()
-    first = store.draw(4, 0, "finetune", 3, prompts=prompts)
-    again = TrajectoryStore(tmp_path / "s").draw(4, 0, "finetune", 3, prompts=prompts)
+    first = store.draw(range(4), 0, "finetune", 3, prompts=prompts)
+    again = TrajectoryStore(tmp_path / "s").draw(range(4), 0, "finetune", 3, prompts=prompts)
     assert torch.equal(first.x, again.x) and torch.equal(first.prompt_embeds, again.prompt_embeds)
-    others = [store.draw(4, 0, "finetune", step, prompts=prompts).x for step in range(4, 10)]
+    others = [store.draw(range(4), 0, "finetune", step, prompts=prompts).x for step in range(4, 10)]
     assert any(not torch.equal(first.x, other) for other in others)
-    drawn = torch.cat([store.draw(8, 0, step, prompts=prompts).x for step in range(30)])
+    drawn = torch.cat([store.draw(range(8), 0, step, prompts=prompts).x for step in range(30)])
     assert len(drawn.flatten(1).unique(dim=0)) == len(store)  # every state comes up
 
 

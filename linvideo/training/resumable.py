@@ -1,0 +1,201 @@
+"""What makes a run of several stages resumable: counting steps, checkpoints, signals, the log. Trainer has the stages.
+
+Stages that train count their optimizer steps in one global step; a checkpoint names the stage and the step in it, and
+everything drawn at random is drawn by (seed, stage, step, position in the global batch), so a continued run does what
+an uninterrupted one would have done, on any number of processes.
+"""
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from linvideo.models import finalize
+from linvideo.training.checkpoint import Checkpoint, save_checkpoint
+from linvideo.training.config import TrainConfig
+from linvideo.training.metrics import MetricsLog
+from linvideo.training.parallel import Ranks
+from linvideo.training.seeding import random_state, set_random_state
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps had a non-finite loss or gradient."""
+
+
+class TrainingStopped(RuntimeError):
+    """SIGTERM came, as schedulers send it before they take a machine away."""
+
+    def __init__(self, when: str):
+        super().__init__(f"stopped by SIGTERM {when}; continue with --resume_from_checkpoint latest")
+
+
+class ResumableRun:
+    """A run in config.output_dir; subclasses set `student`, and a method `_<stage>` for each of `stages`.
+
+    checkpoints: to continue from, the first that is whole.
+    """
+
+    stages: tuple[str, ...]
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, checkpoints: list[Path]):
+        self.config, self.ranks, self.checkpoints = config, ranks, checkpoints
+        self.output_dir, self.device = Path(config.output_dir), ranks.device
+        self.student: torch.nn.Module
+        self.log: MetricsLog | None = None  # on the first rank
+        self.stage, self.stage_step, self.global_step, self.nonfinite = self.stages[0], 0, 0, 0
+        self.in_step = self.stop = False
+        self.results: dict[str, Any] = {"seconds": {}}  # of finished stages; plain values
+        self.components: dict[str, Any] = {}  # what the current stage adds to a checkpoint
+        self.restored: Checkpoint | None = None  # has the state of the components of the stage it was made in
+
+    def _run_stages(self) -> None:
+        if self.ranks.first:
+            self.log = MetricsLog(self.output_dir, self.config.report_to, self.global_step)
+        try:
+            for stage in self.stages[self.stages.index(self.stage) :]:
+                self.stage = stage
+                with self._timed(stage):
+                    getattr(self, f"_{stage}")()
+                self._end_stage()
+        finally:
+            if self.log is not None:
+                self.log.close()
+
+    # Steps.
+
+    def _steps(self, count: int) -> Iterator[int]:
+        """The stage's remaining steps, with counting, a progress bar, and checkpoints when they are due."""
+        first, show = self.stage_step, self.config.progress and self.ranks.first
+        self.bar = tqdm(range(first, count), desc=self.stage, initial=first, total=count, disable=not show)
+        for step in self.bar:
+            self.global_step += 1
+            self.stage_step = step + 1
+            self.in_step = True
+            yield step
+            stop = self.ranks.any(self.stop)
+            if stop or (self.global_step % self.config.checkpointing_steps == 0 and self.stage_step < count):
+                self._save()
+            self.in_step = False
+            if stop:  # a signal since then waits for the next step
+                raise TrainingStopped(f"after step {self.stage_step} of {self.stage}, which is saved")
+
+    def _finite(self, value: float) -> bool:
+        """False, and counted, when `value` is not finite."""
+        if math.isfinite(value):
+            return True
+        self.nonfinite += 1
+        if self.nonfinite > self.config.max_nonfinite_steps:
+            raise TrainingDiverged(
+                f"{self.nonfinite} steps had a non-finite loss or gradient, the last was step {self.stage_step} of"
+                f" {self.stage} (max_nonfinite_steps is {self.config.max_nonfinite_steps}): lower the learning rate"
+            )
+        return False
+
+    def _report(self, **values: Any) -> None:
+        if self.log is None:
+            return
+        kept = {name: value for name, value in values.items() if not isinstance(value, float) or math.isfinite(value)}
+        kept = {name: value for name, value in kept.items() if value is not None}
+        self.log.write({"step": self.global_step, "stage": self.stage, "stage_step": self.stage_step, **kept})
+        shown = {"loss": f"{values['loss']:.4f}"}
+        if "num_linear" in values:
+            shown["linear"] = values["num_linear"]
+        if "r" in values:
+            shown["r"] = f"{min(values['r'].values()):.2f}-{max(values['r'].values()):.2f}"
+        if self.device.type == "cuda":
+            shown["GiB"] = f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f}"
+        self.bar.set_postfix(shown, refresh=False)
+
+    # Checkpoints.
+
+    def _register(self, **components: Any) -> None:
+        """Name what this stage's checkpoints hold beside the model; loads it when the run was restored into the
+        stage."""
+        self.components = components
+        if self.restored is not None:
+            for name in self.restored.components:
+                self.restored.load_component(name, components[name])
+        self.restored = None
+
+    def _end_stage(self) -> None:
+        self.components, self.stage_step, self.restored = {}, 0, None
+        if self.stage != self.stages[-1]:
+            self.stage = self.stages[self.stages.index(self.stage) + 1]
+            self._save()
+        if self.ranks.any(self.stop):
+            raise TrainingStopped("at the end of a stage, which is saved")
+
+    def _save(self) -> None:
+        state = {
+            "config": self.config.to_dict(),
+            "processes": self.ranks.size,
+            "stage": self.stage,
+            "stage_step": self.stage_step,
+            "global_step": self.global_step,
+            "nonfinite": self.nonfinite,
+            "results": self.results,
+            "components": {name: component.state_dict() for name, component in self.components.items()},
+            "random": random_state(self.device),
+        }
+        limit = self.config.checkpoints_total_limit
+        save_checkpoint(self.output_dir, self.global_step, self._trained(), state, limit, self.ranks)
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        """What training changes of the model."""
+        return {name: p.detach() for name, p in self.student.named_parameters() if p.requires_grad}
+
+    def _load_newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole; those passed over are named."""
+        for number, path in enumerate(self.checkpoints, 1):
+            try:
+                return Checkpoint(path, self.ranks)
+            except ValueError as error:
+                if number == len(self.checkpoints):
+                    raise
+                if self.ranks.first:
+                    print(f"{error}; continuing from the one before it", file=sys.stderr)
+        return None
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.stage, self.stage_step = checkpoint["stage"], checkpoint["stage_step"]
+        self.global_step, self.nonfinite = checkpoint["global_step"], checkpoint["nonfinite"]
+        self.results, self.restored = checkpoint["results"], checkpoint
+        if "linear_layers" in self.results:
+            finalize(self.student, self.results["linear_layers"])
+        checkpoint.load_model(self._trained())
+        set_random_state(checkpoint["random"], self.device)
+
+    # Signals and time.
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """SIGTERM waits for the end of an optimizer step; elsewhere everything worth keeping is on disk already."""
+
+        def terminate(*_):
+            self.stop = True
+            if not self.in_step:
+                raise TrainingStopped("between the steps")
+
+        if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, terminate)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds = self.results["seconds"]
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -1,0 +1,137 @@
+"""However the work is divided over processes, the run is the same: losses and weights to 1e-5, on gloo."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import run
+
+from linvideo.training import read_metrics
+from linvideo.training.checkpoint import list_checkpoints, load_checkpoint
+
+ROOT = Path(__file__).parents[2]
+# Adam gives a weight whose gradient is nothing but rounding error a step of full size: a slow warm-up and a larger
+# epsilon keep that under the tolerance.
+SLOW = {
+    "warmup": {"max_train_steps": 4, "batch_size": 3, "learning_rate": 2e-3},
+    "optimizer": {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "adam_epsilon": 1e-6},
+}
+# the global batch is 4 everywhere; the default, sharding over all, applies where nothing is said
+LAYOUTS = {
+    "sharded": {"gradient_accumulation_steps": 1},
+    "copies": {"gradient_accumulation_steps": 1, "parallel": {"shard_degree": 1}},
+    "context": {"parallel": {"shard_degree": 1, "ulysses_degree": 2}},
+    "context and sharded": {"parallel": {"ulysses_degree": 2}},
+}
+OBJECTIVES = {
+    "own_mse": {"objective": {"name": "own_mse"}, "selection": {"max_train_steps": 2, "objective": "own_mse"}},
+    "adm_step": {"objective": {"name": "adm_step"}, "selection": {"max_train_steps": 2, "objective": "adm_step"}},
+    "checkpointing": {"gradient_checkpointing": True},
+}
+
+
+def torchrun(processes: int, folder: Path, runs: dict[str, dict]) -> subprocess.CompletedProcess:
+    """Run each name -> overrides in folder/name, one after another in the same processes."""
+    (folder / "runs.json").write_text(json.dumps({name: SLOW | overrides for name, overrides in runs.items()}))
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command += [str(ROOT / "tests" / "tiny_parallel_run.py"), str(folder), str(folder / "runs.json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same(folder: Path, reference: Path) -> None:
+    ours, theirs = weights(folder), weights(reference)
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) <= 1e-5
+    rows, expected = (read_metrics(path / "metrics.jsonl") for path in (folder, reference))
+    assert [row.keys() for row in rows] == [row.keys() for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        for name in row.keys() - {"stage", "r"}:
+            assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+    chosen, wanted = (json.loads((path / "selection.json").read_text()) for path in (folder, reference))
+    assert chosen["linear_layers"] == wanted["linear_layers"]
+    assert chosen["sensitivity"] == pytest.approx(wanted["sensitivity"], rel=1e-4)
+    assert chosen["error_rounded"] == pytest.approx(wanted["error_rounded"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    run(folder, **SLOW)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, alone) -> Path:
+    """All layouts on two processes, and a run that one process began."""
+    folder = tmp_path_factory.mktemp("two")
+    begun = folder / "begun by one"
+    shutil.copytree(alone, begun)
+    resumed = {"resume_from_checkpoint": str(checkpoint_in(begun, "selection")), "gradient_accumulation_steps": 1}
+    done = torchrun(2, folder, LAYOUTS | {"begun by one": resumed})
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def checkpoint_in(folder: Path, stage: str) -> Path:
+    """The first one in the middle of `stage`."""
+    states = {path: load_checkpoint(path)[1] for path in list_checkpoints(folder)}
+    return next(path for path, state in states.items() if state["stage"] == stage and state["stage_step"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_processes_train_as_one(layout, two, alone):
+    assert_same(two / layout, alone)
+
+
+def test_a_run_of_one_process_goes_on_with_two(two, alone):
+    assert_same(two / "begun by one", alone)
+
+
+@pytest.mark.parametrize("stage", ["warmup", "selection", "finetune"])
+def test_a_run_of_two_processes_goes_on_with_one(stage, two, alone, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(two / "sharded", folder)
+    run(folder, resume_from_checkpoint=str(checkpoint_in(folder, stage)), **SLOW)
+    assert_same(folder, alone)
+
+
+def test_another_global_batch_is_refused(two, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(two / "sharded", folder)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps 1 .now 3."):
+        run(folder, resume_from_checkpoint="latest", gradient_accumulation_steps=3, **SLOW)
+
+
+def test_a_rank_that_is_killed_leaves_the_last_checkpoint(tmp_path, alone):
+    died = torchrun(2, tmp_path, {"run": {"gradient_accumulation_steps": 1, "die": ["finetune", 4, 1]}})
+    assert died.returncode != 0 and "SIGKILL" in died.stderr
+    assert not (tmp_path / "run" / "pipeline").exists()
+    run(tmp_path / "run", resume_from_checkpoint="latest", **SLOW)
+    assert_same(tmp_path / "run", alone)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_other_objectives_on_four_processes(objective, tmp_path):
+    overrides = OBJECTIVES[objective]
+    run(tmp_path / "alone", **SLOW | overrides)
+    layout = {"gradient_accumulation_steps": 1, "parallel": {"ulysses_degree": 2, "shard_degree": 2}}
+    done = torchrun(4, tmp_path, {"four": layout | overrides})
+    assert done.returncode == 0, done.stderr
+    assert_same(tmp_path / "four", tmp_path / "alone")
