@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from linvideo.nn import FEATURE_MAPS
+from linvideo.training.adapters import AdapterConfig
 from linvideo.training.devices import check_device
 from linvideo.training.files import write_text
 from linvideo.training.metrics import REPORT_TO
@@ -40,7 +41,7 @@ FREE = (
     "checkpointing_steps",
     "checkpoints_total_limit",
 )
-FREE += ("report_to", "device", "progress", "parallel")
+FREE += ("report_to", "device", "progress", "parallel", "compile", "attention_backend", "offload_teacher")
 
 
 @dataclass
@@ -60,6 +61,11 @@ class TrainConfig:
         device: for a teacher loaded by us; None is CUDA when there is a GPU.
         mixed_precision: "no", or "bf16" (autocast over fp32 weights; a teacher loaded by us is then bf16).
         gradient_checkpointing: recompute activations of the student's blocks.
+        compile: torch.compile the student's blocks, for selection and fine-tuning.
+        attention_backend: of the softmax layers, a name of diffusers' set_attention_backend, say "flash" or
+            "_flash_3_hub"; None is PyTorch's own choice.
+        offload_teacher: keep the teacher's weights in CPU memory and bring each block when it is its turn. Of use with
+            objectives that ask the teacher in every step, all but "mse"; with lora the teacher costs nothing anyway.
         feature_map: of the linear branch.
         train_batch_size: teacher states, or lanes of student states, per forward on each data rank.
         gradient_accumulation_steps: forwards per optimizer step. The product of both and the number of data ranks is
@@ -82,6 +88,9 @@ class TrainConfig:
     device: str | None = None
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
+    compile: bool = False
+    attention_backend: str | None = None
+    offload_teacher: bool = False
     feature_map: str = "hedgehog"
     train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
@@ -100,6 +109,7 @@ class TrainConfig:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self):
@@ -127,6 +137,13 @@ class TrainConfig:
         if not 0 <= self.ema_decay <= 1:
             raise ValueError(f"ema_decay must lie in [0, 1], got {self.ema_decay}")
         check_device(self.device)
+        if self.offload_teacher and self.lora.rank is not None:
+            raise ValueError("offload_teacher and lora.rank exclude each other: the teacher is the student's own base")
+        if self.parallel.ring_degree > 1 and self.attention_backend in (None, "native"):
+            raise ValueError(
+                "parallel.ring_degree needs an attention_backend that returns log-sum-exps, say _native_cudnn or flash,"
+                f" got {self.attention_backend}"
+            )
         ranks_layers = self.selection.method == "sensitivity" or self.selection.r_from_sensitivity
         if ranks_layers and not self.sensitivity.num_states:
             raise ValueError("selection by sensitivity needs sensitivity.num_states of at least 1, got 0")

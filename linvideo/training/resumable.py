@@ -148,9 +148,9 @@ class ResumableRun:
         limit = self.config.checkpoints_total_limit
         save_checkpoint(self.output_dir, self.global_step, self._trained(), state, limit, self.ranks)
 
-    def _trained(self) -> dict[str, torch.Tensor]:
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
         """What training changes of the model."""
-        return {name: p.detach() for name, p in self.student.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.student.named_parameters() if p.requires_grad}
 
     def _load_newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; those passed over are named."""

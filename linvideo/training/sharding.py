@@ -8,15 +8,22 @@ from diffusers.hooks.context_parallel import apply_context_parallel
 from diffusers.models._modeling_parallel import ContextParallelConfig
 from diffusers.models._modeling_parallel import ParallelConfig as DiffusersParallelConfig
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from linvideo.models import LinVideoWanTransformer3DModel
+from linvideo.training.adapters import ADAPTER, adapters, merge
 from linvideo.training.branches import linear_branches
 from linvideo.training.parallel import Ranks
 
 
-def shard(model: nn.Module, ranks: Ranks, compute_dtype: torch.dtype | None = None, own: bool = False) -> nn.Module:
+def shard(
+    model: nn.Module,
+    ranks: Ranks,
+    compute_dtype: torch.dtype | None = None,
+    own: bool = False,
+    offload: bool = False,
+) -> nn.Module:
     """FSDP2 in place, a block at a time; in a run of one process nothing but `own`.
 
     The linear branches' parameters stay whole on every rank: they are under 1% of the model, the warm-up reaches them
@@ -26,9 +33,11 @@ def shard(model: nn.Module, ranks: Ranks, compute_dtype: torch.dtype | None = No
         compute_dtype: what the shards are gathered in; gradients are reduced in fp32. None is the dtype they have.
         own: give the model trainable fp32 copies of weights that it shares with another first, also a block at a time,
             so that no rank ever holds the whole of them.
+        offload: keep the shards in CPU memory. Of a model without gradients.
     """
     # inputs are left alone: rotary tables and timesteps have to stay fp32, autocast sees to the rest
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    options = {"offload_policy": CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")} if offload else {}
     # Wan's output is a view, and nothing here writes to it
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     finished = set()
@@ -41,8 +50,9 @@ def shard(model: nn.Module, ranks: Ranks, compute_dtype: torch.dtype | None = No
                 module.register_parameter(name, nn.Parameter(fresh))
         if ranks.size > 1:
             whole = {p for branch in linear_branches(model).values() for p in branch.parameters()}
+            options |= {"mesh": ranks.weights, "mp_policy": policy, "ignored_params": whole}
             # the root too gives its gathered weights back: optimizers and checkpoints must find the shards
-            fully_shard(part, mesh=ranks.weights, mp_policy=policy, ignored_params=whole, reshard_after_forward=True)
+            fully_shard(part, reshard_after_forward=True, **options)
     return model
 
 
@@ -61,8 +71,12 @@ def split_tokens(model: nn.Module, ranks: Ranks) -> None:
 
 
 def gather(model: nn.Module, ranks: Ranks) -> nn.Module | None:
-    """`model` itself where it is whole; else a whole copy on the CPU of the first rank, None on the others."""
-    if ranks.size == 1:
+    """`model` itself where it is whole and has no adapters; else a copy that is, on the first rank, None on the others.
+
+    The copy of a sharded model is on the CPU.
+    """
+    scaling = {name: layer.scaling[ADAPTER] for name, layer in adapters(model).items()}
+    if ranks.size == 1 and not scaling:
         return model
     state = {}
     for name, tensor in model.state_dict().items():
@@ -73,5 +87,6 @@ def gather(model: nn.Module, ranks: Ranks) -> nn.Module | None:
         return None
     with init_empty_weights():
         whole = LinVideoWanTransformer3DModel.from_config(model.config)
-    whole.load_state_dict(state, assign=True)
-    return whole.eval().requires_grad_(False)
+    whole.load_state_dict(merge(state, scaling), assign=True)
+    whole.eval().requires_grad_(False)
+    return whole.to(ranks.device) if ranks.size == 1 else whole

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from diffusers.training_utils import EMAModel
 
 from linvideo.models import convert, finalize, save_pipeline, wan_transformer
 from linvideo.training import run_folder
+from linvideo.training.adapters import FrozenBase, add_adapters
 from linvideo.training.branches import feature_weights, gates
 from linvideo.training.checkpoint import remove_newer
 from linvideo.training.config import TrainConfig
@@ -84,6 +86,8 @@ class Trainer(ResumableRun):
             raise ValueError(f"expected a stock WanTransformer3DModel, got {type(self.teacher).__name__}")
         if self.teacher.config.in_channels != self.teacher.config.out_channels:
             raise ValueError("expected a text-to-video model, got one that takes image conditions beside the latents")
+        if config.attention_backend is not None:
+            self.teacher.set_attention_backend(config.attention_backend)
         self.target = config.selection.target(len(self.teacher.blocks))
         self._convert()  # raises now what it would raise after hours of sampling
         check_divisible(self.teacher.config, latent_shape(self.pipeline, config.trajectories), config.parallel)
@@ -113,11 +117,12 @@ class Trainer(ResumableRun):
             ranks.on_first(lambda: run_folder.clear(self.output_dir))
         with self._timed("trajectories"):
             self._collect()
-        self._make_student()
-        if saved is not None:
-            self._restore(saved)
-            ranks.on_first(lambda: remove_newer(self.output_dir, self.global_step))
-        self._run_stages()
+        with self._encoders_parked():
+            self._make_student()
+            if saved is not None:
+                self._restore(saved)
+                ranks.on_first(lambda: remove_newer(self.output_dir, self.global_step))
+            self._run_stages()
         return TrainResult(
             pipeline=self._with_student(self.exported) if ranks.first else None,
             pipeline_path=self.output_dir / "pipeline",
@@ -134,7 +139,8 @@ class Trainer(ResumableRun):
         Raises:
             ValueError: this folder's warm-up has not run, or not with these layers.
         """
-        model = convert(self.teacher, layers=layers, mode="linear", feature_map=self.config.feature_map)
+        base = wan_transformer(self.pipeline)
+        model = convert(base, layers=layers, mode="linear", feature_map=self.config.feature_map)
         return load_feature_maps(model, self.output_dir / run_folder.FEATURE_MAPS)
 
     # The stages, in order.
@@ -161,6 +167,22 @@ class Trainer(ResumableRun):
         collect(self.store, self.pipeline, self.prompts, show, worker=ranks.rank, workers=ranks.size)
         ranks.wait()
 
+    @contextmanager
+    def _encoders_parked(self) -> Iterator[None]:
+        """What training does not need leaves the device; Wan's text encoder alone is 11 GB."""
+        parts = (getattr(self.pipeline, name, None) for name in ("text_encoder", "image_encoder", "vae"))
+        parts = [part for part in parts if part is not None]
+        for part in parts:
+            part.to("cpu")
+        if not self.ranks.first:
+            self.pipeline.text_encoder.to("meta")  # the first rank's is exported
+        try:
+            yield
+        finally:
+            if self.ranks.size == 1:
+                for part in parts:
+                    part.to(self.device)
+
     def _damage_in_store(self) -> str | None:
         try:
             self.store.verify(self.ranks.rank, self.ranks.size)
@@ -176,7 +198,7 @@ class Trainer(ResumableRun):
             positions, counts = self.ranks.part(config.batch_size)
             for step in self._steps(config.max_train_steps):
                 batch = self._draw(positions, counts, self.stage, step)
-                with autocast(self.config, self.device):
+                with eager(), autocast(self.config, self.device):
                     errors = attention_output_errors(self.student, batch, backward=True, ranks=self.ranks)
                 error = float(torch.stack(list(errors.values())).mean())
                 if self._finite(error):
@@ -189,7 +211,7 @@ class Trainer(ResumableRun):
     def _sensitivity(self) -> None:
         if self.config.sensitivity.num_states:
             show = self.config.progress and self.ranks.first
-            with autocast(self.config, self.device):
+            with eager(), autocast(self.config, self.device):
                 errors, floor = layer_sensitivity(self.student, self._held_states, show, self.ranks)
             self.results |= {"sensitivity": errors, "sensitivity_floor": floor}
 
@@ -242,13 +264,14 @@ class Trainer(ResumableRun):
         config = self.config
         optimizer = StudentOptimizer(self.student, config.optimizer, max(1, config.max_train_steps))
         gradient = self._gradient_step(config.objective)
-        ema = EMAModel(self.student.parameters(), decay=config.ema_decay) if config.use_ema else None
+        trained = list(self._trained().values())
+        ema = EMAModel(trained, decay=config.ema_decay) if config.use_ema else None
         self._register(optimizer=optimizer, gradient=gradient, **({} if ema is None else {"ema": ema}))
         for step in self._steps(config.max_train_steps):
             name, loss = gradient(step)
             norm = self._optimize(optimizer, loss)
             if ema is not None and norm is not None:
-                ema.step(self.student.parameters())
+                ema.step(trained)
             self._report(
                 loss=loss,
                 **{f"loss_{name}": loss},
@@ -257,7 +280,7 @@ class Trainer(ResumableRun):
                 num_linear=len(self.results["linear_layers"]),
             )
         if ema is not None:
-            ema.copy_to(self.student.parameters())
+            ema.copy_to(trained)
 
     def _export(self) -> None:
         self.student.eval().requires_grad_(False)
@@ -268,18 +291,35 @@ class Trainer(ResumableRun):
     # What the stages share.
 
     def _make_student(self) -> None:
-        """The student, its weights its own and in fp32; with several processes, it and the teacher in shards."""
-        ranks = self.ranks
+        """The student, and the teacher as training asks it: with several processes, both in shards."""
+        config, ranks = self.config, self.ranks
         self.student = self._convert()
+        if config.lora.rank is not None:
+            add_adapters(self.student, config.lora)
+        if config.compile:
+            for block in self.student.blocks:
+                block.forward = torch.compile(block.forward)  # not the call: hooks of FSDP2 stay outside
         split_tokens(self.student, ranks)
-        dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else None
-        shard(self.student, ranks, compute_dtype=dtype, own=True).train()
-        if self.config.gradient_checkpointing:
+        if config.lora.rank is None:
+            dtype = torch.bfloat16 if config.mixed_precision == "bf16" else None
+            shard(self.student, ranks, compute_dtype=dtype, own=True)
+        else:
+            shard(self.student, ranks)
+        self.student.train()
+        if config.gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
-        if ranks.size > 1:
+
+        if config.lora.rank is not None:
+            if ranks.size > 1:
+                self.teacher.to("meta")  # the shards have its weights
+            self.teacher = FrozenBase(self.student)
+        elif ranks.size > 1:
             self.teacher.requires_grad_(False)
             split_tokens(self.teacher, ranks)
-            shard(self.teacher, ranks)
+            shard(self.teacher, ranks, offload=config.offload_teacher)
+        elif config.offload_teacher:
+            streams = self.device.type == "cuda"
+            self.teacher.enable_group_offload(self.device, num_blocks_per_group=1, use_stream=streams)
 
     def _convert(self) -> torch.nn.Module:
         """Of the teacher, with which it shares its weights."""
@@ -312,7 +352,7 @@ class Trainer(ResumableRun):
     def _held_error(self) -> float | None:
         if not self.config.sensitivity.num_states:
             return None
-        with autocast(self.config, self.device):
+        with eager(), autocast(self.config, self.device):
             return velocity_error(self.student, self._held_states(), self.ranks)
 
     def _optimize(self, optimizer: StudentOptimizer, loss: float) -> float | None:
@@ -320,6 +360,11 @@ class Trainer(ResumableRun):
         norm = optimizer.step() if math.isfinite(loss) else optimizer.skip()
         self._finite(math.nan if norm is None else norm)
         return norm
+
+
+def eager() -> Any:
+    """No compilation for what runs a few times only, and with hooks that differ from call to call."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def check_divisible(model: Any, latents: tuple[int, int, int, int], parallel: ParallelConfig) -> None:
