@@ -64,7 +64,7 @@ def plan(args: argparse.Namespace) -> None:
     if model is None:
         raise ValueError("plan needs --model, a known name, pipeline folder or Hub id, got none")
     sizes = read_sizes(model, config.trajectories)
-    result = make_plan(sizes, config, args.gpus, args.gpu_memory, args.lora, args.critic, args.forward_seconds)
+    result = make_plan(sizes, config, args.gpus, args.gpu_memory, args.critic, args.forward_seconds)
     print(json.dumps(result, indent=2) if args.json else text(result))
 
 
@@ -259,7 +259,6 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--gpu_memory", type=float, default=80.0, help="of one GPU, in GB of 10^9 bytes")
     for name in ("height", "width", "num_frames"):
         sub.add_argument(f"--{name}", type=int, help="default: the config's")
-    sub.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank in place of all weights")
     sub.add_argument("--critic", action="store_true", help="with a fake-score network, as for distillation")
     sub.add_argument("--forward_seconds", type=float, help="of the teacher with one video on one GPU, as measured")
     sub.add_argument("--json", action="store_true", help="print the plan as JSON")

@@ -25,24 +25,31 @@ class Layout:
     """How a step is laid out on the GPUs; the defaults are what `linvideo train` does without options.
 
     Args:
-        gpus: all of them. context_parallel: GPUs that share a sample's tokens; the others hold other samples.
-        sharded: FSDP2 over all GPUs, of everything that is trained and of the frozen models.
+        gpus: all of them. shard: of them, those that hold one copy of the weights between them (FSDP2).
+        context_parallel: GPUs that share a sample's tokens; the others hold other samples.
         micro_batch: samples per forward. accumulation: forwards per optimizer step.
-        autocast: mixed_precision bf16. lora: rank of adapters on the attention projections of a frozen bf16 student;
-            feature maps and r still train. critic: a fake-score network for distillation, trained beside the student.
-        forward_batch: samples per forward in the stages without a backward through the model, in STAGES' order.
+        autocast: mixed_precision bf16. lora: rank of adapters on a frozen student; feature maps and r still train in
+            full. offload_teacher: to CPU memory. critic: a fake-score network for distillation, trained beside the
+            student.
+        forward_batch: samples per forward on a GPU in the stages without a backward through the model, in STAGES'
+            order.
     """
 
     gpus: int = 1
+    shard: int = 1
     context_parallel: int = 1
-    sharded: bool = False
     gradient_checkpointing: bool = False
     micro_batch: int = 1
     accumulation: int = 1
     autocast: bool = False
     lora: int | None = None
+    offload_teacher: bool = False
     critic: bool = False
     forward_batch: tuple[int, int, int] = (1, 1, 1)
+
+    @property
+    def global_batch(self) -> int:
+        return self.micro_batch * self.accumulation * self.gpus // self.context_parallel
 
 
 def block_activations(
@@ -95,9 +102,11 @@ def backward_working(sizes: Sizes, batch: int, tokens: int, e: int) -> int:
     return FP32 * rows + max(4 * FP32 * rows, e * inner + FP32 * rows)
 
 
-def lora_parameters(sizes: Sizes, rank: int) -> int:
-    """Adapters on to_q, to_k, to_v and to_out.0 of both attentions of every block: [rank, C] and [C, rank] each."""
-    return sizes.config.num_layers * 8 * 2 * rank * sizes.width
+def lora_parameters(sizes: Sizes, rank: int, target_modules: list[str]) -> int:
+    """Adapters on the Linear layers of every block whose names end so: [rank, in] and [out, rank] each."""
+    targets = tuple("." + name for name in target_modules)
+    widths = (sum(shape) for name, shape in sizes.block_linears.items() if f".{name}".endswith(targets))
+    return sizes.config.num_layers * rank * sum(widths)
 
 
 def stages(config: TrainConfig) -> list[str]:
@@ -105,12 +114,6 @@ def stages(config: TrainConfig) -> list[str]:
     steps = (1, config.warmup.max_train_steps, config.sensitivity.num_states)
     steps += (config.selection.max_train_steps * (config.selection.method == "learned"), config.max_train_steps)
     return [stage for stage, count in zip(STAGES, steps, strict=True) if count]
-
-
-def checkpoints_midway(config: TrainConfig) -> bool:
-    """Whether the run may save a checkpoint within a stage, with the optimizer's state."""
-    steps = (config.warmup.max_train_steps, config.selection.max_train_steps, config.max_train_steps)
-    return config.checkpointing_steps < sum(steps)
 
 
 def layer_kinds(sizes: Sizes, config: TrainConfig, stage: str) -> dict[str, int]:
@@ -127,27 +130,29 @@ def layer_kinds(sizes: Sizes, config: TrainConfig, stage: str) -> dict[str, int]
 
 def stage_memory(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> dict[str, int]:
     """Part -> bytes on each GPU at the stage's largest moment."""
-    parts, trained = held(sizes, config, layout, stage)
-    together = (parts | moment for moment in moments(sizes, config, layout, stage, trained))
+    parts, _ = held(sizes, config, layout, stage)
+    together = (parts | moment for moment in moments(sizes, config, layout, stage))
     largest = max(together, key=lambda each: sum(each.values()))
     return {name: ceil(size) for name, size in largest.items()}
 
 
 def held(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> tuple[dict[str, float], float]:
     """(part -> bytes that are there throughout the stage, parameters that AdamW steps), on each GPU."""
-    e, shards = BF16 if layout.autocast else FP32, layout.gpus if layout.sharded else 1
+    e = BF16 if layout.autocast else FP32
     # a model loaded as bf16 keeps its norms and the time embedding in fp32; text encoder and VAE are wholly bf16
-    parts = {"frozen teacher": (e * sizes.parameters + (FP32 - e) * sizes.kept) / shards}
-    parts["text encoder and VAE"] = e * sizes.encoders
-    if stage == "trajectories":
-        return parts, 0
-    tuning = stage == "fine-tuning"
-    count = sum(n for kind, n in layer_kinds(sizes, config, stage).items() if kind != "softmax")
-    branches = count * sizes.branch(config.feature_map, mixed=not tuning) / shards
-    weights = (sizes.parameters if layout.lora is None else lora_parameters(sizes, layout.lora)) / shards
-    parts["student's weights, fp32"] = FP32 * weights
+    base = e * sizes.parameters + (FP32 - e) * sizes.kept
+    if stage == "trajectories":  # every GPU samples on its own
+        return {"frozen teacher": base, "text encoder and VAE": e * sizes.encoders}, 0
+    parts, tuning = {}, stage == "fine-tuning"
     if layout.lora is not None:
-        parts["student's frozen base, bf16"] = BF16 * sizes.parameters / shards
+        parts["frozen base, also the teacher"] = base / layout.shard
+    elif not layout.offload_teacher:
+        parts["frozen teacher"] = base / layout.shard
+    count = sum(n for kind, n in layer_kinds(sizes, config, stage).items() if kind != "softmax")
+    branches = count * sizes.branch(config.feature_map, mixed=not tuning)  # whole on every GPU
+    adapters = 0 if layout.lora is None else lora_parameters(sizes, layout.lora, config.lora.target_modules)
+    weights = (sizes.parameters if layout.lora is None else adapters) / layout.shard
+    parts["trained weights, fp32"] = FP32 * weights
     # weight, gradient and Adam's two numbers; the sensitivity pass has the weight alone
     parts["feature maps and r"] = (FP32 if stage == "sensitivity" else 4 * FP32) * branches
     if stage not in TRAINING:
@@ -156,25 +161,23 @@ def held(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> tuple
     if tuning and config.use_ema:
         parts["EMA"] = FP32 * (weights + branches)
     if layout.critic:
-        parts["critic, with its training"] = 4 * FP32 * sizes.parameters / shards
+        parts["critic, with its training"] = 4 * FP32 * sizes.parameters / layout.shard
     if (config.objective.name if tuning else config.selection.objective) != "mse":
-        parts["lanes"] = FP32 * layout.micro_batch * prod(sizes.latents)
+        parts["lanes"] = FP32 * layout.micro_batch * layout.accumulation * prod(sizes.latents)
     return parts, weights + branches
 
 
-def moments(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str, trained: float) -> list[dict[str, float]]:
-    """Part -> bytes of what comes and goes, at each moment of the stage that may be its largest.
-
-    trained: parameters that AdamW steps on one GPU.
-    """
+def moments(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> list[dict[str, float]]:
+    """Part -> bytes of what comes and goes, at each moment of the stage that may be its largest."""
     e, training = BF16 if layout.autocast else FP32, stage in TRAINING
     batch = layout.micro_batch if training else layout.forward_batch[STAGES.index(stage)]
     tokens = ceil(sizes.tokens / layout.context_parallel)
     text = config.prompts.max_sequence_length or TEXT_TOKENS
     # FSDP2 gathers each model's next block while one runs, and a block's gradient before it is scattered; without it
     # autocast keeps a copy of every fp32 weight that it casts, in the backward those of the block at hand.
-    copies = block_copies = (2 * e * (2 + layout.critic) + FP32) * sizes.block if layout.sharded else 0
-    if not layout.sharded and layout.autocast and layout.lora is None and stage != "trajectories":
+    several = layout.gpus > 1 and stage != "trajectories"
+    copies = block_copies = (2 * e * (2 + layout.critic) + FP32) * sizes.block if several else 0
+    if not several and layout.autocast and layout.lora is None and stage != "trajectories":
         copies, block_copies = BF16 * sizes.cast, BF16 * sizes.block_cast
     forward = forward_working(sizes, batch, tokens, e)
     if not training:
@@ -186,12 +189,9 @@ def moments(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str, train
     kinds = layer_kinds(sizes, config, stage)
     blocks = {kind: block_activations(sizes, kind, *arguments, weighted) for kind in kinds}
     outer, backward = outer_activations(sizes, *arguments), backward_working(sizes, batch, tokens, e)
-    others = [{WORKING: FP32 * trained}]  # the square roots in AdamW's step, of all parameters at once
-    # a checkpoint clones what the optimizer and EMA hold; the mixed model is judged as the sensitivity pass judges
-    if checkpoints_midway(config):
-        clones = 2 + (config.use_ema and stage == "fine-tuning")
-        others.append({"gradients": 0, WORKING: clones * FP32 * trained})
+    others = []  # AdamW steps in place, a checkpoint leaves tensor by tensor
     if stage == "mixed stage" and config.sensitivity.num_states:
+        # the mixed model is judged as the sensitivity pass judges
         judged = forward_working(sizes, layout.forward_batch[2], tokens, e)
         others.append({"gradients": 0, COPIES: copies, WORKING: judged})
     if not layout.gradient_checkpointing:
@@ -208,7 +208,7 @@ def moments(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str, train
 
 def saved(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> int:
     """The most that is saved for the backward at any moment of a stage of TRAINING."""
-    return max(moment.get(ACTIVATIONS, 0) for moment in moments(sizes, config, layout, stage, trained=0))
+    return max(moment.get(ACTIVATIONS, 0) for moment in moments(sizes, config, layout, stage))
 
 
 def store_bytes(config: TrainConfig, sizes: Sizes) -> int:

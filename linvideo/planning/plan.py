@@ -10,9 +10,11 @@ from linvideo.planning.memory import TRAINING, Layout, saved, stage_memory, stag
 from linvideo.planning.pace import RESULTS, collection_hours, read_results, steps_per_hour
 from linvideo.planning.sizes import Sizes
 from linvideo.training.config import TrainConfig
+from linvideo.training.parallel import check_divisible
 
 RESERVE = 0.1  # of a GPU's memory, for the CUDA context, libraries, kernels' scratch and fragmentation; a rule of thumb
 LORA_RANK = 64  # suggested where nothing else fits
+NODE = 8  # GPUs with fast links between them
 
 
 def make_plan(
@@ -20,7 +22,6 @@ def make_plan(
     config: TrainConfig,
     gpus: int = 1,
     gpu_memory: float = 80.0,
-    lora: int | None = None,
     critic: bool = False,
     forward_seconds: float | None = None,
     results: Path = RESULTS,
@@ -28,40 +29,46 @@ def make_plan(
     """The plan as plain values, in bytes and seconds; a layout that was looked for and not found is None.
 
     Args:
-        gpu_memory: of one GPU in GB of 10^9 bytes. lora, critic: see Layout.
+        gpus: processes that torchrun would start with this config.
+        gpu_memory: of one GPU in GB of 10^9 bytes. critic: see Layout.
         forward_seconds: one forward of the teacher with one video on one GPU; None looks into the folder `results`.
 
     Raises:
-        ValueError: a number out of range, or more linear layers asked for than there are.
+        ValueError: a number out of range, degrees that do not divide, or more linear layers asked for than there are.
     """
-    for name, value in (("gpus", gpus), ("lora", lora)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    if gpus < 1:
+        raise ValueError(f"gpus must be at least 1, got {gpus}")
     for name, value in (("gpu_memory", gpu_memory), ("forward_seconds", forward_seconds)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} must be a positive number, got {value}")
+    shard = config.parallel.check(gpus)
+    check_divisible(sizes.config, sizes.latents, config.parallel)
     given = {"forward": {"seconds": forward_seconds, "source": "as given"}}
     measured = read_results(results, sizes) if forward_seconds is None else given
     budget = gpu_memory * 1e9 * (1 - RESERVE)
+    data_ranks = gpus // config.parallel.context_degree
+    warmup = -(-config.warmup.batch_size // data_ranks)
     configured = Layout(
+        gpus=gpus,
+        shard=shard,
+        context_parallel=config.parallel.context_degree,
         gradient_checkpointing=config.gradient_checkpointing,
         micro_batch=config.train_batch_size,
         accumulation=config.gradient_accumulation_steps,
         autocast=config.mixed_precision == "bf16",
-        forward_batch=(config.trajectories.batch_size, config.warmup.batch_size, config.sensitivity.batch_size),
+        lora=config.lora.rank,
+        offload_teacher=config.offload_teacher,
+        critic=critic,
+        forward_batch=(config.trajectories.batch_size, warmup, config.sensitivity.batch_size),
     )
 
     def first_that_fits(candidates: Iterable[Layout]) -> dict | None:
         tried = (evaluate(sizes, config, layout, budget, measured) for layout in candidates)
         return next((found for found in tried if found["fits"]), None)
 
-    columns, start = {"as configured": evaluate(sizes, config, configured, budget, measured)}, configured
-    if not columns["as configured"]["fits"]:
-        start = replace(configured, autocast=True)  # what is too large in fp32 is also slow in it
-        columns["train today"] = first_that_fits(layouts(sizes, start))
-    if gpus > 1 or lora or critic or None in columns.values():
-        ranks = (lora,) if lora else (None, LORA_RANK)
-        columns["suggested"] = first_that_fits(layouts(sizes, start, gpus, ranks, critic))
+    columns = {"as configured": evaluate(sizes, config, configured, budget, measured)}
+    if not columns["as configured"]["fits"]:  # what is too large in fp32 is also slow in it
+        columns["suggested"] = first_that_fits(layouts(sizes, replace(configured, autocast=True)))
     return {
         "model": sizes.name,
         "parameters": sizes.parameters,
@@ -71,7 +78,7 @@ def make_plan(
         "gpus": gpus,
         "gpu_memory": gpu_memory * 1e9,
         "usable_memory": budget,
-        "global_batch": config.train_batch_size * config.gradient_accumulation_steps,
+        "global_batch": configured.global_batch,
         "saved_for_backward": activations(sizes, config, configured),
         "layouts": columns,
         "store_bytes": store_bytes(config, sizes),
@@ -80,25 +87,36 @@ def make_plan(
     }
 
 
-def layouts(
-    sizes: Sizes, start: Layout, gpus: int = 1, ranks: tuple[int | None, ...] = (None,), critic: bool = False
-) -> Iterator[Layout]:
-    """Layouts with start's global batch, the simplest first; by default those that `linvideo train` has options for.
+def layouts(sizes: Sizes, start: Layout) -> Iterator[Layout]:
+    """Layouts with start's GPUs and global batch, the simplest first.
 
-    Smaller micro batches are tried first, then gradient checkpointing, FSDP2, context parallelism, and LoRA last.
+    Smaller micro batches are tried first, then gradient checkpointing, more sharding, context parallelism, and LoRA
+    last.
     """
-    batch, heads = start.micro_batch * start.accumulation, sizes.config.num_attention_heads
+    gpus, batch, heads = start.gpus, start.global_batch, sizes.config.num_attention_heads
     # heads and tokens are what context parallelism (Ulysses) divides; the rest of the GPUs share the batch
     contexts = [n for n in divisors(gpus) if sizes.tokens % n == heads % n == batch % (gpus // n) == 0]
-    sharding, checkpoints = sorted({False, gpus > 1}), sorted({start.gradient_checkpointing, True})
-    for rank, context, shard, checkpoint in product(ranks, contexts, sharding, checkpoints):
+    shards = sorted({1, gpus, *(n for n in divisors(gpus) if n == NODE)})
+    checkpoints = sorted({start.gradient_checkpointing, True})
+    adapters = (start.lora,) if start.lora or start.critic else (None, LORA_RANK)
+    for rank, context, shard, checkpoint in product(adapters, contexts, shards, checkpoints):
         samples = batch * context // gpus
         for micro in reversed(divisors(samples)):
-            yield Layout(gpus, context, shard, checkpoint, micro, samples // micro, start.autocast, rank, critic)
+            yield replace(
+                start,
+                shard=shard,
+                context_parallel=context,
+                gradient_checkpointing=checkpoint,
+                micro_batch=micro,
+                accumulation=samples // micro,
+                lora=rank,
+                offload_teacher=start.offload_teacher and rank is None,
+                forward_batch=(1, 1, 1),
+            )
 
 
 def evaluate(sizes: Sizes, config: TrainConfig, layout: Layout, budget: float, measured: dict) -> dict[str, Any]:
-    """The layout's memory in each stage, its pace, and what `linvideo train` takes of it in this version."""
+    """The layout's memory in each stage, its pace, and how `linvideo train` is told."""
     memory = {stage: stage_memory(sizes, config, layout, stage) for stage in stages(config)}
     totals = {stage: sum(parts.values()) for stage, parts in memory.items()}
     return {
@@ -108,7 +126,6 @@ def evaluate(sizes: Sizes, config: TrainConfig, layout: Layout, budget: float, m
         "fits": max(totals.values()) <= budget,
         "steps_per_hour": steps_per_hour(config, layout, measured),
         "options": options(layout),
-        "not_in_train": not_in_train(layout),
     }
 
 
@@ -124,28 +141,23 @@ def activations(sizes: Sizes, config: TrainConfig, start: Layout) -> dict[str, d
 
 
 def options(layout: Layout) -> list[str]:
-    """The part of a layout that `linvideo train` takes, as it takes it."""
-    batches = zip(("trajectories", "warmup", "sensitivity"), layout.forward_batch, strict=True)
-    return [
+    """A layout as `linvideo train` takes it, for torchrun with as many processes as there are GPUs."""
+    trajectories, warmup, sensitivity = layout.forward_batch
+    warmup *= layout.gpus // layout.context_parallel  # the option is the batch of all of them
+    chosen = [
         f"--mixed_precision {'bf16' if layout.autocast else 'no'}",
         f"--gradient_checkpointing {str(layout.gradient_checkpointing).lower()}",
         f"--train_batch_size {layout.micro_batch}",
         f"--gradient_accumulation_steps {layout.accumulation}",
-        *(f"--{section}.batch_size {size}" for section, size in batches),
+        f"--trajectories.batch_size {trajectories} --warmup.batch_size {warmup} --sensitivity.batch_size {sensitivity}",
     ]
-
-
-def not_in_train(layout: Layout) -> list[str]:
-    """The part that `linvideo train` has no options for in this version, in which it runs on one GPU."""
-    replicas = layout.gpus // layout.context_parallel
-    parts = {
-        f"data parallel over {replicas}": replicas > 1,
-        f"FSDP2 over {layout.gpus}": layout.sharded,
-        f"context parallel over {layout.context_parallel}": layout.context_parallel > 1,
-        f"LoRA of rank {layout.lora}": layout.lora is not None,
-        "a critic": layout.critic,
-    }
-    return [name for name, wanted in parts.items() if wanted]
+    if layout.gpus > 1:
+        chosen += [f"--parallel.shard_degree {layout.shard}", f"--parallel.ulysses_degree {layout.context_parallel}"]
+    if layout.lora is not None:
+        chosen.append(f"--lora.rank {layout.lora}")
+    if layout.offload_teacher:
+        chosen.append("--offload_teacher true")
+    return chosen
 
 
 def divisors(number: int) -> list[int]:

@@ -26,14 +26,14 @@ def text(plan: dict[str, Any]) -> str:
     lines += ["", _row("in all, GB on each GPU", found)]
     lines += [_row(stage, (_gb(column["totals"].get(stage)) for column in columns)) for stage in STAGES]
     lines += [_row("fits", ("yes" if column["fits"] else "no" for column in columns)), ""]
-    lines.append("linvideo train runs on one GPU in this version; its options:")
+    lines.append(f"options of linvideo train{', under torchrun' if plan['gpus'] > 1 else ''}:")
     for name, column in plan["layouts"].items():
         lines.append(f"{name}: {' '.join(column['options']) if column else 'nothing fits with this global batch'}")
-        if column and column["not_in_train"]:
-            lines.append(f"  and what linvideo train does not offer yet: {', '.join(column['not_in_train'])}")
+        if column and column["layout"]["critic"]:
+            lines.append("  beside a critic, which linvideo train does not have yet")
     hours = plan["collection_hours"]
     took = "unmeasured; give --forward_seconds, of the teacher with one video on one GPU"
-    took = took if hours is None else f"{hours:.1f} hours on one GPU"
+    took = took if hours is None else f"{hours:.1f} hours on one GPU, {hours / plan['gpus']:.1f} on {plan['gpus']}"
     lines.append(f"trajectories: {_gb(plan['store_bytes'])} GB on disk; to collect them: {took}")
     for name, entry in plan["measured"].items():
         lines.append(f"  {name}: {entry['seconds']:.3f} s a video ({entry['source']})")

@@ -26,7 +26,7 @@ class Sizes:
         name: as it was asked for. latents: (C, F, H, W) of one video. tokens: of one video, after patchifying.
         parameters: of the stock transformer. cast: those of them in Linear and Conv layers, which autocast casts.
         kept: those that stay fp32 when the model is loaded as bf16.
-        block, block_cast: `parameters` and `cast` of one block.
+        block, block_cast: `parameters` and `cast` of one block. block_linears: name -> (in, out) of its Linear layers.
         encoders: of text encoder and VAE, together.
     """
 
@@ -39,6 +39,7 @@ class Sizes:
     kept: int
     block: int
     block_cast: int
+    block_linears: dict[str, tuple[int, int]]
     encoders: int
 
     @property
@@ -85,6 +86,11 @@ def read_sizes(model: str, video: TrajectoryConfig) -> Sizes:
         kept=sum(p.numel() for name, p in wan.named_parameters() if keep & set(name.split("."))),
         block=_count(wan.blocks[0]),
         block_cast=_cast(wan.blocks[0]),
+        block_linears={
+            name: (part.in_features, part.out_features)
+            for name, part in wan.blocks[0].named_modules()
+            if isinstance(part, torch.nn.Linear)
+        },
         encoders=_count(encoder) + _count(decoder),
     )
 

@@ -72,6 +72,7 @@ class StudentOptimizer:
             betas=(float(config.adam_beta1), float(config.adam_beta2)),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
+            fused=True,  # in place; the default needs another 4 bytes a parameter while it steps
         )
         self.r_adam = torch.optim.Adam(self.r, lr=r_learning_rate) if self.r else None
         for optimizer in filter(None, (self.adamw, self.r_adam)):

@@ -9,11 +9,12 @@ Collectives are called by every rank in the same order whatever was drawn, becau
 step, its objective, whether a loss was finite, whether to stop) is either computed alike or agreed upon first.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,17 @@ class ParallelConfig:
     def context_degree(self) -> int:
         return self.ulysses_degree * self.ring_degree
 
+    def check(self, processes: int) -> int:
+        """The shard degree on so many processes; ValueError when they cannot be divided so."""
+        shard = processes if self.shard_degree is None else self.shard_degree
+        for name, degree in (("shard_degree", shard), ("ulysses_degree * ring_degree", self.context_degree)):
+            if processes % degree:
+                raise ValueError(
+                    f"parallel.{name} must divide the number of processes, got {degree} with {processes}"
+                    f" process{'' if processes == 1 else 'es'}, which torchrun starts"
+                )
+        return shard
+
 
 class Ranks:
     """This process among those of the run: by default the only one.
@@ -71,13 +83,7 @@ class Ranks:
 
     def __init__(self, config: ParallelConfig, device: torch.device, rank: int = 0, size: int = 1):
         self.config, self.device, self.rank, self.size = config, device, rank, size
-        shard = self.size if config.shard_degree is None else config.shard_degree
-        for name, degree in (("shard_degree", shard), ("ulysses_degree * ring_degree", config.context_degree)):
-            if self.size % degree:
-                raise ValueError(
-                    f"parallel.{name} must divide the number of processes, got {degree} with {self.size}"
-                    f" process{'' if self.size == 1 else 'es: torchrun starts them'}"
-                )
+        shard = config.check(size)
         self.context_size, self.data_size = config.context_degree, self.size // config.context_degree
         self.data_rank, self.context_rank = divmod(self.rank, self.context_size)
         self.samples: DeviceMesh | None = None
@@ -171,6 +177,20 @@ class Ranks:
             values = [None] * self.size
             dist.all_gather_object(values, value)
         return values
+
+
+def check_divisible(model: Any, latents: tuple[int, int, int, int], parallel: ParallelConfig) -> None:
+    """Raise ValueError when context parallelism cannot divide the tokens of `latents` (C, F, H, W), or the heads."""
+    tokens = math.prod(size // patch for size, patch in zip(latents[1:], model.patch_size, strict=True))
+    if tokens % parallel.context_degree:
+        raise ValueError(
+            f"parallel.ulysses_degree * ring_degree must divide the {tokens} tokens of a video, got"
+            f" {parallel.context_degree}"
+        )
+    if model.num_attention_heads % parallel.ulysses_degree:
+        raise ValueError(
+            f"parallel.ulysses_degree must divide the {model.num_attention_heads} heads, got {parallel.ulysses_degree}"
+        )
 
 
 def connect(device: str | None = None) -> torch.device:

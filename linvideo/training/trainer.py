@@ -22,7 +22,7 @@ from linvideo.training.files import write_json, write_safetensors
 from linvideo.training.flow import sampler_grid
 from linvideo.training.objectives import ObjectiveConfig
 from linvideo.training.optimizer import StudentOptimizer, fill_state
-from linvideo.training.parallel import ParallelConfig, Ranks, connect
+from linvideo.training.parallel import Ranks, check_divisible, connect
 from linvideo.training.prompts import encode_prompts, read_prompts
 from linvideo.training.resumable import ResumableRun
 from linvideo.training.selection import add_penalties, initial_r, lowest, round_r
@@ -170,7 +170,7 @@ class Trainer(ResumableRun):
     @contextmanager
     def _encoders_parked(self) -> Iterator[None]:
         """What training does not need leaves the device; Wan's text encoder alone is 11 GB."""
-        parts = (getattr(self.pipeline, name, None) for name in ("text_encoder", "image_encoder", "vae"))
+        parts = [getattr(self.pipeline, name, None) for name in ("text_encoder", "image_encoder", "vae")]
         parts = [part for part in parts if part is not None]
         for part in parts:
             part.to("cpu")
@@ -365,17 +365,3 @@ class Trainer(ResumableRun):
 def eager() -> Any:
     """No compilation for what runs a few times only, and with hooks that differ from call to call."""
     return torch.compiler.set_stance("force_eager")
-
-
-def check_divisible(model: Any, latents: tuple[int, int, int, int], parallel: ParallelConfig) -> None:
-    """Raise ValueError when context parallelism cannot divide the tokens of `latents` (C, F, H, W), or the heads."""
-    tokens = math.prod(size // patch for size, patch in zip(latents[1:], model.patch_size, strict=True))
-    if tokens % parallel.context_degree:
-        raise ValueError(
-            f"parallel.ulysses_degree * ring_degree must divide the {tokens} tokens of a video, got"
-            f" {parallel.context_degree}"
-        )
-    if model.num_attention_heads % parallel.ulysses_degree:
-        raise ValueError(
-            f"parallel.ulysses_degree must divide the {model.num_attention_heads} heads, got {parallel.ulysses_degree}"
-        )

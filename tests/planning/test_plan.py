@@ -49,36 +49,62 @@ def test_what_fits_is_left_as_it_is(tmp_path):
     assert set(result["layouts"]["as configured"]["steps_per_hour"].values()) == {None}
 
 
-def test_the_defaults_do_not_fit_a_real_model_but_other_options_of_train_do():
-    """What is suggested for today parses, keeps the global batch, and fits when it is planned with."""
-    column = make(SMALL, "")["layouts"]["train today"]
-    assert column["fits"] and column["not_in_train"] == [] and column["options"][0] == "--mixed_precision bf16"
+def test_the_defaults_do_not_fit_a_real_model_but_other_options_do():
+    """What is suggested parses, keeps the global batch, and fits when it is planned with."""
+    column = make(SMALL, "")["layouts"]["suggested"]
+    assert column["fits"] and column["options"][0] == "--mixed_precision bf16"
     again = make(SMALL, " ".join(column["options"]))
     assert again["global_batch"] == 8 and again["layouts"]["as configured"]["totals"] == column["totals"]
 
 
-@pytest.mark.parametrize("gpus, memory, parts", [(8, 80, "FSDP2 over 8"), (8, 40, "LoRA"), (1, 141, "LoRA")])
-def test_14b_takes_more_than_train_offers(gpus, memory, parts):
-    result = make(LARGE, gpus=gpus, gpu_memory=memory)
-    assert not result["layouts"]["as configured"]["fits"] and result["layouts"]["train today"] is None
+@pytest.mark.parametrize(
+    "gpus, memory, chosen",
+    [
+        (8, 80, {"shard": 8, "lora": None}),
+        (16, 80, {"shard": 8, "lora": None}),
+        (2, 80, {"lora": 64}),
+        (1, 80, {"lora": 64}),
+    ],
+)
+def test_14b_needs_several_gpus_or_adapters(gpus, memory, chosen):
+    options = USUAL.replace("steps 8", f"steps {16 // gpus}") + " --parallel.shard_degree 1"
+    result = make(LARGE, options, gpus=gpus, gpu_memory=memory)
+    assert not result["layouts"]["as configured"]["fits"]
     column = result["layouts"]["suggested"]
     layout = Layout(**column["layout"])
     assert column["fits"] and max(column["totals"].values()) <= 0.9e9 * memory
-    assert any(part.startswith(parts) for part in column["not_in_train"])
-    assert layout.micro_batch * layout.accumulation * gpus // layout.context_parallel == 8
+    assert chosen.items() <= column["layout"].items()
+    assert layout.global_batch == 16
     assert LARGE.tokens % layout.context_parallel == LARGE.config.num_attention_heads % layout.context_parallel == 0
+    again = make(LARGE, " ".join(column["options"]), gpus=gpus, gpu_memory=memory)["layouts"]["as configured"]
+    assert again["totals"] == column["totals"]
 
 
 def test_nothing_fits():
-    layouts = make(LARGE, gpu_memory=80)["layouts"]
-    assert layouts["train today"] is layouts["suggested"] is None
-    assert "suggested: nothing fits" in text(make(LARGE))
+    layouts = make(LARGE, gpu_memory=30)["layouts"]
+    assert layouts["suggested"] is None
+    assert "suggested: nothing fits" in text(make(LARGE, gpu_memory=30))
 
 
-def test_lora_and_critic_are_planned_when_asked_for():
-    column = make(SMALL, gpus=2, lora=16, critic=True)["layouts"]["suggested"]
-    assert {"LoRA of rank 16", "a critic"} < set(column["not_in_train"])
-    assert column["stages"]["mixed stage"]["critic, with its training"] >= 16 * SMALL.parameters / 2
+def test_a_critic_is_planned_when_asked_for():
+    result = make(SMALL, f"{USUAL} --parallel.shard_degree 1", gpus=2, critic=True, gpu_memory=60)
+    column = result["layouts"]["suggested"]
+    assert column["stages"]["mixed stage"]["critic, with its training"] == 16 * SMALL.parameters / 2
+    assert "a critic, which linvideo train does not have yet" in text(result)
+
+
+def test_adapters_and_context_parallelism_as_configured():
+    whole, lora = (
+        make(SMALL, f"{USUAL}{more}")["layouts"]["as configured"]["stages"]["fine-tuning"]
+        for more in ("", " --lora.rank 16")
+    )
+    assert lora["AdamW state"] < whole["AdamW state"] / 50 and "frozen teacher" not in lora
+    assert lora["frozen base, also the teacher"] == whole["frozen teacher"]
+    split = make(SMALL, f"{USUAL} --parallel.ulysses_degree 4", gpus=4)["layouts"]["as configured"]
+    assert split["stages"]["fine-tuning"]["saved for the backward"] < whole["saved for the backward"] / 3
+    assert split["stages"]["fine-tuning"]["AdamW state"] * 4 == whole["AdamW state"]
+    offloaded = make(SMALL, f"{USUAL} --offload_teacher true")["layouts"]["as configured"]
+    assert "frozen teacher" not in offloaded["stages"]["fine-tuning"]
 
 
 def test_stages_that_the_run_does_not_have_are_not_planned():
@@ -128,7 +154,7 @@ def test_the_command(folder, tmp_path, capsys):
     assert (
         "48 tokens" not in out and "24 tokens" in out and "EMA" in out and "unmeasured; give --forward_seconds" in out
     )
-    assert "--mixed_precision bf16" in out and "--train_batch_size 2" in out and "data parallel over 2" in out
+    assert "--mixed_precision bf16" in out and "--train_batch_size 2" in out and "--parallel.shard_degree 2" in out
     result = json.loads(said(capsys, "--model", folder, *video, "--forward_seconds", 0.1, "--json"))
     assert result["tokens"] == 24 and set(result["saved_for_backward"]) == set(TRAINING)
     assert "hours on one GPU" in said(capsys, "--model", folder, *video, "--forward_seconds", 1)
@@ -139,7 +165,9 @@ def test_the_command(folder, tmp_path, capsys):
     [
         ("--gpus 0", "gpus must be at least 1, got 0"),
         ("--gpu_memory 0", "gpu_memory must be a positive number, got 0.0"),
-        ("--lora 0", "lora must be at least 1, got 0"),
+        ("--lora.rank 0", "lora.rank must be at least 1, got 0"),
+        ("--gpus 3 --parallel.ulysses_degree 2", "must divide the number of processes, got 2 with 3"),
+        ("--gpus 8 --parallel.ulysses_degree 8", "must divide the 12 heads, got 8"),
         ("--forward_seconds nan", "forward_seconds must be a positive number, got nan"),
         ("--height 100", "trajectories.height must be a multiple of 16, got 100"),
         ("--num_frames 80", "trajectories.num_frames must be 1 more than a multiple of 4, got 80"),
