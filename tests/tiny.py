@@ -58,7 +58,7 @@ def tiny_tokenizer():
 
 
 def tiny_pipeline(transformer=None, seed: int = 0, **arguments):
-    """A complete WanPipeline around `transformer` (default `tiny_transformer()`)."""
+    """A complete WanPipeline around `transformer` (default `tiny_transformer()`); `arguments` are WanPipeline's."""
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
     from transformers import UMT5Config, UMT5EncoderModel
 

@@ -43,6 +43,15 @@ def like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return values.to(x.device).view(-1, *[1] * (x.dim() - 1))
 
 
+@dataclass(frozen=True)
+class LowNoise:
+    """What a sampler of Wan 2.2 uses at timesteps below `boundary_timestep`."""
+
+    model: torch.nn.Module
+    boundary_timestep: float
+    guidance_scale: float
+
+
 @dataclass
 class SamplerStep:
     """One step of a sampler: where it was, what the model said there, where it went."""
@@ -97,23 +106,27 @@ def sample_steps(
     prompt_embeds: torch.Tensor,
     negative_prompt_embeds: torch.Tensor | None = None,
     guidance_scale: float = 1.0,
+    low_noise: LowNoise | None = None,
 ) -> Iterator[SamplerStep]:
     """Run the sampler WanPipeline would run and yield every step; the last step's `x_next` is the sample.
 
     Args:
         noise: [B, C, F, H, W], the start at sigma = 1.
         prompt_embeds, negative_prompt_embeds: [B, L, E]; the second is used, and needed, when guidance_scale > 1.
+        low_noise: takes over from `model` and its guidance_scale; steps are guided when the first scale says so.
     """
     if guidance_scale > 1 and negative_prompt_embeds is None:
         raise ValueError(f"guidance_scale {guidance_scale} needs negative_prompt_embeds, got None")
     scheduler = fresh_scheduler(scheduler, num_inference_steps, noise.device)
-    x = noise.float()
+    x, scale = noise.float(), guidance_scale
     for index, timestep in enumerate(scheduler.timesteps):
+        if low_noise is not None and timestep < low_noise.boundary_timestep:
+            model, scale = low_noise.model, low_noise.guidance_scale
         u = moved = predict_velocity(model, x, timestep, prompt_embeds)
         u_negative = None
         if guidance_scale > 1:
             u_negative = predict_velocity(model, x, timestep, negative_prompt_embeds)
-            moved = guide(u, u_negative, guidance_scale)
+            moved = guide(u, u_negative, scale)
         x_next = scheduler.step(moved, timestep, x, return_dict=False)[0].float()
         sigma, sigma_next = (float(s) for s in scheduler.sigmas[index : index + 2])
         yield SamplerStep(index, timestep, sigma, sigma_next, x, u, u_negative, x_next)

@@ -146,6 +146,10 @@ class TrajectoryStore:
         embeds = prompts.take(prompt, negative, device)
         return StateBatch(x.to(device), u.to(device), timestep.to(device), embeds, prompt, negative)
 
+    def timesteps(self) -> torch.Tensor:
+        """[num_trajectories, S] of all states; the store must be complete."""
+        return torch.cat([self._open(number).get_tensor("timestep") for number in range(self.num_shards)])
+
     def draw(
         self,
         positions: Iterable[int],

@@ -16,6 +16,7 @@ from linvideo.training import run_folder
 from linvideo.training.branches import feature_weights, gates
 from linvideo.training.checkpoint import remove_newer
 from linvideo.training.config import TrainConfig
+from linvideo.training.experts import choose_expert
 from linvideo.training.files import write_json, write_safetensors
 from linvideo.training.flow import sampler_grid
 from linvideo.training.objectives import ObjectiveConfig
@@ -28,7 +29,7 @@ from linvideo.training.sensitivity import layer_sensitivity, velocity_error
 from linvideo.training.sharding import gather, shard, split_tokens
 from linvideo.training.step import GradientStep, autocast
 from linvideo.training.store import StateBatch
-from linvideo.training.trajectories import collect, latent_shape, open_store
+from linvideo.training.trajectories import collect, kept_steps, latent_shape, open_store
 from linvideo.training.warmup import attention_output_errors, load_feature_maps
 
 
@@ -37,8 +38,8 @@ class TrainResult:
     """What a run made.
 
     Args:
-        pipeline: the teacher's with the student as transformer, as saved in pipeline_path; of several processes the
-            first has it, the others None.
+        pipeline: the teacher's with the student in its transformer's place, as saved in pipeline_path; of several
+            processes the first has it, the others None.
         layers_linear: 0-based.
         r: layer -> value before rounding; empty unless it was learned.
         sensitivity: layer -> velocity error with it alone linear, after warm-up; sensitivity_floor: with none linear.
@@ -59,7 +60,8 @@ class Trainer(ResumableRun):
 
     Args:
         teacher_pipeline: a WanPipeline in memory, in place of config.pretrained_model_name_or_path. Its transformer is
-            copied, not changed; training runs on that transformer's device.
+            copied, not changed; training runs on that transformer's device. Of two experts the one to be trained must
+            be stock, the other may be converted already.
         prompts: captions, in place of config.prompts.prompts_file.
 
     Raises:
@@ -77,9 +79,8 @@ class Trainer(ResumableRun):
         if not self.captions:
             raise ValueError("expected at least one prompt, got none")
         self.pipeline = run_folder.load_teacher(config, device) if teacher is None else teacher_pipeline
-        self.teacher = wan_transformer(self.pipeline)
-        if getattr(self.pipeline, "transformer_2", None) is not None:
-            raise ValueError("expected a pipeline with one transformer, got one with two experts (transformer_2)")
+        self.expert = choose_expert(self.pipeline, config.expert, config.trajectories.guidance_scale_2)
+        self.teacher = wan_transformer(self.pipeline, self.expert.component)
         if type(self.teacher) is not WanTransformer3DModel:
             raise ValueError(f"expected a stock WanTransformer3DModel, got {type(self.teacher).__name__}")
         if self.teacher.config.in_channels != self.teacher.config.out_channels:
@@ -88,6 +89,7 @@ class Trainer(ResumableRun):
         self._convert()  # raises now what it would raise after hours of sampling
         check_divisible(self.teacher.config, latent_shape(self.pipeline, config.trajectories), config.parallel)
         self.grid = sampler_grid(self.pipeline.scheduler, config.trajectories.num_inference_steps)
+        kept_steps(self.grid[0], config.trajectories, self.expert)
 
     def train(self) -> TrainResult:
         """Run, or finish, all stages.
@@ -144,16 +146,17 @@ class Trainer(ResumableRun):
         config, ranks = self.config, self.ranks
         cache = self.output_dir / run_folder.PROMPT_CACHE
         path = config.trajectories.path or self.output_dir / "trajectories"
+        settings = (config.trajectories, config.seed, self.expert)
 
         def prepare() -> None:
             self.prompts = encode_prompts(self.pipeline, self.captions, config.prompts, cache)
-            self.store = open_store(path, self.pipeline, self.prompts, config.trajectories, config.seed)
+            self.store = open_store(path, self.pipeline, self.prompts, *settings)
             config.save(self.output_dir / "config.yaml")
 
         ranks.on_first(prepare)
         if not ranks.first:  # what the first has computed is read back
             self.prompts = encode_prompts(self.pipeline, self.captions, config.prompts, cache)
-            self.store = open_store(path, self.pipeline, self.prompts, config.trajectories, config.seed)
+            self.store = open_store(path, self.pipeline, self.prompts, *settings)
         damage = ranks.gather_objects(self._damage_in_store())
         if found := next(filter(None, damage), None):
             raise ValueError(found)
@@ -289,7 +292,7 @@ class Trainer(ResumableRun):
 
     def _with_student(self, student: torch.nn.Module) -> Any:
         pipeline = copy.copy(self.pipeline)
-        pipeline.transformer = student
+        setattr(pipeline, self.expert.component, student)
         return pipeline
 
     def _gradient_step(self, objective: ObjectiveConfig) -> GradientStep:
