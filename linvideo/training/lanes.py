@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from linvideo.training.conditions import Conditions
 from linvideo.training.experts import stored_expert, stored_guidance
 from linvideo.training.flow import guide, like, predict_velocity
 from linvideo.training.prompts import PromptEmbeddings
@@ -75,16 +76,16 @@ class StudentLanes:
         """[B], how far t can fall from the lanes' before it leaves the range of the student, or is 0."""
         return (self.sigma - self.expert.t_min).clamp_min(0)
 
-    def prompt_embeds(self) -> torch.Tensor:
-        """[B, L, E], the condition each lane is trained under; kept until the lane restarts."""
-        return self.prompts.take(self.prompt, self.negative, self.x.device)
+    def conditions(self) -> Conditions:
+        """What each lane is trained under; kept until the lane restarts."""
+        return self.prompts.conditions(self.prompt, self.negative, self.x.device)
 
     @torch.no_grad()
     def advance(self, student: torch.nn.Module, u: torch.Tensor) -> None:
         """Move every lane one sampler step; u [B, ...] is the student's velocity at the lanes' states, as they are."""
         u = u.detach()
         if self.guidance_scale != 1:  # the sampler also needs the condition that was not evaluated
-            other = self.prompts.take(self.prompt, ~self.negative, self.x.device)
+            other = self.prompts.conditions(self.prompt, ~self.negative, self.x.device)
             u_other = predict_velocity(student, self.x, self.timestep, other)
             flip = like(self.negative, u)
             u = guide(torch.where(flip, u_other, u), torch.where(flip, u, u_other), self.guidance_scale)

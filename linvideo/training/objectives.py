@@ -73,15 +73,15 @@ def mean_square(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def teacher_state_mse(student: torch.nn.Module, batch: StateBatch) -> torch.Tensor:
     """|u_S(x_t, t, c) - u_T(x_t, t, c)|^2 on stored teacher states, mean over elements."""
-    return mean_square(predict_velocity(student, batch.x, batch.timestep, batch.prompt_embeds), batch.u)
+    return mean_square(predict_velocity(student, batch.x, batch.timestep, batch.conditions), batch.u)
 
 
 def own_state_mse(student: torch.nn.Module, teacher: torch.nn.Module, lanes: StudentLanes) -> torch.Tensor:
     """The same on the student's own states; moves the lanes on."""
-    embeds = lanes.prompt_embeds()
-    u_student = predict_velocity(student, lanes.x, lanes.timestep, embeds)
+    conditions = lanes.conditions()
+    u_student = predict_velocity(student, lanes.x, lanes.timestep, conditions)
     with torch.no_grad():
-        u_teacher = predict_velocity(teacher, lanes.x, lanes.timestep, embeds)
+        u_teacher = predict_velocity(teacher, lanes.x, lanes.timestep, conditions)
     lanes.advance(student, u_student)
     return mean_square(u_student, u_teacher)
 
@@ -141,13 +141,13 @@ def adm_sampler_step(
 
 
 def _adm(student, teacher, lanes, dt, t, weight, normalize: bool, score_net=None) -> torch.Tensor:
-    embeds = lanes.prompt_embeds()
-    u = predict_velocity(student, lanes.x, lanes.timestep, embeds)
+    conditions = lanes.conditions()
+    u = predict_velocity(student, lanes.x, lanes.timestep, conditions)
     x_hat = lanes.x - like(dt, u) * u
     with torch.no_grad():
         timestep = NUM_TRAIN_TIMESTEPS * t
-        u_teacher = predict_velocity(teacher, x_hat, timestep, embeds)
-        u_student = predict_velocity(student if score_net is None else score_net, x_hat, timestep, embeds)
+        u_teacher = predict_velocity(teacher, x_hat, timestep, conditions)
+        u_student = predict_velocity(student if score_net is None else score_net, x_hat, timestep, conditions)
         gradient = adm_gradient(u_teacher, u_student, weight)
         value = (gradient * (u_teacher - u_student)).mean()
     lanes.advance(student, u)

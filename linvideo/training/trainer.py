@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from linvideo.training.config import TrainConfig
 from linvideo.training.experts import choose_expert
 from linvideo.training.files import write_json, write_safetensors
 from linvideo.training.flow import sampler_grid
+from linvideo.training.images import check_images, encode_images, takes_images
 from linvideo.training.objectives import ObjectiveConfig
 from linvideo.training.optimizer import StudentOptimizer, fill_state
 from linvideo.training.parallel import ParallelConfig, Ranks, connect
-from linvideo.training.prompts import encode_prompts, read_prompts
+from linvideo.training.prompts import PromptEmbeddings, choose_prompts, encode_prompts
 from linvideo.training.resumable import ResumableRun
 from linvideo.training.selection import add_penalties, initial_r, lowest, round_r
 from linvideo.training.sensitivity import layer_sensitivity, velocity_error
@@ -63,6 +64,7 @@ class Trainer(ResumableRun):
             copied, not changed; training runs on that transformer's device. Of two experts the one to be trained must
             be stock, the other may be converted already.
         prompts: captions, in place of config.prompts.prompts_file.
+        images: with `prompts`, of an image-to-video pipeline: a PIL image or an image file for each.
 
     Raises:
         ValueError: before anything is written: no teacher, a pipeline or settings that do not fit it, a folder in use.
@@ -70,21 +72,24 @@ class Trainer(ResumableRun):
 
     stages = ("warmup", "sensitivity", "selection", "finetune", "export")
 
-    def __init__(self, config: TrainConfig, teacher_pipeline: Any = None, prompts: list[str] | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        teacher_pipeline: Any = None,
+        prompts: list[str] | None = None,
+        images: Sequence[Any] | None = None,
+    ):
         teacher = None if teacher_pipeline is None else wan_transformer(teacher_pipeline)
         device = connect(config.device if teacher is None else str(teacher.device))
         ranks = Ranks.connected(config.parallel, device)
         super().__init__(config, ranks, checkpoints=ranks.on_first(lambda: run_folder.check(config)))
-        self.captions = read_prompts(config.prompts.prompts_file) if prompts is None else list(prompts)
-        if not self.captions:
-            raise ValueError("expected at least one prompt, got none")
+        self.captions, self.images = choose_prompts(config.prompts.prompts_file, prompts, images)
         self.pipeline = run_folder.load_teacher(config, device) if teacher is None else teacher_pipeline
         self.expert = choose_expert(self.pipeline, config.expert, config.trajectories.guidance_scale_2)
         self.teacher = wan_transformer(self.pipeline, self.expert.component)
         if type(self.teacher) is not WanTransformer3DModel:
             raise ValueError(f"expected a stock WanTransformer3DModel, got {type(self.teacher).__name__}")
-        if self.teacher.config.in_channels != self.teacher.config.out_channels:
-            raise ValueError("expected a text-to-video model, got one that takes image conditions beside the latents")
+        check_images(self.pipeline, self.images)
         self.target = config.selection.target(len(self.teacher.blocks))
         self._convert()  # raises now what it would raise after hours of sampling
         check_divisible(self.teacher.config, latent_shape(self.pipeline, config.trajectories), config.parallel)
@@ -144,18 +149,17 @@ class Trainer(ResumableRun):
     def _collect(self) -> None:
         """Embeddings and trajectories; every process is a worker of its own, with a whole teacher."""
         config, ranks = self.config, self.ranks
-        cache = self.output_dir / run_folder.PROMPT_CACHE
         path = config.trajectories.path or self.output_dir / "trajectories"
         settings = (config.trajectories, config.seed, self.expert)
 
         def prepare() -> None:
-            self.prompts = encode_prompts(self.pipeline, self.captions, config.prompts, cache)
+            self.prompts = self._encode()
             self.store = open_store(path, self.pipeline, self.prompts, *settings)
             config.save(self.output_dir / "config.yaml")
 
         ranks.on_first(prepare)
         if not ranks.first:  # what the first has computed is read back
-            self.prompts = encode_prompts(self.pipeline, self.captions, config.prompts, cache)
+            self.prompts = self._encode()
             self.store = open_store(path, self.pipeline, self.prompts, *settings)
         damage = ranks.gather_objects(self._damage_in_store())
         if found := next(filter(None, damage), None):
@@ -163,6 +167,14 @@ class Trainer(ResumableRun):
         show = config.progress and ranks.first
         collect(self.store, self.pipeline, self.prompts, show, worker=ranks.rank, workers=ranks.size)
         ranks.wait()
+
+    def _encode(self) -> PromptEmbeddings:
+        config, folder = self.config, self.output_dir
+        prompts = encode_prompts(self.pipeline, self.captions, config.prompts, folder / run_folder.PROMPT_CACHE)
+        if takes_images(self.pipeline):
+            size_and_cache = (config.trajectories, folder / run_folder.IMAGE_CACHE)
+            prompts.latents, prompts.image_embeds = encode_images(self.pipeline, self.images, *size_and_cache)
+        return prompts
 
     def _damage_in_store(self) -> str | None:
         try:

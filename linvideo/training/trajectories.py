@@ -107,7 +107,7 @@ def latent_shape(pipeline, config: TrajectoryConfig) -> tuple[int, int, int, int
     frames = (config.num_frames - 1) // time + 1
     if frames % patch[0]:
         raise ValueError(f"trajectories.num_frames gives {frames} latent frames, expected a multiple of {patch[0]}")
-    return pipeline.transformer.config.in_channels, frames, config.height // space, config.width // space
+    return pipeline.transformer.config.out_channels, frames, config.height // space, config.width // space
 
 
 def kept_steps(timesteps: torch.Tensor, config: TrajectoryConfig, expert: Expert) -> range:
@@ -203,11 +203,11 @@ def _collect_batch(
     offset = [stable_hash(seed, "offset", i) % (len(in_range) - (kept - 1) * stride) for i in trajectories]
     keep = torch.tensor([[in_range[first + stride * j] for j in range(kept)] for first in offset])
 
-    embeds = prompts.take(prompt, device=device)
-    embeds_negative = prompts.take(prompt, torch.ones_like(prompt, dtype=torch.bool), device)
+    conditions = prompts.conditions(prompt, device=device)
+    conditions_negative = prompts.conditions(prompt, torch.ones_like(prompt, dtype=torch.bool), device)
     x, u = (torch.empty(len(trajectories), kept, *shape, dtype=dtype) for _ in range(2))
     timestep = torch.empty(len(trajectories), kept)
-    sampler = (pipeline.transformer, pipeline.scheduler, steps, noise, embeds, embeds_negative)
+    sampler = (pipeline.transformer, pipeline.scheduler, steps, noise, conditions, conditions_negative)
     for step in sample_steps(*sampler, request["guidance_scale"], low_noise_sampler(pipeline, request)):
         rows, columns = (keep == step.index).nonzero(as_tuple=True)
         flagged = rows[negative[rows, step.index]]
@@ -216,7 +216,7 @@ def _collect_batch(
             u_step[flagged] = step.u_negative[flagged]
         elif len(flagged):  # an unguided sampler has not computed it
             with torch.no_grad():
-                u_step[flagged] = predict_velocity(model, step.x[flagged], step.timestep, embeds_negative[flagged])
+                u_step[flagged] = predict_velocity(model, step.x[flagged], step.timestep, conditions_negative[flagged])
         x[rows, columns] = step.x[rows].to(dtype).cpu()
         u[rows, columns] = u_step[rows].to(dtype).cpu()
         timestep[rows, columns] = float(step.timestep)

@@ -19,7 +19,7 @@ from toy import AffineFlow, toy_prompts, toy_store
 from linvideo.models import convert, describe, load_pipeline
 from linvideo.training import Trainer, objectives, read_metrics
 from linvideo.training.experts import Expert, choose_expert
-from linvideo.training.flow import predict_velocity
+from linvideo.training.flow import predict_velocity, sampler_grid
 from linvideo.training.lanes import StudentLanes
 from linvideo.training.objectives import ObjectiveConfig
 from linvideo.training.prompts import encode_prompts
@@ -77,7 +77,7 @@ def test_states_are_those_of_the_pipeline_with_two_experts(tmp_path, guidance, m
         batch = batches[name]
         with torch.no_grad():
             assert torch.allclose(
-                batch.u, predict_velocity(model, batch.x, batch.timestep, batch.prompt_embeds), atol=1e-5
+                batch.u, predict_velocity(model, batch.x, batch.timestep, batch.conditions), atol=1e-5
             )
 
 
@@ -120,7 +120,7 @@ def test_lanes_never_leave_the_range(tmp_path, name):
     student, seen = AffineFlow(0.4, 0.2), set()
     for _ in range(9):
         before = lanes.restarts.clone()
-        lanes.advance(student, predict_velocity(student, lanes.x, lanes.timestep, lanes.prompt_embeds()))
+        lanes.advance(student, predict_velocity(student, lanes.x, lanes.timestep, lanes.conditions()))
         seen |= set(lanes.step.tolist())
         for lane in (lanes.restarts > before).nonzero().flatten().tolist():
             if name == "high_noise":
@@ -133,29 +133,30 @@ def test_lanes_never_leave_the_range(tmp_path, name):
     assert seen == {"high_noise": {0, 1, 2}, "low_noise": {3}}[name] and lanes.restarts.min() > 1
 
 
-def test_low_noise_lanes_start_at_the_first_step_that_is_kept(tmp_path):
-    boundary = {"boundary_timestep": 900.0}
-    timesteps = 1000 * SIGMAS[:-1]
-    store = toy_store(tmp_path / "s", timesteps[1:], expert="low_noise", guidance_scale_2=1.0, **boundary)
-    lanes = StudentLanes(range(4), store, toy_prompts(), timesteps, SIGMAS, seed=3, device="cpu")
-    lanes.step[:] = 3
+def test_low_noise_lanes_restart_at_the_first_step_in_range_also_with_a_stride(tmp_path):
+    pipeline, settings = tiny_experts(), {"num_inference_steps": 9, "stride": 2, "guidance_scale": 1.0}
+    store, prompts = collect_store(tmp_path / "s", pipeline, "low_noise", **settings)
+    timesteps, sigmas = sampler_grid(pipeline.scheduler, 9)
+    assert set(store.timesteps()[:, 0].tolist()) == {float(timesteps[5]), float(timesteps[6])}
+    lanes = StudentLanes(range(8), store, prompts, timesteps, sigmas, seed=3, device="cpu")
+    lanes.step[:] = 8
     lanes.advance(AffineFlow(0.1), lanes.x)
-    assert lanes.step.tolist() == [1] * 4 and lanes.restarts.tolist() == [1] * 4
-    firsts = [store.batch([3 * i], toy_prompts()).x[0] for i in range(4)]
-    assert all(any(torch.equal(x, first) for first in firsts) for x in lanes.x)
+    assert lanes.step.tolist() == [5] * 8 and lanes.restarts.tolist() == [1] * 8
 
 
-@pytest.mark.parametrize("name, scale", [("high_noise", 3.0), ("low_noise", 2.0)])
-def test_lanes_move_with_their_experts_guidance(tmp_path, name, scale):
-    scales = {"guidance_scale": 3.0, "guidance_scale_2": 2.0, "boundary_timestep": 700.0}
+@pytest.mark.parametrize("name, first, scale", [("high_noise", 3.0, 3.0), ("low_noise", 3.0, 2.0), ("low_noise", 1, 1)])
+def test_lanes_move_with_their_experts_guidance(tmp_path, name, first, scale):
+    scales = {"guidance_scale": first, "guidance_scale_2": 2.0, "boundary_timestep": 700.0}
     timesteps = 1000 * SIGMAS[:-1]
     steps = Expert(name, 700.0).steps(timesteps)
     store = toy_store(tmp_path / "s", timesteps[steps.start : steps.stop], expert=name, **scales)
     lanes = StudentLanes(range(4), store, toy_prompts(), timesteps, SIGMAS, seed=3, device="cpu")
     lanes.step[:] = steps.start
     student, x, t, change = AffineFlow(0.0), lanes.x.clone(), lanes.sigma, lanes.sigma_next - lanes.sigma
-    lanes.advance(student, predict_velocity(student, x, 1000 * t, lanes.prompt_embeds()))
+    lanes.advance(student, predict_velocity(student, x, 1000 * t, lanes.conditions()))
     guided = -1 + scale * (lanes.prompt + 1.0 - -1)  # the toy's u is its condition
+    if first == 1:  # WanPipeline then guides neither expert
+        guided = torch.where(lanes.negative, -1.0, lanes.prompt + 1.0)
     assert torch.allclose(lanes.x, x + (change * guided).view(-1, 1, 1, 1, 1))
 
 

@@ -54,7 +54,7 @@ def test_training_lowers_the_error_of_the_linear_layers(tmp_path):
 
     def error(model):
         with torch.no_grad():
-            u = predict_velocity(model, batch.x, batch.timestep, batch.prompt_embeds)
+            u = predict_velocity(model, batch.x, batch.timestep, batch.conditions)
         return float((u - batch.u).square().mean())
 
     assert result.layers_linear == [0, 2]
