@@ -2,7 +2,7 @@
 
 import torch
 
-HEADS, HEAD_DIM, TEXT_DIM = 2, 24, 32
+HEADS, HEAD_DIM, TEXT_DIM, IMAGE_DIM = 2, 24, 32, 20
 
 
 def tiny_transformer(num_layers: int = 3, seed: int = 0, **config):
@@ -58,7 +58,7 @@ def tiny_tokenizer():
 
 
 def tiny_pipeline(transformer=None, seed: int = 0, **arguments):
-    """A complete WanPipeline around `transformer` (default `tiny_transformer()`)."""
+    """A complete WanPipeline around `transformer` (default `tiny_transformer()`); `arguments` are WanPipeline's."""
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -79,6 +79,37 @@ def tiny_pipeline(transformer=None, seed: int = 0, **arguments):
         transformer=tiny_transformer() if transformer is None else transformer,
         **arguments,
     )
+
+
+def tiny_image_transformer(clip: bool = True, seed: int = 0, **config):
+    """Of image-to-video models: Wan 2.1's with `clip`, Wan 2.2's without."""
+    image = {"image_dim": IMAGE_DIM, "added_kv_proj_dim": HEADS * HEAD_DIM} if clip else {}
+    return tiny_transformer(seed=seed, in_channels=36, **image, **config)
+
+
+def tiny_image_pipeline(transformer=None, seed: int = 0, **arguments):
+    """A complete WanImageToVideoPipeline around `transformer` (default `tiny_image_transformer()`)."""
+    from diffusers import WanImageToVideoPipeline
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    text_to_video = tiny_pipeline(tiny_image_transformer() if transformer is None else transformer, seed)
+    parts = {**text_to_video.components, **arguments}
+    if parts["transformer"].config.image_dim is not None:
+        size = {"hidden_size": IMAGE_DIM, "intermediate_size": 40, "image_size": 32, "patch_size": 16}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            encoder = CLIPVisionModel(CLIPVisionConfig(**size, num_hidden_layers=2, num_attention_heads=2))
+        size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+        parts |= {"image_encoder": encoder.eval(), "image_processor": CLIPImageProcessor(**size)}
+    return WanImageToVideoPipeline(**parts)
+
+
+def tiny_image(seed: int = 0):
+    """A PIL image of another size than the videos."""
+    from PIL import Image
+
+    pixels = torch.rand(4, 5, 3, generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray((255 * pixels).byte().numpy()).resize((50, 40))
 
 
 def generate(pipeline, prompt: str = "a red circle moves left", seed: int = 0, num_inference_steps: int = 2):

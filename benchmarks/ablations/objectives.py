@@ -7,6 +7,7 @@ import copy
 
 import torch
 
+from linvideo.training.conditions import Conditions
 from linvideo.training.flow import NUM_TRAIN_TIMESTEPS, like, predict_velocity
 from linvideo.training.lanes import StudentLanes
 from linvideo.training.objectives import (
@@ -63,12 +64,12 @@ class AblationStep(GradientStep):
         return getattr(self, f"_{self.kind}")(draws)
 
     def _adm_renoise(self, draws: torch.Generator) -> torch.Tensor:
-        lanes, embeds = self.lanes, self.lanes.prompt_embeds()
-        u = predict_velocity(self.student, lanes.x, lanes.timestep, embeds)
+        lanes, conditions = self.lanes, self.lanes.conditions()
+        u = predict_velocity(self.student, lanes.x, lanes.timestep, conditions)
         x_hat, t = self._noised(lanes.x - like(lanes.sigma, u) * u, draws)
         with torch.no_grad():
-            u_teacher = predict_velocity(self.teacher, x_hat, NUM_TRAIN_TIMESTEPS * t, embeds)
-            u_student = predict_velocity(self.student, x_hat, NUM_TRAIN_TIMESTEPS * t, embeds)
+            u_teacher = predict_velocity(self.teacher, x_hat, NUM_TRAIN_TIMESTEPS * t, conditions)
+            u_student = predict_velocity(self.student, x_hat, NUM_TRAIN_TIMESTEPS * t, conditions)
         gradient = adm_gradient(u_teacher, u_student, score_weight(t, self.objective.weight_clip))
         lanes.advance(self.student, u)
         return descend(x_hat, gradient, mean_square(u_teacher, u_student))
@@ -79,19 +80,19 @@ class AblationStep(GradientStep):
         return loss
 
     def _dmd(self, draws: torch.Generator) -> torch.Tensor:
-        lanes, embeds = self.lanes, self.lanes.prompt_embeds()
-        u = predict_velocity(self.student, lanes.x, lanes.timestep, embeds)
+        lanes, conditions = self.lanes, self.lanes.conditions()
+        u = predict_velocity(self.student, lanes.x, lanes.timestep, conditions)
         clean = lanes.x - like(lanes.sigma, u) * u
         with torch.no_grad():
             x, t = self._noised(clean, draws)
             real, fake = (
-                x - like(t, x) * predict_velocity(model, x, NUM_TRAIN_TIMESTEPS * t, embeds)
+                x - like(t, x) * predict_velocity(model, x, NUM_TRAIN_TIMESTEPS * t, conditions)
                 for model in (self.teacher, self.score_net)
             )
             distance = (clean - real).abs().flatten(1).mean(1).clamp_min(1e-6)
             gradient = (fake - real) / like(distance, real)
         lanes.advance(self.student, u)
-        self._fit_score_net(clean.detach(), embeds, draws)
+        self._fit_score_net(clean.detach(), conditions, draws)
         return descend(clean, gradient, mean_square(fake, real))
 
     def _noised(self, clean: torch.Tensor, draws: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,11 +102,11 @@ class AblationStep(GradientStep):
         noise = torch.randn(clean.shape, generator=draws).to(clean.device)
         return (1 - like(t, clean)) * clean + like(t, clean) * noise, t
 
-    def _fit_score_net(self, clean: torch.Tensor, embeds: torch.Tensor, draws: torch.Generator) -> None:
+    def _fit_score_net(self, clean: torch.Tensor, conditions: Conditions, draws: torch.Generator) -> None:
         """One step of flow matching on samples of the student."""
         x, t = self._noised(clean, draws)
         target = (x - clean) / like(t, x)  # eps - x_0
-        loss = mean_square(predict_velocity(self.score_net, x, NUM_TRAIN_TIMESTEPS * t, embeds), target)
+        loss = mean_square(predict_velocity(self.score_net, x, NUM_TRAIN_TIMESTEPS * t, conditions), target)
         self.score_optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.score_net.parameters(), self.config.optimizer.max_grad_norm)
@@ -139,8 +140,8 @@ class RecordingLanes(StudentLanes):
             self.next += 1
         super()._restart(lane)
 
-    def samples(self, count: int, draws: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x_0 [count, ...], prompt_embeds)."""
+    def samples(self, count: int, draws: torch.Generator) -> tuple[torch.Tensor, Conditions]:
+        """(x_0 [count, ...], their conditions)."""
         chosen = torch.randint(len(self.ended), (count,), generator=draws)
-        embeds = self.prompts.take(self.ended_prompt[chosen], self.ended_negative[chosen], self.x.device)
-        return self.ended[chosen.to(self.x.device)], embeds
+        under = self.prompts.conditions(self.ended_prompt[chosen], self.ended_negative[chosen], self.x.device)
+        return self.ended[chosen.to(self.x.device)], under

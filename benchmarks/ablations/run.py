@@ -21,8 +21,8 @@ from linvideo.models import load_pipeline
 from linvideo.training import TrainConfig, encode_prompts
 from linvideo.training.config import from_dict
 from linvideo.training.files import read_json, write_safetensors
+from linvideo.training.resumable import TrainingDiverged
 from linvideo.training.seeding import draw_noise
-from linvideo.training.trainer import TrainingDiverged
 
 PROBED = 4  # videos that a point of the curve is taken over
 

@@ -54,7 +54,7 @@ class AblationTrainer(Trainer):
         }
 
     def _export(self) -> None:
-        self.student.eval().requires_grad_(False)
+        self.exported = self.student.eval().requires_grad_(False)
 
     def _gradient_step(self, objective: ObjectiveConfig) -> GradientStep:
         if self.stage != "finetune":

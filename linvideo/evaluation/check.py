@@ -15,6 +15,7 @@ from linvideo.models import convert, wan_transformer
 from linvideo.training.branches import feature_weights, gates
 from linvideo.training.config import TrainConfig
 from linvideo.training.flow import predict_velocity, sampler_grid
+from linvideo.training.images import check_images
 from linvideo.training.objectives import ObjectiveConfig
 from linvideo.training.prompts import encode_prompts
 from linvideo.training.step import GradientStep
@@ -48,18 +49,19 @@ def check_pipeline(
     parameters of the pipeline's transformer stop requiring gradients; it is not changed otherwise.
 
     Args:
-        pipeline: a stock WanPipeline on the device to check.
+        pipeline: a stock text-to-video WanPipeline on the device to check.
         output: the .mp4 of the short video.
         height, width, num_frames: of all videos here, in pixels and frames.
         num_inference_steps: of the sampler.
         warmup_steps: of the feature maps.
 
     Raises:
-        ValueError: the pipeline is converted already, or the sizes do not fit it.
+        ValueError: the pipeline is converted already or needs images, or the sizes do not fit it.
     """
     base = wan_transformer(pipeline)
     if type(base) is not WanTransformer3DModel:
         raise ValueError(f"expected a stock Wan pipeline, which is converted here, got a {type(base).__name__}")
+    check_images(pipeline, [None])
     base.requires_grad_(False)
     size = {"height": height, "width": width, "num_frames": num_frames}
     parts = (_trajectory, _equality, _warmup, _adm, _video)
@@ -107,7 +109,7 @@ def _trajectory(run: _Run) -> tuple[bool, str]:
 def _equality(run: _Run) -> tuple[bool, str]:
     """the converted model at r = 1 is the base model"""
     batch = run.draw(0)
-    base, mixed = (predict_velocity(m, batch.x, batch.timestep, batch.prompt_embeds) for m in (run.base, run.mixed))
+    base, mixed = (predict_velocity(m, batch.x, batch.timestep, batch.conditions) for m in (run.base, run.mixed))
     difference = (base - mixed).abs().max().item()
     return difference == 0 and bool(base.isfinite().all()), f"largest difference {difference:g}"
 

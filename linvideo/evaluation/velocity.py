@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from linvideo.training.conditions import Conditions
 from linvideo.training.flow import predict_velocity, sample_steps
 
 
@@ -45,11 +46,11 @@ def trajectory_error(
         negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
     error, samples = 0.0, []
     for part in (slice(start, start + batch_size) for start in range(0, count, batch_size)):
-        embeds = prompt_embeds[part]
-        negative = None if negative_prompt_embeds is None else negative_prompt_embeds[part]
-        for step in sample_steps(mover, scheduler, num_inference_steps, noise[part], embeds, negative, guidance_scale):
-            difference = step.u - predict_velocity(other, step.x, step.timestep, embeds)
-            share = len(embeds) / count
+        under = Conditions(prompt_embeds[part])
+        negative = None if negative_prompt_embeds is None else Conditions(negative_prompt_embeds[part])
+        for step in sample_steps(mover, scheduler, num_inference_steps, noise[part], under, negative, guidance_scale):
+            difference = step.u - predict_velocity(other, step.x, step.timestep, under)
+            share = len(under) / count
             error += share * (step.sigma - step.sigma_next) * float(difference.square().mean())
         samples.append(step.x_next)
     return error, torch.cat(samples)

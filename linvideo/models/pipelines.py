@@ -110,13 +110,13 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(workspace, ignore_errors=True)
 
 
-def wan_transformer(pipeline: DiffusionPipeline) -> WanTransformer3DModel:
-    """The pipeline's transformer, stock or converted.
+def wan_transformer(pipeline: DiffusionPipeline, component: str = "transformer") -> WanTransformer3DModel:
+    """The pipeline's transformer, stock or converted; of Wan 2.2's two, `component` names one.
 
     Raises:
         ValueError: it has none, or another family's.
     """
-    transformer = getattr(pipeline, "transformer", None)
+    transformer = getattr(pipeline, component, None)
     if not isinstance(transformer, WanTransformer3DModel):
         raise ValueError(
             f"expected a pipeline with a Wan transformer, got {type(pipeline).__name__} with"

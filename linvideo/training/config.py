@@ -21,6 +21,7 @@ import yaml
 from linvideo.nn import FEATURE_MAPS
 from linvideo.training.adapters import AdapterConfig
 from linvideo.training.devices import check_device
+from linvideo.training.experts import EXPERTS
 from linvideo.training.files import write_text
 from linvideo.training.metrics import REPORT_TO
 from linvideo.training.objectives import ObjectiveConfig
@@ -53,6 +54,8 @@ class TrainConfig:
             and in the end pipeline/.
         pretrained_model_name_or_path: the teacher, a pipeline folder or Hub id; not needed when the teacher is given in
             memory.
+        expert: which transformer of a pipeline with two (Wan 2.2) is trained, "high_noise" or "low_noise"; the other is
+            exported as it is. To convert both, give the pipeline of one run to a second.
         overwrite_output_dir: delete what an earlier run left in output_dir.
         resume_from_checkpoint: "latest" or a checkpoint folder in output_dir; continues exactly. "latest" starts from
             the beginning when there is no checkpoint yet, with the trajectories that are there; an older checkpoint
@@ -82,6 +85,7 @@ class TrainConfig:
 
     output_dir: str
     pretrained_model_name_or_path: str | None = None
+    expert: str | None = None
     overwrite_output_dir: bool = False
     resume_from_checkpoint: str | None = None
     seed: int = 0
@@ -118,12 +122,13 @@ class TrainConfig:
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError("overwrite_output_dir and resume_from_checkpoint exclude each other, got both")
         for name, allowed in (
+            ("expert", (None, *EXPERTS)),
             ("mixed_precision", MIXED_PRECISION),
             ("report_to", REPORT_TO),
             ("feature_map", FEATURE_MAPS),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
         if self.report_to == "tensorboard" and find_spec("tensorboard") is None:
             raise ValueError("report_to tensorboard needs the package tensorboard, which is not installed")
         for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):

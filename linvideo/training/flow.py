@@ -10,21 +10,18 @@ from dataclasses import dataclass
 
 import torch
 
+from linvideo.training.conditions import Conditions
+
 NUM_TRAIN_TIMESTEPS = 1000
 
 
 def predict_velocity(
-    model: torch.nn.Module, x: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor
+    model: torch.nn.Module, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
 ) -> torch.Tensor:
-    """u of `model` at x [B, C, F, H, W], timestep [B] or scalar (= 1000 t), prompt_embeds [B, L, E]; fp32, x's
-    shape."""
-    dtype = model.dtype
-    u = model(
-        hidden_states=x.to(dtype),
-        timestep=timestep.expand(x.shape[0]),
-        encoder_hidden_states=prompt_embeds.to(dtype),
-        return_dict=False,  # with context parallelism the output hook takes a tuple only
-    )[0]
+    """u of `model` at x [B, C, F, H, W], timestep [B] or scalar (= 1000 t), under B conditions; fp32, x's shape."""
+    inputs = conditions.model_inputs(x, model.dtype)
+    # with context parallelism the output hook takes a tuple only
+    u = model(**inputs, timestep=timestep.expand(x.shape[0]), return_dict=False)[0]
     return u.float()
 
 
@@ -41,6 +38,15 @@ def score_from_velocity(x: torch.Tensor, u: torch.Tensor, t: torch.Tensor | floa
 def like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """[B] -> [B, 1, 1, ...] on x's device, to broadcast against x."""
     return values.to(x.device).view(-1, *[1] * (x.dim() - 1))
+
+
+@dataclass(frozen=True)
+class LowNoise:
+    """What a sampler of Wan 2.2 uses at timesteps below `boundary_timestep`."""
+
+    model: torch.nn.Module
+    boundary_timestep: float
+    guidance_scale: float
 
 
 @dataclass
@@ -94,26 +100,30 @@ def sample_steps(
     scheduler,
     num_inference_steps: int,
     noise: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    negative_prompt_embeds: torch.Tensor | None = None,
+    conditions: Conditions,
+    negative_conditions: Conditions | None = None,
     guidance_scale: float = 1.0,
+    low_noise: LowNoise | None = None,
 ) -> Iterator[SamplerStep]:
     """Run the sampler WanPipeline would run and yield every step; the last step's `x_next` is the sample.
 
     Args:
         noise: [B, C, F, H, W], the start at sigma = 1.
-        prompt_embeds, negative_prompt_embeds: [B, L, E]; the second is used, and needed, when guidance_scale > 1.
+        conditions, negative_conditions: B each; the second is used, and needed, when guidance_scale > 1.
+        low_noise: takes over from `model` and its guidance_scale; steps are guided when the first scale says so.
     """
-    if guidance_scale > 1 and negative_prompt_embeds is None:
-        raise ValueError(f"guidance_scale {guidance_scale} needs negative_prompt_embeds, got None")
+    if guidance_scale > 1 and negative_conditions is None:
+        raise ValueError(f"guidance_scale {guidance_scale} needs conditions of the negative prompt, got None")
     scheduler = fresh_scheduler(scheduler, num_inference_steps, noise.device)
-    x = noise.float()
+    x, scale = noise.float(), guidance_scale
     for index, timestep in enumerate(scheduler.timesteps):
-        u = moved = predict_velocity(model, x, timestep, prompt_embeds)
+        if low_noise is not None and timestep < low_noise.boundary_timestep:
+            model, scale = low_noise.model, low_noise.guidance_scale
+        u = moved = predict_velocity(model, x, timestep, conditions)
         u_negative = None
         if guidance_scale > 1:
-            u_negative = predict_velocity(model, x, timestep, negative_prompt_embeds)
-            moved = guide(u, u_negative, guidance_scale)
+            u_negative = predict_velocity(model, x, timestep, negative_conditions)
+            moved = guide(u, u_negative, scale)
         x_next = scheduler.step(moved, timestep, x, return_dict=False)[0].float()
         sigma, sigma_next = (float(s) for s in scheduler.sigmas[index : index + 2])
         yield SamplerStep(index, timestep, sigma, sigma_next, x, u, u_negative, x_next)

@@ -73,15 +73,15 @@ def mean_square(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def teacher_state_mse(student: torch.nn.Module, batch: StateBatch) -> torch.Tensor:
     """|u_S(x_t, t, c) - u_T(x_t, t, c)|^2 on stored teacher states, mean over elements."""
-    return mean_square(predict_velocity(student, batch.x, batch.timestep, batch.prompt_embeds), batch.u)
+    return mean_square(predict_velocity(student, batch.x, batch.timestep, batch.conditions), batch.u)
 
 
 def own_state_mse(student: torch.nn.Module, teacher: torch.nn.Module, lanes: StudentLanes) -> torch.Tensor:
     """The same on the student's own states; moves the lanes on."""
-    embeds = lanes.prompt_embeds()
-    u_student = predict_velocity(student, lanes.x, lanes.timestep, embeds)
+    conditions = lanes.conditions()
+    u_student = predict_velocity(student, lanes.x, lanes.timestep, conditions)
     with torch.no_grad():
-        u_teacher = predict_velocity(teacher, lanes.x, lanes.timestep, embeds)
+        u_teacher = predict_velocity(teacher, lanes.x, lanes.timestep, conditions)
     lanes.advance(student, u_student)
     return mean_square(u_student, u_teacher)
 
@@ -114,7 +114,7 @@ def adm_small_step(
     The gradient is divided by |d x_hat / d u_S| = dt, so that its size does not depend on how small the step is. To
     first order in dt this is the gradient of the own-state velocity error.
 
-    Args: dt: [B], at most half of the lanes' sigma. Returns the weighted mean of (u_T - u_S)^2 at x_hat_t as value.
+    Args: dt: [B], at most half of the lanes' room. Returns the weighted mean of (u_T - u_S)^2 at x_hat_t as value.
     """
     t = lanes.sigma - dt
     weight = torch.ones_like(t) if config.weight == "unit" else score_weight(t, config.weight_clip)
@@ -130,25 +130,26 @@ def adm_sampler_step(
 ) -> torch.Tensor:
     """ADM at the end of one whole sampler step, weight (1 - t) / t clipped; moves the lanes on.
 
-    Where the step would end at t = 0, which has no score, it stops half-way. score_net: says the student's velocity at
+    Where the step would end at t = 0, which has no score, or leave the range of an expert, it stops half-way to that
+    end. score_net: says the student's velocity at
     x_hat_t in its place; ADM needs none.
     """
-    t = torch.where(lanes.sigma_next > 0, lanes.sigma_next, lanes.sigma / 2)
+    lowest = lanes.sigma - lanes.room
+    t = torch.where(lanes.sigma_next > lowest, lanes.sigma_next, lowest + lanes.room / 2)
     weight = score_weight(t, config.weight_clip)
     return _adm(student, teacher, lanes, lanes.sigma - t, t, weight, normalize=False, score_net=score_net)
 
 
 def _adm(student, teacher, lanes, dt, t, weight, normalize: bool, score_net=None) -> torch.Tensor:
-    embeds = lanes.prompt_embeds()
-    u = predict_velocity(student, lanes.x, lanes.timestep, embeds)
+    conditions = lanes.conditions()
+    u = predict_velocity(student, lanes.x, lanes.timestep, conditions)
     x_hat = lanes.x - like(dt, u) * u
     with torch.no_grad():
         timestep = NUM_TRAIN_TIMESTEPS * t
-        u_teacher = predict_velocity(teacher, x_hat, timestep, embeds)
-        u_student = predict_velocity(student if score_net is None else score_net, x_hat, timestep, embeds)
+        u_teacher = predict_velocity(teacher, x_hat, timestep, conditions)
+        u_student = predict_velocity(student if score_net is None else score_net, x_hat, timestep, conditions)
         gradient = adm_gradient(u_teacher, u_student, weight)
         value = (gradient * (u_teacher - u_student)).mean()
-        if normalize:
-            gradient = gradient / like(dt, u)
     lanes.advance(student, u)
-    return descend(x_hat, gradient, value)
+    # -u is x_hat / dt as far as the gradient goes, also where an expert's range leaves no room and dt is 0
+    return descend(-u if normalize else x_hat, gradient, value)

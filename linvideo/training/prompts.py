@@ -1,13 +1,18 @@
-"""Prompts: captions from a text file, and their embeddings, computed once by the pipeline's own text encoder."""
+"""Prompts: captions, with images or without, from a file, and the captions' embeddings, computed once by the pipeline's
+own text encoder."""
 
 import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from linvideo.training.conditions import Conditions
 from linvideo.training.files import write_safetensors
 from linvideo.training.fingerprint import fingerprint
 
@@ -17,9 +22,12 @@ class PromptConfig:
     """Which prompts the trajectories are made from.
 
     Args:
-        prompts_file: text file, one caption a line, '#' starts a comment line; None is linvideo's own caption list.
+        prompts_file: text file, one caption a line, '#' starts a comment line; or a .jsonl file with {"caption": ...,
+            "image": path relative to the file} in each line, for image-to-video models. None is linvideo's own caption
+            list.
         negative_prompt: the prompt guidance pushes away from; use the one you generate with.
-        max_sequence_length: text tokens per prompt; None is min(512, the tokenizer's limit).
+        max_sequence_length: text tokens per prompt; None is min(512, the tokenizer's limit). Models with image
+            embeddings take 512.
         encode_batch_size: prompts per call of the text encoder.
     """
 
@@ -35,25 +43,78 @@ class PromptConfig:
             raise ValueError(f"prompts.encode_batch_size must be at least 1, got {self.encode_batch_size}")
 
 
+class Prompt(NamedTuple):
+    caption: str
+    image: Path | None = None
+
+
 def read_prompts(path: str | Path | None = None) -> list[str]:
-    """Captions of a text file, one a line; empty lines and lines that start with '#' are skipped.
+    """Captions of a prompts file; see read_prompts_with_images."""
+    return [prompt.caption for prompt in read_prompts_with_images(path)]
+
+
+def read_prompts_with_images(path: str | Path | None = None) -> list[Prompt]:
+    """Prompts of a text file, one caption a line, or of a .jsonl file, one object a line with "caption" and, where it
+    has one, "image". Empty lines and, in text, lines that start with '#' are skipped.
 
     Raises:
-        ValueError: no such file, not UTF-8, or no caption in it.
+        ValueError: no such file, not UTF-8, no caption in it, a line that is no such object, or an image that is not
+            there.
     """
     source = resources.files("linvideo") / "data" / "captions.txt" if path is None else Path(path)
     try:
         lines = source.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the prompts file {source}: {error}") from None
-    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if source.name.endswith(".jsonl"):
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        prompts = [_parse(f"{source}, line {number}", line, source.parent) for number, line in numbered]
+    else:
+        prompts = [Prompt(line.strip()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
         raise ValueError(f"the prompts file {source} holds no caption, expected one a line")
     return prompts
 
 
+def choose_prompts(
+    path: str | Path | None, captions: Sequence[str] | None = None, images: Sequence[Any] | None = None
+) -> tuple[list[str], list[Any]]:
+    """(captions, images, None where there is none): those given, or those of the file where no captions are.
+
+    Raises:
+        ValueError: no captions, or not as many images; see read_prompts_with_images.
+    """
+    if captions is None:
+        if images is not None:
+            raise ValueError(f"expected prompts with the images in memory, got {len(images)} images without")
+        captions, images = zip(*read_prompts_with_images(path), strict=True)
+    if not captions:
+        raise ValueError("expected at least one prompt, got none")
+    images = [None] * len(captions) if images is None else list(images)
+    if len(images) != len(captions):
+        raise ValueError(f"expected an image for each of {len(captions)} prompts, got {len(images)}")
+    return list(captions), images
+
+
+def _parse(place: str, line: str, folder: Path) -> Prompt:
+    try:
+        prompt = Prompt(**json.loads(line))
+        caption, image = prompt.caption.strip(), None if prompt.image is None else folder / prompt.image
+    except (json.JSONDecodeError, TypeError, AttributeError):
+        expected = '{"caption": text, "image": path}, the image where there is one'
+        raise ValueError(f"{place}: expected {expected}, got {line[:200]}") from None
+    if not caption:
+        raise ValueError(f"{place}: expected a caption, got an empty one")
+    if image is not None and not image.is_file():
+        raise ValueError(f"{place}: there is no image {image}")
+    return Prompt(caption, image)
+
+
 class PromptEmbeddings:
-    """Embeddings of a list of prompts and of one negative prompt.
+    """Embeddings of a list of prompts and of one negative prompt; of image-to-video models, with each prompt's image.
+
+    The attributes latents [P, C, F, H, W] and image_embeds [P, N, D] are the images' (see Conditions), else None. All
+    of it is on the CPU; what a batch needs is moved.
 
     Args:
         embeds: [P, L, E]; negative: [1, L, E]. Trailing positions that are zero in all of them, which is how Wan pads,
@@ -69,6 +130,8 @@ class PromptEmbeddings:
         self.length = embeds.shape[1] if length is None else length
         used = torch.cat([embeds, negative]).ne(0).any(dim=2).any(dim=0).nonzero()
         keep = int(used[-1]) + 1 if len(used) else 1
+        self.latents: torch.Tensor | None = None
+        self.image_embeds: torch.Tensor | None = None
         # one tensor, the negative prompt last: a batch of both kinds is then a single gather
         self.table = torch.cat([embeds[:, :keep], negative[:, :keep]]).cpu().contiguous()
 
@@ -84,9 +147,21 @@ class PromptEmbeddings:
         embeds = self.table[indices].to(device)
         return torch.nn.functional.pad(embeds, (0, 0, 0, self.length - embeds.shape[1]))
 
+    def conditions(
+        self, indices: torch.Tensor, negative: torch.Tensor | None = None, device: torch.device | str = "cpu"
+    ) -> Conditions:
+        """The same with the prompts' images; the negative prompt too goes with the image of prompt `indices`."""
+        tables = (self.latents, self.image_embeds)
+        images = (None if table is None else table[indices.cpu()].to(device) for table in tables)
+        return Conditions(self.take(indices, negative, device), *images)
+
     def digest(self) -> str:
         """Identifies these embeddings in the manifest of what was made with them."""
-        return hashlib.blake2b(self.table.float().numpy().tobytes(), digest_size=8).hexdigest()
+        digest = hashlib.blake2b(digest_size=8)
+        for table in (self.table, self.latents, self.image_embeds):
+            for row in () if table is None else table:
+                digest.update(row.float().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def encode_prompts(
@@ -96,7 +171,7 @@ def encode_prompts(
     there.
 
     Raises:
-        ValueError: no prompts, or a max_sequence_length beyond the tokenizer's.
+        ValueError: no prompts, or a max_sequence_length beyond the tokenizer's or not the model's.
     """
     config = config or PromptConfig()
     if not prompts:
@@ -105,6 +180,9 @@ def encode_prompts(
     length = min(512, limit) if config.max_sequence_length is None else config.max_sequence_length
     if length > limit:
         raise ValueError(f"max_sequence_length must be at most the tokenizer's {limit}, got {length}")
+    # the cross-attention takes what comes before the last 512 tokens for the image
+    if pipeline.transformer.config.image_dim is not None and length != 512:
+        raise ValueError(f"max_sequence_length must be 512 for a model with image embeddings, got {length}")
 
     request = repr((prompts, config.negative_prompt, length, fingerprint(pipeline.text_encoder)))
     key = hashlib.blake2b(request.encode(), digest_size=16).hexdigest()

@@ -12,8 +12,9 @@ from linvideo.training.config import TrainConfig
 from linvideo.training.files import remove_dead
 
 PROMPT_CACHE = "prompt_embeds.safetensors"
+IMAGE_CACHE = "image_conditions.safetensors"
 FEATURE_MAPS = "feature_maps.safetensors"
-FILES = ("config.yaml", "metrics.jsonl", "selection.json", FEATURE_MAPS, PROMPT_CACHE)
+FILES = ("config.yaml", "metrics.jsonl", "selection.json", FEATURE_MAPS, PROMPT_CACHE, IMAGE_CACHE)
 FOLDERS = ("trajectories", "pipeline", "logs")
 
 
@@ -27,7 +28,8 @@ def check(config: TrainConfig) -> list[Path]:
     folder, resume = Path(config.output_dir), config.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir must be a folder, {folder} is a file")
-    content = [path.name for path in folder.iterdir() if path.name != PROMPT_CACHE] if folder.is_dir() else []
+    caches = (PROMPT_CACHE, IMAGE_CACHE)
+    content = [path.name for path in folder.iterdir() if path.name not in caches] if folder.is_dir() else []
     if resume is None:
         if content and not config.overwrite_output_dir:
             raise ValueError(

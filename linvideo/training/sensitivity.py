@@ -45,7 +45,7 @@ def velocity_error(student: torch.nn.Module, batches: Iterable[StateBatch], rank
     """
     sums = torch.zeros(2, dtype=torch.float64, device=student.device)
     for batch in batches:
-        u = predict_velocity(student, batch.x, batch.timestep, batch.prompt_embeds)
+        u = predict_velocity(student, batch.x, batch.timestep, batch.conditions)
         if batch.counts:
             sums += torch.stack([(u - batch.u).square().sum().double(), torch.tensor(u.numel(), device=u.device)])
     total, count = (sums if ranks is None else ranks.sum(sums)).tolist()

@@ -80,8 +80,8 @@ class GradientStep:
         if name == "adm_step":
             return objectives.adm_sampler_step(self.student, self.teacher, lanes, self.objective)
         share = torch.rand(self.global_batch, generator=generator(*draws, "dt", step))[list(positions)]
-        # in (0, 1] of the largest step, which leaves t at least half of sigma
-        dt = (1 - share).to(self.student.device) * (lanes.sigma / 2).clamp_max(self.objective.max_dt)
+        # in (0, 1] of the largest step, which takes at most half of the room that t has
+        dt = (1 - share).to(self.student.device) * (lanes.room / 2).clamp_max(self.objective.max_dt)
         return objectives.adm_small_step(self.student, self.teacher, lanes, dt, self.objective)
 
     def state_dict(self) -> dict:

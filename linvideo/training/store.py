@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from linvideo.training.conditions import Conditions
 from linvideo.training.files import TEMPORARY, crc32, read_json, remove_dead, write_json, write_safetensors
 from linvideo.training.flow import NUM_TRAIN_TIMESTEPS
 from linvideo.training.prompts import PromptEmbeddings
@@ -31,14 +32,14 @@ KEYS = ("x", "u", "timestep", "negative", "prompt")
 
 @dataclass
 class StateBatch:
-    """Teacher states: x, u [B, C, F, H, W] fp32, timestep [B] fp32, prompt_embeds [B, L, E] of each state's condition,
-    prompt [B] and negative [B] which condition that is. counts: False for a batch that stands in on a rank without one,
+    """Teacher states: x, u [B, C, F, H, W] fp32, timestep [B] fp32, each state's condition, prompt [B] and negative [B]
+    which condition that is. counts: False for a batch that stands in on a rank without one,
     so that it runs the same collectives; its results are left out."""
 
     x: torch.Tensor
     u: torch.Tensor
     timestep: torch.Tensor
-    prompt_embeds: torch.Tensor
+    conditions: Conditions
     prompt: torch.Tensor
     negative: torch.Tensor
     counts: bool = True
@@ -143,8 +144,12 @@ class TrajectoryStore:
             except (SafetensorError, FileNotFoundError) as error:
                 raise ValueError(f"cannot read state {index} from {self._file(number)}: {error}") from None
         x, u, timestep, negative, prompt = (torch.cat(columns[key]) for key in KEYS)
-        embeds = prompts.take(prompt, negative, device)
-        return StateBatch(x.to(device), u.to(device), timestep.to(device), embeds, prompt, negative)
+        conditions = prompts.conditions(prompt, negative, device)
+        return StateBatch(x.to(device), u.to(device), timestep.to(device), conditions, prompt, negative)
+
+    def timesteps(self) -> torch.Tensor:
+        """[num_trajectories, S] of all states; the store must be complete."""
+        return torch.cat([self._open(number).get_tensor("timestep") for number in range(self.num_shards)])
 
     def draw(
         self,

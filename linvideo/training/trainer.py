@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,20 +18,24 @@ from linvideo.training.adapters import FrozenBase, add_adapters
 from linvideo.training.branches import feature_weights, gates
 from linvideo.training.checkpoint import remove_newer
 from linvideo.training.config import TrainConfig
+from linvideo.training.experts import choose_expert
 from linvideo.training.files import write_json, write_safetensors
 from linvideo.training.flow import sampler_grid
+from linvideo.training.images import check_images, encode_images, takes_images
 from linvideo.training.objectives import ObjectiveConfig
 from linvideo.training.optimizer import StudentOptimizer, fill_state
 from linvideo.training.parallel import Ranks, check_divisible, connect
-from linvideo.training.prompts import encode_prompts, read_prompts
+from linvideo.training.prompts import PromptEmbeddings, choose_prompts, encode_prompts
 from linvideo.training.resumable import ResumableRun
 from linvideo.training.selection import add_penalties, initial_r, lowest, round_r
 from linvideo.training.sensitivity import layer_sensitivity, velocity_error
 from linvideo.training.sharding import gather, shard, split_tokens
 from linvideo.training.step import GradientStep, autocast
 from linvideo.training.store import StateBatch
-from linvideo.training.trajectories import collect, latent_shape, open_store
+from linvideo.training.trajectories import collect, kept_steps, latent_shape, open_store
 from linvideo.training.warmup import attention_output_errors, load_feature_maps
+
+PARTS = ("text_encoder", "image_encoder", "vae", "transformer", "transformer_2")
 
 
 @dataclass
@@ -39,8 +43,8 @@ class TrainResult:
     """What a run made.
 
     Args:
-        pipeline: the teacher's with the student as transformer, as saved in pipeline_path; of several processes the
-            first has it, the others None.
+        pipeline: the teacher's with the student in its transformer's place, as saved in pipeline_path; of several
+            processes the first has it, the others None.
         layers_linear: 0-based.
         r: layer -> value before rounding; empty unless it was learned.
         sensitivity: layer -> velocity error with it alone linear, after warm-up; sensitivity_floor: with none linear.
@@ -61,8 +65,10 @@ class Trainer(ResumableRun):
 
     Args:
         teacher_pipeline: a WanPipeline in memory, in place of config.pretrained_model_name_or_path. Its transformer is
-            copied, not changed; training runs on that transformer's device.
+            copied, not changed; training runs on that transformer's device. Of two experts the one to be trained must
+            be stock, the other may be converted already.
         prompts: captions, in place of config.prompts.prompts_file.
+        images: with `prompts`, of an image-to-video pipeline: a PIL image or an image file for each.
 
     Raises:
         ValueError: before anything is written: no teacher, a pipeline or settings that do not fit it, a folder in use.
@@ -70,28 +76,31 @@ class Trainer(ResumableRun):
 
     stages = ("warmup", "sensitivity", "selection", "finetune", "export")
 
-    def __init__(self, config: TrainConfig, teacher_pipeline: Any = None, prompts: list[str] | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        teacher_pipeline: Any = None,
+        prompts: list[str] | None = None,
+        images: Sequence[Any] | None = None,
+    ):
         teacher = None if teacher_pipeline is None else wan_transformer(teacher_pipeline)
         device = connect(config.device if teacher is None else str(teacher.device))
         ranks = Ranks.connected(config.parallel, device)
         super().__init__(config, ranks, checkpoints=ranks.on_first(lambda: run_folder.check(config)))
-        self.captions = read_prompts(config.prompts.prompts_file) if prompts is None else list(prompts)
-        if not self.captions:
-            raise ValueError("expected at least one prompt, got none")
+        self.captions, self.images = choose_prompts(config.prompts.prompts_file, prompts, images)
         self.pipeline = run_folder.load_teacher(config, device) if teacher is None else teacher_pipeline
-        self.teacher = wan_transformer(self.pipeline)
-        if getattr(self.pipeline, "transformer_2", None) is not None:
-            raise ValueError("expected a pipeline with one transformer, got one with two experts (transformer_2)")
+        self.expert = choose_expert(self.pipeline, config.expert, config.trajectories.guidance_scale_2)
+        self.teacher = wan_transformer(self.pipeline, self.expert.component)
         if type(self.teacher) is not WanTransformer3DModel:
             raise ValueError(f"expected a stock WanTransformer3DModel, got {type(self.teacher).__name__}")
-        if self.teacher.config.in_channels != self.teacher.config.out_channels:
-            raise ValueError("expected a text-to-video model, got one that takes image conditions beside the latents")
+        check_images(self.pipeline, self.images)
         if config.attention_backend is not None:
             self.teacher.set_attention_backend(config.attention_backend)
         self.target = config.selection.target(len(self.teacher.blocks))
         self._convert()  # raises now what it would raise after hours of sampling
         check_divisible(self.teacher.config, latent_shape(self.pipeline, config.trajectories), config.parallel)
         self.grid = sampler_grid(self.pipeline.scheduler, config.trajectories.num_inference_steps)
+        kept_steps(self.grid[0], config.trajectories, self.expert)
 
     def train(self) -> TrainResult:
         """Run, or finish, all stages.
@@ -117,7 +126,7 @@ class Trainer(ResumableRun):
             ranks.on_first(lambda: run_folder.clear(self.output_dir))
         with self._timed("trajectories"):
             self._collect()
-        with self._encoders_parked():
+        with self._others_parked():
             self._make_student()
             if saved is not None:
                 self._restore(saved)
@@ -139,7 +148,7 @@ class Trainer(ResumableRun):
         Raises:
             ValueError: this folder's warm-up has not run, or not with these layers.
         """
-        base = wan_transformer(self.pipeline)
+        base = wan_transformer(self.pipeline, self.expert.component)
         model = convert(base, layers=layers, mode="linear", feature_map=self.config.feature_map)
         return load_feature_maps(model, self.output_dir / run_folder.FEATURE_MAPS)
 
@@ -148,18 +157,18 @@ class Trainer(ResumableRun):
     def _collect(self) -> None:
         """Embeddings and trajectories; every process is a worker of its own, with a whole teacher."""
         config, ranks = self.config, self.ranks
-        cache = self.output_dir / run_folder.PROMPT_CACHE
         path = config.trajectories.path or self.output_dir / "trajectories"
+        settings = (config.trajectories, config.seed, self.expert)
 
         def prepare() -> None:
-            self.prompts = encode_prompts(self.pipeline, self.captions, config.prompts, cache)
-            self.store = open_store(path, self.pipeline, self.prompts, config.trajectories, config.seed)
+            self.prompts = self._encode()
+            self.store = open_store(path, self.pipeline, self.prompts, *settings)
             config.save(self.output_dir / "config.yaml")
 
         ranks.on_first(prepare)
         if not ranks.first:  # what the first has computed is read back
-            self.prompts = encode_prompts(self.pipeline, self.captions, config.prompts, cache)
-            self.store = open_store(path, self.pipeline, self.prompts, config.trajectories, config.seed)
+            self.prompts = self._encode()
+            self.store = open_store(path, self.pipeline, self.prompts, *settings)
         damage = ranks.gather_objects(self._damage_in_store())
         if found := next(filter(None, damage), None):
             raise ValueError(found)
@@ -167,15 +176,24 @@ class Trainer(ResumableRun):
         collect(self.store, self.pipeline, self.prompts, show, worker=ranks.rank, workers=ranks.size)
         ranks.wait()
 
+    def _encode(self) -> PromptEmbeddings:
+        config, folder = self.config, self.output_dir
+        prompts = encode_prompts(self.pipeline, self.captions, config.prompts, folder / run_folder.PROMPT_CACHE)
+        if takes_images(self.pipeline):
+            size_and_cache = (config.trajectories, folder / run_folder.IMAGE_CACHE)
+            prompts.latents, prompts.image_embeds = encode_images(self.pipeline, self.images, *size_and_cache)
+        return prompts
+
     @contextmanager
-    def _encoders_parked(self) -> Iterator[None]:
+    def _others_parked(self) -> Iterator[None]:
         """What training does not need leaves the device; Wan's text encoder alone is 11 GB."""
-        parts = [getattr(self.pipeline, name, None) for name in ("text_encoder", "image_encoder", "vae")]
-        parts = [part for part in parts if part is not None]
+        pipeline = self.pipeline
+        parts = [getattr(pipeline, name, None) for name in PARTS]
+        parts = [part for part in parts if part is not None and part is not self.teacher]
         for part in parts:
             part.to("cpu")
         if not self.ranks.first:
-            self.pipeline.text_encoder.to("meta")  # the first rank's is exported
+            pipeline.text_encoder.to("meta")  # the first rank's is exported
         try:
             yield
         finally:
@@ -329,7 +347,7 @@ class Trainer(ResumableRun):
 
     def _with_student(self, student: torch.nn.Module) -> Any:
         pipeline = copy.copy(self.pipeline)
-        pipeline.transformer = student
+        setattr(pipeline, self.expert.component, student)
         return pipeline
 
     def _gradient_step(self, objective: ObjectiveConfig) -> GradientStep:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from linvideo.training.experts import Expert, low_noise_sampler, stored_expert
 from linvideo.training.fingerprint import fingerprint
 from linvideo.training.flow import predict_velocity, sample_steps, sampler_grid
 from linvideo.training.prompts import PromptEmbeddings
@@ -29,13 +30,15 @@ class TrajectoryConfig:
 
     The store takes num_trajectories * (num_inference_steps // stride) * 2 tensors of C*F*H*W values. The defaults cost
     about 81 GB with Wan 1.3B: 192 trajectories * 50 steps * 2 * 2.1 M values of 2 bytes. A larger stride and fewer
-    num_trajectories bring it down in proportion; the paper's 50K states are 419 GB.
+    num_trajectories bring it down in proportion; the paper's 50K states are 419 GB. Of a pipeline with two experts only
+    the steps in the trained one's range count in place of num_inference_steps, and only these are stored.
 
     Args:
         path: folder of the store; None is output_dir/trajectories. Several runs may share one.
         num_trajectories: videos sampled. The default takes about 81 GB of disk with Wan 1.3B at stride 1.
         num_inference_steps: of the sampler, as in WanPipeline.
         guidance_scale: as in WanPipeline; 1 or less means no guidance.
+        guidance_scale_2: of the low-noise expert, as in WanPipeline; None is guidance_scale.
         height: of the video in pixels; the default is Wan's (480 x 832, 81 frames).
         width: of the video in pixels.
         num_frames: of the video, before the VAE.
@@ -50,6 +53,7 @@ class TrajectoryConfig:
     num_trajectories: int = 192
     num_inference_steps: int = 50
     guidance_scale: float = 5.0
+    guidance_scale_2: float | None = None
     height: int = 480
     width: int = 832
     num_frames: int = 81
@@ -70,13 +74,15 @@ class TrajectoryConfig:
             )
         if not 0.0 <= self.negative_probability <= 1.0:
             raise ValueError(f"trajectories.negative_probability must lie in [0, 1], got {self.negative_probability}")
-        if self.guidance_scale < 0:
-            raise ValueError(f"trajectories.guidance_scale must not be negative, got {self.guidance_scale}")
+        for name in ("guidance_scale", "guidance_scale_2"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"trajectories.{name} must not be negative, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"trajectories.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
     @property
     def states_per_trajectory(self) -> int:
+        """With one transformer; see kept_steps."""
         return self.num_inference_steps // self.stride
 
 
@@ -101,16 +107,37 @@ def latent_shape(pipeline, config: TrajectoryConfig) -> tuple[int, int, int, int
     frames = (config.num_frames - 1) // time + 1
     if frames % patch[0]:
         raise ValueError(f"trajectories.num_frames gives {frames} latent frames, expected a multiple of {patch[0]}")
-    return pipeline.transformer.config.in_channels, frames, config.height // space, config.width // space
+    return pipeline.transformer.config.out_channels, frames, config.height // space, config.width // space
+
+
+def kept_steps(timesteps: torch.Tensor, config: TrajectoryConfig, expert: Expert) -> range:
+    """The sampler steps that states are kept of: every stride-th of them, per trajectory from another offset.
+
+    Raises:
+        ValueError: there are fewer than the stride.
+    """
+    steps = expert.steps(timesteps)
+    if len(steps) < config.stride:
+        raise ValueError(
+            f"trajectories.stride {config.stride} needs as many sampler steps in the range of the expert"
+            f" {expert.name}, got {len(steps)} of {config.num_inference_steps}"
+        )
+    return steps
 
 
 def open_store(
-    path: str | Path, pipeline, prompts: PromptEmbeddings, config: TrajectoryConfig, seed: int
+    path: str | Path,
+    pipeline,
+    prompts: PromptEmbeddings,
+    config: TrajectoryConfig,
+    seed: int,
+    expert: Expert = Expert(),  # noqa: B008 (frozen)
 ) -> TrajectoryStore:
     """The store at `path` for these trajectories, complete or not; see TrajectoryStore for what is refused."""
     timesteps, sigmas = sampler_grid(pipeline.scheduler, config.num_inference_steps)
+    steps = kept_steps(timesteps, config, expert)
     request = {
-        "model": fingerprint(pipeline.transformer),
+        "model": fingerprint(getattr(pipeline, expert.component)),
         "scheduler": type(pipeline.scheduler).__name__,
         "sigmas": [round(float(sigma), 6) for sigma in sigmas],
         "prompts": prompts.digest(),
@@ -119,8 +146,13 @@ def open_store(
         **{name: getattr(config, name) for name in ("num_trajectories", "num_inference_steps", "guidance_scale")},
         **{name: getattr(config, name) for name in ("stride", "negative_probability", "shard_size", "dtype")},
         "batch_size": config.batch_size,
-        "states_per_trajectory": config.states_per_trajectory,
+        "states_per_trajectory": len(steps) // config.stride,
     }
+    if expert.name is not None:
+        scale = config.guidance_scale if config.guidance_scale_2 is None else config.guidance_scale_2
+        request |= {"expert": expert.name, "boundary_timestep": expert.boundary_timestep, "guidance_scale_2": scale}
+    if expert.name == "low_noise":  # the states there were reached by the other expert; the reverse is not so
+        request["model_high_noise"] = fingerprint(pipeline.transformer)
     return TrajectoryStore(path, request)
 
 
@@ -157,8 +189,10 @@ def collect(
 def _collect_batch(
     request: dict, pipeline, prompts: PromptEmbeddings, shape: tuple[int, ...], trajectories: list[int]
 ) -> dict[str, torch.Tensor]:
-    model, seed, stride = pipeline.transformer, request["seed"], request["stride"]
+    expert, seed, stride = stored_expert(request), request["seed"], request["stride"]
     steps, kept = request["num_inference_steps"], request["states_per_trajectory"]
+    in_range = expert.steps(sampler_grid(pipeline.scheduler, steps)[0])
+    model = getattr(pipeline, expert.component)
     device, dtype = model.device, DTYPES[request["dtype"]]
 
     noise = torch.stack([draw_noise(shape, seed, "noise", i) for i in trajectories]).to(device)
@@ -166,16 +200,15 @@ def _collect_batch(
     prompt = torch.tensor([(stable_hash(seed, "prompt") + i) % len(prompts) for i in trajectories])
     chance = torch.stack([torch.rand(steps, generator=generator(seed, "negative", i)) for i in trajectories])
     negative = chance < request["negative_probability"]
-    offset = [stable_hash(seed, "offset", i) % (steps - (kept - 1) * stride) for i in trajectories]
-    keep = torch.tensor([[first + stride * j for j in range(kept)] for first in offset])
+    offset = [stable_hash(seed, "offset", i) % (len(in_range) - (kept - 1) * stride) for i in trajectories]
+    keep = torch.tensor([[in_range[first + stride * j] for j in range(kept)] for first in offset])
 
-    embeds = prompts.take(prompt, device=device)
-    embeds_negative = prompts.take(prompt, torch.ones_like(prompt, dtype=torch.bool), device)
+    conditions = prompts.conditions(prompt, device=device)
+    conditions_negative = prompts.conditions(prompt, torch.ones_like(prompt, dtype=torch.bool), device)
     x, u = (torch.empty(len(trajectories), kept, *shape, dtype=dtype) for _ in range(2))
     timestep = torch.empty(len(trajectories), kept)
-    for step in sample_steps(
-        model, pipeline.scheduler, steps, noise, embeds, embeds_negative, request["guidance_scale"]
-    ):
+    sampler = (pipeline.transformer, pipeline.scheduler, steps, noise, conditions, conditions_negative)
+    for step in sample_steps(*sampler, request["guidance_scale"], low_noise_sampler(pipeline, request)):
         rows, columns = (keep == step.index).nonzero(as_tuple=True)
         flagged = rows[negative[rows, step.index]]
         u_step = step.u.clone()
@@ -183,8 +216,10 @@ def _collect_batch(
             u_step[flagged] = step.u_negative[flagged]
         elif len(flagged):  # an unguided sampler has not computed it
             with torch.no_grad():
-                u_step[flagged] = predict_velocity(model, step.x[flagged], step.timestep, embeds_negative[flagged])
+                u_step[flagged] = predict_velocity(model, step.x[flagged], step.timestep, conditions_negative[flagged])
         x[rows, columns] = step.x[rows].to(dtype).cpu()
         u[rows, columns] = u_step[rows].to(dtype).cpu()
         timestep[rows, columns] = float(step.timestep)
+        if step.index == in_range[-1]:  # the low-noise expert's steps are of no use to the other
+            break
     return {"x": x, "u": u, "timestep": timestep, "negative": negative.gather(1, keep), "prompt": prompt}

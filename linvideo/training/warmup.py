@@ -81,7 +81,7 @@ def attention_output_errors(
     hooks = [branch.register_forward_hook(compare(layer), with_kwargs=True) for layer, branch in branches.items()]
     try:
         with torch.no_grad(), attention_types(student, dict.fromkeys(branches, "mixed")):
-            predict_velocity(student, batch.x, batch.timestep, batch.prompt_embeds)
+            predict_velocity(student, batch.x, batch.timestep, batch.conditions)
     finally:
         for hook in hooks:
             hook.remove()

@@ -27,6 +27,7 @@ from linvideo.planning.memory import Layout
 from linvideo.planning.sizes import read_sizes
 from linvideo.training import run_folder
 from linvideo.training.adapters import AdapterConfig, add_adapters
+from linvideo.training.conditions import Conditions
 from linvideo.training.config import TrainConfig, from_dict
 from linvideo.training.optimizer import StudentOptimizer
 from linvideo.training.prompts import encode_prompts
@@ -248,7 +249,7 @@ def test_largest_moment_before_training_on_cuda(stage, autocast):
         for weight in model.parameters():
             weight.grad = torch.empty_like(weight)
         x, words = torch.empty(1, *sizes.latents), torch.empty(1, TEXT, 4096)
-        batch = StateBatch(x, x, torch.full((1,), 500.0), words, torch.zeros(1), torch.zeros(1))
+        batch = StateBatch(x, x, torch.full((1,), 500.0), Conditions(words), torch.zeros(1), torch.zeros(1))
         with Live(model) as live, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             if stage == "warm-up":
                 attention_output_errors(model, batch, backward=True)

@@ -17,7 +17,7 @@ def make_lanes(tmp_path, count=4, **request):
 
 
 def advance(lanes, student):
-    lanes.advance(student, predict_velocity(student, lanes.x, lanes.timestep, lanes.prompt_embeds()))
+    lanes.advance(student, predict_velocity(student, lanes.x, lanes.timestep, lanes.conditions()))
 
 
 def test_lanes_start_on_stored_states_at_various_t(tmp_path):
@@ -38,8 +38,8 @@ def test_a_guided_lane_follows_the_guided_sampler(tmp_path):
     assert 0 < int(lanes.negative.sum()) < 4  # both conditions occur, and both follow the same sampler
 
     prompts, prompt = toy_prompts(), lanes.prompt.clone()
-    negative = prompts.take(prompt, torch.ones(4, dtype=torch.bool))
-    for step in sample_steps(student, SCHEDULER, STEPS, noise, prompts.take(prompt), negative, 3.0):
+    negative = prompts.conditions(prompt, torch.ones(4, dtype=torch.bool))
+    for step in sample_steps(student, SCHEDULER, STEPS, noise, prompts.conditions(prompt), negative, 3.0):
         assert torch.allclose(lanes.x, step.x, atol=1e-5)
         advance(lanes, student)
     assert lanes.restarts.tolist() == [2] * 4

@@ -156,6 +156,6 @@ def test_losses_are_fp32_for_a_bf16_model(store):
     student = AffineFlow(0.5)
     student.dtype = torch.bfloat16
     batch = store.draw(range(2), 1, prompts=toy_prompts())
-    assert predict_velocity(student, batch.x, batch.timestep, batch.prompt_embeds).dtype == torch.float32
+    assert predict_velocity(student, batch.x, batch.timestep, batch.conditions).dtype == torch.float32
     assert objectives.teacher_state_mse(student, batch).dtype == torch.float32
     assert batch.x.shape == (2, *SHAPE)

@@ -54,7 +54,7 @@ def test_training_lowers_the_error_of_the_linear_layers(tmp_path):
 
     def error(model):
         with torch.no_grad():
-            u = predict_velocity(model, batch.x, batch.timestep, batch.prompt_embeds)
+            u = predict_velocity(model, batch.x, batch.timestep, batch.conditions)
         return float((u - batch.u).square().mean())
 
     assert result.layers_linear == [0, 2]
@@ -175,7 +175,6 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
     refused("must lie in 0 to 2", new, teacher, selection={"method": "layers", "layers": [3]})
     refused("expected a stock WanTransformer3DModel", new, tiny_pipeline(convert(tiny_transformer(), layers=[0])))
     refused("text-to-video", new, tiny_pipeline(tiny_transformer(in_channels=36)))
-    refused("two experts", new, tiny_pipeline(transformer_2=tiny_transformer()))
     refused("multiple of 16", new, teacher, trajectories={"height": 40})
     refused("at least one prompt", new, teacher, prompts=[])
     refused("latest or a checkpoint folder", new, teacher, resume_from_checkpoint=str(tmp_path / "none"))

@@ -72,7 +72,7 @@ def test_u_is_the_teachers_under_the_states_own_condition(tmp_path, pipeline, pr
     batch = states(make(tmp_path / "s", pipeline, prompts, **settings), prompts)
     assert 0 < int(batch.negative.sum()) < len(batch.x)
     with torch.no_grad():
-        u = predict_velocity(pipeline.transformer, batch.x, batch.timestep, batch.prompt_embeds)
+        u = predict_velocity(pipeline.transformer, batch.x, batch.timestep, batch.conditions)
     assert torch.allclose(batch.u, u, atol=1e-5)
     expected = torch.cat([torch.rand(4, generator=generator(0, "negative", i)) < 0.5 for i in range(3)])
     assert torch.equal(batch.negative, expected)
@@ -102,7 +102,7 @@ def test_draws_depend_on_their_name_only(tmp_path):
     store, prompts = toy_store(tmp_path / "s", torch.tensor([900.0, 500.0])), toy_prompts()
     first = store.draw(range(4), 0, "finetune", 3, prompts=prompts)
     again = TrajectoryStore(tmp_path / "s").draw(range(4), 0, "finetune", 3, prompts=prompts)
-    assert torch.equal(first.x, again.x) and torch.equal(first.prompt_embeds, again.prompt_embeds)
+    assert torch.equal(first.x, again.x) and torch.equal(first.conditions.prompt_embeds, again.conditions.prompt_embeds)
     others = [store.draw(range(4), 0, "finetune", step, prompts=prompts).x for step in range(4, 10)]
     assert any(not torch.equal(first.x, other) for other in others)
     drawn = torch.cat([store.draw(range(8), 0, step, prompts=prompts).x for step in range(30)])

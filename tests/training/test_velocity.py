@@ -55,7 +55,7 @@ def test_bad_input():
     model = AffineFlow(0.1)
     with pytest.raises(ValueError, match="one prompt embedding per noise, got 2 for 3"):
         velocity_errors(model, model, torch.randn(3, 2, 1, 2, 2), torch.randn(2, 3, 4), SCHEDULER, 2)
-    with pytest.raises(ValueError, match="needs negative_prompt_embeds"):
+    with pytest.raises(ValueError, match="needs conditions of the negative prompt"):
         velocity_errors(
             model, model, torch.randn(2, 2, 1, 2, 2), torch.randn(2, 3, 4), SCHEDULER, 2, guidance_scale=2.0
         )

@@ -4,6 +4,7 @@ from tiny import tiny_inputs, tiny_transformer
 
 from linvideo.models import attention_types, convert
 from linvideo.training.branches import feature_weights, linear_branches
+from linvideo.training.conditions import Conditions
 from linvideo.training.flow import predict_velocity
 from linvideo.training.sensitivity import layer_sensitivity, velocity_error
 from linvideo.training.store import StateBatch
@@ -14,8 +15,8 @@ def make_batch(teacher, seed=1):
     inputs = tiny_inputs(batch=2, seed=seed)
     x, t, embeds = (inputs[name] for name in ("hidden_states", "timestep", "encoder_hidden_states"))
     with torch.no_grad():
-        u = predict_velocity(teacher, x, t, embeds)
-    return StateBatch(x, u, t, embeds, torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.bool))
+        u = predict_velocity(teacher, x, t, Conditions(embeds))
+    return StateBatch(x, u, t, Conditions(embeds), torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.bool))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_warmup_errors_are_of_attention_outputs_on_teacher_activations(teacher):
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
-        predict_velocity(teacher, batch.x, batch.timestep, batch.prompt_embeds)
+        predict_velocity(teacher, batch.x, batch.timestep, batch.conditions)
     assert len(seen) == 3
     for layer in (0, 2):
         q, k, v, out = seen[layer]

@@ -1,0 +1,130 @@
+"""Image-to-video: what the pipeline's own VAE and image encoder make of the prompts' images, computed once.
+
+An image becomes the channels beside the latents (a mask of given frames, and the latents of a video that is grey after
+the first frame) and, for Wan 2.1, embeddings by CLIP. The negative prompt goes with the same image.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import WanImageToVideoPipeline
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from linvideo.training.files import write_safetensors
+from linvideo.training.fingerprint import fingerprint
+from linvideo.training.trajectories import TrajectoryConfig
+
+
+def takes_images(pipeline) -> bool:
+    return isinstance(pipeline, WanImageToVideoPipeline)
+
+
+def check_images(pipeline, images: Sequence[str | Path | Image.Image | None]) -> None:
+    """Whether training takes this pipeline with these images, one for each prompt.
+
+    Raises:
+        ValueError: a text-to-video pipeline with an image, an image-to-video one without some, or another kind.
+    """
+    config, missing = pipeline.transformer.config, sum(image is None for image in images)
+    if not takes_images(pipeline):
+        if config.in_channels != config.out_channels:
+            raise ValueError(
+                "expected a text-to-video model or a WanImageToVideoPipeline, got a"
+                f" {type(pipeline).__name__} with {config.in_channels} channels for latents of {config.out_channels}"
+            )
+        if missing < len(images):
+            raise ValueError(
+                f"prompts of a text-to-video model must have no image, got {len(images) - missing} of"
+                f" {len(images)} with one"
+            )
+        return
+    if pipeline.config.expand_timesteps:
+        raise ValueError(
+            "expected an image-to-video model that takes the image in channels of its own, got one that takes it in"
+            " place of the first frame (expand_timesteps, Wan 2.2 TI2V), which training does not support"
+        )
+    expected = config.out_channels + pipeline.vae_scale_factor_temporal + pipeline.vae.config.z_dim
+    if config.in_channels != expected:
+        raise ValueError(
+            f"expected an image-to-video model with {expected} channels (latents, mask and image), got one with"
+            f" {config.in_channels}"
+        )
+    if config.pos_embed_seq_len is not None:
+        raise ValueError(
+            "expected an image-to-video model for a first frame, got one for a first and a last frame, which training"
+            " does not support"
+        )
+    if missing:
+        raise ValueError(
+            f"every prompt of an image-to-video model needs an image, {missing} of {len(images)} have none"
+            ' (prompts.prompts_file: a .jsonl with "caption" and "image" in each line)'
+        )
+
+
+def encode_images(
+    pipeline: WanImageToVideoPipeline,
+    images: Sequence[str | Path | Image.Image],
+    video: TrajectoryConfig,
+    cache: str | Path | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(latents [P, C, F, H, W], image_embeds [P, N, D] or None) of Conditions, on the CPU in the transformer's dtype.
+
+    Read from the file `cache` when it holds exactly these, else written there.
+
+    Args:
+        images: in memory or files; each is resized to the size of `video`, as by the pipeline.
+
+    Raises:
+        ValueError: a file that is no image.
+    """
+    embeds = pipeline.transformer.config.image_dim is not None
+    size = (video.height, video.width, video.num_frames)
+    models = [fingerprint(pipeline.vae)] + ([fingerprint(pipeline.image_encoder)] if embeds else [])
+    key = hashlib.blake2b(repr((size, models, str(pipeline.transformer.dtype))).encode(), digest_size=16)
+    for image in map(_load, images):  # one at a time: opened, they may be large
+        key.update(repr(image.size).encode() + image.tobytes())
+    key = key.hexdigest()
+    if cache is not None and (found := _read_cache(Path(cache), key)) is not None:
+        return found["latents"], found.get("image_embeds")
+
+    parts = [_encode(pipeline, image, *size, embeds) for image in map(_load, images)]
+    result = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if cache is not None:
+        write_safetensors(cache, result, {"key": key})
+    return result["latents"], result.get("image_embeds")
+
+
+@torch.no_grad()
+def _encode(pipeline, image: Image.Image, height: int, width: int, num_frames: int, embeds: bool) -> dict:
+    device, dtype = pipeline.vae.device, pipeline.transformer.dtype
+    pixels = pipeline.video_processor.preprocess(image, height=height, width=width).to(device, torch.float32)
+    channels, unused = pipeline.vae.config.z_dim, torch.zeros((), device=device)  # in place of noise
+    video = (height, width, num_frames, torch.float32, device)
+    result = {"latents": pipeline.prepare_latents(pixels, 1, channels, *video, latents=unused)[1]}
+    if embeds:
+        result["image_embeds"] = pipeline.encode_image(image, device)
+    return {name: value.to("cpu", dtype) for name, value in result.items()}
+
+
+def _load(image: str | Path | Image.Image) -> Image.Image:
+    try:
+        return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the image {image}: {error}") from None
+
+
+def _read_cache(path: Path, key: str) -> dict[str, torch.Tensor] | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()} if _key(file) == key else None  # noqa: SIM118
+    except SafetensorError:  # damaged: it is only a cache
+        return None
+
+
+def _key(file) -> str | None:
+    return (file.metadata() or {}).get("key")
