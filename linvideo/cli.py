@@ -253,7 +253,7 @@ def make_parser() -> argparse.ArgumentParser:
         "plan", plan, "memory, disk and pace of a training run before it starts; takes linvideo train's options too"
     )
     sub.add_argument(
-        "--model", help="wan2.1-1.3b, wan2.1-14b, a stock pipeline folder or a Hub id; default: the config's"
+        "--model", help="a known name such as wan2.1-14b, a stock pipeline folder or a Hub id; default: the config's"
     )
     sub.add_argument("--gpus", type=int, default=1)
     sub.add_argument("--gpu_memory", type=float, default=80.0, help="of one GPU, in GB of 10^9 bytes")

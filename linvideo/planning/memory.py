@@ -142,7 +142,7 @@ def held(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> tuple
     # a model loaded as bf16 keeps its norms and the time embedding in fp32; text encoder and VAE are wholly bf16
     base = e * sizes.parameters + (FP32 - e) * sizes.kept
     if stage == "trajectories":  # every GPU samples on its own
-        return {"frozen teacher": base, "text encoder and VAE": e * sizes.encoders}, 0
+        return {"frozen teacher": base * sizes.experts, "text encoder and VAE": e * sizes.encoders}, 0
     parts, tuning = {}, stage == "fine-tuning"
     if layout.lora is not None:
         parts["frozen base, also the teacher"] = base / layout.shard
@@ -213,7 +213,8 @@ def saved(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> int:
 
 def store_bytes(config: TrainConfig, sizes: Sizes) -> int:
     """Of the trajectories on disk: x and u, a timestep (4 bytes) and a condition (1) a state, a prompt (8) a video.
-    Headers, under a kilobyte a file, and the manifest come on top."""
+    Headers, under a kilobyte a file, and the manifest come on top. With two experts a store has the steps of one: this
+    is the most it can be."""
     wanted = config.trajectories
     state = 2 * prod(sizes.latents) * {"float32": FP32}.get(wanted.dtype, BF16) + 4 + 1
     return wanted.num_trajectories * (wanted.states_per_trajectory * state + 8)

@@ -24,10 +24,11 @@ class Sizes:
 
     Args:
         name: as it was asked for. latents: (C, F, H, W) of one video. tokens: of one video, after patchifying.
-        parameters: of the stock transformer. cast: those of them in Linear and Conv layers, which autocast casts.
+        parameters: of the stock transformer; with two experts, of each.
+        cast: those of them in Linear and Conv layers, which autocast casts.
         kept: those that stay fp32 when the model is loaded as bf16.
         block, block_cast: `parameters` and `cast` of one block. block_linears: name -> (in, out) of its Linear layers.
-        encoders: of text encoder and VAE, together.
+        encoders: of text encoder and VAE, together. experts: transformers in the pipeline.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Sizes:
     block_cast: int
     block_linears: dict[str, tuple[int, int]]
     encoders: int
+    experts: int = 1
 
     @property
     def width(self) -> int:
@@ -61,7 +63,8 @@ def read_sizes(model: str, video: TrajectoryConfig) -> Sizes:
     """
     known = KNOWN.get(model)
     try:
-        configs = _configs(model) if known is None else (known, UMT5Config(**UMT5_XXL), {})
+        two = model == "wan2.2-a14b"
+        configs = _configs(model) if known is None else (known, UMT5Config(**UMT5_XXL), {}, 1 + two)
         with torch.device("meta"):
             wan, decoder = WanTransformer3DModel.from_config(configs[0]), AutoencoderKLWan.from_config(configs[2])
             encoder = UMT5EncoderModel(configs[1])
@@ -92,20 +95,23 @@ def read_sizes(model: str, video: TrajectoryConfig) -> Sizes:
             if isinstance(part, torch.nn.Linear)
         },
         encoders=_count(encoder) + _count(decoder),
+        experts=configs[3],
     )
 
 
-def _configs(model: str) -> tuple[dict, UMT5Config, dict]:
-    """Those of transformer, text encoder and VAE."""
+def _configs(model: str) -> tuple[dict, UMT5Config, dict, int]:
+    """Those of transformer, text encoder and VAE, and how many transformers there are."""
     if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         raise ValueError(f"model must be {EXPECTED}, got {model!r}")
     index = DiffusionPipeline.load_config(model)
     kinds = {part: (index.get(part) or [None, None])[1] for part in ("transformer", "transformer_2")}
-    if kinds != {"transformer": "WanTransformer3DModel", "transformer_2": None}:
-        raise ValueError(f"expected a pipeline with one stock WanTransformer3DModel, got {model} with {kinds}")
+    stock = "WanTransformer3DModel"
+    if kinds["transformer"] != stock or kinds["transformer_2"] not in (None, stock):
+        raise ValueError(f"expected a pipeline of stock {stock}s, got {model} with {kinds}")
     transformer = WanTransformer3DModel.load_config(model, subfolder="transformer")
     text_encoder = UMT5Config.from_pretrained(model, subfolder="text_encoder")
-    return transformer, text_encoder, AutoencoderKLWan.load_config(model, subfolder="vae")
+    decoder = AutoencoderKLWan.load_config(model, subfolder="vae")
+    return transformer, text_encoder, decoder, 1 + (kinds["transformer_2"] is not None)
 
 
 def _count(module: torch.nn.Module) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import WanImageToVideoPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
@@ -19,7 +19,7 @@ from linvideo.training.trajectories import TrajectoryConfig
 
 
 def takes_images(pipeline) -> bool:
-    return isinstance(pipeline, WanImageToVideoPipeline)
+    return type(pipeline).__name__ == "WanImageToVideoPipeline"  # its import warns of torchvision
 
 
 def check_images(pipeline, images: Sequence[str | Path | Image.Image | None]) -> None:
@@ -65,7 +65,7 @@ def check_images(pipeline, images: Sequence[str | Path | Image.Image | None]) ->
 
 
 def encode_images(
-    pipeline: WanImageToVideoPipeline,
+    pipeline: DiffusionPipeline,
     images: Sequence[str | Path | Image.Image],
     video: TrajectoryConfig,
     cache: str | Path | None = None,

@@ -80,6 +80,16 @@ def test_14b_needs_several_gpus_or_adapters(gpus, memory, chosen):
     assert again["totals"] == column["totals"]
 
 
+def test_two_experts(tmp_path, folder):
+    """Both are there while trajectories are sampled, one of them afterwards."""
+    tiny_pipeline(transformer_2=tiny_transformer(), boundary_ratio=0.9).save_pretrained(tmp_path / "two")
+    video = TrajectoryConfig(height=32, width=32, num_frames=5)
+    for one, two in (("wan2.1-14b", "wan2.2-a14b"), (str(folder), str(tmp_path / "two"))):
+        one, two = (make(read_sizes(name, video), USUAL)["layouts"]["as configured"]["stages"] for name in (one, two))
+        assert two["trajectories"]["frozen teacher"] == 2 * one["trajectories"]["frozen teacher"]
+        assert two["fine-tuning"] == one["fine-tuning"]
+
+
 def test_nothing_fits():
     layouts = make(LARGE, gpu_memory=30)["layouts"]
     assert layouts["suggested"] is None
@@ -173,7 +183,10 @@ def test_the_command(folder, tmp_path, capsys):
         ("--num_frames 80", "trajectories.num_frames must be 1 more than a multiple of 4, got 80"),
         ("--selection.num_linear_layers 31", "at most the model's 30 layers, got 31"),
         ("--nonsense 1", "nonsense"),
-        ("--model wan3", "model must be one of wan2.1-1.3b, wan2.1-14b, a pipeline folder or a Hub id, got 'wan3'"),
+        (
+            "--model wan3",
+            "model must be one of wan2.1-1.3b, wan2.1-14b, wan2.2-a14b, a pipeline folder or a Hub id, got 'wan3'",
+        ),
         ("--config missing.yaml", "missing.yaml"),
     ],
 )
@@ -188,9 +201,8 @@ def test_models_that_train_does_not_take(tmp_path, capsys):
     image = tiny_pipeline(tiny_transformer(in_channels=36))
     image.save_pretrained(tmp_path / "image")
     assert "image conditions beside the latents" in refused(capsys, "--model", tmp_path / "image")
-    two = tiny_pipeline(transformer_2=tiny_transformer())
+    two = tiny_pipeline(transformer_2=tiny_transformer(), boundary_ratio=0.9)
     two.save_pretrained(tmp_path / "two")
-    assert "one stock WanTransformer3DModel" in refused(capsys, "--model", tmp_path / "two")
     cli.main(["convert", "--model", str(tmp_path / "two"), "--output_dir", str(tmp_path / "made"), "--layers", "0"])
     assert "LinVideoWanTransformer3DModel" in refused(capsys, "--model", tmp_path / "made")
 

@@ -306,8 +306,9 @@ def test_teacher_and_encoders_as_the_trainer_loads_them(folder, precision):
 
 def test_the_published_models():
     """1.419 B and 14.288 B parameters, UMT5-XXL 5.681 B, the VAE 0.127 B."""
-    small, large = (read_sizes(name, TrajectoryConfig()) for name in KNOWN)
+    small, large, expert = (read_sizes(name, TrajectoryConfig()) for name in KNOWN)
     assert (small.parameters, large.parameters) == (1_418_996_800, 14_288_491_584)
+    assert (small.experts, large.experts, expert.experts) == (1, 1, 2) and expert.parameters == large.parameters
     assert small.encoders == large.encoders == 5_680_910_336 + 126_892_531
     assert small.tokens == large.tokens == 32_760
 
