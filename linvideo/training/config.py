@@ -12,7 +12,6 @@ objective.name=adm_step.
 
 import dataclasses
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,13 @@ import yaml
 from linvideo.nn import FEATURE_MAPS
 from linvideo.training.devices import check_device
 from linvideo.training.files import write_text
-from linvideo.training.metrics import REPORT_TO
 from linvideo.training.objectives import ObjectiveConfig
 from linvideo.training.optimizer import OptimizerConfig
 from linvideo.training.parallel import ParallelConfig
 from linvideo.training.prompts import PromptConfig
 from linvideo.training.selection import SelectionConfig
 from linvideo.training.sensitivity import SensitivityConfig
+from linvideo.training.trackers import tracker_names
 from linvideo.training.trajectories import TrajectoryConfig
 from linvideo.training.warmup import WarmupConfig
 
@@ -40,7 +39,7 @@ FREE = (
     "checkpointing_steps",
     "checkpoints_total_limit",
 )
-FREE += ("report_to", "device", "progress", "parallel")
+FREE += ("report_to", "tracker_project_name", "device", "progress", "parallel")
 
 
 @dataclass
@@ -70,7 +69,9 @@ class TrainConfig:
         checkpointing_steps: a checkpoint each so many steps of the whole run, and at the end of each stage.
         checkpoints_total_limit: keep only the newest ones.
         max_nonfinite_steps: steps with a non-finite loss or gradient are skipped; more than these end the run.
-        report_to: "none" or "tensorboard"; metrics.jsonl is always written.
+        report_to: "none", "tensorboard", "wandb" or "tensorboard,wandb"; metrics.jsonl is always written. A continued
+            run goes on in the same wandb run.
+        tracker_project_name: the project of that wandb run.
         progress: show progress bars.
     """
 
@@ -92,6 +93,7 @@ class TrainConfig:
     checkpoints_total_limit: int | None = None
     max_nonfinite_steps: int = 10
     report_to: str = "none"
+    tracker_project_name: str = "linvideo"
     progress: bool = True
     prompts: PromptConfig = field(default_factory=PromptConfig)
     trajectories: TrajectoryConfig = field(default_factory=TrajectoryConfig)
@@ -109,13 +111,11 @@ class TrainConfig:
             raise ValueError("overwrite_output_dir and resume_from_checkpoint exclude each other, got both")
         for name, allowed in (
             ("mixed_precision", MIXED_PRECISION),
-            ("report_to", REPORT_TO),
             ("feature_map", FEATURE_MAPS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.report_to == "tensorboard" and find_spec("tensorboard") is None:
-            raise ValueError("report_to tensorboard needs the package tensorboard, which is not installed")
+        tracker_names(self.report_to)
         for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

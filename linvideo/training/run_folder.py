@@ -10,11 +10,12 @@ from linvideo.models import load_pipeline
 from linvideo.training.checkpoint import list_checkpoints, remove_leftovers
 from linvideo.training.config import TrainConfig
 from linvideo.training.files import remove_dead
+from linvideo.training.trackers import WANDB_ID
 
 PROMPT_CACHE = "prompt_embeds.safetensors"
 FEATURE_MAPS = "feature_maps.safetensors"
-FILES = ("config.yaml", "metrics.jsonl", "selection.json", FEATURE_MAPS, PROMPT_CACHE)
-FOLDERS = ("trajectories", "pipeline", "logs")
+FILES = ("config.yaml", "metrics.jsonl", "selection.json", FEATURE_MAPS, PROMPT_CACHE, WANDB_ID)
+FOLDERS = ("trajectories", "pipeline", "logs", "wandb")
 
 
 def check(config: TrainConfig) -> list[Path]:

@@ -174,7 +174,7 @@ class Trainer(ResumableRun):
             fill_state(optimizer)
             self._register(optimizer=optimizer)
             positions, counts = self.ranks.part(config.batch_size)
-            for step in self._steps(config.max_train_steps):
+            for step in self._steps(config.max_train_steps, config.batch_size):
                 batch = self._draw(positions, counts, self.stage, step)
                 with autocast(self.config, self.device):
                     errors = attention_output_errors(self.student, batch, backward=True, ranks=self.ranks)
@@ -222,7 +222,7 @@ class Trainer(ResumableRun):
         )
         gradient = self._gradient_step(replace(self.config.objective, name=config.objective))
         self._register(optimizer=optimizer, gradient=gradient)
-        for step in self._steps(config.max_train_steps):
+        for step in self._steps(config.max_train_steps, gradient.global_batch):
             name, task = gradient(step)
             penalties = add_penalties(list(named_r.values()), self.target, config, step)
             loss = task + penalties["loss_con"] + penalties["loss_reg"]
@@ -244,7 +244,7 @@ class Trainer(ResumableRun):
         gradient = self._gradient_step(config.objective)
         ema = EMAModel(self.student.parameters(), decay=config.ema_decay) if config.use_ema else None
         self._register(optimizer=optimizer, gradient=gradient, **({} if ema is None else {"ema": ema}))
-        for step in self._steps(config.max_train_steps):
+        for step in self._steps(config.max_train_steps, gradient.global_batch):
             name, loss = gradient(step)
             norm = self._optimize(optimizer, loss)
             if ema is not None and norm is not None:
