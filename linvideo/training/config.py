@@ -28,6 +28,7 @@ from linvideo.training.selection import SelectionConfig
 from linvideo.training.sensitivity import SensitivityConfig
 from linvideo.training.trackers import tracker_names
 from linvideo.training.trajectories import TrajectoryConfig
+from linvideo.training.validation import ValidationConfig
 from linvideo.training.warmup import WarmupConfig
 
 MIXED_PRECISION = ("no", "bf16")
@@ -39,7 +40,7 @@ FREE = (
     "checkpointing_steps",
     "checkpoints_total_limit",
 )
-FREE += ("report_to", "tracker_project_name", "device", "progress", "parallel")
+FREE += ("report_to", "tracker_project_name", "device", "progress", "parallel", "validation")
 
 
 @dataclass
@@ -47,8 +48,8 @@ class TrainConfig:
     """Selective transfer of one Wan pipeline, from trajectories to the exported pipeline folder.
 
     Args:
-        output_dir: folder of the run: config.yaml, metrics.jsonl, checkpoint-<step>/, selection.json, trajectories/
-            and in the end pipeline/.
+        output_dir: folder of the run: config.yaml, metrics.jsonl, checkpoint-<step>/, selection.json, trajectories/,
+            with validation its videos and validation.jsonl, and in the end pipeline/.
         pretrained_model_name_or_path: the teacher, a pipeline folder or Hub id; not needed when the teacher is given in
             memory.
         overwrite_output_dir: delete what an earlier run left in output_dir.
@@ -102,6 +103,7 @@ class TrainConfig:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self):
@@ -126,6 +128,9 @@ class TrainConfig:
             raise ValueError(f"checkpoints_total_limit must be at least 1, got {self.checkpoints_total_limit}")
         if not 0 <= self.ema_decay <= 1:
             raise ValueError(f"ema_decay must lie in [0, 1], got {self.ema_decay}")
+        size = {name: getattr(self.trajectories, name) for name in ("height", "width")}
+        if self.validation.steps and any(value % 16 for value in size.values()):
+            raise ValueError(f"validation needs trajectories.height and width that are multiples of 16, got {size}")
         check_device(self.device)
         ranks_layers = self.selection.method == "sensitivity" or self.selection.r_from_sensitivity
         if ranks_layers and not self.sensitivity.num_states:

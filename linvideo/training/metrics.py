@@ -14,11 +14,8 @@ class MetricsLog:
     """
 
     def __init__(self, path: str | Path, last_step: int = 0):
-        path = Path(path)
-        if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= last_step]
-            write_text(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
+        take_back(path, last_step)
+        self._file = Path(path).open("a", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -27,8 +24,16 @@ class MetricsLog:
         self._file.close()
 
 
+def take_back(path: str | Path, last_step: int) -> None:
+    """Drop the rows of the file, if there is one, that come after `last_step`, and a line that was cut off."""
+    path = Path(path)
+    if path.is_file():
+        kept = [line for line in path.read_text().splitlines() if _step(line) <= last_step]
+        write_text(path, "".join(line + "\n" for line in kept))
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a line cut off by a kill is left out."""
+    """Rows of a metrics.jsonl or validation.jsonl; a line cut off by a kill is left out."""
     rows = []
     for line in Path(path).read_text().splitlines():
         try:

@@ -40,12 +40,14 @@ class TrainingStopped(RuntimeError):
 
 
 class ResumableRun:
-    """A run in config.output_dir; subclasses set `student`, and a method `_<stage>` for each of `stages`.
+    """A run in config.output_dir; subclasses set `student`, and have a method `_<stage>` for each of `stages`, and
+    `_validate` for those that are `validated`.
 
     checkpoints: to continue from, the first that is whole.
     """
 
     stages: tuple[str, ...]
+    validated: tuple[str, ...] = ()
 
     def __init__(self, config: TrainConfig, ranks: Ranks, checkpoints: list[Path]):
         self.config, self.ranks, self.checkpoints = config, ranks, checkpoints
@@ -83,22 +85,33 @@ class ResumableRun:
 
     def _steps(self, count: int, samples: int) -> Iterator[int]:
         """The stage's remaining steps of so many samples, with counting, a progress bar, and checkpoints when they are
-        due."""
+        due, and validation; that of a step whose checkpoint we continue from may be due still."""
         self.pace = Pace(samples)
         first, show = self.stage_step, self.config.progress and self.ranks.first
         self.bar = tqdm(range(first, count), desc=self.stage, initial=first, total=count, disable=not show)
+        self._validate_if_due(count)
         for step in self.bar:
             self.global_step += 1
             self.stage_step = step + 1
             self.in_step = True
             self.pace.start()
             yield step
+            due = self.global_step % self.config.checkpointing_steps == 0 and self.stage_step < count
+            if due:
+                self._save()
+            self._validate_if_due(count)
             stop = self.ranks.any(self.stop)
-            if stop or (self.global_step % self.config.checkpointing_steps == 0 and self.stage_step < count):
+            if stop and not due:
                 self._save()
             self.in_step = False
             if stop:  # a signal since then waits for the next step
                 raise TrainingStopped(f"after step {self.stage_step} of {self.stage}, which is saved")
+
+    def _validate_if_due(self, count: int) -> None:
+        every = self.config.validation.steps
+        due = every and (self.global_step % every == 0 or self.stage_step == count)
+        if due and self.stage_step and self.stage in self.validated:
+            self._validate()
 
     def _finite(self, value: float) -> bool:
         """False, and counted, when `value` is not finite."""

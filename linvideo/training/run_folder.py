@@ -14,8 +14,8 @@ from linvideo.training.trackers import WANDB_ID
 
 PROMPT_CACHE = "prompt_embeds.safetensors"
 FEATURE_MAPS = "feature_maps.safetensors"
-FILES = ("config.yaml", "metrics.jsonl", "selection.json", FEATURE_MAPS, PROMPT_CACHE, WANDB_ID)
-FOLDERS = ("trajectories", "pipeline", "logs", "wandb")
+FILES = ("config.yaml", "metrics.jsonl", "validation.jsonl", "selection.json", FEATURE_MAPS, PROMPT_CACHE, WANDB_ID)
+FOLDERS = ("trajectories", "pipeline", "logs", "wandb", "validation")
 
 
 def check(config: TrainConfig) -> list[Path]:

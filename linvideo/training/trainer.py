@@ -29,6 +29,7 @@ from linvideo.training.sharding import gather, shard, split_tokens
 from linvideo.training.step import GradientStep, autocast
 from linvideo.training.store import StateBatch
 from linvideo.training.trajectories import collect, latent_shape, open_store
+from linvideo.training.validator import Validator
 from linvideo.training.warmup import attention_output_errors, load_feature_maps
 
 
@@ -67,6 +68,7 @@ class Trainer(ResumableRun):
     """
 
     stages = ("warmup", "sensitivity", "selection", "finetune", "export")
+    validated = ("selection", "finetune")
 
     def __init__(self, config: TrainConfig, teacher_pipeline: Any = None, prompts: list[str] | None = None):
         teacher = None if teacher_pipeline is None else wan_transformer(teacher_pipeline)
@@ -117,6 +119,7 @@ class Trainer(ResumableRun):
         if saved is not None:
             self._restore(saved)
             ranks.on_first(lambda: remove_newer(self.output_dir, self.global_step))
+        ranks.on_first(lambda: self.validator.take_back(self.global_step))
         self._run_stages()
         return TrainResult(
             pipeline=self._with_student(self.exported) if ranks.first else None,
@@ -154,6 +157,7 @@ class Trainer(ResumableRun):
         if not ranks.first:  # what the first has computed is read back
             self.prompts = encode_prompts(self.pipeline, self.captions, config.prompts, cache)
             self.store = open_store(path, self.pipeline, self.prompts, config.trajectories, config.seed)
+        self.validator = Validator(config, self.pipeline, self.prompts, self.store, ranks)
         damage = ranks.gather_objects(self._damage_in_store())
         if found := next(filter(None, damage), None):
             raise ValueError(found)
@@ -291,6 +295,13 @@ class Trainer(ResumableRun):
         pipeline = copy.copy(self.pipeline)
         pipeline.transformer = student
         return pipeline
+
+    def _validate(self) -> None:
+        """The student, in fine-tuning with use_ema its averaged weights, unless that was done before a kill."""
+        if not self.validator.done(self.global_step):
+            where = {"step": self.global_step, "stage": self.stage, "stage_step": self.stage_step}
+            student, ema = self._with_student(self.student), self.components.get("ema")
+            self.validator(student, where, self.trackers, ema, stop=lambda: self.ranks.any(self.stop))
 
     def _gradient_step(self, objective: ObjectiveConfig) -> GradientStep:
         models_and_data = (self.student, self.teacher, self.store, self.prompts, self.grid)
