@@ -38,8 +38,8 @@ OBJECTIVES = {
 }
 
 
-def torchrun(processes: int, folder: Path, runs: dict[str, dict]) -> subprocess.CompletedProcess:
-    """Run each name -> overrides in folder/name, one after another in the same processes."""
+def torchrun_arguments(processes: int, folder: Path, runs: dict[str, dict]) -> dict:
+    """Of subprocess, to run each name -> overrides in folder/name, one after another in the same processes."""
     (folder / "runs.json").write_text(json.dumps({name: SLOW | overrides for name, overrides in runs.items()}))
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
     with socket.socket() as free:
@@ -48,7 +48,11 @@ def torchrun(processes: int, folder: Path, runs: dict[str, dict]) -> subprocess.
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     command += [str(ROOT / "tests" / "tiny_parallel_run.py"), str(folder), str(folder / "runs.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return {"args": command, "env": environment, "text": True}
+
+
+def torchrun(processes: int, folder: Path, runs: dict[str, dict]) -> subprocess.CompletedProcess:
+    return subprocess.run(**torchrun_arguments(processes, folder, runs), capture_output=True, timeout=600)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
