@@ -72,7 +72,7 @@ def generate(args: argparse.Namespace) -> None:
     import torch
 
     from linvideo import models
-    from linvideo.evaluation.generate import generate_video, save_video
+    from linvideo.models.generate import generate_video, save_video
 
     refuse_existing_video(args)
     pipeline = load(args)

@@ -1,4 +1,5 @@
-"""A whole training run of a few seconds, in this process or as a script that kills itself at a given point."""
+"""A whole training run of a few seconds, in this process or as a script: a folder, overrides of the config as JSON, and
+maybe the stage and the step at which it kills itself. It prints a line when everything is imported."""
 
 import json
 import os
@@ -87,5 +88,8 @@ def die_at(stage: str, step: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    die_at(sys.argv[2], int(sys.argv[3]))
-    run(sys.argv[1], **json.loads(sys.argv[4]) if sys.argv[4:] else {})
+    folder, overrides, *point = sys.argv[1:]
+    if point:
+        die_at(point[0], int(point[1]))
+    print("started", flush=True)
+    run(folder, **json.loads(overrides))

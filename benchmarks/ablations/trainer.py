@@ -65,9 +65,9 @@ class AblationTrainer(Trainer):
         models_and_data = (self.student, self.teacher, self.store, self.prompts, grid)
         return AblationStep(self.setting.objective, *models_and_data, self.config, self.stage, objective)
 
-    def _steps(self, count: int):
+    def _steps(self, count: int, samples: int):
         due = {round(count * point / PROBES): point for point in range(1, PROBES + 1)}
-        for step in super()._steps(count):
+        for step in super()._steps(count, samples):
             yield step
             if self.stage == "finetune" and step + 1 in due:
                 started = _device_time(self.device)

@@ -5,8 +5,8 @@ import torch
 from linvideo.demo import metrics
 from linvideo.demo.teacher import SETTINGS, tokens
 from linvideo.demo.world import WORLDS, World
-from linvideo.evaluation.generate import generate_video
 from linvideo.evaluation.velocity import velocity_errors
+from linvideo.models.generate import generate_video
 from linvideo.training import encode_prompts
 
 TOKENS_AT_ONCE = 2**16  # of all videos of a batch: 512 videos of the small world, 16 of the large one

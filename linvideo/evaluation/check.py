@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import WanTransformer3DModel
 
-from linvideo.evaluation.generate import generate_video, save_video
 from linvideo.models import convert, wan_transformer
+from linvideo.models.generate import generate_video, save_video
 from linvideo.training.branches import feature_weights, gates
 from linvideo.training.config import TrainConfig
 from linvideo.training.flow import predict_velocity, sampler_grid

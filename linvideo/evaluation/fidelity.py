@@ -7,10 +7,10 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from linvideo.evaluation.generate import generate_video, save_video
 from linvideo.evaluation.work_folder import WorkFolder, identity
+from linvideo.models.generate import generate_video, save_video
+from linvideo.training.video_metrics import compare
 
 METRICS = ("psnr", "ssim", "lpips", "flicker", "teacher_flicker")
 
@@ -50,25 +50,6 @@ def fidelity(
         row = {"prompt": prompts[number], "seed": seed + number} | compare(**videos, perceptual=perceptual)
         work.add(row)
         yield row
-
-
-def compare(student: torch.Tensor, teacher: torch.Tensor, perceptual=None) -> dict[str, float]:
-    """Metrics of two videos [F, 3, H, W] in [0, 1]. perceptual: a function of image batches in [-1, 1], as of lpips.
-
-    PSNR is of the whole video, at most 100 dB; SSIM (11 x 11 Gaussian window) and LPIPS are means over frames.
-    """
-    pairs = list(zip(student.split(8), teacher.split(8), strict=True))  # SSIM of a whole video takes tens of GB
-    similar = [structural_similarity_index_measure(a, b, data_range=1.0, reduction="none") for a, b in pairs]
-    row = {"psnr": min(100.0, float(peak_signal_noise_ratio(student, teacher, data_range=1.0)))}
-    row["ssim"] = float(torch.cat([x.flatten() for x in similar]).mean())
-    if perceptual is not None:
-        row["lpips"] = float(torch.cat([perceptual(2 * a - 1, 2 * b - 1).flatten() for a, b in pairs]).mean())
-    return row | {"flicker": flicker(student), "teacher_flicker": flicker(teacher)}
-
-
-def flicker(video: torch.Tensor) -> float:
-    """Mean absolute difference of neighbouring frames; 0 for a single frame."""
-    return float(video.diff(dim=0).abs().mean()) if len(video) > 1 else 0.0
 
 
 def summary(rows: list[dict]) -> dict[str, tuple[float, float]]:

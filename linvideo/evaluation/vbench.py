@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from linvideo.evaluation.generate import generate_video, save_video
 from linvideo.evaluation.work_folder import WorkFolder, identity
+from linvideo.models.generate import generate_video, save_video
 from linvideo.training.files import read_json
 
 VIDEOS_PER_PROMPT = 5  # VBench's standard

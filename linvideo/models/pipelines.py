@@ -110,6 +110,14 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(workspace, ignore_errors=True)
 
 
+def remove_unfinished(target: str | os.PathLike) -> None:
+    """Delete what a kill inside of `new_folder(target)` has left beside it: all of what it wrote, and of what stood
+    there."""
+    target = Path(target)
+    for path in target.parent.glob(f".{target.name}.*"):
+        shutil.rmtree(path)
+
+
 def wan_transformer(pipeline: DiffusionPipeline, component: str = "transformer") -> WanTransformer3DModel:
     """The pipeline's transformer, stock or converted; of Wan 2.2's two, `component` names one.
 

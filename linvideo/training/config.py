@@ -12,7 +12,6 @@ objective.name=adm_step.
 
 import dataclasses
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,15 @@ from linvideo.training.adapters import AdapterConfig
 from linvideo.training.devices import check_device
 from linvideo.training.experts import EXPERTS
 from linvideo.training.files import write_text
-from linvideo.training.metrics import REPORT_TO
 from linvideo.training.objectives import ObjectiveConfig
 from linvideo.training.optimizer import OptimizerConfig
 from linvideo.training.parallel import ParallelConfig
 from linvideo.training.prompts import PromptConfig
 from linvideo.training.selection import SelectionConfig
 from linvideo.training.sensitivity import SensitivityConfig
+from linvideo.training.trackers import tracker_names
 from linvideo.training.trajectories import TrajectoryConfig
+from linvideo.training.validation import ValidationConfig
 from linvideo.training.warmup import WarmupConfig
 
 MIXED_PRECISION = ("no", "bf16")
@@ -42,7 +42,8 @@ FREE = (
     "checkpointing_steps",
     "checkpoints_total_limit",
 )
-FREE += ("report_to", "device", "progress", "parallel", "compile", "attention_backend", "offload_teacher")
+FREE += ("report_to", "tracker_project_name", "device", "progress", "parallel", "validation")
+FREE += ("compile", "attention_backend", "offload_teacher")
 
 
 @dataclass
@@ -50,8 +51,8 @@ class TrainConfig:
     """Selective transfer of one Wan pipeline, from trajectories to the exported pipeline folder.
 
     Args:
-        output_dir: folder of the run: config.yaml, metrics.jsonl, checkpoint-<step>/, selection.json, trajectories/
-            and in the end pipeline/.
+        output_dir: folder of the run: config.yaml, metrics.jsonl, checkpoint-<step>/, selection.json, trajectories/,
+            with validation its videos and validation.jsonl, and in the end pipeline/.
         pretrained_model_name_or_path: the teacher, a pipeline folder or Hub id; not needed when the teacher is given in
             memory.
         expert: which transformer of a pipeline with two (Wan 2.2) is trained, "high_noise" or "low_noise"; the other is
@@ -79,7 +80,9 @@ class TrainConfig:
         checkpointing_steps: a checkpoint each so many steps of the whole run, and at the end of each stage.
         checkpoints_total_limit: keep only the newest ones.
         max_nonfinite_steps: steps with a non-finite loss or gradient are skipped; more than these end the run.
-        report_to: "none" or "tensorboard"; metrics.jsonl is always written.
+        report_to: "none", "tensorboard", "wandb" or "tensorboard,wandb"; metrics.jsonl is always written. A continued
+            run goes on in the same wandb run.
+        tracker_project_name: the project of that wandb run.
         progress: show progress bars.
     """
 
@@ -105,6 +108,7 @@ class TrainConfig:
     checkpoints_total_limit: int | None = None
     max_nonfinite_steps: int = 10
     report_to: str = "none"
+    tracker_project_name: str = "linvideo"
     progress: bool = True
     prompts: PromptConfig = field(default_factory=PromptConfig)
     trajectories: TrajectoryConfig = field(default_factory=TrajectoryConfig)
@@ -114,6 +118,7 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: AdapterConfig = field(default_factory=AdapterConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self):
@@ -124,13 +129,11 @@ class TrainConfig:
         for name, allowed in (
             ("expert", (None, *EXPERTS)),
             ("mixed_precision", MIXED_PRECISION),
-            ("report_to", REPORT_TO),
             ("feature_map", FEATURE_MAPS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
-        if self.report_to == "tensorboard" and find_spec("tensorboard") is None:
-            raise ValueError("report_to tensorboard needs the package tensorboard, which is not installed")
+        tracker_names(self.report_to)
         for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -141,6 +144,9 @@ class TrainConfig:
             raise ValueError(f"checkpoints_total_limit must be at least 1, got {self.checkpoints_total_limit}")
         if not 0 <= self.ema_decay <= 1:
             raise ValueError(f"ema_decay must lie in [0, 1], got {self.ema_decay}")
+        size = {name: getattr(self.trajectories, name) for name in ("height", "width")}
+        if self.validation.steps and any(value % 16 for value in size.values()):
+            raise ValueError(f"validation needs trajectories.height and width that are multiples of 16, got {size}")
         check_device(self.device)
         if self.offload_teacher and self.lora.rank is not None:
             raise ValueError("offload_teacher and lora.rank exclude each other: the teacher is the student's own base")

@@ -22,8 +22,10 @@ from linvideo.models import finalize
 from linvideo.training.checkpoint import Checkpoint, save_checkpoint
 from linvideo.training.config import TrainConfig
 from linvideo.training.metrics import MetricsLog
+from linvideo.training.pace import Pace
 from linvideo.training.parallel import Ranks
 from linvideo.training.seeding import random_state, set_random_state
+from linvideo.training.trackers import Trackers
 
 
 class TrainingDiverged(RuntimeError):
@@ -38,18 +40,21 @@ class TrainingStopped(RuntimeError):
 
 
 class ResumableRun:
-    """A run in config.output_dir; subclasses set `student`, and a method `_<stage>` for each of `stages`.
+    """A run in config.output_dir; subclasses set `student`, and have a method `_<stage>` for each of `stages`, and
+    `_validate` for those that are `validated`.
 
     checkpoints: to continue from, the first that is whole.
     """
 
     stages: tuple[str, ...]
+    validated: tuple[str, ...] = ()
 
     def __init__(self, config: TrainConfig, ranks: Ranks, checkpoints: list[Path]):
         self.config, self.ranks, self.checkpoints = config, ranks, checkpoints
         self.output_dir, self.device = Path(config.output_dir), ranks.device
         self.student: torch.nn.Module
-        self.log: MetricsLog | None = None  # on the first rank
+        self.log: MetricsLog | None = None  # on the first rank, as are the trackers
+        self.trackers: Trackers | None = None
         self.stage, self.stage_step, self.global_step, self.nonfinite = self.stages[0], 0, 0, 0
         self.in_step = self.stop = False
         self.results: dict[str, Any] = {"seconds": {}}  # of finished stages; plain values
@@ -57,35 +62,56 @@ class ResumableRun:
         self.restored: Checkpoint | None = None  # has the state of the components of the stage it was made in
 
     def _run_stages(self) -> None:
-        if self.ranks.first:
-            self.log = MetricsLog(self.output_dir, self.config.report_to, self.global_step)
         try:
+            if self.ranks.first:
+                self._open_logs()
             for stage in self.stages[self.stages.index(self.stage) :]:
                 self.stage = stage
                 with self._timed(stage):
                     getattr(self, f"_{stage}")()
                 self._end_stage()
         finally:
-            if self.log is not None:
-                self.log.close()
+            for log in (self.log, self.trackers):
+                if log is not None:
+                    log.close()
+
+    def _open_logs(self) -> None:
+        config = self.config
+        self.log = MetricsLog(self.output_dir / "metrics.jsonl", self.global_step)
+        watched = (config.tracker_project_name, config.to_dict(), self.global_step)
+        self.trackers = Trackers(config.report_to, self.output_dir, *watched)
 
     # Steps.
 
-    def _steps(self, count: int) -> Iterator[int]:
-        """The stage's remaining steps, with counting, a progress bar, and checkpoints when they are due."""
+    def _steps(self, count: int, samples: int) -> Iterator[int]:
+        """The stage's remaining steps of so many samples, with counting, a progress bar, and checkpoints when they are
+        due, and validation; that of a step whose checkpoint we continue from may be due still."""
+        self.pace = Pace(samples)
         first, show = self.stage_step, self.config.progress and self.ranks.first
         self.bar = tqdm(range(first, count), desc=self.stage, initial=first, total=count, disable=not show)
+        self._validate_if_due(count)
         for step in self.bar:
             self.global_step += 1
             self.stage_step = step + 1
             self.in_step = True
+            self.pace.start()
             yield step
+            due = self.global_step % self.config.checkpointing_steps == 0 and self.stage_step < count
+            if due:
+                self._save()
+            self._validate_if_due(count)
             stop = self.ranks.any(self.stop)
-            if stop or (self.global_step % self.config.checkpointing_steps == 0 and self.stage_step < count):
+            if stop and not due:
                 self._save()
             self.in_step = False
             if stop:  # a signal since then waits for the next step
                 raise TrainingStopped(f"after step {self.stage_step} of {self.stage}, which is saved")
+
+    def _validate_if_due(self, count: int) -> None:
+        every = self.config.validation.steps
+        due = every and (self.global_step % every == 0 or self.stage_step == count)
+        if due and self.stage_step and self.stage in self.validated:
+            self._validate()
 
     def _finite(self, value: float) -> bool:
         """False, and counted, when `value` is not finite."""
@@ -100,19 +126,18 @@ class ResumableRun:
         return False
 
     def _report(self, **values: Any) -> None:
+        """Write a step's row, plot it, and show it in the bar. Pace and memory stay out of the row, which is the same
+        in a run that was interrupted."""
         if self.log is None:
             return
         kept = {name: value for name, value in values.items() if not isinstance(value, float) or math.isfinite(value)}
         kept = {name: value for name, value in kept.items() if value is not None}
         self.log.write({"step": self.global_step, "stage": self.stage, "stage_step": self.stage_step, **kept})
-        shown = {"loss": f"{values['loss']:.4f}"}
-        if "num_linear" in values:
-            shown["linear"] = values["num_linear"]
-        if "r" in values:
-            shown["r"] = f"{min(values['r'].values()):.2f}-{max(values['r'].values()):.2f}"
+        watched = {"samples_per_second": self.pace.stop()}
         if self.device.type == "cuda":
-            shown["GiB"] = f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f}"
-        self.bar.set_postfix(shown, refresh=False)
+            watched["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.trackers.log(self.stage, kept | watched, self.global_step)
+        self.bar.set_postfix(_shown(values | watched), refresh=False)
 
     # Checkpoints.
 
@@ -199,3 +224,16 @@ class ResumableRun:
         yield
         seconds = self.results["seconds"]
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _shown(values: dict[str, Any]) -> dict[str, Any]:
+    """What of a step's values the progress bar has room for."""
+    shown = {"loss": f"{values['loss']:.4f}"}
+    if "num_linear" in values:
+        shown["linear"] = values["num_linear"]
+    if "r" in values:
+        shown["r"] = f"{min(values['r'].values()):.2f}-{max(values['r'].values()):.2f}"
+    shown["samples/s"] = f"{values['samples_per_second']:.3g}"
+    if "peak_memory_gib" in values:
+        shown["GiB"] = f"{values['peak_memory_gib']:.1f}"
+    return shown

@@ -7,15 +7,18 @@ from typing import Any
 import torch
 
 from linvideo.models import load_pipeline
+from linvideo.models.pipelines import remove_unfinished
 from linvideo.training.checkpoint import list_checkpoints, remove_leftovers
 from linvideo.training.config import TrainConfig
-from linvideo.training.files import remove_dead
+from linvideo.training.files import TEMPORARY, remove_dead
+from linvideo.training.trackers import WANDB_ID
 
 PROMPT_CACHE = "prompt_embeds.safetensors"
 IMAGE_CACHE = "image_conditions.safetensors"
 FEATURE_MAPS = "feature_maps.safetensors"
-FILES = ("config.yaml", "metrics.jsonl", "selection.json", FEATURE_MAPS, PROMPT_CACHE, IMAGE_CACHE)
-FOLDERS = ("trajectories", "pipeline", "logs")
+FILES = ("config.yaml", "metrics.jsonl", "validation.jsonl", "selection.json", WANDB_ID)
+FILES += (FEATURE_MAPS, PROMPT_CACHE, IMAGE_CACHE)
+FOLDERS = ("trajectories", "pipeline", "logs", "wandb", "validation")
 
 
 def check(config: TrainConfig) -> list[Path]:
@@ -28,14 +31,18 @@ def check(config: TrainConfig) -> list[Path]:
     folder, resume = Path(config.output_dir), config.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir must be a folder, {folder} is a file")
+    content = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    # a run killed while it encoded its prompts has left no more than these
     caches = (PROMPT_CACHE, IMAGE_CACHE)
-    content = [path.name for path in folder.iterdir() if path.name not in caches] if folder.is_dir() else []
+    content = [name for name in content if name not in caches and not name.startswith(TEMPORARY)]
     if resume is None:
         if content and not config.overwrite_output_dir:
             raise ValueError(
                 f"output_dir {folder} is not empty; choose another folder, --overwrite_output_dir true or"
                 " --resume_from_checkpoint latest"
             )
+        if not content:
+            tidy(folder)
         return []
     if resume != "latest":
         if not (Path(resume) / "state.json").is_file():
@@ -53,6 +60,7 @@ def check(config: TrainConfig) -> list[Path]:
 def tidy(folder: Path) -> None:
     """Away with what kills have left half-written."""
     remove_leftovers(folder)
+    remove_unfinished(folder / "pipeline")  # exported anew
     remove_dead(folder)
 
 

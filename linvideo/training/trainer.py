@@ -33,6 +33,7 @@ from linvideo.training.sharding import gather, shard, split_tokens
 from linvideo.training.step import GradientStep, autocast
 from linvideo.training.store import StateBatch
 from linvideo.training.trajectories import collect, kept_steps, latent_shape, open_store
+from linvideo.training.validator import Validator
 from linvideo.training.warmup import attention_output_errors, load_feature_maps
 
 PARTS = ("text_encoder", "image_encoder", "vae", "transformer", "transformer_2")
@@ -75,6 +76,7 @@ class Trainer(ResumableRun):
     """
 
     stages = ("warmup", "sensitivity", "selection", "finetune", "export")
+    validated = ("selection", "finetune")
 
     def __init__(
         self,
@@ -131,6 +133,7 @@ class Trainer(ResumableRun):
             if saved is not None:
                 self._restore(saved)
                 ranks.on_first(lambda: remove_newer(self.output_dir, self.global_step))
+            ranks.on_first(lambda: self.validator.take_back(self.global_step))
             self._run_stages()
         return TrainResult(
             pipeline=self._with_student(self.exported) if ranks.first else None,
@@ -169,6 +172,7 @@ class Trainer(ResumableRun):
         if not ranks.first:  # what the first has computed is read back
             self.prompts = self._encode()
             self.store = open_store(path, self.pipeline, self.prompts, *settings)
+        self.validator = Validator(config, self.pipeline, self.prompts, self.store, ranks)
         damage = ranks.gather_objects(self._damage_in_store())
         if found := next(filter(None, damage), None):
             raise ValueError(found)
@@ -214,7 +218,7 @@ class Trainer(ResumableRun):
             fill_state(optimizer)
             self._register(optimizer=optimizer)
             positions, counts = self.ranks.part(config.batch_size)
-            for step in self._steps(config.max_train_steps):
+            for step in self._steps(config.max_train_steps, config.batch_size):
                 batch = self._draw(positions, counts, self.stage, step)
                 with eager(), autocast(self.config, self.device):
                     errors = attention_output_errors(self.student, batch, backward=True, ranks=self.ranks)
@@ -262,7 +266,7 @@ class Trainer(ResumableRun):
         )
         gradient = self._gradient_step(replace(self.config.objective, name=config.objective))
         self._register(optimizer=optimizer, gradient=gradient)
-        for step in self._steps(config.max_train_steps):
+        for step in self._steps(config.max_train_steps, gradient.global_batch):
             name, task = gradient(step)
             penalties = add_penalties(list(named_r.values()), self.target, config, step)
             loss = task + penalties["loss_con"] + penalties["loss_reg"]
@@ -285,7 +289,7 @@ class Trainer(ResumableRun):
         trained = list(self._trained().values())
         ema = EMAModel(trained, decay=config.ema_decay) if config.use_ema else None
         self._register(optimizer=optimizer, gradient=gradient, **({} if ema is None else {"ema": ema}))
-        for step in self._steps(config.max_train_steps):
+        for step in self._steps(config.max_train_steps, gradient.global_batch):
             name, loss = gradient(step)
             norm = self._optimize(optimizer, loss)
             if ema is not None and norm is not None:
@@ -349,6 +353,22 @@ class Trainer(ResumableRun):
         pipeline = copy.copy(self.pipeline)
         setattr(pipeline, self.expert.component, student)
         return pipeline
+
+    def _validate(self) -> None:
+        """The student, in fine-tuning with use_ema its averaged weights, unless that was done before a kill."""
+        if self.validator.done(self.global_step):
+            return
+        where = {"step": self.global_step, "stage": self.stage, "stage_step": self.stage_step}
+        other = "transformer" if self.expert.component == "transformer_2" else "transformer_2"
+        idle = getattr(self.pipeline, other, None)  # the other expert samples its part
+        if idle is not None:
+            idle.to(self.device)
+        try:
+            models, stop = (self.student, self.teacher), lambda: self.ranks.any(self.stop)
+            self.validator(*models, where, self.trackers, self.components.get("ema"), stop)
+        finally:
+            if idle is not None:
+                idle.to("cpu")
 
     def _gradient_step(self, objective: ObjectiveConfig) -> GradientStep:
         models_and_data = (self.student, self.teacher, self.store, self.prompts, self.grid)

@@ -6,7 +6,7 @@ import torch
 from linvideo import describe, load_pipeline
 from linvideo.demo import evaluate, kernel_check, report, run, teacher
 from linvideo.demo.world import WORLDS
-from linvideo.evaluation.generate import generate_video
+from linvideo.models.generate import generate_video
 
 METRICS = {
     "colour",

@@ -230,8 +230,8 @@ def test_killed_and_resumed_with_an_expert(tmp_path, name, stage, step):
     settings = {"expert": name, "objective": {"name": "adm"}}
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [sys.executable, str(ROOT / "tests" / "tiny_run.py"), str(tmp_path / "a"), stage, str(step)]
-    killed = subprocess.run([*command, json.dumps(settings)], env=environment, capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "tests" / "tiny_run.py"), str(tmp_path / "a"), json.dumps(settings)]
+    killed = subprocess.run([*command, stage, str(step)], env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run(tmp_path / "a", resume_from_checkpoint="latest", **settings)
     run(tmp_path / "b", **settings)

@@ -23,12 +23,13 @@ SLOW = {
     "warmup": {"max_train_steps": 4, "batch_size": 3, "learning_rate": 2e-3},
     "optimizer": {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "adam_epsilon": 1e-6},
 }
+VALIDATION = {"steps": 4, "num_videos": 2, "num_inference_steps": 2}
 # the global batch is 4 everywhere; the default, sharding over all, applies where nothing is said
 LAYOUTS = {
-    "sharded": {"gradient_accumulation_steps": 1},
+    "sharded": {"gradient_accumulation_steps": 1, "validation": VALIDATION},
     "copies": {"gradient_accumulation_steps": 1, "parallel": {"shard_degree": 1}},
     "context": {"parallel": {"shard_degree": 1, "ulysses_degree": 2}},
-    "context and sharded": {"parallel": {"ulysses_degree": 2}},
+    "context and sharded": {"parallel": {"ulysses_degree": 2}, "validation": VALIDATION},
 }
 LORA = {"lora": {"rank": 4}, "objective": {"name": "adm"}}
 OBJECTIVES = {
@@ -39,8 +40,8 @@ OBJECTIVES = {
 }
 
 
-def torchrun(processes: int, folder: Path, runs: dict[str, dict]) -> subprocess.CompletedProcess:
-    """Run each name -> overrides in folder/name, one after another in the same processes."""
+def torchrun_arguments(processes: int, folder: Path, runs: dict[str, dict]) -> dict:
+    """Of subprocess, to run each name -> overrides in folder/name, one after another in the same processes."""
     (folder / "runs.json").write_text(json.dumps({name: SLOW | overrides for name, overrides in runs.items()}))
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
     with socket.socket() as free:
@@ -49,7 +50,11 @@ def torchrun(processes: int, folder: Path, runs: dict[str, dict]) -> subprocess.
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     command += [str(ROOT / "tests" / "tiny_parallel_run.py"), str(folder), str(folder / "runs.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return {"args": command, "env": environment, "text": True}
+
+
+def torchrun(processes: int, folder: Path, runs: dict[str, dict]) -> subprocess.CompletedProcess:
+    return subprocess.run(**torchrun_arguments(processes, folder, runs), capture_output=True, timeout=600)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -74,7 +79,7 @@ def assert_same(folder: Path, reference: Path) -> None:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
-    run(folder, **SLOW)
+    run(folder, validation=VALIDATION, **SLOW)
     return folder
 
 
@@ -105,6 +110,17 @@ def test_two_processes_train_as_one(layout, two, alone):
 def test_adapters_too(two, tmp_path):
     run(tmp_path, **SLOW | LORA)
     assert_same(two / "lora", tmp_path)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "validation" in LAYOUTS[name]])
+def test_two_processes_validate_as_one(layout, two, alone):
+    rows, expected = (read_metrics(path / "validation.jsonl") for path in (two / layout, alone))
+    assert [row["step"] for row in rows] == [row["step"] for row in expected] == [8, 9, 12, 15]
+    for row, other in zip(rows, expected, strict=True):
+        # 8-bit frames of nearly the teacher's video: a hundredth of the pixels rounding the other way is 0.1 dB
+        assert row["psnr"] == pytest.approx(other["psnr"], abs=0.2)
+        assert row["ssim"] == pytest.approx(other["ssim"], abs=1e-4)
+    assert len(list((two / layout / "validation").rglob("*.mp4"))) == 2 + 4 * 2
 
 
 def test_a_run_of_one_process_goes_on_with_two(two, alone):

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_killed_and_resumed(stage, step, tmp_path, uninterrupted):
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests"))),
     }
     folder = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "tests" / "tiny_run.py"), str(folder), stage, str(step)]
+    command = [sys.executable, str(ROOT / "tests" / "tiny_run.py"), str(folder), "{}", stage, str(step)]
     killed = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (folder / "pipeline").exists()
@@ -59,6 +60,27 @@ def test_killed_and_resumed(stage, step, tmp_path, uninterrupted):
     run(folder, resume_from_checkpoint="latest")
     assert_same_run(folder, uninterrupted)
     assert not list(folder.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("resume", [None, "latest"])
+def test_killed_while_the_prompts_are_written(resume, tmp_path, uninterrupted):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    dead = 2**22 + 1  # beyond any process number
+    (folder / f".tmp-{socket.gethostname()}-{dead}-prompt_embeds.safetensors").write_bytes(b"half")
+    run(folder, resume_from_checkpoint=resume)
+    assert_same_run(folder, uninterrupted)
+    assert not list(folder.glob(".*"))
+
+
+def test_killed_while_the_pipeline_is_written(tmp_path, uninterrupted):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    (folder / ".pipeline.killed" / "new").mkdir(parents=True)
+    os.rename(folder / "pipeline", folder / ".pipeline.killed" / "old")
+    run(folder, resume_from_checkpoint="latest")
+    assert_same_run(folder, uninterrupted)
+    assert not list(folder.glob(".*"))
 
 
 def test_shards_of_a_killed_collection_are_those_of_an_uninterrupted_one(tmp_path, uninterrupted):

@@ -44,7 +44,8 @@ BAD = {
     "selection.nonsense=1": "nonsense",
     "seed=one": "seed",
     "mixed_precision=fp16": "mixed_precision must be one of no, bf16, got 'fp16'",
-    "report_to=wandb": "report_to must be one of none, tensorboard, got 'wandb'",
+    "report_to=comet": "report_to must be none, tensorboard or wandb, or several with commas, got 'comet'",
+    "report_to=tensorboard,none": "report_to must be none, tensorboard or wandb, or several with commas, got 'none'",
     "feature_map=exp": "feature_map must be one of hedgehog, hedgehog_joint, elu, relu, softmax, got 'exp'",
     "device=foo": "device must be a torch device such as cpu or cuda, got 'foo'",
     "train_batch_size=0": "train_batch_size must be at least 1, got 0",
@@ -75,6 +76,11 @@ BAD = {
     "objective.name=adm_x0": "objective.name must be one of",
     "objective.weight=raw": "objective.weight must be one of",
     "objective.max_dt=0": "objective.max_dt must lie in",
+    "validation.steps=-1": "validation.steps must not be negative, got -1",
+    "validation.num_videos=0": "validation.num_videos must be at least 1, got 0",
+    "validation.num_inference_steps=0": "validation.num_inference_steps must be at least 1, got 0",
+    "validation.fps=0": "validation.fps must be at least 1, got 0",
+    "validation.prompts=[]": "validation.prompts must hold at least one prompt, got none",
     "optimizer.learning_rate=0": "optimizer.learning_rate must be positive",
     "optimizer.lr_scheduler=step": "optimizer.lr_scheduler must be one of",
     "optimizer.adam_beta1=1": "optimizer.adam_beta1 must lie in",
@@ -150,6 +156,8 @@ def test_the_default_store_is_as_large_as_documented():
 def test_settings_that_contradict_each_other():
     with pytest.raises(ValueError, match="rounding threshold needs selection.method learned, got sensitivity"):
         from_dict({"output_dir": "a", "selection": {"method": "sensitivity", "rounding": "threshold"}})
+    with pytest.raises(ValueError, match="validation needs .* multiples of 16, got {'height': 24, 'width': 832}"):
+        from_dict({"output_dir": "a", "validation": {"steps": 1}, "trajectories": {"height": 24}})
     with pytest.raises(ValueError, match="exclude each other"):
         TrainConfig("a", overwrite_output_dir=True, resume_from_checkpoint="latest")
     with pytest.raises(ValueError, match="needs sensitivity.num_states"):

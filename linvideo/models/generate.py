@@ -6,15 +6,15 @@ from pathlib import Path
 import torch
 
 
-def generate_video(pipeline, prompt: str | list[str], num_frames: int = 81, output_type: str = "np", **kwargs):
-    """Run the pipeline and return its first video (prompt: str) or all of them (list), in the pipeline's output_type.
+def generate_video(pipeline, prompt: str | list[str] | None, num_frames: int = 81, output_type: str = "np", **kwargs):
+    """Run the pipeline and return its first video (prompt: str) or all of them, in the pipeline's output_type.
 
     Args:
         pipeline: a WanPipeline, stock or converted.
-        prompt: one caption or several.
+        prompt: one caption or several; None with prompt_embeds.
         num_frames: frames of the result, exactly.
-        kwargs: height, width (pixels), num_inference_steps, guidance_scale, negative_prompt, generator, latents, ... as
-            WanPipeline takes them.
+        kwargs: height, width (pixels), num_inference_steps, guidance_scale, negative_prompt, generator, latents,
+            prompt_embeds, ... as WanPipeline takes them.
 
     Raises:
         ValueError: num_frames does not fit the VAE's temporal compression (it must be 1 plus a multiple of it), or

@@ -1,0 +1,193 @@
+"""The validation of a run: the student's videos beside the teacher's, with metrics, in the run's folder.
+
+    validation/teacher/<i>.mp4, validation/teacher.safetensors    made once; their frames, uint8 [F, H, W, 3] each
+    validation/step-<n>/<i>.mp4                                   of the student after step n of the run
+    validation.jsonl                                              a row a validation: means over its videos
+
+Every rank makes the same forwards, because each may hold a part of the weights; the first one decodes and writes.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import mean
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError, safe_open
+
+from linvideo.models.generate import save_video
+from linvideo.training.config import TrainConfig
+from linvideo.training.experts import stored_expert
+from linvideo.training.files import write_safetensors
+from linvideo.training.fingerprint import fingerprint
+from linvideo.training.metrics import MetricsLog, read_metrics, take_back
+from linvideo.training.parallel import Ranks
+from linvideo.training.prompts import PromptEmbeddings, encode_prompts
+from linvideo.training.seeding import draw_noise
+from linvideo.training.step import autocast
+from linvideo.training.store import TrajectoryStore
+from linvideo.training.trackers import Trackers
+from linvideo.training.validation import decode, sample
+from linvideo.training.video_metrics import compare
+
+
+class Validator:
+    """Validates a student whenever it is called.
+
+    Args:
+        pipeline: the teacher's. Its text encoder is used here and now, if at all.
+        prompts: of the run, used where config.validation has none.
+        store: of the run's trajectories.
+    """
+
+    def __init__(
+        self, config: TrainConfig, pipeline: Any, prompts: PromptEmbeddings, store: TrajectoryStore, ranks: Ranks
+    ):
+        self.config, self.pipeline, self.prompts, self.ranks = config, pipeline, prompts, ranks
+        self.request = store.request
+        self.folder = Path(config.output_dir) / "validation"
+        self.rows = Path(config.output_dir) / "validation.jsonl"
+        self.teacher_ready = False
+        self.teacher: list[np.ndarray] = []  # its videos, on the first rank
+        own = config.validation.prompts
+        if config.validation.steps and own is not None:
+            if prompts.latents is not None:
+                raise ValueError("validation.prompts must be None for an image-to-video model, whose own have images")
+            cache = self.folder / "prompt_embeds.safetensors"
+            self.prompts = ranks.on_first(lambda: encode_prompts(pipeline, own, config.prompts, cache))
+
+    def take_back(self, last_step: int) -> None:
+        """Delete what an interrupted run has made after `last_step`; for the first rank."""
+        take_back(self.rows, last_step)
+        for path in self.folder.glob("step-*"):
+            if int(path.name.removeprefix("step-")) > last_step:
+                shutil.rmtree(path)
+
+    def done(self, step: int) -> bool:
+        """Whether there is a validation of `step`."""
+        return self.ranks.on_first(
+            lambda: self.rows.is_file() and any(row["step"] == step for row in read_metrics(self.rows))
+        )
+
+    def __call__(
+        self,
+        student: torch.nn.Module,
+        teacher: Callable,
+        where: dict[str, Any],
+        trackers: Trackers | None = None,
+        ema: EMAModel | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Make the videos and the row, unless `stop` comes true in between, on all ranks alike.
+
+        Args:
+            teacher: called like the student.
+            where: step, stage and stage_step.
+            trackers: of the first rank.
+            ema: averaged weights of the student, to be validated in place of its own.
+        """
+        if not self._prepare_teacher(teacher, stop):
+            return
+        was_training = student.training
+        student.eval()
+        with averaged(student, ema), autocast(self.config, self.ranks.device):
+            latents = self._sample(student, stop)
+        student.train(was_training)
+        if latents is not None:
+            self.ranks.on_first(lambda: self._compare(latents, where, trackers))
+
+    def _sample(self, model: Callable, stop: Callable[[], bool]) -> list[torch.Tensor] | None:
+        """Latents of all videos, by the pipeline with `model` in place of the transformer that is trained."""
+        config, device = self.config.validation, self.ranks.device
+        models = SimpleNamespace(
+            transformer=self.pipeline.transformer, transformer_2=getattr(self.pipeline, "transformer_2", None)
+        )
+        setattr(models, stored_expert(self.request).component, model)
+        steps = config.num_inference_steps or self.config.trajectories.num_inference_steps
+        videos = []
+        for number in range(config.num_videos):
+            prompt = torch.tensor([number % len(self.prompts)])
+            noise = draw_noise((1, *self.request["latent_shape"]), config.seed, "validation", number).to(device)
+            conditions = [
+                self.prompts.conditions(prompt, torch.tensor([negative]), device) for negative in (False, True)
+            ]
+            video = sample(models, self.pipeline.scheduler, self.request, steps, noise, *conditions, stop)
+            if video is None:
+                return None
+            videos.append(video)
+        return videos
+
+    def _prepare_teacher(self, teacher: Callable, stop: Callable[[], bool]) -> bool:
+        """Have its videos, from the folder when they were made for the same settings; False when stopped."""
+        if not self.teacher_ready and not self.ranks.on_first(self._read_teacher):
+            latents = self._sample(teacher, stop)
+            if latents is None:
+                return False
+            self.ranks.on_first(lambda: self._write_teacher(latents))
+        self.teacher_ready = True
+        return True
+
+    def _key(self) -> str:
+        config = {**vars(self.config.validation), "steps": None, "fps": None, "prompts": self.prompts.digest()}
+        request = repr((config, self.request, fingerprint(self.pipeline.vae)))
+        return hashlib.blake2b(request.encode(), digest_size=16).hexdigest()
+
+    def _read_teacher(self) -> bool:
+        try:
+            with safe_open(self.folder / "teacher.safetensors", framework="np") as file:
+                if (file.metadata() or {}).get("key") == self._key():
+                    self.teacher = [file.get_tensor(str(i)) for i in range(self.config.validation.num_videos)]
+        except (OSError, SafetensorError):  # not there, or damaged: made anew
+            pass
+        return bool(self.teacher)
+
+    def _write_teacher(self, latents: list[torch.Tensor]) -> None:
+        for number, video in enumerate(latents):
+            self.teacher.append(self._write(video, self.folder / "teacher" / f"{number}.mp4"))
+        tensors = {str(number): torch.from_numpy(frames) for number, frames in enumerate(self.teacher)}
+        write_safetensors(self.folder / "teacher.safetensors", tensors, {"key": self._key()})
+
+    def _write(self, latents: torch.Tensor, path: Path) -> np.ndarray:
+        """Decode a video and write it; returns its frames, uint8 [F, H, W, 3]."""
+        frames = decode(self.pipeline, latents)
+        save_video(frames, path, fps=self.config.validation.fps)
+        return np.stack([np.asarray(frame) for frame in frames])
+
+    def _compare(self, latents: list[torch.Tensor], where: dict[str, Any], trackers: Trackers | None) -> None:
+        step, found = where["step"], []
+        for number, video in enumerate(latents):
+            path = self.folder / f"step-{step}" / f"{number}.mp4"
+            frames = self._write(video, path)
+            pair = (
+                torch.from_numpy(x).to(video.device).permute(0, 3, 1, 2) / 255 for x in (frames, self.teacher[number])
+            )
+            found.append(compare(*pair))
+            if trackers is not None:
+                trackers.video(f"validation/{number}", path, frames, step)
+        values = {name: mean(row[name] for row in found) for name in found[0]}
+        log = MetricsLog(self.rows, step)
+        log.write(where | values)
+        log.close()
+        if trackers is not None:
+            trackers.log("validation", values, step)
+
+
+@contextmanager
+def averaged(model: torch.nn.Module, ema: EMAModel | None):
+    """`model` with the averaged weights meanwhile, if there are any."""
+    if ema is None:
+        yield
+        return
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ema.store(trained)
+    ema.copy_to(trained)
+    try:
+        yield
+    finally:
+        ema.restore(trained)
