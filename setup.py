@@ -34,7 +34,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["linvideo", "linvideo.*"]) + KERNELS,
     package_dir={"linvideo_kernels": "kernels/linvideo_kernels"},
-    package_data={"linvideo": ["data/*", "demo/teacher/**/*", "demo/teacher/*"]},
+    package_data={"linvideo": ["data/*", "recipes/*.yaml", "demo/teacher/**/*", "demo/teacher/*"]},
     install_requires=["torch>=2.11", "numpy", 'triton>=3.6; sys_platform == "linux"'],
     extras_require={"train": TRAIN, "bench": BENCH, "test": TEST},
     entry_points={"console_scripts": ["linvideo=linvideo.cli:main"]},

@@ -48,6 +48,17 @@ def train(argv: list[str]) -> None:
         print(f"linear layers: {result.layers_linear}; saved the converted pipeline to {result.pipeline_path}")
 
 
+def collect(args: argparse.Namespace) -> None:
+    from linvideo.training import Trainer, load_config
+
+    number, _, count = args.worker.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise ValueError(f"--worker must be number/count with number from 0 to count - 1, got {args.worker}")
+    store = Trainer(load_config(args.train_options)).collect(int(number), int(count))
+    missing = len(store.missing_shards())
+    print(f"{store.num_shards - missing} of {store.num_shards} shards are in {store.path}")
+
+
 def plan(args: argparse.Namespace) -> None:
     import json
 
@@ -250,6 +261,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     sub = command(
+        "collect", collect, "only sample a run's trajectories, a part of them; takes linvideo train's options too"
+    )
+    sub.add_argument("--worker", default="0/1", help="number/count: which part, say 0/4 to 3/4 for four workers")
+
+    sub = command(
         "plan", plan, "memory, disk and pace of a training run before it starts; takes linvideo train's options too"
     )
     sub.add_argument(
@@ -307,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         parser = make_parser()
         args, args.train_options = parser.parse_known_args(argv)
-        if args.train_options and args.run is not plan:
+        if args.train_options and args.run not in (plan, collect):
             parser.error(f"unrecognized arguments: {' '.join(args.train_options)}")
         if hasattr(args, "device"):
             args.device = choose_device(args.device)

@@ -20,10 +20,8 @@ from linvideo.demo.world import WORLDS
 from linvideo.evaluation import report
 from linvideo.evaluation.latency import attention_latency, device_name
 from linvideo.models import convert, load_pipeline, new_folder
-from linvideo.training import TrainConfig, Trainer
+from linvideo.training import TrainConfig, Trainer, load_config
 from linvideo.training.devices import check_device
-from linvideo.training.sensitivity import SensitivityConfig
-from linvideo.training.trajectories import TrajectoryConfig
 
 WORLD = WORLDS["small"]
 SHOWN = 4  # videos in the side-by-side film; the report shows the first of each
@@ -133,22 +131,7 @@ def print_kernel_check(check: dict | None) -> None:
 
 
 def demo_config(output_dir: Path, seed: int) -> TrainConfig:
-    """The short recipe for the embedded model; everything not named here is linvideo's default."""
-    settings = teacher.SETTINGS[WORLD.name]
-    return TrainConfig(
-        output_dir=str(output_dir),
-        seed=seed,
-        train_batch_size=8,
-        max_train_steps=300,
-        checkpoints_total_limit=1,
-        trajectories=TrajectoryConfig(
-            num_trajectories=192,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            height=WORLD.size,
-            width=WORLD.size,
-            num_frames=WORLD.frames,
-            batch_size=16,
-        ),
-        sensitivity=SensitivityConfig(num_states=96),
-    )
+    """The recipe "demo", without its validation: the demo compares in a way of its own."""
+    options = {"output_dir": output_dir, "seed": seed, "checkpoints_total_limit": 1, "validation.steps": 0}
+    words = (word for name, value in options.items() for word in (f"--{name}", str(value)))
+    return load_config(["--config", "demo", *words])

@@ -6,3 +6,9 @@ KNOWN = {
     "wan2.1-14b": LARGE,
     "wan2.2-a14b": LARGE,  # of each of its two experts
 }
+# where they are published
+HUB = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1-1.3b",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1-14b",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan2.2-a14b",
+}

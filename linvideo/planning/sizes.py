@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
 from linvideo.nn import LinearAttentionBranch
-from linvideo.planning.known import KNOWN
+from linvideo.planning.known import HUB, KNOWN
 from linvideo.training.trajectories import TrajectoryConfig, latent_shape
 
 EXPECTED = f"one of {', '.join(KNOWN)}, a pipeline folder or a Hub id"
@@ -61,6 +61,7 @@ def read_sizes(model: str, video: TrajectoryConfig) -> Sizes:
     Raises:
         ValueError: no such pipeline, one that `linvideo train` does not take, or a video that does not fit it.
     """
+    model = HUB.get(model, model)
     known = KNOWN.get(model)
     try:
         two = model == "wan2.2-a14b"

@@ -12,6 +12,7 @@ objective.name=adm_step.
 
 import dataclasses
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from linvideo.training.validation import ValidationConfig
 from linvideo.training.warmup import WarmupConfig
 
 MIXED_PRECISION = ("no", "bf16")
+RECIPES = resources.files("linvideo") / "recipes"
 # may change between a run and its continuation
 FREE = (
     "output_dir",
@@ -199,7 +201,7 @@ def make_parser():
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog="linvideo train", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below, or a recipe's name")
     parser.add_class_arguments(TrainConfig, as_group=False)
     return parser
 
@@ -207,11 +209,15 @@ def make_parser():
 def load_config(argv: list[str]) -> TrainConfig:
     """A TrainConfig from `--config file.yaml` and dotted `--name value` arguments; later ones win.
 
+    In place of a file --config takes the name of a recipe in linvideo/recipes.
+
     Raises:
         ValueError: anything that is no valid configuration, in one line. `--help` prints the options and exits.
     """
     from jsonargparse import ArgumentError
 
+    names = {path.name.removesuffix(".yaml"): str(path) for path in RECIPES.iterdir()}
+    argv = [word if Path(word).exists() else names.get(word, word) for word in argv]
     try:
         values = make_parser().parse_args(argv)
         values = values.as_dict()

@@ -31,8 +31,8 @@ from linvideo.training.selection import add_penalties, initial_r, lowest, round_
 from linvideo.training.sensitivity import layer_sensitivity, velocity_error
 from linvideo.training.sharding import gather, shard, split_tokens
 from linvideo.training.step import GradientStep, autocast
-from linvideo.training.store import StateBatch
-from linvideo.training.trajectories import collect, kept_steps, latent_shape, open_store
+from linvideo.training.store import StateBatch, TrajectoryStore
+from linvideo.training.trajectories import collect, kept_steps, latent_shape, open_store, with_flow_shift
 from linvideo.training.validator import Validator
 from linvideo.training.warmup import attention_output_errors, load_feature_maps
 
@@ -90,7 +90,8 @@ class Trainer(ResumableRun):
         ranks = Ranks.connected(config.parallel, device)
         super().__init__(config, ranks, checkpoints=ranks.on_first(lambda: run_folder.check(config)))
         self.captions, self.images = choose_prompts(config.prompts.prompts_file, prompts, images)
-        self.pipeline = run_folder.load_teacher(config, device) if teacher is None else teacher_pipeline
+        pipeline = run_folder.load_teacher(config, device) if teacher is None else teacher_pipeline
+        self.pipeline = with_flow_shift(pipeline, config.trajectories.flow_shift)
         self.expert = choose_expert(self.pipeline, config.expert, config.trajectories.guidance_scale_2)
         self.teacher = wan_transformer(self.pipeline, self.expert.component)
         if type(self.teacher) is not WanTransformer3DModel:
@@ -103,6 +104,17 @@ class Trainer(ResumableRun):
         check_divisible(self.teacher.config, latent_shape(self.pipeline, config.trajectories), config.parallel)
         self.grid = sampler_grid(self.pipeline.scheduler, config.trajectories.num_inference_steps)
         kept_steps(self.grid[0], config.trajectories, self.expert)
+
+    def collect(self, worker: int = 0, workers: int = 1) -> TrajectoryStore:
+        """Only make trajectories: of several workers that share the store, on whatever machines, this one's part.
+
+        Raises:
+            ValueError: as `train`.
+        """
+        with self._stoppable():
+            self._open_store()
+            collect(self.store, self.pipeline, self.prompts, self.config.progress, worker, workers)
+        return self.store
 
     def train(self) -> TrainResult:
         """Run, or finish, all stages.
@@ -127,7 +139,11 @@ class Trainer(ResumableRun):
         if config.overwrite_output_dir:
             ranks.on_first(lambda: run_folder.clear(self.output_dir))
         with self._timed("trajectories"):
-            self._collect()
+            self._open_store()
+            self.validator = Validator(config, self.pipeline, self.prompts, self.store, ranks)
+            # every process is a worker of its own, with a whole teacher
+            collect(self.store, self.pipeline, self.prompts, config.progress and ranks.first, ranks.rank, ranks.size)
+            ranks.wait()
         with self._others_parked():
             self._make_student()
             if saved is not None:
@@ -157,8 +173,8 @@ class Trainer(ResumableRun):
 
     # The stages, in order.
 
-    def _collect(self) -> None:
-        """Embeddings and trajectories; every process is a worker of its own, with a whole teacher."""
+    def _open_store(self) -> None:
+        """Embeddings and the store of the trajectories, complete or not."""
         config, ranks = self.config, self.ranks
         path = config.trajectories.path or self.output_dir / "trajectories"
         settings = (config.trajectories, config.seed, self.expert)
@@ -172,13 +188,9 @@ class Trainer(ResumableRun):
         if not ranks.first:  # what the first has computed is read back
             self.prompts = self._encode()
             self.store = open_store(path, self.pipeline, self.prompts, *settings)
-        self.validator = Validator(config, self.pipeline, self.prompts, self.store, ranks)
         damage = ranks.gather_objects(self._damage_in_store())
         if found := next(filter(None, damage), None):
             raise ValueError(found)
-        show = config.progress and ranks.first
-        collect(self.store, self.pipeline, self.prompts, show, worker=ranks.rank, workers=ranks.size)
-        ranks.wait()
 
     def _encode(self) -> PromptEmbeddings:
         config, folder = self.config, self.output_dir

@@ -8,6 +8,7 @@ both. A student trained towards the guided velocity and sampled with guidance ag
 Trajectory i depends on (seed, i) alone: noise, prompt, kept steps and conditions are drawn by hash.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class TrajectoryConfig:
         num_inference_steps: of the sampler, as in WanPipeline.
         guidance_scale: as in WanPipeline; 1 or less means no guidance.
         guidance_scale_2: of the low-noise expert, as in WanPipeline; None is guidance_scale.
+        flow_shift: of the scheduler; None is the pipeline's own. Wan's authors use 3 for 480p and 5 for 720p.
         height: of the video in pixels; the default is Wan's (480 x 832, 81 frames).
         width: of the video in pixels.
         num_frames: of the video, before the VAE.
@@ -54,6 +56,7 @@ class TrajectoryConfig:
     num_inference_steps: int = 50
     guidance_scale: float = 5.0
     guidance_scale_2: float | None = None
+    flow_shift: float | None = None
     height: int = 480
     width: int = 832
     num_frames: int = 81
@@ -77,6 +80,8 @@ class TrajectoryConfig:
         for name in ("guidance_scale", "guidance_scale_2"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"trajectories.{name} must not be negative, got {getattr(self, name)}")
+        if self.flow_shift is not None and self.flow_shift <= 0:
+            raise ValueError(f"trajectories.flow_shift must be positive, got {self.flow_shift}")
         if self.dtype not in DTYPES:
             raise ValueError(f"trajectories.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
@@ -89,6 +94,22 @@ class TrajectoryConfig:
 def _at_least_one(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"trajectories.{name} must be at least 1, got {value}")
+
+
+def with_flow_shift(pipeline, flow_shift: float | None):
+    """The pipeline, or where its scheduler has another shift a shallow copy with that one.
+
+    Raises:
+        ValueError: a scheduler without a shift.
+    """
+    if flow_shift is None:
+        return pipeline
+    names = [name for name in ("flow_shift", "shift") if name in pipeline.scheduler.config]
+    if not names:
+        raise ValueError(f"trajectories.flow_shift needs a scheduler with one, got {type(pipeline.scheduler).__name__}")
+    pipeline = copy.copy(pipeline)
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **{names[0]: flow_shift})
+    return pipeline
 
 
 def latent_shape(pipeline, config: TrajectoryConfig) -> tuple[int, int, int, int]:

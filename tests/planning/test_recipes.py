@@ -1,0 +1,55 @@
+"""Every recipe loads, and fits the GPUs that its first lines name."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from linvideo.demo.run import WORLD
+from linvideo.demo.teacher import SETTINGS
+from linvideo.planning.plan import make_plan
+from linvideo.planning.sizes import read_sizes
+from linvideo.training import load_config
+from linvideo.training.config import RECIPES
+
+ROOT = Path(__file__).parents[2]
+NAMES = sorted(path.name.removesuffix(".yaml") for path in RECIPES.iterdir())
+# the other expert's run exports the first; an I2V model has a few more channels and an image encoder
+STAND_INS = {"high-noise/pipeline": "wan2.2-a14b", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": "wan2.1-14b"}
+
+
+def test_there_is_one_for_every_setting():
+    wanted = ("demo", "1.3b-480p-1gpu", "1.3b-480p-8gpu", "14b-480p-8x80gb", "14b-720p-8x80gb", "14b-480p-8x141gb")
+    wanted += ("14b-720p-8x141gb", "32gpu", "lora-1gpu", "lora-2gpu", "high-noise", "low-noise", "i2v")
+    assert all(any(name in recipe for recipe in NAMES) for name in wanted)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "demo"])
+def test_it_fits(name, tmp_path):
+    config = load_config(["--config", name, "--output_dir", str(tmp_path / "run")])
+    head = (RECIPES / f"{name}.yaml").read_text().splitlines()[1]
+    gpus, memory = map(int, re.match(r"# (\d+) x (\d+) GB", head).groups())
+    assert f"--config {name} --output_dir run" in head
+    assert ("torchrun" in head) == (gpus > 1) and (gpus == 1 or f"--nproc_per_node={min(gpus, 8)} " in head)
+    model = config.pretrained_model_name_or_path
+    plan = make_plan(read_sizes(STAND_INS.get(model, model), config.trajectories), config, gpus, memory)
+    assert plan["layouts"]["as configured"]["fits"], plan["layouts"]["as configured"]["totals"]
+    assert plan["global_batch"] == 16
+
+
+def test_the_demo_is_sampled_as_its_teacher_is_meant_to_be(tmp_path):
+    config = load_config(["--config", "demo", "--output_dir", str(tmp_path)])
+    sampler, settings = config.trajectories, SETTINGS[WORLD.name]
+    names = ("num_inference_steps", "guidance_scale")
+    assert all(getattr(sampler, name) == getattr(settings, name) for name in names)
+    assert (sampler.height, sampler.width, sampler.num_frames) == (WORLD.size, WORLD.size, WORLD.frames)
+
+
+def test_the_guide_names_every_recipe():
+    guide = (ROOT / "docs" / "training.md").read_text()
+    assert [name for name in NAMES if f"`{name}`" not in guide] == []
+
+
+def test_an_unknown_recipe_is_named(tmp_path):
+    with pytest.raises(ValueError, match="wan9"):
+        load_config(["--config", "wan9", "--output_dir", str(tmp_path)])
