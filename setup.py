@@ -21,6 +21,7 @@ TRAIN = [
     "torchmetrics",
 ]
 BENCH = ["flash-linear-attention; sys_platform == 'linux'", "matplotlib", "pytest-benchmark"]
+EIGHT_BIT = ["torchao"]
 TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff"]
 
 setup(
@@ -36,7 +37,7 @@ setup(
     package_dir={"linvideo_kernels": "kernels/linvideo_kernels"},
     package_data={"linvideo": ["data/*", "recipes/*.yaml", "demo/teacher/**/*", "demo/teacher/*"]},
     install_requires=["torch>=2.11", "numpy", 'triton>=3.6; sys_platform == "linux"'],
-    extras_require={"train": TRAIN, "bench": BENCH, "test": TEST},
+    extras_require={"train": TRAIN, "bench": BENCH, "8bit": EIGHT_BIT, "test": TEST},
     entry_points={"console_scripts": ["linvideo=linvideo.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",

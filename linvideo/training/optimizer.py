@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class OptimizerConfig:
         adam_beta2: of AdamW, decay of the squared gradient's running mean.
         adam_weight_decay: of AdamW.
         adam_epsilon: of AdamW.
+        use_8bit_adam: keep AdamW's moments in 8 bits; needs the package torchao.
         max_grad_norm: the weights' gradients are clipped to this norm; r's are not, Adam ignores their scale.
     """
 
@@ -34,9 +36,12 @@ class OptimizerConfig:
     adam_beta2: float = 0.999
     adam_weight_decay: float = 1e-2
     adam_epsilon: float = 1e-8
+    use_8bit_adam: bool = False
     max_grad_norm: float = 1.0
 
     def __post_init__(self):
+        if self.use_8bit_adam and find_spec("torchao") is None:
+            raise ValueError("optimizer.use_8bit_adam needs the package torchao, which is not installed")
         names = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
         if self.lr_scheduler not in names:
             raise ValueError(f"optimizer.lr_scheduler must be one of {', '.join(names)}, got {self.lr_scheduler!r}")
@@ -66,17 +71,10 @@ class StudentOptimizer:
         others = [p for p in student.parameters() if p.requires_grad and id(p) not in own]
         self.weights = [*others, *features]
         self.max_grad_norm = config.max_grad_norm
-        self.adamw = torch.optim.AdamW(
-            [{"params": group} for group in (others, features) if group],  # never sharded and whole ones in one group
-            lr=config.learning_rate,
-            betas=(float(config.adam_beta1), float(config.adam_beta2)),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-            fused=True,  # in place; the default needs another 4 bytes a parameter while it steps
-        )
+        self.adamw = make_adamw([{"params": group} for group in (others, features) if group], config)
         self.r_adam = torch.optim.Adam(self.r, lr=r_learning_rate) if self.r else None
-        for optimizer in filter(None, (self.adamw, self.r_adam)):
-            fill_state(optimizer)
+        if self.r_adam is not None:
+            fill_state(self.r_adam)
         self.schedule = get_scheduler(
             config.lr_scheduler,
             optimizer=self.adamw,
@@ -86,7 +84,7 @@ class StudentOptimizer:
 
     @property
     def learning_rate(self) -> float:
-        return self.schedule.get_last_lr()[0]
+        return float(self.schedule.get_last_lr()[0])
 
     def step(self) -> float | None:
         """Clip, step, clear gradients; returns the weights' gradient norm, or None when a gradient is not finite: then
@@ -125,6 +123,24 @@ class StudentOptimizer:
         if self.r_adam is not None:
             self.r_adam.load_state_dict(state["r_adam"])
         self.schedule.load_state_dict(state["schedule"])
+
+
+def make_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW whose state is there from the beginning; never sharded and whole parameters in one group."""
+    settings = {
+        "lr": config.learning_rate,
+        "betas": (float(config.adam_beta1), float(config.adam_beta2)),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    if config.use_8bit_adam:
+        from linvideo.training.eight_bit import CheckpointedAdamW8bit
+
+        return CheckpointedAdamW8bit(groups, **settings)
+    # fused: in place, where the default needs another 4 bytes a parameter while it steps
+    adamw = torch.optim.AdamW(groups, fused=True, **settings)
+    fill_state(adamw)
+    return adamw
 
 
 def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> float:

@@ -1,0 +1,50 @@
+"""AdamW with 8-bit state (Dettmers et al., arXiv 2110.02861) as torchao has it, whole or on FSDP2 shards, in
+checkpoints like any other: they hold the moments in fp32, which quantize to the same 8 bits again."""
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torchao.optim import AdamW8bit
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class CheckpointedAdamW8bit(AdamW8bit):
+    def __init__(self, params: Any, **settings: Any):
+        super().__init__(params, **settings)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                moments = {name: self._new_buffer(parameter, name == "exp_avg") for name in MOMENTS}
+                self.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+    def state_dict(self) -> dict[str, Any]:
+        content = super().state_dict()
+        state = {
+            number: {name: _dequantized(value) for name, value in values.items()}
+            for number, values in content["state"].items()
+        }
+        return content | {"state": state}
+
+    def load_state_dict(self, content: dict[str, Any]) -> None:
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        with torch.no_grad():
+            for number, values in content["state"].items():
+                for name, value in values.items():
+                    _local(self.state[parameters[number]][name]).copy_(_local(value))
+        for group, saved in zip(self.param_groups, content["param_groups"], strict=True):
+            group["lr"].fill_(float(saved["lr"]))
+
+
+def _local(x: torch.Tensor) -> torch.Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _dequantized(x: torch.Tensor) -> torch.Tensor:
+    local = _local(x)
+    if type(local) is torch.Tensor:  # small ones are not quantized
+        return x
+    local = local.dequantize()
+    if not isinstance(x, DTensor):
+        return local
+    return DTensor.from_local(local, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
