@@ -40,10 +40,8 @@ def train(argv: list[str]) -> None:
     from linvideo.training import Trainer, load_config
     from linvideo.training.parallel import disconnect
 
-    try:
-        result = Trainer(load_config(argv)).train()
-    finally:
-        disconnect()
+    result = Trainer(load_config(argv)).train()
+    disconnect()  # not after an error: the others may wait in a collective that this process will not join
     if result.pipeline is not None:  # of several processes the first has it
         print(f"linear layers: {result.layers_linear}; saved the converted pipeline to {result.pipeline_path}")
 

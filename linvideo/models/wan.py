@@ -58,6 +58,8 @@ class LinVideoWanAttnProcessor(WanAttnProcessor):
         else:
             if rope is not None:
                 query, key = rotate(query, *rope), rotate(key, *rope)
+            # autocast's RMSNorm gives fp32, which only some backends cast back
+            query, key = query.type_as(value), key.type_as(value)
             out = dispatch_attention_fn(
                 query,
                 key,

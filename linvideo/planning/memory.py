@@ -69,10 +69,9 @@ def block_activations(
     total += 3 * (FP32 * rows + row) + FP32 * words + batch * text * FP32
     # inputs of to_q/k/v (one tensor), of the cross-attention's to_q, of the MLP; in the MLP, GELU's input and output
     total += e * (3 * rows + 2 * batch * tokens * sizes.config.ffn_dim)
-    # Self-attention: q, k, v, out and to_out's input. Outside autocast out is to_out's input; under it RMSNorm gives
-    # fp32, so that out becomes fp32 and is cast again, and a mixed layer's q and k are cast once for each branch.
-    # linear: turned q and k, v, and out, which only to_out keeps.
-    attention = {"softmax": 5, "linear": 4, "mixed": 7} if autocast else {"softmax": 4, "linear": 4, "mixed": 5}
+    # Self-attention: q, k, v and out, which is to_out's input; a mixed layer's branch keeps turned q and k (autocast's
+    # RMSNorm gives fp32, and they are cast once for both) and its out. linear: turned q and k, v, and out.
+    attention = {"softmax": 4, "linear": 4, "mixed": 5}
     total += e * attention[kind] * rows + FP32 * tokens * dim  # the tables of cos and sin
     if kind != "linear":
         total += log_sum
@@ -139,10 +138,11 @@ def stage_memory(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) 
 def held(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> tuple[dict[str, float], float]:
     """(part -> bytes that are there throughout the stage, parameters that AdamW steps), on each GPU."""
     e = BF16 if layout.autocast else FP32
-    # a model loaded as bf16 keeps its norms and the time embedding in fp32; text encoder and VAE are wholly bf16
+    # a model loaded as bf16 keeps its norms and the time embedding in fp32; so is the VAE
     base = e * sizes.parameters + (FP32 - e) * sizes.kept
     if stage == "trajectories":  # every GPU samples on its own
-        return {"frozen teacher": base * sizes.experts, "text encoder and VAE": e * sizes.encoders}, 0
+        encoders = e * sizes.text_encoder + FP32 * sizes.vae
+        return {"frozen teacher": base * sizes.experts, "text encoder and VAE": encoders}, 0
     parts, tuning = {}, stage == "fine-tuning"
     if layout.lora is not None:
         parts["frozen base, also the teacher"] = base / layout.shard
@@ -151,7 +151,8 @@ def held(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> tuple
     count = sum(n for kind, n in layer_kinds(sizes, config, stage).items() if kind != "softmax")
     branches = count * sizes.branch(config.feature_map, mixed=not tuning)  # whole on every GPU
     adapters = 0 if layout.lora is None else lora_parameters(sizes, layout.lora, config.lora.target_modules)
-    weights = (sizes.parameters if layout.lora is None else adapters) / layout.shard
+    full = sizes.whole + (sizes.parameters - sizes.whole) / layout.shard
+    weights = full if layout.lora is None else adapters / layout.shard
     parts["trained weights, fp32"] = FP32 * weights
     # weight, gradient and Adam's two numbers; the sensitivity pass has the weight alone
     parts["feature maps and r"] = (FP32 if stage == "sensitivity" else 4 * FP32) * branches
@@ -181,8 +182,6 @@ def moments(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> li
         copies, block_copies = BF16 * sizes.cast, BF16 * sizes.block_cast
     forward = forward_working(sizes, batch, tokens, e)
     if not training:
-        if stage == "warm-up":  # a layer's two outputs, compared in fp32
-            forward += 2 * FP32 * batch * tokens * sizes.width
         return [{COPIES: copies, WORKING: forward}]
 
     arguments, weighted = (batch, tokens, text, layout.autocast), config.feature_map in WEIGHTED_MAPS
@@ -190,6 +189,10 @@ def moments(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> li
     blocks = {kind: block_activations(sizes, kind, *arguments, weighted) for kind in kinds}
     outer, backward = outer_activations(sizes, *arguments), backward_working(sizes, batch, tokens, e)
     others = []  # AdamW steps in place, a checkpoint leaves tensor by tensor
+    if config.validation.steps:  # one video at a time, with the other expert, whole
+        idle = (e * sizes.parameters + (FP32 - e) * sizes.kept) * (sizes.experts - 1)
+        video = forward_working(sizes, 1, sizes.tokens if idle else tokens, e)
+        others.append({"gradients": 0, "the other expert": idle, COPIES: copies, WORKING: video})
     if stage == "mixed stage" and config.sensitivity.num_states:
         # the mixed model is judged as the sensitivity pass judges
         judged = forward_working(sizes, layout.forward_batch[2], tokens, e)

@@ -1,5 +1,6 @@
 """How long a run takes, from measured times only: of one forward, given or in the repository's results, or of steps."""
 
+from math import ceil
 from pathlib import Path
 
 from linvideo.planning.known import KNOWN
@@ -39,6 +40,12 @@ def collection_hours(config: TrainConfig, measured: dict[str, dict]) -> float | 
     more = wanted.negative_probability * wanted.states_per_trajectory
     forwards = wanted.num_inference_steps + (wanted.num_inference_steps if wanted.guidance_scale > 1 else more)
     return wanted.num_trajectories * forwards * measured["forward"]["seconds"] / 3600 if "forward" in measured else None
+
+
+def shared_hours(hours: float, config: TrainConfig, gpus: int) -> float:
+    """Collection on several GPUs, which take whole shards."""
+    shards = ceil(config.trajectories.num_trajectories / config.trajectories.shard_size)
+    return hours * ceil(shards / gpus) / shards
 
 
 def steps_per_hour(config: TrainConfig, layout: Layout, measured: dict[str, dict]) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from linvideo.planning.memory import TRAINING, Layout, saved, stage_memory, stages, store_bytes
-from linvideo.planning.pace import RESULTS, collection_hours, read_results, steps_per_hour
+from linvideo.planning.pace import RESULTS, collection_hours, read_results, shared_hours, steps_per_hour
 from linvideo.planning.sizes import Sizes
 from linvideo.training.config import TrainConfig
 from linvideo.training.parallel import check_divisible
@@ -66,6 +66,7 @@ def make_plan(
         tried = (evaluate(sizes, config, layout, budget, measured) for layout in candidates)
         return next((found for found in tried if found["fits"]), None)
 
+    hours = collection_hours(config, measured)
     columns = {"as configured": evaluate(sizes, config, configured, budget, measured)}
     if not columns["as configured"]["fits"]:  # what is too large in fp32 is also slow in it
         columns["suggested"] = first_that_fits(layouts(sizes, replace(configured, autocast=True)))
@@ -82,7 +83,7 @@ def make_plan(
         "saved_for_backward": activations(sizes, config, configured),
         "layouts": columns,
         "store_bytes": store_bytes(config, sizes),
-        "collection_hours": collection_hours(config, measured),
+        "collection_hours": hours and shared_hours(hours, config, gpus),
         "measured": measured,
     }
 

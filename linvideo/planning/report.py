@@ -33,7 +33,7 @@ def text(plan: dict[str, Any]) -> str:
             lines.append("  beside a critic, which linvideo train does not have yet")
     hours = plan["collection_hours"]
     took = "unmeasured; give --forward_seconds, of the teacher with one video on one GPU"
-    took = took if hours is None else f"{hours:.1f} hours on one GPU, {hours / plan['gpus']:.1f} on {plan['gpus']}"
+    took = took if hours is None else f"{hours:.1f} hours on {plan['gpus']} GPU{'s' * (plan['gpus'] > 1)}"
     lines.append(f"trajectories: {_gb(plan['store_bytes'])} GB on disk; to collect them: {took}")
     for name, entry in plan["measured"].items():
         lines.append(f"  {name}: {entry['seconds']:.3f} s a video ({entry['source']})")

@@ -10,6 +10,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from linvideo.nn import LinearAttentionBranch
 from linvideo.planning.known import HUB, KNOWN
+from linvideo.training.branches import kept_whole
 from linvideo.training.trajectories import TrajectoryConfig, latent_shape
 
 EXPECTED = f"one of {', '.join(KNOWN)}, a pipeline folder or a Hub id"
@@ -26,9 +27,9 @@ class Sizes:
         name: as it was asked for. latents: (C, F, H, W) of one video. tokens: of one video, after patchifying.
         parameters: of the stock transformer; with two experts, of each.
         cast: those of them in Linear and Conv layers, which autocast casts.
-        kept: those that stay fp32 when the model is loaded as bf16.
+        kept: those that stay fp32 when the model is loaded as bf16. whole: those that training does not shard.
         block, block_cast: `parameters` and `cast` of one block. block_linears: name -> (in, out) of its Linear layers.
-        encoders: of text encoder and VAE, together. experts: transformers in the pipeline.
+        text_encoder, vae: of these. experts: transformers in the pipeline.
     """
 
     name: str
@@ -38,10 +39,12 @@ class Sizes:
     parameters: int
     cast: int
     kept: int
+    whole: int
     block: int
     block_cast: int
     block_linears: dict[str, tuple[int, int]]
-    encoders: int
+    text_encoder: int
+    vae: int
     experts: int = 1
 
     @property
@@ -88,6 +91,7 @@ def read_sizes(model: str, video: TrajectoryConfig) -> Sizes:
         parameters=_count(wan),
         cast=_cast(wan),
         kept=sum(p.numel() for name, p in wan.named_parameters() if keep & set(name.split("."))),
+        whole=sum(p.numel() for p in kept_whole(wan).values()),
         block=_count(wan.blocks[0]),
         block_cast=_cast(wan.blocks[0]),
         block_linears={
@@ -95,7 +99,8 @@ def read_sizes(model: str, video: TrajectoryConfig) -> Sizes:
             for name, part in wan.blocks[0].named_modules()
             if isinstance(part, torch.nn.Linear)
         },
-        encoders=_count(encoder) + _count(decoder),
+        text_encoder=_count(encoder),
+        vae=_count(decoder),
         experts=configs[3],
     )
 

@@ -40,13 +40,16 @@ class AdapterConfig:
         if not self.target_modules:
             raise ValueError("lora.target_modules must name at least one module, got none")
 
+    def check(self, model: torch.nn.Module) -> None:
+        """Raise ValueError when a name is the end of no Linear layer's."""
+        linear = [f".{name}" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        for target in self.target_modules if self.rank is not None else ():
+            if not any(name.endswith(f".{target}") for name in linear):
+                raise ValueError(f"lora.target_modules must name Linear layers by their end, got {target}")
+
 
 def add_adapters(student: torch.nn.Module, config: AdapterConfig) -> None:
-    """In place: frozen views of the weights that the student shares with its teacher, adapters (fp32) beside them.
-
-    Raises:
-        ValueError: no module's name ends so.
-    """
+    """In place: frozen views of the weights that the student shares with its teacher, adapters (fp32) beside them."""
     for module in student.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             view = torch.nn.Parameter(parameter.detach(), requires_grad=False)  # the teacher's own stay as they are

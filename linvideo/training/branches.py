@@ -16,6 +16,20 @@ def gates(model: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
     return {layer: branch.r for layer, branch in linear_branches(model).items() if branch.r is not None}
 
 
+def kept_whole(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Name -> parameter that every rank has whole and in fp32 where a model is sharded, about 1% of all.
+
+    The linear branches, which the warm-up reaches from outside of any forward that FSDP2 sees (r is a single number
+    besides), and the norms and modulation tables, which Wan computes in fp32.
+    """
+    pieces = ("linear_attn", "scale_shift_table")
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if any(piece in pieces or piece.startswith("norm") for piece in name.split("."))
+    }
+
+
 def feature_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Name in the model's state dict -> W_q or W_k, [H, D, D]; empty for feature maps without weights."""
     return {

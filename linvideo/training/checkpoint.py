@@ -117,9 +117,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path, ranks: Ranks | None = None):
         self.path, self.ranks = Path(path), Ranks.alone() if ranks is None else ranks
-        if not (self.path / "state.json").is_file():
-            raise ValueError(f"{path} is no checkpoint folder (no state.json)")
-        content = read_json(self.path / "state.json")
+        content = self.ranks.on_first(self._content)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"{path} is not a linvideo checkpoint of format {FORMAT}")
         try:
@@ -130,6 +128,11 @@ class Checkpoint:
         found = [text for texts in self.ranks.gather_objects(damage) for text in texts if text]
         if found:
             raise ValueError(f"the checkpoint {path} is damaged: {found[0]}")
+
+    def _content(self) -> Any:
+        if not (self.path / "state.json").is_file():
+            raise ValueError(f"{self.path} is no checkpoint folder (no state.json)")
+        return read_json(self.path / "state.json")
 
     def _files(self, checksums: dict[str, int]) -> list[str]:
         return sorted(checksums)[self.ranks.rank :: self.ranks.size]

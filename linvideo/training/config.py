@@ -182,7 +182,9 @@ class TrainConfig:
         processes may always change, if the global batch stays.
         """
         free = [*FREE, "trajectories.path"] if selected else [*FREE, "trajectories.path", "selection.rounding"]
-        before, now = from_dict(earlier).global_batch(earlier_processes), self.global_batch(processes)
+        layout = ParallelConfig(**earlier["parallel"])
+        before = earlier["train_batch_size"] * earlier["gradient_accumulation_steps"]
+        before, now = before * (earlier_processes // layout.context_degree), self.global_batch(processes)
         if before == now:
             free += ["train_batch_size", "gradient_accumulation_steps"]
         differences = [

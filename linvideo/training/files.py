@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 TEMPORARY = ".tmp-"  # prefix of what an interrupted write may leave behind
@@ -18,7 +19,10 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else the name could outlive a power cut without the content
     os.replace(temporary, path)
 
 
@@ -41,7 +45,11 @@ def write_safetensors(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     # contiguous().clone() only where needed: safetensors refuses views that share storage
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    except SafetensorError as error:  # a full disk, for one
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from error
     os.replace(temporary, path)
 
 

@@ -11,10 +11,12 @@ is drawn is not known to us; two readings are here, and the one that re-noises t
 because it diverges.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from linvideo.training.conditions import Conditions
 from linvideo.training.flow import NUM_TRAIN_TIMESTEPS, like, predict_velocity
 from linvideo.training.lanes import StudentLanes
 from linvideo.training.store import StateBatch
@@ -76,12 +78,21 @@ def teacher_state_mse(student: torch.nn.Module, batch: StateBatch) -> torch.Tens
     return mean_square(predict_velocity(student, batch.x, batch.timestep, batch.conditions), batch.u)
 
 
+@torch.no_grad()
+def teacher_velocity(
+    teacher: Callable, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
+) -> torch.Tensor:
+    """As `predict_velocity`, in the teacher's own dtype, as its trajectories were made: without the student's
+    autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return predict_velocity(teacher, x, timestep, conditions)
+
+
 def own_state_mse(student: torch.nn.Module, teacher: torch.nn.Module, lanes: StudentLanes) -> torch.Tensor:
     """The same on the student's own states; moves the lanes on."""
     conditions = lanes.conditions()
     u_student = predict_velocity(student, lanes.x, lanes.timestep, conditions)
-    with torch.no_grad():
-        u_teacher = predict_velocity(teacher, lanes.x, lanes.timestep, conditions)
+    u_teacher = teacher_velocity(teacher, lanes.x, lanes.timestep, conditions)
     lanes.advance(student, u_student)
     return mean_square(u_student, u_teacher)
 
@@ -146,7 +157,7 @@ def _adm(student, teacher, lanes, dt, t, weight, normalize: bool, score_net=None
     x_hat = lanes.x - like(dt, u) * u
     with torch.no_grad():
         timestep = NUM_TRAIN_TIMESTEPS * t
-        u_teacher = predict_velocity(teacher, x_hat, timestep, conditions)
+        u_teacher = teacher_velocity(teacher, x_hat, timestep, conditions)
         u_student = predict_velocity(student if score_net is None else score_net, x_hat, timestep, conditions)
         gradient = adm_gradient(u_teacher, u_student, weight)
         value = (gradient * (u_teacher - u_student)).mean()

@@ -9,7 +9,7 @@ import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch.distributed.tensor import DTensor
 
-from linvideo.training.branches import feature_weights, gates
+from linvideo.training.branches import gates, kept_whole
 
 
 @dataclass
@@ -66,12 +66,13 @@ class StudentOptimizer:
         self, student: torch.nn.Module, config: OptimizerConfig, num_steps: int, r_learning_rate: float | None = None
     ):
         self.r = list(gates(student).values())
-        features = list(feature_weights(student).values())
-        own = {id(p) for p in (*self.r, *features)}
-        others = [p for p in student.parameters() if p.requires_grad and id(p) not in own]
-        self.weights = [*others, *features]
+        r, kept = {id(p) for p in self.r}, {id(p) for p in kept_whole(student).values()}
+        trained = [p for p in student.parameters() if p.requires_grad and id(p) not in r]
+        # the same two groups however many ranks there are: an optimizer takes sharded and whole ones apart only
+        groups = [[p for p in trained if (id(p) in kept) is whole] for whole in (False, True)]
+        self.weights = [*groups[0], *groups[1]]
         self.max_grad_norm = config.max_grad_norm
-        self.adamw = make_adamw([{"params": group} for group in (others, features) if group], config)
+        self.adamw = make_adamw([{"params": group} for group in groups if group], config)
         self.r_adam = torch.optim.Adam(self.r, lr=r_learning_rate) if self.r else None
         if self.r_adam is not None:
             fill_state(self.r_adam)
@@ -126,7 +127,7 @@ class StudentOptimizer:
 
 
 def make_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW whose state is there from the beginning; never sharded and whole parameters in one group."""
+    """AdamW whose state is there from the beginning."""
     settings = {
         "lr": config.learning_rate,
         "betas": (float(config.adam_beta1), float(config.adam_beta2)),

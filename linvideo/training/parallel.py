@@ -11,6 +11,7 @@ step, its objective, whether a loss was finite, whether to stop) is either compu
 
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,8 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
-# a rank that waits while others sample their last videos, or while one writes the exported model, is not stuck; one
-# whose peer died is ended by torchrun
+# a rank that waits while the first one writes the exported model is not stuck; one whose peer died is ended by torchrun
 PATIENCE = timedelta(hours=3)
 
 
@@ -118,8 +118,8 @@ class Ranks:
         if self.first:
             try:
                 outcome = [(function(), None)]
-            except (ValueError, OSError, RuntimeError) as error:
-                outcome = [(None, error)]
+            except Exception as error:
+                outcome = [(None, error if _survives_pickling(error) else RuntimeError(repr(error)))]
         dist.broadcast_object_list(outcome, src=0)
         value, error = outcome[0]
         if error is not None:
@@ -177,6 +177,13 @@ class Ranks:
             values = [None] * self.size
             dist.all_gather_object(values, value)
         return values
+
+
+def _survives_pickling(error: Exception) -> bool:
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:
+        return False
 
 
 def check_divisible(model: Any, latents: tuple[int, int, int, int], parallel: ParallelConfig) -> None:

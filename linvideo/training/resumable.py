@@ -90,10 +90,10 @@ class ResumableRun:
         first, show = self.stage_step, self.config.progress and self.ranks.first
         self.bar = tqdm(range(first, count), desc=self.stage, initial=first, total=count, disable=not show)
         self._validate_if_due(count)
+        self.in_step = True
         for step in self.bar:
             self.global_step += 1
             self.stage_step = step + 1
-            self.in_step = True
             self.pace.start()
             yield step
             due = self.global_step % self.config.checkpointing_steps == 0 and self.stage_step < count
@@ -103,9 +103,10 @@ class ResumableRun:
             stop = self.ranks.any(self.stop)
             if stop and not due:
                 self._save()
-            self.in_step = False
-            if stop:  # a signal since then waits for the next step
+            if stop:
+                self.in_step = False
                 raise TrainingStopped(f"after step {self.stage_step} of {self.stage}, which is saved")
+        self.in_step = False
 
     def _validate_if_due(self, count: int) -> None:
         every = self.config.validation.steps

@@ -79,4 +79,5 @@ def load_teacher(config: TrainConfig, device: torch.device) -> Any:
     if config.pretrained_model_name_or_path is None:
         raise ValueError("pretrained_model_name_or_path must name the teacher, got None")
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    return load_pipeline(config.pretrained_model_name_or_path, torch_dtype=dtype).to(device)
+    dtypes = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}  # as Wan's are published
+    return load_pipeline(config.pretrained_model_name_or_path, torch_dtype=dtypes).to(device)

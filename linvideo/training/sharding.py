@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from linvideo.models import LinVideoWanTransformer3DModel
 from linvideo.training.adapters import ADAPTER, adapters, merge
-from linvideo.training.branches import linear_branches
+from linvideo.training.branches import kept_whole
 from linvideo.training.parallel import Ranks
 
 
@@ -26,8 +26,7 @@ def shard(
 ) -> nn.Module:
     """FSDP2 in place, a block at a time; in a run of one process nothing but `own`.
 
-    The linear branches' parameters stay whole on every rank: they are under 1% of the model, the warm-up reaches them
-    from outside of any forward that FSDP2 sees, and r is a single number. `Ranks.average_gradients` is for them.
+    Parameters that are `kept_whole` stay so; `Ranks.average_gradients` is for them.
 
     Args:
         compute_dtype: what the shards are gathered in; gradients are reduced in fp32. None is the dtype they have.
@@ -48,8 +47,10 @@ def shard(
             for name, parameter in list(module.named_parameters(recurse=False)):
                 fresh = parameter.detach().to(torch.float32, copy=True)
                 module.register_parameter(name, nn.Parameter(fresh))
+            for name, buffer in list(module.named_buffers(recurse=False)):  # offloading moves the other's in place
+                module.register_buffer(name, buffer.clone(), name not in module._non_persistent_buffers_set)
         if ranks.size > 1:
-            whole = {p for branch in linear_branches(model).values() for p in branch.parameters()}
+            whole = set(kept_whole(model).values())
             options |= {"mesh": ranks.weights, "mp_policy": policy, "ignored_params": whole}
             # the root too gives its gathered weights back: optimizers and checkpoints must find the shards
             fully_shard(part, reshard_after_forward=True, **options)

@@ -2,8 +2,8 @@
 
 import copy
 import math
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from linvideo.training.files import write_json, write_safetensors
 from linvideo.training.flow import sampler_grid
 from linvideo.training.images import check_images, encode_images, takes_images
 from linvideo.training.objectives import ObjectiveConfig
-from linvideo.training.optimizer import StudentOptimizer, fill_state
+from linvideo.training.optimizer import StudentOptimizer, clip_gradients, fill_state
 from linvideo.training.parallel import Ranks, check_divisible, connect
 from linvideo.training.prompts import PromptEmbeddings, choose_prompts, encode_prompts
 from linvideo.training.resumable import ResumableRun
@@ -66,8 +66,9 @@ class Trainer(ResumableRun):
 
     Args:
         teacher_pipeline: a WanPipeline in memory, in place of config.pretrained_model_name_or_path. Its transformer is
-            copied, not changed; training runs on that transformer's device. Of two experts the one to be trained must
-            be stock, the other may be converted already.
+            copied, not changed; training runs on that transformer's device. Under torchrun, with offload_teacher or
+            with attention_backend it is changed: sharded, or given hooks or that backend. Of two experts the one to be
+            trained must be stock, the other may be converted already.
         prompts: captions, in place of config.prompts.prompts_file.
         images: with `prompts`, of an image-to-video pipeline: a PIL image or an image file for each.
 
@@ -101,6 +102,7 @@ class Trainer(ResumableRun):
             self.teacher.set_attention_backend(config.attention_backend)
         self.target = config.selection.target(len(self.teacher.blocks))
         self._convert()  # raises now what it would raise after hours of sampling
+        config.lora.check(self.teacher)
         check_divisible(self.teacher.config, latent_shape(self.pipeline, config.trajectories), config.parallel)
         self.grid = sampler_grid(self.pipeline.scheduler, config.trajectories.num_inference_steps)
         kept_steps(self.grid[0], config.trajectories, self.expert)
@@ -113,7 +115,8 @@ class Trainer(ResumableRun):
         """
         with self._stoppable():
             self._open_store()
-            collect(self.store, self.pipeline, self.prompts, self.config.progress, worker, workers)
+            shards = range(worker, self.store.num_shards, workers)
+            collect(self.store, self.pipeline, self.prompts, self.config.progress, shards)
         return self.store
 
     def train(self) -> TrainResult:
@@ -142,15 +145,22 @@ class Trainer(ResumableRun):
             self._open_store()
             self.validator = Validator(config, self.pipeline, self.prompts, self.store, ranks)
             # every process is a worker of its own, with a whole teacher
-            collect(self.store, self.pipeline, self.prompts, config.progress and ranks.first, ranks.rank, ranks.size)
-            ranks.wait()
-        with self._others_parked():
-            self._make_student()
-            if saved is not None:
-                self._restore(saved)
-                ranks.on_first(lambda: remove_newer(self.output_dir, self.global_step))
-            ranks.on_first(lambda: self.validator.take_back(self.global_step))
-            self._run_stages()
+            shards = ranks.on_first(self.store.missing_shards)[ranks.rank :: ranks.size]
+            collect(self.store, self.pipeline, self.prompts, config.progress and ranks.first, shards)
+            while not self.store.complete:  # others may take hours longer, which no collective would wait for
+                time.sleep(1)
+        idle = self._idle_parts()
+        for part in idle:
+            # the first rank's text encoder is exported
+            part.to("meta" if part is self.pipeline.text_encoder and not ranks.first else "cpu")
+        self._make_student()
+        if saved is not None:
+            self._restore(saved)
+            ranks.on_first(lambda: remove_newer(self.output_dir, self.global_step))
+        ranks.on_first(lambda: self.validator.take_back(self.global_step))
+        self._run_stages()
+        for part in idle if ranks.size == 1 else ():
+            part.to(self.device)
         return TrainResult(
             pipeline=self._with_student(self.exported) if ranks.first else None,
             pipeline_path=self.output_dir / "pipeline",
@@ -200,22 +210,10 @@ class Trainer(ResumableRun):
             prompts.latents, prompts.image_embeds = encode_images(self.pipeline, self.images, *size_and_cache)
         return prompts
 
-    @contextmanager
-    def _others_parked(self) -> Iterator[None]:
-        """What training does not need leaves the device; Wan's text encoder alone is 11 GB."""
-        pipeline = self.pipeline
-        parts = [getattr(pipeline, name, None) for name in PARTS]
-        parts = [part for part in parts if part is not None and part is not self.teacher]
-        for part in parts:
-            part.to("cpu")
-        if not self.ranks.first:
-            pipeline.text_encoder.to("meta")  # the first rank's is exported
-        try:
-            yield
-        finally:
-            if self.ranks.size == 1:
-                for part in parts:
-                    part.to(self.device)
+    def _idle_parts(self) -> list[torch.nn.Module]:
+        """What training does not need; Wan's text encoder alone is 11 GB."""
+        parts = [getattr(self.pipeline, name, None) for name in PARTS]
+        return [part for part in parts if part is not None and part is not self.teacher]
 
     def _damage_in_store(self) -> str | None:
         try:
@@ -235,7 +233,8 @@ class Trainer(ResumableRun):
                 with eager(), autocast(self.config, self.device):
                     errors = attention_output_errors(self.student, batch, backward=True, ranks=self.ranks)
                 error = float(torch.stack(list(errors.values())).mean())
-                if self._finite(error):
+                norm = clip_gradients(list(weights.values()), math.inf)
+                if self._finite(error + norm):
                     optimizer.step()
                 optimizer.zero_grad()
                 self._report(loss=error)
@@ -329,8 +328,11 @@ class Trainer(ResumableRun):
         config, ranks = self.config, self.ranks
         self.student = self._convert()
         if config.lora.rank is not None:
+            torch.manual_seed(config.seed)  # adapters start from draws of their own
             add_adapters(self.student, config.lora)
         if config.compile:
+            # the blocks share their code: kinds of attention, with and without gradient and adapters
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
             for block in self.student.blocks:
                 block.forward = torch.compile(block.forward)  # not the call: hooks of FSDP2 stay outside
         split_tokens(self.student, ranks)

@@ -9,6 +9,7 @@ Trajectory i depends on (seed, i) alone: noise, prompt, kept steps and condition
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,16 +183,15 @@ def collect(
     pipeline,
     prompts: PromptEmbeddings,
     progress: bool = True,
-    worker: int = 0,
-    workers: int = 1,
+    shards: Sequence[int] | None = None,
 ) -> TrajectoryStore:
     """Fill the shards that are missing, on the transformer's device; returns the store.
 
-    Of several workers each fills every `workers`-th of them, and passes over those that another has filled meanwhile.
+    shards: only these, for one of several workers; those that another has filled meanwhile are passed over.
     """
     request = store.request
     shape = tuple(request["latent_shape"])
-    missing = [number for number in store.missing_shards() if number % workers == worker]
+    missing = store.missing_shards() if shards is None else shards
     total = sum(len(store.shard_trajectories(number)) for number in missing)
     with tqdm(total=total, desc="trajectories", unit="video", disable=not progress or not missing) as bar:
         for number in missing:

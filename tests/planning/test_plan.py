@@ -112,7 +112,7 @@ def test_adapters_and_context_parallelism_as_configured():
     assert lora["frozen base, also the teacher"] == whole["frozen teacher"]
     split = make(SMALL, f"{USUAL} --parallel.ulysses_degree 4", gpus=4)["layouts"]["as configured"]
     assert split["stages"]["fine-tuning"]["saved for the backward"] < whole["saved for the backward"] / 3
-    assert split["stages"]["fine-tuning"]["AdamW state"] * 4 == whole["AdamW state"]
+    assert split["stages"]["fine-tuning"]["AdamW state"] == pytest.approx(whole["AdamW state"] / 4, rel=0.01)
     offloaded = make(SMALL, f"{USUAL} --offload_teacher true")["layouts"]["as configured"]
     assert "frozen teacher" not in offloaded["stages"]["fine-tuning"]
 
@@ -130,6 +130,7 @@ def test_pace_from_a_given_forward():
     # 8 videos: forward, recomputation and a backward of two; ADM: the teacher, the student again, the other condition
     assert rates == pytest.approx({"mixed stage": 3600 / (8 * 4 * 0.5), "fine-tuning": 3600 / (8 * 5.5 * 0.5)})
     assert "steps an hour are estimated" in text(result)
+    assert make(SMALL, USUAL, gpus=8, forward_seconds=1.0)["collection_hours"] == pytest.approx(192 * 100 / 6 / 3600)
     unguided = make(SMALL, f"{USUAL} --trajectories.guidance_scale 1", forward_seconds=0.5)
     assert unguided["collection_hours"] == pytest.approx(192 * (50 + 0.2 * 50) * 0.5 / 3600)
 
@@ -167,7 +168,7 @@ def test_the_command(folder, tmp_path, capsys):
     assert "--mixed_precision bf16" in out and "--train_batch_size 2" in out and "--parallel.shard_degree 2" in out
     result = json.loads(said(capsys, "--model", folder, *video, "--forward_seconds", 0.1, "--json"))
     assert result["tokens"] == 24 and set(result["saved_for_backward"]) == set(TRAINING)
-    assert "hours on one GPU" in said(capsys, "--model", folder, *video, "--forward_seconds", 1)
+    assert "hours on 1 GPU" in said(capsys, "--model", folder, *video, "--forward_seconds", 1)
 
 
 @pytest.mark.parametrize(

@@ -309,7 +309,7 @@ def test_the_published_models():
     small, large, expert = (read_sizes(name, TrajectoryConfig()) for name in KNOWN)
     assert (small.parameters, large.parameters) == (1_418_996_800, 14_288_491_584)
     assert (small.experts, large.experts, expert.experts) == (1, 1, 2) and expert.parameters == large.parameters
-    assert small.encoders == large.encoders == 5_680_910_336 + 126_892_531
+    assert (small.text_encoder, small.vae) == (large.text_encoder, large.vae) == (5_680_910_336, 126_892_531)
     assert small.tokens == large.tokens == 32_760
 
 
@@ -354,6 +354,10 @@ def test_fsdp_shards_all_but_the_branches_and_lanes():
     shared, _ = memory.held(sizes, config, Layout(gpus=8, shard=8, critic=True), "fine-tuning")
     branches = shared.pop("feature maps and r")
     assert branches == alone.pop("feature maps and r")
-    assert shared.pop("EMA") == (alone.pop("EMA") - branches / 4) / 8 + branches / 4
+    weights = sizes.whole + (sizes.parameters - sizes.whole) / 8
+    assert 0 < sizes.whole < 0.01 * sizes.parameters
+    assert shared.pop("EMA") == 4 * weights + branches / 4 and alone.pop("EMA") == 4 * sizes.parameters + branches / 4
+    for name, size in {"trained weights, fp32": 4, "gradients": 4, "AdamW state": 8}.items():
+        assert shared.pop(name) == size * weights and alone.pop(name) == size * sizes.parameters
     assert shared == pytest.approx({name: size / 8 for name, size in alone.items()})
     assert shared["critic, with its training"] == 16 * sizes.parameters / 8

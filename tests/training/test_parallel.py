@@ -31,6 +31,7 @@ LAYOUTS = {
     "context": {"parallel": {"shard_degree": 1, "ulysses_degree": 2}},
     "context and sharded": {"parallel": {"ulysses_degree": 2}, "validation": VALIDATION},
 }
+BF16 = {"mixed_precision": "bf16", "like_cuda": True, "objective": {"name": "adm"}, "gradient_checkpointing": True}
 LORA = {"lora": {"rank": 4}, "objective": {"name": "adm"}}
 OBJECTIVES = {
     "own_mse": {"objective": {"name": "own_mse"}, "selection": {"max_train_steps": 2, "objective": "own_mse"}},
@@ -91,7 +92,8 @@ def two(tmp_path_factory, alone) -> Path:
     shutil.copytree(alone, begun)
     resumed = {"resume_from_checkpoint": str(checkpoint_in(begun, "selection")), "gradient_accumulation_steps": 1}
     lora = {"lora": LORA | LAYOUTS["context and sharded"]}
-    done = torchrun(2, folder, LAYOUTS | lora | {"begun by one": resumed})
+    bf16 = {name: BF16 | LAYOUTS["context and sharded"] | more for name, more in (("bf16", {}), ("bf16 lora", LORA))}
+    done = torchrun(2, folder, LAYOUTS | lora | {"begun by one": resumed} | bf16)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -121,6 +123,14 @@ def test_two_processes_validate_as_one(layout, two, alone):
         assert row["psnr"] == pytest.approx(other["psnr"], abs=0.2)
         assert row["ssim"] == pytest.approx(other["ssim"], abs=1e-4)
     assert len(list((two / layout / "validation").rglob("*.mp4"))) == 2 + 4 * 2
+
+
+@pytest.mark.parametrize("name", ["bf16", "bf16 lora"])
+def test_mixed_precision_as_on_cuda(name, two):
+    rows = read_metrics(two / name / "metrics.jsonl")
+    assert len(rows) == 4 + 5 + 6 and all(0 < row["loss"] < 10 for row in rows)
+    dtypes = {name: tensor.dtype for name, tensor in weights(two / name).items()}
+    assert set(dtypes.values()) == {torch.float32}  # the teacher in memory is; what trains always
 
 
 def test_a_run_of_one_process_goes_on_with_two(two, alone):
