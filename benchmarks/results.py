@@ -28,7 +28,7 @@ COLUMNS = {
     "op": (("shape", "dtype", "name", "pass"), ("sizes", "gbytes", "tflops", *_MEMORY)),
     "block": (("model", "dtype", "attention", "compiled"), ("tokens", "layers", *_MEMORY)),
     "model": (("model", "dtype", "backend", "linear_layers", "compiled", "how"), ("tokens", "layers", *_MEMORY)),
-    "train": (("model", "dtype", "step", "attention"), ("tokens", "layers", *_MEMORY)),
+    "train": (("model", "dtype", "step", "attention"), ("tokens", "layers", "planned_mib", *_MEMORY)),
 }
 
 

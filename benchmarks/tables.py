@@ -142,10 +142,11 @@ def _block(pairs: list) -> list[str]:
 
 
 def _train(pairs: list) -> list[str]:
-    header = _header(["model", "step", "linear attention", "ms", "MiB"], texts=3)
+    header = _header(["model", "step", "linear attention", "ms", "MiB", "MiB planned"], texts=3)
     lines = ["### Training steps", "", TRAIN_NOTE, "", *header]
     for row, _ in pairs:
-        lines.append(_line([row["model"], row["step"], row["attention"], _ms(row), _memory(row)]))
+        planned = f"{row['planned_mib']:,.0f}" if "planned_mib" in row else ""
+        lines.append(_line([row["model"], row["step"], row["attention"], _ms(row), _memory(row), planned]))
     return [*lines, ""]
 
 

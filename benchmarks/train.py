@@ -15,6 +15,9 @@ from benchmarks.measure import attempt, dtype_name, timed
 from benchmarks.shapes import WanModel
 from linvideo.models import convert, finalize
 from linvideo.ops.reference import linear_attn_reference
+from linvideo.planning.known import KNOWN
+from linvideo.planning.memory import Layout, stage_memory
+from linvideo.planning.sizes import read_sizes
 from linvideo.training.branches import gates
 from linvideo.training.config import TrainConfig
 from linvideo.training.flow import sampler_grid
@@ -23,6 +26,7 @@ from linvideo.training.prompts import PromptEmbeddings
 from linvideo.training.selection import add_penalties
 from linvideo.training.step import GradientStep
 from linvideo.training.store import TrajectoryStore
+from linvideo.training.trajectories import TrajectoryConfig
 
 STEPS = {"selective transfer": "mse", "ADM": "adm"}
 ATTENTION = ("fused", "eager")
@@ -40,15 +44,32 @@ def rows_of(name: str, device: str, dtype: torch.dtype, wan: WanModel) -> Iterat
             mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
         )
         for step in STEPS:
+            planned = planned_mib(step, wan, config) if device == "cuda" else {}
             for attention in ATTENTION:
                 row = {"suite": "train", "model": name, "dtype": dtype_name(dtype), "step": step}
-                row |= {"attention": attention, "tokens": wan.tokens, "layers": wan.layers}
+                row |= {"attention": attention, "tokens": wan.tokens, "layers": wan.layers, **planned}
                 yield attempt(row, lambda s=step, a=attention: _time_step(s, a, wan, config, device, dtype))
 
 
 def _time_step(step: str, attention: str, wan: WanModel, config: TrainConfig, device: str, dtype: torch.dtype) -> dict:
     with eager_attention() if attention == "eager" else nullcontext():
         return timed(training_step(step, wan, config, device, dtype), device)
+
+
+def planned_mib(step: str, wan: WanModel, config: TrainConfig) -> dict[str, float]:
+    """What `linvideo plan` derives for the step, all that is held included; nothing for a model it does not know."""
+    name = next((name for name, known in KNOWN.items() if known == wan.config), None)
+    if name is None:
+        return {}
+    video = TrajectoryConfig(height=8 * wan.latents[2], width=8 * wan.latents[3], num_frames=4 * wan.latents[1] - 3)
+    selection = replace(config.selection, objective="mse", num_linear_layers=wan.linear_layers[1])
+    objective = replace(config.objective, name=STEPS[step])
+    states = replace(config.sensitivity, num_states=0)  # a step alone, without the judgement at the stage's end
+    config = replace(config, selection=selection, objective=objective, sensitivity=states)
+    layout = Layout(gradient_checkpointing=True, autocast=config.mixed_precision == "bf16")
+    stage = "mixed stage" if step == "selective transfer" else "fine-tuning"
+    parts = stage_memory(read_sizes(name, video), config, layout, stage)
+    return {"planned_mib": round(sum(parts.values()) / 2**20, 1)}
 
 
 def training_step(

@@ -52,9 +52,14 @@ def collect(args: argparse.Namespace) -> None:
     number, _, count = args.worker.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise ValueError(f"--worker must be number/count with number from 0 to count - 1, got {args.worker}")
-    store = Trainer(load_config(args.train_options)).collect(int(number), int(count))
+    # the folder is not empty once another worker has begun
+    config = load_config([*args.train_options, "--resume_from_checkpoint", "latest"])
+    store = Trainer(config).collect(int(number), int(count))
     missing = len(store.missing_shards())
-    print(f"{store.num_shards - missing} of {store.num_shards} shards are in {store.path}")
+    print(
+        f"{store.num_shards - missing} of {store.num_shards} shards are in {store.path}; linvideo train with the same"
+        " options and --resume_from_checkpoint latest goes on from there"
+    )
 
 
 def plan(args: argparse.Namespace) -> None:

@@ -68,10 +68,10 @@ class TrajectoryConfig:
     dtype: str = "float16"
 
     def __post_init__(self):
-        for name in ("num_trajectories", "num_inference_steps", "height", "width", "num_frames", "stride"):
-            _at_least_one(name, getattr(self, name))
-        for name in ("batch_size", "shard_size"):
-            _at_least_one(name, getattr(self, name))
+        sizes = ("height", "width", "num_frames", "batch_size", "shard_size")
+        for name in ("num_trajectories", "num_inference_steps", "stride", *sizes):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trajectories.{name} must be at least 1, got {getattr(self, name)}")
         if self.stride > self.num_inference_steps:
             raise ValueError(
                 f"trajectories.stride must be at most num_inference_steps {self.num_inference_steps}, got {self.stride}"
@@ -90,11 +90,6 @@ class TrajectoryConfig:
     def states_per_trajectory(self) -> int:
         """With one transformer; see kept_steps."""
         return self.num_inference_steps // self.stride
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"trajectories.{name} must be at least 1, got {value}")
 
 
 def with_flow_shift(pipeline, flow_shift: float | None):

@@ -185,3 +185,11 @@ def test_costs():
     for cost in peers.COSTS:
         both = peers.tflops(shape, cost, "forward") + peers.tflops(shape, cost, "backward")
         assert peers.tflops(shape, cost, "forward+backward") == pytest.approx(both)
+
+
+def test_the_plan_beside_a_training_step(tmp_path):
+    config = TrainConfig(output_dir=str(tmp_path), train_batch_size=1, mixed_precision="bf16")
+    planned = {step: train.planned_mib(step, WAN["1.3b-480p"], config)["planned_mib"] for step in train.STEPS}
+    # 16 bytes a parameter, the teacher's 2, and activations
+    assert all(18 * 1.42e9 / 2**20 < size < 40_000 for size in planned.values())
+    assert planned["selective transfer"] != planned["ADM"] and train.planned_mib("ADM", TINY, config) == {}

@@ -5,6 +5,7 @@ import torch
 from tiny import tiny_inputs, tiny_pipeline, tiny_transformer
 from tiny_run import PROMPTS, run, tiny_config, tiny_teacher
 
+from linvideo import cli
 from linvideo.models import convert, describe, load_pipeline
 from linvideo.training import Trainer, TrainingDiverged, TrajectoryStore, objectives, read_metrics
 from linvideo.training.flow import predict_velocity
@@ -208,3 +209,28 @@ def test_trajectories_may_be_shared_but_not_mistaken(tmp_path):
     with pytest.raises(ValueError, match=r"guidance_scale 2\.0 \(now 3\.0\)"):
         run(tmp_path / "c", trajectories={**shared, "guidance_scale": 3.0})
     run(tmp_path / "c", max_train_steps=0, trajectories=shared)  # the failure left nothing in the way
+
+
+def test_workers_on_their_own_fill_one_store(tmp_path, capsys):
+    pipeline = tiny_teacher()
+    pipeline.save_pretrained(tmp_path / "teacher")
+    options = tiny_config(tmp_path / "run", pretrained_model_name_or_path=str(tmp_path / "teacher"), device="cpu")
+    options.save(tmp_path / "options.yaml")
+    (tmp_path / "captions.txt").write_text("\n".join(PROMPTS))
+    flags = ["--config", tmp_path / "options.yaml", "--prompts.prompts_file", tmp_path / "captions.txt"]
+    for worker, said in (("1/2", "1 of 3 shards"), ("0/2", "3 of 3 shards")):
+        assert cli.main(["collect", "--worker", worker, *map(str, flags)]) == 0
+        assert said in capsys.readouterr().out
+    assert cli.main(["train", *map(str, flags), "--resume_from_checkpoint", "latest"]) == 0
+    run(tmp_path / "whole")
+    for number in range(3):
+        name = f"trajectories/shard-{number:06d}.safetensors"
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    file = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.parametrize("worker", ["2/2", "1", "a/b", "-1/2"])
+def test_workers_are_numbered(worker, tmp_path, capsys):
+    assert cli.main(["collect", f"--worker={worker}", "--output_dir", str(tmp_path / "run")]) == 2
+    assert f"got {worker}" in capsys.readouterr().err and not (tmp_path / "run").exists()

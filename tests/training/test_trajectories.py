@@ -2,7 +2,8 @@ import json
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from tiny import tiny_pipeline
 from tiny_run import PROMPTS, tiny_config, tiny_teacher
 from toy import toy_prompts, toy_store
 
@@ -10,7 +11,7 @@ from linvideo.training.flow import predict_velocity, sampler_grid
 from linvideo.training.prompts import encode_prompts
 from linvideo.training.seeding import draw_noise, generator, stable_hash
 from linvideo.training.store import TrajectoryStore
-from linvideo.training.trajectories import TrajectoryConfig, collect, latent_shape, open_store
+from linvideo.training.trajectories import TrajectoryConfig, collect, latent_shape, open_store, with_flow_shift
 
 SMALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 4, "dtype": "float32"}
 SHAPE = (16, 2, 4, 4)
@@ -177,3 +178,21 @@ def test_latent_shape_refuses_sizes_the_model_has_not(pipeline):
 def test_a_scheduler_that_is_no_flow_is_refused():
     with pytest.raises(ValueError, match="scheduler"):
         sampler_grid(DDIMScheduler(), 4)
+
+
+@pytest.mark.parametrize(
+    "scheduler, name", [(FlowMatchEulerDiscreteScheduler, "shift"), (UniPCMultistepScheduler, None)]
+)
+def test_flow_shift_replaces_the_schedulers(pipeline, scheduler, name):
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 2.0}
+    settings = {name: 2.0} if name else flow
+    other = tiny_pipeline(pipeline.transformer)
+    other.scheduler = scheduler(**settings)
+    assert with_flow_shift(other, None) is other
+    shifted = with_flow_shift(other, 5.0)
+    sigmas, before = sampler_grid(shifted.scheduler, 4)[1], sampler_grid(other.scheduler, 4)[1]
+    assert torch.equal(sigmas, sampler_grid(scheduler(**settings | {name or "flow_shift": 5.0}), 4)[1])
+    assert not torch.equal(sigmas, before) and shifted.transformer is other.transformer
+    other.scheduler = DDIMScheduler()
+    with pytest.raises(ValueError, match="flow_shift needs a scheduler with one, got DDIMScheduler"):
+        with_flow_shift(other, 5.0)
