@@ -14,7 +14,6 @@ from diffusers.training_utils import EMAModel
 
 from linvideo.models import convert, finalize, save_pipeline, wan_transformer
 from linvideo.training import run_folder
-from linvideo.training.adapters import FrozenBase, add_adapters
 from linvideo.training.branches import feature_weights, gates
 from linvideo.training.checkpoint import remove_newer
 from linvideo.training.config import TrainConfig
@@ -29,9 +28,10 @@ from linvideo.training.prompts import PromptEmbeddings, choose_prompts, encode_p
 from linvideo.training.resumable import ResumableRun
 from linvideo.training.selection import add_penalties, initial_r, lowest, round_r
 from linvideo.training.sensitivity import layer_sensitivity, velocity_error
-from linvideo.training.sharding import gather, shard, split_tokens
+from linvideo.training.sharding import gather
 from linvideo.training.step import GradientStep, autocast
 from linvideo.training.store import StateBatch, TrajectoryStore
+from linvideo.training.student import make_student, mixed, training_teacher
 from linvideo.training.trajectories import collect, kept_steps, latent_shape, open_store, with_flow_shift
 from linvideo.training.validator import Validator
 from linvideo.training.warmup import attention_output_errors, load_feature_maps
@@ -101,7 +101,7 @@ class Trainer(ResumableRun):
         if config.attention_backend is not None:
             self.teacher.set_attention_backend(config.attention_backend)
         self.target = config.selection.target(len(self.teacher.blocks))
-        self._convert()  # raises now what it would raise after hours of sampling
+        mixed(self.teacher, config)  # raises now what it would raise after hours of sampling
         config.lora.check(self.teacher)
         check_divisible(self.teacher.config, latent_shape(self.pipeline, config.trajectories), config.parallel)
         self.grid = sampler_grid(self.pipeline.scheduler, config.trajectories.num_inference_steps)
@@ -324,44 +324,8 @@ class Trainer(ResumableRun):
     # What the stages share.
 
     def _make_student(self) -> None:
-        """The student, and the teacher as training asks it: with several processes, both in shards."""
-        config, ranks = self.config, self.ranks
-        self.student = self._convert()
-        if config.lora.rank is not None:
-            torch.manual_seed(config.seed)  # adapters start from draws of their own
-            add_adapters(self.student, config.lora)
-        if config.compile:
-            # the blocks share their code: kinds of attention, with and without gradient and adapters
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-            for block in self.student.blocks:
-                block.forward = torch.compile(block.forward)  # not the call: hooks of FSDP2 stay outside
-        split_tokens(self.student, ranks)
-        if config.lora.rank is None:
-            dtype = torch.bfloat16 if config.mixed_precision == "bf16" else None
-            shard(self.student, ranks, compute_dtype=dtype, own=True)
-        else:
-            shard(self.student, ranks)
-        self.student.train()
-        if config.gradient_checkpointing:
-            self.student.enable_gradient_checkpointing()
-
-        if config.lora.rank is not None:
-            if ranks.size > 1:
-                self.teacher.to("meta")  # the shards have its weights
-            self.teacher = FrozenBase(self.student)
-        elif ranks.size > 1:
-            self.teacher.requires_grad_(False)
-            split_tokens(self.teacher, ranks)
-            shard(self.teacher, ranks, offload=config.offload_teacher)
-        elif config.offload_teacher:
-            streams = self.device.type == "cuda"
-            self.teacher.enable_group_offload(self.device, num_blocks_per_group=1, use_stream=streams)
-
-    def _convert(self) -> torch.nn.Module:
-        """Of the teacher, with which it shares its weights."""
-        selection, feature_map = self.config.selection, self.config.feature_map
-        layers = "all" if selection.layers is None else selection.layers
-        return convert(self.teacher, layers, mode="mixed", feature_map=feature_map, r_init=selection.r_init, copy=False)
+        self.student = make_student(self.teacher, self.config, self.ranks)
+        self.teacher = training_teacher(self.teacher, self.student, self.config, self.ranks)
 
     def _with_student(self, student: torch.nn.Module) -> Any:
         pipeline = copy.copy(self.pipeline)

@@ -1,0 +1,59 @@
+"""The student of a run, and its teacher as training asks it."""
+
+from collections.abc import Callable
+
+import torch
+
+from linvideo.models import convert
+from linvideo.training.adapters import FrozenBase, add_adapters
+from linvideo.training.config import TrainConfig
+from linvideo.training.parallel import Ranks
+from linvideo.training.sharding import shard, split_tokens
+
+
+def mixed(teacher: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
+    """The teacher with mixed layers where linear ones may come, sharing its weights."""
+    selection = config.selection
+    layers = "all" if selection.layers is None else selection.layers
+    settings = {"feature_map": config.feature_map, "r_init": selection.r_init}
+    return convert(teacher, layers, mode="mixed", copy=False, **settings)
+
+
+def make_student(teacher: torch.nn.Module, config: TrainConfig, ranks: Ranks) -> torch.nn.Module:
+    """With trainable fp32 weights of its own, or adapters on the teacher's; of several ranks, in shards."""
+    student = mixed(teacher, config)
+    if config.lora.rank is not None:
+        torch.manual_seed(config.seed)  # adapters start from draws of their own
+        add_adapters(student, config.lora)
+    if config.compile:
+        # the blocks share their code: kinds of attention, with and without gradient and adapters
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        for block in student.blocks:
+            block.forward = torch.compile(block.forward)  # not the call: hooks of FSDP2 stay outside
+    split_tokens(student, ranks)
+    if config.lora.rank is None:
+        dtype = torch.bfloat16 if config.mixed_precision == "bf16" else None
+        shard(student, ranks, compute_dtype=dtype, own=True)
+    else:
+        shard(student, ranks)
+    if config.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    return student.train()
+
+
+def training_teacher(
+    teacher: torch.nn.Module, student: torch.nn.Module, config: TrainConfig, ranks: Ranks
+) -> torch.nn.Module | Callable:
+    """The teacher in place, in shards or offloaded; with adapters, the student's base."""
+    if config.lora.rank is not None:
+        if ranks.size > 1:
+            teacher.to("meta")  # the student's shards have its weights
+        return FrozenBase(student)
+    if ranks.size > 1:
+        teacher.requires_grad_(False)
+        split_tokens(teacher, ranks)
+        shard(teacher, ranks, offload=config.offload_teacher)
+    elif config.offload_teacher:
+        streams = ranks.device.type == "cuda"
+        teacher.enable_group_offload(ranks.device, num_blocks_per_group=1, use_stream=streams)
+    return teacher
