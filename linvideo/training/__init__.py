@@ -1,6 +1,13 @@
 """Selective transfer: data-free trajectories, layer selection and distribution matching, as one resumable run.
 
-`Trainer(TrainConfig(...)).train()` does all of it; the parts are plain functions in files of their own.
+`Trainer(TrainConfig(...)).train()` does all of it; the parts are plain functions in files of their own:
+
+    the run         trainer (the stages), resumable (steps, checkpoints, signals), config, run_folder, student
+    its data        prompts, images, conditions; trajectories, store; experts (Wan 2.2); flow, seeding
+    what it learns  warmup, sensitivity, selection; step, objectives, lanes; optimizer, eight_bit, adapters, branches
+    many ranks      parallel (who does what), sharding (what happens to the models), checkpoint
+    watching it     metrics, trackers, pace; validation, validator, video_metrics
+    small things    files, fingerprint, devices
 """
 
 from linvideo.training.config import TrainConfig, load_config
