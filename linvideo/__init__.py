@@ -5,8 +5,10 @@ from linvideo import _diffusers_hook
 _LAZY = {
     name: "linvideo.models"
     for name in (
+        "FewStepScheduler",
         "LinVideoWanTransformer3DModel",
         "ModelMixin",
+        "SchedulerMixin",
         "attention_types",
         "convert",
         "describe",

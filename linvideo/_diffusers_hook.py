@@ -19,7 +19,8 @@ def install() -> None:
 
 
 def _register(module) -> None:
-    module.LOADABLE_CLASSES.setdefault("linvideo", {"ModelMixin": ["save_pretrained", "from_pretrained"]})
+    methods = ["save_pretrained", "from_pretrained"]
+    module.LOADABLE_CLASSES.setdefault("linvideo", {"ModelMixin": methods, "SchedulerMixin": methods})
 
 
 class _PostImportFinder:

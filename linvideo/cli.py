@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 DTYPES = ("float32", "float16", "bfloat16")
+DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 5.0}
 DIMENSIONS = [
     "imaging_quality",
     "aesthetic_quality",
@@ -92,6 +93,9 @@ def generate(args: argparse.Namespace) -> None:
     pipeline = load(args)
     models.wan_transformer(pipeline)
     pipeline.to(args.device)
+    if isinstance(pipeline.scheduler, models.FewStepScheduler):  # a distilled model, with the guidance in its weights
+        args.num_inference_steps = args.num_inference_steps or pipeline.scheduler.num_steps
+        args.guidance_scale = 1.0 if args.guidance_scale is None else args.guidance_scale
     generator = torch.Generator("cpu").manual_seed(args.seed)
     video = generate_video(pipeline, args.prompt, generator=generator, **sampling(args))
     save_video(video, args.output, fps=args.fps)
@@ -146,7 +150,8 @@ def evaluate_vbench(args: argparse.Namespace) -> None:
 def sampling(args: argparse.Namespace) -> dict:
     """What a video is sampled with, for `generate_video`."""
     names = ("negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale")
-    return {name: getattr(args, name) for name in names}
+    chosen = {name: getattr(args, name) for name in names}
+    return {name: DEFAULTS.get(name) if value is None else value for name, value in chosen.items()}
 
 
 def check(args: argparse.Namespace) -> int:
@@ -236,8 +241,9 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument("--height", type=int, default=480)
         sub.add_argument("--width", type=int, default=832)
         sub.add_argument("--num_frames", type=int, default=81)
-        sub.add_argument("--num_inference_steps", type=int, default=50)
-        sub.add_argument("--guidance_scale", type=float, default=5.0)
+        for name, kind in (("num_inference_steps", int), ("guidance_scale", float)):
+            what = f"default: {DEFAULTS[name]}; of a distilled model, as it was distilled"
+            sub.add_argument(f"--{name}", type=kind, help=what)
         sub.add_argument("--seed", type=int, default=0)
         sub.add_argument("--fps", type=int, default=16)
         sub.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")

@@ -1,9 +1,10 @@
 """Diffusers transformers with linear self-attention: conversion, description, loading and saving."""
 
-from diffusers import ModelMixin
+from diffusers import ModelMixin, SchedulerMixin
 
 from linvideo.models.convert import convert, finalize
 from linvideo.models.describe import Description, describe
+from linvideo.models.few_step import FewStepScheduler
 from linvideo.models.pipelines import load_pipeline, new_folder, save_pipeline, wan_transformer
 from linvideo.models.wan import (
     ATTENTION_TYPES,
@@ -16,9 +17,11 @@ from linvideo.models.wan import (
 __all__ = [
     "ATTENTION_TYPES",
     "Description",
+    "FewStepScheduler",
     "LinVideoWanAttnProcessor",
     "LinVideoWanTransformer3DModel",
-    "ModelMixin",  # diffusers looks the base class up in the library that model_index.json names
+    "ModelMixin",  # diffusers looks base classes up in the library that model_index.json names
+    "SchedulerMixin",
     "attention_types",
     "convert",
     "describe",

@@ -11,7 +11,6 @@ step, its objective, whether a loss was finite, whether to stop) is either compu
 
 import math
 import os
-import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -114,16 +113,17 @@ class Ranks:
         """Call it on the first rank only; what it returns or raises comes back, or is raised, on all."""
         if self.size == 1:
             return function()
-        outcome = [None]
+        outcome, original = [None], None
         if self.first:
             try:
-                outcome = [(function(), None)]
-            except Exception as error:
-                outcome = [(None, error if _survives_pickling(error) else RuntimeError(repr(error)))]
+                outcome = [(function(), None, "")]
+            except Exception as error:  # the others would wait for ever
+                kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
+                outcome, original = [(None, kind, str(error) or repr(error))], error
         dist.broadcast_object_list(outcome, src=0)
-        value, error = outcome[0]
-        if error is not None:
-            raise error
+        value, kind, text = outcome[0]
+        if kind is not None:
+            raise original or kind(text)
         return value
 
     def any(self, flag: bool) -> bool:
@@ -177,13 +177,6 @@ class Ranks:
             values = [None] * self.size
             dist.all_gather_object(values, value)
         return values
-
-
-def _survives_pickling(error: Exception) -> bool:
-    try:
-        return type(pickle.loads(pickle.dumps(error))) is type(error)
-    except Exception:
-        return False
 
 
 def check_divisible(model: Any, latents: tuple[int, int, int, int], parallel: ParallelConfig) -> None:

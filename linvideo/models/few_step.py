@@ -1,0 +1,83 @@
+"""The sampler of a distilled model: a few fixed timesteps, each a jump to x_0 that is noised again (DMD2, Yin et al.,
+arXiv 2405.14867)."""
+
+import zlib
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class FewStepScheduler(FlowMatchEulerDiscreteScheduler):
+    """x' = (1 - t') (x - t u) + t' eps at `timesteps` (1000 t, falling); the last step returns its x_0.
+
+    Its noise comes from a generator seeded by the first sample, so that the `generator` or `latents` a pipeline is
+    called with decide the whole video; pipelines pass a scheduler none of their own.
+
+    Raises:
+        ValueError: timesteps that do not fall inside (0, 1000]; sampling with another number of steps.
+    """
+
+    @register_to_config
+    def __init__(self, timesteps: list[float] = (1000.0, 750.0, 500.0, 250.0), num_train_timesteps: int = 1000):
+        expected = f"timesteps must fall from at most {num_train_timesteps} to more than 0"
+        timesteps = [float(t) for t in timesteps]
+        falls = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
+        if not timesteps or not falls or timesteps[0] > num_train_timesteps or timesteps[-1] <= 0:
+            raise ValueError(f"{expected}, got {timesteps}")
+        super().__init__(num_train_timesteps=num_train_timesteps, stochastic_sampling=True)
+        self.register_to_config(timesteps=timesteps)
+        self._generator: torch.Generator | None = None
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.config.timesteps)
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None) -> None:
+        """Raises ValueError when num_inference_steps is given and not `num_steps`."""
+        if num_inference_steps not in (None, self.num_steps):
+            raise ValueError(f"this model was distilled to {self.num_steps} steps, got {num_inference_steps}")
+        sigmas = [t / self.config.num_train_timesteps for t in self.config.timesteps]
+        super().set_timesteps(sigmas=sigmas, device=device)
+        self._generator = None
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[torch.Tensor]:
+        """One step; computed in fp32, returned in model_output's dtype."""
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(zlib.crc32(sample.detach().float().cpu().numpy().tobytes()))
+        sigma, sigma_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
+        clean = sample.float() - sigma * model_output.float()
+        noise = randn_tensor(clean.shape, generator or self._generator, clean.device, torch.float32)
+        result = ((1 - sigma_next) * clean + sigma_next * noise).to(model_output.dtype)
+        self._step_index += 1
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=result) if return_dict else (result,)
+
+    def stock(self) -> FlowMatchEulerDiscreteScheduler:
+        """diffusers' own scheduler with the same timesteps, for folders that are to load without linvideo.
+
+        Its noise is not reproducible: it comes from torch's global generator.
+
+        Raises:
+            ValueError: timesteps that are not evenly spaced from 1000 t = 1000, which it has no settings for.
+        """
+        terminal = self.config.timesteps[-1] / self.config.num_train_timesteps
+        scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=terminal, stochastic_sampling=True)
+        scheduler.set_timesteps(self.num_steps)
+        wanted = torch.tensor(self.config.timesteps)
+        if scheduler.timesteps.shape != wanted.shape or not torch.allclose(scheduler.timesteps, wanted, atol=1e-2):
+            raise ValueError(
+                f"diffusers' scheduler only has evenly spaced timesteps from {self.config.num_train_timesteps} down,"
+                f" got {self.config.timesteps}"
+            )
+        return scheduler
