@@ -112,6 +112,18 @@ def tiny_image(seed: int = 0):
     return Image.fromarray((255 * pixels).byte().numpy()).resize((50, 40))
 
 
+def sampled_states(pipeline, noise: torch.Tensor, **settings) -> torch.Tensor:
+    """The states [S + 1, ...] that the pipeline's own sampler goes through from noise [...], its result last."""
+    states = [noise[None]]
+
+    def keep(_, step, timestep, kwargs):
+        states.append(kwargs["latents"])
+        return kwargs
+
+    pipeline(latents=states[0], output_type="latent", callback_on_step_end=keep, **settings)
+    return torch.cat(states)
+
+
 def generate(pipeline, prompt: str = "a red circle moves left", seed: int = 0, num_inference_steps: int = 2):
     """Frames [5, 32, 32, 3] in [0, 1] as a numpy array."""
     pipeline.set_progress_bar_config(disable=True)

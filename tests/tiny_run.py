@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
 from tiny import tiny_pipeline, tiny_transformer
@@ -13,6 +14,12 @@ from linvideo.training import Trainer, TrainResult, checkpoint, store
 from linvideo.training.config import TrainConfig, from_dict
 from linvideo.training.resumable import ResumableRun
 
+ROOT = Path(__file__).parents[1]
+# of processes that run this file, or import it, from the checkout
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests"))),
+}
 PROMPTS = ["a red fox runs", "two white boats race", "rain falls on a pond"]
 
 

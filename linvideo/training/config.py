@@ -219,7 +219,9 @@ def load_config(argv: list[str]) -> TrainConfig:
     from jsonargparse import ArgumentError
 
     names = {path.name.removesuffix(".yaml"): str(path) for path in RECIPES.iterdir()}
-    argv = [word if Path(word).exists() else names.get(word, word) for word in argv]
+    for place, word in enumerate(argv):
+        if place and argv[place - 1] == "--config" and not Path(word).exists():
+            argv = [*argv[:place], names.get(word, word), *argv[place + 1 :]]
     try:
         values = make_parser().parse_args(argv)
         values = values.as_dict()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 TEMPORARY = ".tmp-"  # prefix of what an interrupted write may leave behind
@@ -51,6 +51,18 @@ def write_safetensors(
         temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error}") from error
     os.replace(temporary, path)
+
+
+def read_cached(path: str | Path, key: str) -> dict[str, torch.Tensor] | None:
+    """What `write_safetensors(path, tensors, {"key": key})` has written; None when the file is not there, of another
+    key, or damaged: it is made anew then."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") == key:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (FileNotFoundError, SafetensorError):
+        pass
+    return None
 
 
 def _temporary(path: Path) -> Path:

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 
-from linvideo.training.files import write_safetensors
+from linvideo.training.files import read_cached, write_safetensors
 from linvideo.training.fingerprint import fingerprint
 from linvideo.training.trajectories import TrajectoryConfig
 
@@ -87,7 +86,7 @@ def encode_images(
     for image in map(_load, images):  # one at a time: opened, they may be large
         key.update(repr(image.size).encode() + image.tobytes())
     key = key.hexdigest()
-    if cache is not None and (found := _read_cache(Path(cache), key)) is not None:
+    if cache is not None and (found := read_cached(cache, key)) is not None:
         return found["latents"], found.get("image_embeds")
 
     parts = [_encode(pipeline, image, *size, embeds) for image in map(_load, images)]
@@ -114,17 +113,3 @@ def _load(image: str | Path | Image.Image) -> Image.Image:
         return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the image {image}: {error}") from None
-
-
-def _read_cache(path: Path, key: str) -> dict[str, torch.Tensor] | None:
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()} if _key(file) == key else None  # noqa: SIM118
-    except SafetensorError:  # damaged: it is only a cache
-        return None
-
-
-def _key(file) -> str | None:
-    return (file.metadata() or {}).get("key")

@@ -84,7 +84,7 @@ class Ranks:
         self.config, self.device, self.rank, self.size = config, device, rank, size
         shard = config.check(size)
         self.context_size, self.data_size = config.context_degree, self.size // config.context_degree
-        self.data_rank, self.context_rank = divmod(self.rank, self.context_size)
+        self.data_rank = rank // self.context_size
         self.samples: DeviceMesh | None = None
         self.weights: DeviceMesh | None = None
         if self.size > 1:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from linvideo.training.conditions import Conditions
-from linvideo.training.files import write_safetensors
+from linvideo.training.files import read_cached, write_safetensors
 from linvideo.training.fingerprint import fingerprint
 
 
@@ -186,8 +185,9 @@ def encode_prompts(
 
     request = repr((prompts, config.negative_prompt, length, fingerprint(pipeline.text_encoder)))
     key = hashlib.blake2b(request.encode(), digest_size=16).hexdigest()
-    if cache is not None and (found := _read_cache(Path(cache), key)) is not None:
-        return PromptEmbeddings(*found, length=length)
+    if cache is not None and (found := read_cached(cache, key)) is not None:
+        table = found["table"]
+        return PromptEmbeddings(table[:-1], table[-1:], length=length)
 
     batches = []
     negative = None
@@ -205,16 +205,3 @@ def encode_prompts(
     if cache is not None:
         write_safetensors(cache, {"table": result.table}, {"key": key})
     return result
-
-
-def _read_cache(path: Path, key: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("key") != key:
-                return None
-            table = file.get_tensor("table")
-    except SafetensorError:  # damaged: it is only a cache
-        return None
-    return table[:-1], table[-1:]

@@ -48,7 +48,7 @@ class GradientStep:
 
     @property
     def global_batch(self) -> int:
-        return self.config.train_batch_size * len(self.micro_batches) * self.ranks.data_size
+        return self.config.global_batch(self.ranks.size)
 
     def positions(self, micro: int) -> range:
         """Where this rank's micro-batch stands in the global batch."""

@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError, safe_open
 
 from linvideo.models.generate import save_video
 from linvideo.training.config import TrainConfig
 from linvideo.training.experts import stored_expert
-from linvideo.training.files import write_safetensors
+from linvideo.training.files import read_cached, write_safetensors
 from linvideo.training.fingerprint import fingerprint
 from linvideo.training.metrics import MetricsLog, read_metrics, take_back
 from linvideo.training.parallel import Ranks
@@ -139,12 +138,9 @@ class Validator:
         return hashlib.blake2b(request.encode(), digest_size=16).hexdigest()
 
     def _read_teacher(self) -> bool:
-        try:
-            with safe_open(self.folder / "teacher.safetensors", framework="np") as file:
-                if (file.metadata() or {}).get("key") == self._key():
-                    self.teacher = [file.get_tensor(str(i)) for i in range(self.config.validation.num_videos)]
-        except (OSError, SafetensorError):  # not there, or damaged: made anew
-            pass
+        found = read_cached(self.folder / "teacher.safetensors", self._key())
+        if found is not None:
+            self.teacher = [found[str(i)].numpy() for i in range(self.config.validation.num_videos)]
         return bool(self.teacher)
 
     def _write_teacher(self, latents: list[torch.Tensor]) -> None:

@@ -53,3 +53,8 @@ def test_the_guide_names_every_recipe():
 def test_an_unknown_recipe_is_named(tmp_path):
     with pytest.raises(ValueError, match="wan9"):
         load_config(["--config", "wan9", "--output_dir", str(tmp_path)])
+
+
+def test_only_config_takes_a_recipes_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(["--config", "demo", "--output_dir", "demo"]).output_dir == "demo"

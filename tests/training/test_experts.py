@@ -1,7 +1,6 @@
 """Wan 2.2: one expert is trained, on states in its range of noise only."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,8 +11,8 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from safetensors.torch import load_file
-from tiny import generate, tiny_pipeline, tiny_transformer
-from tiny_run import PROMPTS, run, tiny_config, tiny_experts, tiny_teacher
+from tiny import generate, sampled_states, tiny_pipeline, tiny_transformer
+from tiny_run import ENVIRONMENT, PROMPTS, ROOT, run, tiny_config, tiny_experts, tiny_teacher
 from toy import AffineFlow, toy_prompts, toy_store
 
 from linvideo.models import convert, describe, load_pipeline
@@ -26,7 +25,6 @@ from linvideo.training.prompts import encode_prompts
 from linvideo.training.seeding import draw_noise
 from linvideo.training.trajectories import TrajectoryConfig, collect, open_store
 
-ROOT = Path(__file__).parents[2]
 BOUNDARY = 700.0  # of tiny_experts
 SHAPE = (16, 2, 4, 4)
 SIGMAS = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
@@ -56,21 +54,19 @@ def test_states_are_those_of_the_pipeline_with_two_experts(tmp_path, guidance, m
     batches = {name: store.batch(list(range(len(store))), prompts) for name, (store, prompts) in stores.items()}
     prompts = stores["low_noise"][1]
     for i in range(4):
-        latents, noise = [], draw_noise(SHAPE, 0, "noise", i)[None]
-        pipeline(
+        seen = sampled_states(
+            pipeline,
+            draw_noise(SHAPE, 0, "noise", i),
             prompt_embeds=prompts.take(batches["low_noise"].prompt.view(4, -1)[i, :1]),
             negative_prompt_embeds=prompts.take(torch.tensor([0]), torch.tensor([True])),
-            latents=noise,
             num_inference_steps=6,
             height=32,
             width=32,
             num_frames=5,
-            output_type="latent",
-            callback_on_step_end=lambda _, step, t, kwargs: latents.append(kwargs["latents"]) or kwargs,  # noqa: B023
             **scales,
         )
         ours = torch.cat([batches[name].x.unflatten(0, (4, -1))[i] for name in EXPERTS])
-        assert torch.allclose(ours, torch.cat([noise, *latents[:-1]]), atol=1e-5)
+        assert torch.allclose(ours, seen[:-1], atol=1e-5)
     high, low = (batches[name].timestep.view(4, -1) for name in EXPERTS)
     assert high.min() >= BOUNDARY > low.max() and high.shape[1] + low.shape[1] == 6
     for name, model in zip(EXPERTS, (pipeline.transformer, pipeline.transformer_2), strict=True):
@@ -228,10 +224,8 @@ def test_two_runs_convert_both_experts(tmp_path):
 @pytest.mark.parametrize("name, stage, step", [("low_noise", "finetune", 5), ("high_noise", "trajectories", 1)])
 def test_killed_and_resumed_with_an_expert(tmp_path, name, stage, step):
     settings = {"expert": name, "objective": {"name": "adm"}}
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [sys.executable, str(ROOT / "tests" / "tiny_run.py"), str(tmp_path / "a"), json.dumps(settings)]
-    killed = subprocess.run([*command, stage, str(step)], env=environment, capture_output=True, text=True)
+    killed = subprocess.run([*command, stage, str(step)], env=ENVIRONMENT, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run(tmp_path / "a", resume_from_checkpoint="latest", **settings)
     run(tmp_path / "b", **settings)

@@ -15,18 +15,15 @@ from pathlib import Path
 
 import pytest
 from test_parallel import torchrun_arguments
-from test_resume import ROOT, assert_same_run
+from test_resume import assert_same_run
 from test_validation import assert_same_validation
+from tiny_run import ENVIRONMENT, ROOT
 
 from linvideo.training import Trainer, run_folder
 from linvideo.training.checkpoint import Checkpoint, list_checkpoints
 
 # a checkpoint after every step, so that much of the time goes into writing them
 SETTINGS = {"checkpointing_steps": 1, "validation": {"steps": 4, "num_videos": 1, "num_inference_steps": 1}}
-ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests"))),
-}
 
 
 class Attempt:

@@ -6,7 +6,14 @@ from collections import defaultdict
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from tiny import tiny_image, tiny_image_pipeline, tiny_image_transformer, tiny_pipeline, tiny_transformer
+from tiny import (
+    sampled_states,
+    tiny_image,
+    tiny_image_pipeline,
+    tiny_image_transformer,
+    tiny_pipeline,
+    tiny_transformer,
+)
 from tiny_run import PROMPTS, tiny_config, tiny_teacher
 
 from linvideo.evaluation.check import check_pipeline
@@ -61,20 +68,18 @@ def test_states_are_those_of_the_image_pipeline(tmp_path, make):
     kept = store.request["states_per_trajectory"]
     assert kept == (2 if make is wan22 else 4)
     for i in range(3):
-        latents, number = [], (stable_hash(0, "prompt") + i) % 3
-        pipeline(
+        number = (stable_hash(0, "prompt") + i) % 3
+        seen = sampled_states(
+            pipeline,
+            draw_noise(SHAPE, 0, "noise", i),
             image=IMAGES[number],
             prompt=PROMPTS[number],
             negative_prompt="",
-            latents=draw_noise(SHAPE, 0, "noise", i)[None],
             num_inference_steps=4,
             guidance_scale=3.0,
-            output_type="latent",
-            callback_on_step_end=lambda _, step, t, kwargs: latents.append(kwargs["latents"]) or kwargs,  # noqa: B023
             **SIZE,
         )
-        seen = torch.cat([draw_noise(SHAPE, 0, "noise", i)[None], *latents])[:kept]
-        assert torch.allclose(batch.x[kept * i : kept * (i + 1)], seen, atol=1e-5)
+        assert torch.allclose(batch.x[kept * i : kept * (i + 1)], seen[:kept], atol=1e-5)
     with torch.no_grad():
         u = predict_velocity(pipeline.transformer, batch.x, batch.timestep, batch.conditions)
         other_image = Conditions(

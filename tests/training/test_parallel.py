@@ -1,7 +1,6 @@
 """However the work is divided over processes, the run is the same: losses and weights to 1e-5, on gloo."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -11,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import run
+from tiny_run import ENVIRONMENT, ROOT, run
 
 from linvideo.training import read_metrics
 from linvideo.training.checkpoint import list_checkpoints, load_checkpoint
 
-ROOT = Path(__file__).parents[2]
 # Adam gives a weight whose gradient is nothing but rounding error a step of full size: a slow warm-up and a larger
 # epsilon keep that under the tolerance.
 SLOW = {
@@ -44,14 +42,12 @@ OBJECTIVES = {
 def torchrun_arguments(processes: int, folder: Path, runs: dict[str, dict]) -> dict:
     """Of subprocess, to run each name -> overrides in folder/name, one after another in the same processes."""
     (folder / "runs.json").write_text(json.dumps({name: SLOW | overrides for name, overrides in runs.items()}))
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     command += [str(ROOT / "tests" / "tiny_parallel_run.py"), str(folder), str(folder / "runs.json")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    return {"args": command, "env": environment, "text": True}
+    return {"args": command, "env": ENVIRONMENT, "text": True}
 
 
 def torchrun(processes: int, folder: Path, runs: dict[str, dict]) -> subprocess.CompletedProcess:

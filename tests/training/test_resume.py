@@ -13,15 +13,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_run import run
+from tiny_run import ENVIRONMENT, ROOT, run
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from linvideo.training import Trainer, metrics, read_metrics
 from linvideo.training import trainer as trainer_module
 from linvideo.training.checkpoint import list_checkpoints, load_checkpoint
 from linvideo.training.resumable import TrainingStopped
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +45,9 @@ def assert_same_run(folder: Path, reference: Path) -> None:
     "stage, step", [("trajectories", 1), ("warmup", 3), ("selection", 3), ("finetune", 5), ("checkpoint", 4)]
 )
 def test_killed_and_resumed(stage, step, tmp_path, uninterrupted):
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests"))),
-    }
     folder = tmp_path / "run"
     command = [sys.executable, str(ROOT / "tests" / "tiny_run.py"), str(folder), "{}", stage, str(step)]
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (folder / "pipeline").exists()
 
