@@ -128,5 +128,5 @@ def _store(path: str, wan: WanModel, timesteps: torch.Tensor, config: TrainConfi
     for number in store.missing_shards():
         shard = {name: torch.randn(2, 2, *wan.latents) for name in ("x", "u")}
         shard |= {"timestep": timesteps[:2].expand(2, 2).clone(), "negative": torch.zeros(2, 2, dtype=torch.bool)}
-        store.write_shard(number, shard | {"prompt": torch.tensor([0, 1])})
+        store.write_shard(number, shard | {"prompt": torch.tensor([0, 1]), "sample": torch.randn(2, *wan.latents)})
     return store

@@ -47,6 +47,17 @@ def train(argv: list[str]) -> None:
         print(f"linear layers: {result.layers_linear}; saved the converted pipeline to {result.pipeline_path}")
 
 
+def distill(argv: list[str]) -> None:
+    from linvideo.distillation import DistillConfig, Distiller
+    from linvideo.training import load_config
+    from linvideo.training.parallel import disconnect
+
+    result = Distiller(load_config(argv, DistillConfig, "distill")).train()
+    disconnect()  # not after an error, see train
+    if result.pipeline is not None:
+        print(f"timesteps: {result.timesteps}; saved the distilled pipeline to {result.pipeline_path}")
+
+
 def collect(args: argparse.Namespace) -> None:
     from linvideo.training import Trainer, load_config
 
@@ -269,6 +280,8 @@ def make_parser() -> argparse.ArgumentParser:
         "train", train, "selective transfer and fine-tuning: --config FILE, --section.key VALUE; also under torchrun"
     )
 
+    command("distill", distill, "a converted model to few steps: options as of train; also under torchrun")
+
     sub = command(
         "collect", collect, "only sample a run's trajectories, a part of them; takes linvideo train's options too"
     )
@@ -327,8 +340,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] == ["train"]:
-            train(argv[1:])  # its flags are the config's own; jsonargparse reads them
+        if argv[:1] in (["train"], ["distill"]):  # their flags are the config's own; jsonargparse reads them
+            {"train": train, "distill": distill}[argv[0]](argv[1:])
             return 0
         parser = make_parser()
         args, args.train_options = parser.parse_known_args(argv)

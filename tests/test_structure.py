@@ -23,6 +23,7 @@ RANK = {
     "linvideo.nn": 2,
     "linvideo.models": 3,
     "linvideo.training": 4,
+    "linvideo.distillation": 5,
     "linvideo.evaluation": 5,
     "linvideo.planning": 5,
     "linvideo.demo": 6,

@@ -47,6 +47,7 @@ def toy_store(path, timesteps: torch.Tensor, seed: int = 0, **request) -> Trajec
                 "timestep": timesteps.expand(2, steps).clone(),
                 "negative": torch.rand(2, steps, generator=generator) < 0.25,
                 "prompt": torch.tensor([0, 1]),
+                "sample": torch.randn(2, *SHAPE, generator=generator),
             },
         )
     return store

@@ -7,6 +7,8 @@ import copy
 
 import torch
 
+from linvideo.distillation.dmd import critic_loss, matching_loss
+from linvideo.distillation.rollout import noised
 from linvideo.training.conditions import Conditions
 from linvideo.training.flow import NUM_TRAIN_TIMESTEPS, like, predict_velocity
 from linvideo.training.lanes import StudentLanes
@@ -66,7 +68,9 @@ class AblationStep(GradientStep):
     def _adm_renoise(self, draws: torch.Generator) -> torch.Tensor:
         lanes, conditions = self.lanes, self.lanes.conditions()
         u = predict_velocity(self.student, lanes.x, lanes.timestep, conditions)
-        x_hat, t = self._noised(lanes.x - like(lanes.sigma, u) * u, draws)
+        clean = lanes.x - like(lanes.sigma, u) * u
+        t, noise = self._t_and_noise(clean, draws)
+        x_hat = noised(clean, t, noise)
         with torch.no_grad():
             u_teacher = predict_velocity(self.teacher, x_hat, NUM_TRAIN_TIMESTEPS * t, conditions)
             u_student = predict_velocity(self.student, x_hat, NUM_TRAIN_TIMESTEPS * t, conditions)
@@ -83,30 +87,26 @@ class AblationStep(GradientStep):
         lanes, conditions = self.lanes, self.lanes.conditions()
         u = predict_velocity(self.student, lanes.x, lanes.timestep, conditions)
         clean = lanes.x - like(lanes.sigma, u) * u
+        t, noise = self._t_and_noise(clean, draws)
+        x = noised(clean, t, noise)
         with torch.no_grad():
-            x, t = self._noised(clean, draws)
-            real, fake = (
-                x - like(t, x) * predict_velocity(model, x, NUM_TRAIN_TIMESTEPS * t, conditions)
+            u_real, u_fake = (
+                predict_velocity(model, x, NUM_TRAIN_TIMESTEPS * t, conditions)
                 for model in (self.teacher, self.score_net)
             )
-            distance = (clean - real).abs().flatten(1).mean(1).clamp_min(1e-6)
-            gradient = (fake - real) / like(distance, real)
         lanes.advance(self.student, u)
         self._fit_score_net(clean.detach(), conditions, draws)
-        return descend(clean, gradient, mean_square(fake, real))
+        return matching_loss(clean, x, t, u_fake, u_real)
 
-    def _noised(self, clean: torch.Tensor, draws: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x_t, t) of each sample at a t drawn from the grid, its ends left out."""
+    def _t_and_noise(self, clean: torch.Tensor, draws: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each sample; t is drawn from the grid, its ends left out."""
         grid = self.sigmas[1:-1]
         t = grid[torch.randint(len(grid), (len(clean),), generator=draws)].to(clean.device)
-        noise = torch.randn(clean.shape, generator=draws).to(clean.device)
-        return (1 - like(t, clean)) * clean + like(t, clean) * noise, t
+        return t, torch.randn(clean.shape, generator=draws).to(clean.device)
 
     def _fit_score_net(self, clean: torch.Tensor, conditions: Conditions, draws: torch.Generator) -> None:
         """One step of flow matching on samples of the student."""
-        x, t = self._noised(clean, draws)
-        target = (x - clean) / like(t, x)  # eps - x_0
-        loss = mean_square(predict_velocity(self.score_net, x, NUM_TRAIN_TIMESTEPS * t, conditions), target)
+        loss = critic_loss(self.score_net, clean, *self._t_and_noise(clean, draws), conditions)
         self.score_optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.score_net.parameters(), self.config.optimizer.max_grad_norm)

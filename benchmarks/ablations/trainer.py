@@ -35,8 +35,8 @@ class AblationTrainer(Trainer):
         self.setting, self.probe = setting, probe
         self.curve, self.cost = [], {}
 
-    def _make_student(self) -> None:
-        super()._make_student()
+    def _make_models(self) -> None:
+        super()._make_models()
         if self.setting.variant == "rope_after":
             rope_after(self.student)
 

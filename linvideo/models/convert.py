@@ -119,7 +119,7 @@ def _convert_transformer(model, layers, mode, feature_map, r_init, copy) -> LinV
             f"a model has one feature_map: expected {known!r} as in its linear layers, got {feature_map!r}"
         )
 
-    result = _copy_module(model, share_tensors=not copy)
+    result = copy_module(model, share_tensors=not copy)
     # Only the class changes, so that what the user set on the model (fused projections, adapters, checkpointing,
     # attention backend) is kept; a model built anew from the config would lose it.
     result.__class__ = LinVideoWanTransformer3DModel
@@ -174,7 +174,8 @@ def _check_layers(layers, num_layers: int) -> list[int]:
     return sorted(layers)
 
 
-def _copy_module(model, share_tensors: bool):
+def copy_module(model: WanTransformer3DModel, share_tensors: bool) -> WanTransformer3DModel:
+    """A model of its own, over the same tensors or over copies of them."""
     tensors = chain(model.parameters(), model.buffers()) if share_tensors else ()
     # deepcopy takes what its memo holds for copied already
     result = deepcopy(model, {id(tensor): tensor for tensor in tensors})

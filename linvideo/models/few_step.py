@@ -1,6 +1,7 @@
 """The sampler of a distilled model: a few fixed timesteps, each a jump to x_0 that is noised again (DMD2, Yin et al.,
 arXiv 2405.14867)."""
 
+import json
 import zlib
 
 import torch
@@ -30,6 +31,12 @@ class FewStepScheduler(FlowMatchEulerDiscreteScheduler):
         super().__init__(num_train_timesteps=num_train_timesteps, stochastic_sampling=True)
         self.register_to_config(timesteps=timesteps)
         self._generator: torch.Generator | None = None
+
+    def to_json_string(self) -> str:
+        """Of what this class is made from; what the base has beside it would be reported as unknown on loading."""
+        config = json.loads(super().to_json_string())
+        own = {"_class_name", "_diffusers_version", "timesteps", "num_train_timesteps"}
+        return json.dumps({name: value for name, value in config.items() if name in own}, indent=2) + "\n"
 
     @property
     def num_steps(self) -> int:

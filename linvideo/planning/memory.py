@@ -215,9 +215,9 @@ def saved(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> int:
 
 
 def store_bytes(config: TrainConfig, sizes: Sizes) -> int:
-    """Of the trajectories on disk: x and u, a timestep (4 bytes) and a condition (1) a state, a prompt (8) a video.
-    Headers, under a kilobyte a file, and the manifest come on top. With two experts a store has the steps of one: this
-    is the most it can be."""
+    """Of the trajectories on disk: x and u, a timestep (4 bytes) and a condition (1) a state, a prompt (8) and the
+    sample a video. Headers, under a kilobyte a file, and the manifest come on top. With two experts a store has the
+    steps of one: this is the most it can be."""
     wanted = config.trajectories
-    state = 2 * prod(sizes.latents) * {"float32": FP32}.get(wanted.dtype, BF16) + 4 + 1
-    return wanted.num_trajectories * (wanted.states_per_trajectory * state + 8)
+    latents = prod(sizes.latents) * {"float32": FP32}.get(wanted.dtype, BF16)
+    return wanted.num_trajectories * (wanted.states_per_trajectory * (2 * latents + 4 + 1) + latents + 8)

@@ -20,9 +20,10 @@ def kept_whole(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Name -> parameter that every rank has whole and in fp32 where a model is sharded, about 1% of all.
 
     The linear branches, which the warm-up reaches from outside of any forward that FSDP2 sees (r is a single number
-    besides), and the norms and modulation tables, which Wan computes in fp32.
+    besides), a critic's discriminator, which is outside as well, and the norms and modulation tables, which Wan
+    computes in fp32.
     """
-    pieces = ("linear_attn", "scale_shift_table")
+    pieces = ("linear_attn", "discriminator", "scale_shift_table")
     return {
         name: parameter
         for name, parameter in model.named_parameters()

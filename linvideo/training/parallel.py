@@ -145,6 +145,11 @@ class Ranks:
         """Until all ranks have come here."""
         self.any(False)
 
+    def micro_batch(self, micro: int, size: int) -> range:
+        """Where this data rank's micro-batch number `micro` stands in the global batch."""
+        start = (micro * self.data_size + self.data_rank) * size
+        return range(start, start + size)
+
     def part(self, count: int) -> tuple[list[int], bool]:
         """This data rank's part of range(count), near-equal and in order. Where there are more ranks than items one
         without any gets ([0], False), so that it runs the same collectives, and its result does not count."""

@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 
 from linvideo.models import finalize
 from linvideo.training.checkpoint import Checkpoint, save_checkpoint
-from linvideo.training.config import TrainConfig
 from linvideo.training.metrics import MetricsLog
 from linvideo.training.pace import Pace
 from linvideo.training.parallel import Ranks
+from linvideo.training.run_config import RunConfig
 from linvideo.training.seeding import random_state, set_random_state
 from linvideo.training.trackers import Trackers
 
@@ -49,7 +49,7 @@ class ResumableRun:
     stages: tuple[str, ...]
     validated: tuple[str, ...] = ()
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, checkpoints: list[Path]):
+    def __init__(self, config: RunConfig, ranks: Ranks, checkpoints: list[Path]):
         self.config, self.ranks, self.checkpoints = config, ranks, checkpoints
         self.output_dir, self.device = Path(config.output_dir), ranks.device
         self.student: torch.nn.Module

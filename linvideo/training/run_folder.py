@@ -9,8 +9,8 @@ import torch
 from linvideo.models import load_pipeline
 from linvideo.models.pipelines import remove_unfinished
 from linvideo.training.checkpoint import list_checkpoints, remove_leftovers
-from linvideo.training.config import TrainConfig
 from linvideo.training.files import TEMPORARY, remove_dead
+from linvideo.training.run_config import RunConfig
 from linvideo.training.trackers import WANDB_ID
 
 PROMPT_CACHE = "prompt_embeds.safetensors"
@@ -21,7 +21,7 @@ FILES += (FEATURE_MAPS, PROMPT_CACHE, IMAGE_CACHE)
 FOLDERS = ("trajectories", "pipeline", "logs", "wandb", "validation")
 
 
-def check(config: TrainConfig) -> list[Path]:
+def check(config: RunConfig) -> list[Path]:
     """The checkpoints to continue from, the first that is whole; nothing is written, but leftovers of a kill are tidied
     up.
 
@@ -74,7 +74,7 @@ def clear(folder: str | Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load_teacher(config: TrainConfig, device: torch.device) -> Any:
+def load_teacher(config: RunConfig, device: torch.device) -> Any:
     """The pipeline config.pretrained_model_name_or_path names, on `device`."""
     if config.pretrained_model_name_or_path is None:
         raise ValueError("pretrained_model_name_or_path must name the teacher, got None")

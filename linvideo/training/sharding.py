@@ -4,6 +4,7 @@ import warnings
 
 import torch
 from accelerate import init_empty_weights
+from diffusers import WanTransformer3DModel
 from diffusers.hooks.context_parallel import apply_context_parallel
 from diffusers.models._modeling_parallel import ContextParallelConfig
 from diffusers.models._modeling_parallel import ParallelConfig as DiffusersParallelConfig
@@ -30,8 +31,8 @@ def shard(
 
     Args:
         compute_dtype: what the shards are gathered in; gradients are reduced in fp32. None is the dtype they have.
-        own: give the model trainable fp32 copies of weights that it shares with another first, also a block at a time,
-            so that no rank ever holds the whole of them.
+        own: give the model trainable fp32 copies, on the ranks' device, of weights that it shares with another first,
+            also a block at a time, so that no rank ever holds the whole of them.
         offload: keep the shards in CPU memory. Of a model without gradients.
     """
     # inputs are left alone: rotary tables and timesteps have to stay fp32, autocast sees to the rest
@@ -45,10 +46,11 @@ def shard(
         finished |= modules
         for module in modules if own else ():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                fresh = parameter.detach().to(torch.float32, copy=True)
+                fresh = parameter.detach().to(ranks.device, torch.float32, copy=True)
                 module.register_parameter(name, nn.Parameter(fresh))
             for name, buffer in list(module.named_buffers(recurse=False)):  # offloading moves the other's in place
-                module.register_buffer(name, buffer.clone(), name not in module._non_persistent_buffers_set)
+                fresh = buffer.to(ranks.device, copy=True)
+                module.register_buffer(name, fresh, name not in module._non_persistent_buffers_set)
         if ranks.size > 1:
             whole = set(kept_whole(model).values())
             options |= {"mesh": ranks.weights, "mp_policy": policy, "ignored_params": whole}
@@ -87,7 +89,9 @@ def gather(model: nn.Module, ranks: Ranks) -> nn.Module | None:
     if not ranks.first:
         return None
     with init_empty_weights():
-        whole = LinVideoWanTransformer3DModel.from_config(model.config)
+        # FSDP2 has put a class of its own in front
+        converted = isinstance(model, LinVideoWanTransformer3DModel)
+        whole = (LinVideoWanTransformer3DModel if converted else WanTransformer3DModel).from_config(model.config)
     whole.load_state_dict(merge(state, scaling), assign=True)
     whole.eval().requires_grad_(False)
     return whole.to(ranks.device) if ranks.size == 1 else whole

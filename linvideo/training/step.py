@@ -1,5 +1,7 @@
 """One training step's gradient: which objective, on which states, over how many micro-batches."""
 
+from collections.abc import Callable
+
 import torch
 
 from linvideo.training import objectives
@@ -8,6 +10,7 @@ from linvideo.training.lanes import StudentLanes
 from linvideo.training.objectives import ObjectiveConfig
 from linvideo.training.parallel import Ranks
 from linvideo.training.prompts import PromptEmbeddings
+from linvideo.training.run_config import RunConfig
 from linvideo.training.seeding import generator
 from linvideo.training.store import TrajectoryStore
 
@@ -51,23 +54,12 @@ class GradientStep:
         return self.config.global_batch(self.ranks.size)
 
     def positions(self, micro: int) -> range:
-        """Where this rank's micro-batch stands in the global batch."""
-        size = self.config.train_batch_size
-        start = (micro * self.ranks.data_size + self.ranks.data_rank) * size
-        return range(start, start + size)
+        return self.ranks.micro_batch(micro, self.config.train_batch_size)
 
     def __call__(self, step: int) -> tuple[str, float]:
         """(name of the objective at `step`, mean loss over the global batch); gradients are the global batch's."""
-        name, count = self.objective.at(step), len(self.micro_batches)
-        total = torch.zeros((), device=self.student.device)
-        for micro in self.micro_batches:
-            with autocast(self.config, self.student.device):
-                loss = self._loss(name, step, micro)
-            # Gradients are averaged over all ranks, but those that share a sample each have a part of its gradient.
-            (loss * self.ranks.context_size / count).backward()
-            total += loss.detach() / count
-        self.ranks.average_gradients(self.student.parameters())
-        return name, float(self.ranks.mean(total))
+        name = self.objective.at(step)
+        return name, accumulate(lambda micro: self._loss(name, step, micro), self.student, self.config, self.ranks)
 
     def _loss(self, name: str, step: int, micro: int) -> torch.Tensor:
         positions, draws = self.positions(micro), (self.config.seed, self.stage)
@@ -98,5 +90,20 @@ class GradientStep:
             lanes.load_state_dict({name: part[lanes.positions] for name, part in state["lanes"].items()})
 
 
-def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+def accumulate(
+    loss_of: Callable[[int], torch.Tensor], model: torch.nn.Module, config: RunConfig, ranks: Ranks
+) -> float:
+    """Add to `model` the gradient of loss_of(number), meaned over all micro-batches of all ranks; returns that mean."""
+    count, total = config.gradient_accumulation_steps, torch.zeros((), device=ranks.device)
+    for micro in range(count):
+        with autocast(config, ranks.device):
+            loss = loss_of(micro)
+        # Gradients are averaged over all ranks, but those that share a sample each have a part of its gradient.
+        (loss * ranks.context_size / count).backward()
+        total += loss.detach() / count
+    ranks.average_gradients(model.parameters())
+    return float(ranks.mean(total))
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")

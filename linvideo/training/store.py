@@ -4,6 +4,7 @@ they are.
     x, u [n, S, C, F, H, W]              state, and the teacher's velocity there under the state's condition
     timestep [n, S] fp32                 what the teacher was given (1000 t)
     negative [n, S] bool, prompt [n]     the condition: the negative prompt, or prompt number `prompt`
+    sample [n, C, F, H, W]               where sampling ended: x_0, or the end of a high-noise expert's range
 
 n trajectories a shard, S kept sampler steps each. A shard is written whole, and counts once shard-<number>.json beside
 it has its checksum: an interrupted collection loses at most the shard it was in, and several workers can fill one
@@ -26,8 +27,9 @@ from linvideo.training.flow import NUM_TRAIN_TIMESTEPS
 from linvideo.training.prompts import PromptEmbeddings
 from linvideo.training.seeding import draw_indices
 
-FORMAT = 2
-KEYS = ("x", "u", "timestep", "negative", "prompt")
+FORMAT = 3
+OF_STATES = ("x", "u", "timestep", "negative", "prompt")
+KEYS = (*OF_STATES, "sample")
 
 
 @dataclass
@@ -131,7 +133,7 @@ class TrajectoryStore:
 
     def batch(self, indices: list[int], prompts: PromptEmbeddings, device: torch.device | str = "cpu") -> StateBatch:
         """The states number `indices`, counted trajectory by trajectory."""
-        columns = {key: [] for key in KEYS}
+        columns = {key: [] for key in OF_STATES}
         for index in indices:
             trajectory, step = divmod(index, self.request["states_per_trajectory"])
             number, row = divmod(trajectory, self.request["shard_size"])
@@ -143,9 +145,23 @@ class TrajectoryStore:
                 columns["prompt"].append(file.get_slice("prompt")[row : row + 1])
             except (SafetensorError, FileNotFoundError) as error:
                 raise ValueError(f"cannot read state {index} from {self._file(number)}: {error}") from None
-        x, u, timestep, negative, prompt = (torch.cat(columns[key]) for key in KEYS)
+        x, u, timestep, negative, prompt = (torch.cat(columns[key]) for key in OF_STATES)
         conditions = prompts.conditions(prompt, negative, device)
         return StateBatch(x.to(device), u.to(device), timestep.to(device), conditions, prompt, negative)
+
+    def samples(
+        self, trajectories: Iterable[int], prompts: PromptEmbeddings, device: torch.device | str = "cpu"
+    ) -> tuple[torch.Tensor, Conditions]:
+        """(samples [B, C, F, H, W] fp32, the prompts they were made from)."""
+        samples, numbers = [], []
+        for trajectory in trajectories:
+            number, row = divmod(trajectory, self.request["shard_size"])
+            try:
+                samples.append(self._open(number).get_slice("sample")[row].float())
+                numbers.append(self._open(number).get_slice("prompt")[row : row + 1])
+            except (SafetensorError, FileNotFoundError) as error:
+                raise ValueError(f"cannot read sample {trajectory} from {self._file(number)}: {error}") from None
+        return torch.stack(samples).to(device), prompts.conditions(torch.cat(numbers), device=device)
 
     def timesteps(self) -> torch.Tensor:
         """[num_trajectories, S] of all states; the store must be complete."""

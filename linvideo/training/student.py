@@ -8,6 +8,7 @@ from linvideo.models import convert
 from linvideo.training.adapters import FrozenBase, add_adapters
 from linvideo.training.config import TrainConfig
 from linvideo.training.parallel import Ranks
+from linvideo.training.run_config import RunConfig
 from linvideo.training.sharding import shard, split_tokens
 
 
@@ -25,30 +26,40 @@ def make_student(teacher: torch.nn.Module, config: TrainConfig, ranks: Ranks) ->
     if config.lora.rank is not None:
         torch.manual_seed(config.seed)  # adapters start from draws of their own
         add_adapters(student, config.lora)
+    return trainable(student, config, ranks, own=config.lora.rank is None)
+
+
+def trainable(model: torch.nn.Module, config: RunConfig, ranks: Ranks, own: bool = True) -> torch.nn.Module:
+    """`model` in place, ready to train: compiled, in shards, activations recomputed, as configured.
+
+    own: give it trainable fp32 copies of weights that it shares with another; else they stay as they are.
+    """
     if config.compile:
         # the blocks share their code: kinds of attention, with and without gradient and adapters
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-        for block in student.blocks:
+        for block in model.blocks:
             block.forward = torch.compile(block.forward)  # not the call: hooks of FSDP2 stay outside
-    split_tokens(student, ranks)
-    if config.lora.rank is None:
-        dtype = torch.bfloat16 if config.mixed_precision == "bf16" else None
-        shard(student, ranks, compute_dtype=dtype, own=True)
-    else:
-        shard(student, ranks)
+    split_tokens(model, ranks)
+    dtype = torch.bfloat16 if own and config.mixed_precision == "bf16" else None
+    shard(model, ranks, compute_dtype=dtype, own=own)
     if config.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-    return student.train()
+        model.enable_gradient_checkpointing()
+    return model.train()
 
 
 def training_teacher(
     teacher: torch.nn.Module, student: torch.nn.Module, config: TrainConfig, ranks: Ranks
 ) -> torch.nn.Module | Callable:
-    """The teacher in place, in shards or offloaded; with adapters, the student's base."""
+    """The teacher as `frozen`; with adapters, the student's base."""
     if config.lora.rank is not None:
         if ranks.size > 1:
             teacher.to("meta")  # the student's shards have its weights
         return FrozenBase(student)
+    return frozen(teacher, config, ranks)
+
+
+def frozen(teacher: torch.nn.Module, config: RunConfig, ranks: Ranks) -> torch.nn.Module:
+    """The teacher in place, in shards or offloaded."""
     if ranks.size > 1:
         teacher.requires_grad_(False)
         split_tokens(teacher, ranks)

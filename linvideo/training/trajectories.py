@@ -12,6 +12,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -25,13 +26,15 @@ from linvideo.training.store import TrajectoryStore
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
+SHIFTS = ("flow_shift", "shift")  # what schedulers call it
+
 
 @dataclass
 class TrajectoryConfig:
     """How the teacher is sampled. Sampler settings should be those the model is used with.
 
-    The store takes num_trajectories * (num_inference_steps // stride) * 2 tensors of C*F*H*W values. The defaults cost
-    about 81 GB with Wan 1.3B: 192 trajectories * 50 steps * 2 * 2.1 M values of 2 bytes. A larger stride and fewer
+    The store takes num_trajectories * (2 * (num_inference_steps // stride) + 1) tensors of C*F*H*W values. The defaults
+    cost about 81 GB with Wan 1.3B: 192 trajectories * 101 * 2.1 M values of 2 bytes. A larger stride and fewer
     num_trajectories bring it down in proportion; the paper's 50K states are 419 GB. Of a pipeline with two experts only
     the steps in the trained one's range count in place of num_inference_steps, and only these are stored.
 
@@ -100,12 +103,17 @@ def with_flow_shift(pipeline, flow_shift: float | None):
     """
     if flow_shift is None:
         return pipeline
-    names = [name for name in ("flow_shift", "shift") if name in pipeline.scheduler.config]
+    names = [name for name in SHIFTS if name in pipeline.scheduler.config]
     if not names:
         raise ValueError(f"trajectories.flow_shift needs a scheduler with one, got {type(pipeline.scheduler).__name__}")
     pipeline = copy.copy(pipeline)
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **{names[0]: flow_shift})
     return pipeline
+
+
+def stored_flow_shift(scheduler: Any) -> float:
+    """The shift of a scheduler; 1 where it has none."""
+    return next((scheduler.config[name] for name in SHIFTS if name in scheduler.config), 1.0)
 
 
 def latent_shape(pipeline, config: TrajectoryConfig) -> tuple[int, int, int, int]:
@@ -151,6 +159,17 @@ def open_store(
     expert: Expert = Expert(),  # noqa: B008 (frozen)
 ) -> TrajectoryStore:
     """The store at `path` for these trajectories, complete or not; see TrajectoryStore for what is refused."""
+    return TrajectoryStore(path, store_request(pipeline, prompts, config, seed, expert))
+
+
+def store_request(
+    pipeline,
+    prompts: PromptEmbeddings,
+    config: TrajectoryConfig,
+    seed: int,
+    expert: Expert = Expert(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:
+    """All that decides about the trajectories, as plain values."""
     timesteps, sigmas = sampler_grid(pipeline.scheduler, config.num_inference_steps)
     steps = kept_steps(timesteps, config, expert)
     request = {
@@ -170,7 +189,7 @@ def open_store(
         request |= {"expert": expert.name, "boundary_timestep": expert.boundary_timestep, "guidance_scale_2": scale}
     if expert.name == "low_noise":  # the states there were reached by the other expert; the reverse is not so
         request["model_high_noise"] = fingerprint(pipeline.transformer)
-    return TrajectoryStore(path, request)
+    return request
 
 
 def collect(
@@ -238,4 +257,6 @@ def _collect_batch(
         timestep[rows, columns] = float(step.timestep)
         if step.index == in_range[-1]:  # the low-noise expert's steps are of no use to the other
             break
-    return {"x": x, "u": u, "timestep": timestep, "negative": negative.gather(1, keep), "prompt": prompt}
+    sample = step.x_next.to(dtype).cpu()
+    states = {"x": x, "u": u, "timestep": timestep, "negative": negative.gather(1, keep)}
+    return states | {"prompt": prompt, "sample": sample}

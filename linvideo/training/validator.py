@@ -20,17 +20,17 @@ import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 
+from linvideo.models import FewStepScheduler
 from linvideo.models.generate import save_video
-from linvideo.training.config import TrainConfig
 from linvideo.training.experts import stored_expert
 from linvideo.training.files import read_cached, write_safetensors
 from linvideo.training.fingerprint import fingerprint
 from linvideo.training.metrics import MetricsLog, read_metrics, take_back
 from linvideo.training.parallel import Ranks
 from linvideo.training.prompts import PromptEmbeddings, encode_prompts
+from linvideo.training.run_config import RunConfig
 from linvideo.training.seeding import draw_noise
 from linvideo.training.step import autocast
-from linvideo.training.store import TrajectoryStore
 from linvideo.training.trackers import Trackers
 from linvideo.training.validation import decode, sample
 from linvideo.training.video_metrics import compare
@@ -42,14 +42,21 @@ class Validator:
     Args:
         pipeline: the teacher's. Its text encoder is used here and now, if at all.
         prompts: of the run, used where config.validation has none.
-        store: of the run's trajectories.
+        request: of the run's trajectory store.
+        student_scheduler: what a distilled student is sampled with, unguided; None is as the trajectories.
     """
 
     def __init__(
-        self, config: TrainConfig, pipeline: Any, prompts: PromptEmbeddings, store: TrajectoryStore, ranks: Ranks
+        self,
+        config: RunConfig,
+        pipeline: Any,
+        prompts: PromptEmbeddings,
+        request: dict[str, Any],
+        ranks: Ranks,
+        student_scheduler: FewStepScheduler | None = None,
     ):
         self.config, self.pipeline, self.prompts, self.ranks = config, pipeline, prompts, ranks
-        self.request = store.request
+        self.request, self.student_scheduler = request, student_scheduler
         self.folder = Path(config.output_dir) / "validation"
         self.rows = Path(config.output_dir) / "validation.jsonl"
         self.teacher_ready = False
@@ -96,12 +103,14 @@ class Validator:
         was_training = student.training
         student.eval()
         with averaged(student, ema), autocast(self.config, self.ranks.device):
-            latents = self._sample(student, stop)
+            latents = self._sample(student, stop, self.student_scheduler)
         student.train(was_training)
         if latents is not None:
             self.ranks.on_first(lambda: self._compare(latents, where, trackers))
 
-    def _sample(self, model: Callable, stop: Callable[[], bool]) -> list[torch.Tensor] | None:
+    def _sample(
+        self, model: Callable, stop: Callable[[], bool], few_steps: FewStepScheduler | None = None
+    ) -> list[torch.Tensor] | None:
         """Latents of all videos, by the pipeline with `model` in place of the transformer that is trained."""
         config, device = self.config.validation, self.ranks.device
         models = SimpleNamespace(
@@ -109,6 +118,9 @@ class Validator:
         )
         setattr(models, stored_expert(self.request).component, model)
         steps = config.num_inference_steps or self.config.trajectories.num_inference_steps
+        scheduler, request = self.pipeline.scheduler, self.request
+        if few_steps is not None:
+            scheduler, request, steps = few_steps, request | {"guidance_scale": 1.0}, few_steps.num_steps
         videos = []
         for number in range(config.num_videos):
             prompt = torch.tensor([number % len(self.prompts)])
@@ -116,7 +128,7 @@ class Validator:
             conditions = [
                 self.prompts.conditions(prompt, torch.tensor([negative]), device) for negative in (False, True)
             ]
-            video = sample(models, self.pipeline.scheduler, self.request, steps, noise, *conditions, stop)
+            video = sample(models, scheduler, request, steps, noise, *conditions, stop)
             if video is None:
                 return None
             videos.append(video)

@@ -107,17 +107,17 @@ def toy_step(tmp_path, kind: str | None, objective: str = "own_mse", student: fl
 def test_renoised_adm_moves_the_noised_estimate_towards_the_teacher(tmp_path):
     step = toy_step(tmp_path, "adm_renoise")
     x, sigma, scale = step.lanes.x.clone(), step.lanes.sigma.clone(), step.student.scale
-    noised = {}
-    original = step._noised
+    original, drawn = step._t_and_noise, []
 
-    def noise(clean, draws):
-        noised["x"], noised["t"] = original(clean, draws)
-        return noised["x"], noised["t"]
+    def record(clean, draws):
+        drawn.append((clean.detach(), *original(clean, draws)))
+        return drawn[0][1:]
 
-    step._noised = noise
+    step._t_and_noise = record
     step(0)
-    t = noised["t"].view(-1, 1, 1, 1, 1)
-    gradient = ((1 - t) / t).clamp(max=5) * (1.0 - scale.detach()) * noised["x"].detach()
+    clean, t, noise = drawn[0]
+    t = t.view(-1, 1, 1, 1, 1)
+    gradient = ((1 - t) / t).clamp(max=5) * (1.0 - scale.detach()) * ((1 - t) * clean + t * noise)
     through = -(1 - t) * sigma.view(-1, 1, 1, 1, 1) * x  # d x_hat / d scale, u = scale x + ...
     assert scale.grad.item() == pytest.approx((gradient * through).mean().item(), rel=1e-4)
 

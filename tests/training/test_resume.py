@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from tiny_run import ENVIRONMENT, ROOT, run
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from linvideo.training import Trainer, metrics, read_metrics
-from linvideo.training import trainer as trainer_module
+from linvideo.training import Trainer, metrics, pipeline_run, read_metrics
 from linvideo.training.checkpoint import list_checkpoints, load_checkpoint
 from linvideo.training.resumable import TrainingStopped
 
@@ -163,7 +162,7 @@ def test_sigterm_saves_the_step_and_ends_the_run(stage, step, tmp_path, uninterr
 def test_sigterm_outside_of_steps_ends_the_run_at_once(tmp_path, uninterrupted, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "collect", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(pipeline_run, "collect", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(TrainingStopped, match="between the steps"):
             run(folder)
     run(folder, resume_from_checkpoint="latest")

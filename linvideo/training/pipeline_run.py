@@ -1,0 +1,220 @@
+"""What every run that learns from a teacher pipeline shares: prompts, the teacher's trajectories, validation, and which
+parts of the pipeline leave the GPU meanwhile. Trainer and Distiller have the models and the stages."""
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from linvideo.models import FewStepScheduler, save_pipeline, wan_transformer
+from linvideo.training import run_folder
+from linvideo.training.checkpoint import remove_newer
+from linvideo.training.experts import Expert
+from linvideo.training.flow import sampler_grid
+from linvideo.training.images import check_images, encode_images, takes_images
+from linvideo.training.optimizer import StudentOptimizer
+from linvideo.training.parallel import Ranks, check_divisible, connect
+from linvideo.training.prompts import PromptEmbeddings, choose_prompts, encode_prompts
+from linvideo.training.resumable import ResumableRun
+from linvideo.training.run_config import RunConfig
+from linvideo.training.sharding import gather
+from linvideo.training.store import TrajectoryStore
+from linvideo.training.trajectories import (
+    collect,
+    kept_steps,
+    latent_shape,
+    open_store,
+    store_request,
+    with_flow_shift,
+)
+from linvideo.training.validator import Validator
+
+PARTS = ("text_encoder", "image_encoder", "vae", "transformer", "transformer_2")
+
+
+class PipelineRun(ResumableRun):
+    """One run of `config`; under torchrun, this process's part of it.
+
+    Args:
+        teacher_pipeline: a WanPipeline in memory, in place of config.pretrained_model_name_or_path. Its transformer is
+            copied, not changed; training runs on that transformer's device. Under torchrun, with offload_teacher or
+            with attention_backend it is changed: sharded, or given hooks or that backend. Of two experts the one to be
+            trained must be stock, the other may be converted already.
+        prompts: captions, in place of config.prompts.prompts_file.
+        images: with `prompts`, of an image-to-video pipeline: a PIL image or an image file for each.
+
+    Raises:
+        ValueError: before anything is written: no teacher, a pipeline or settings that do not fit it, a folder in use.
+    """
+
+    student_scheduler: FewStepScheduler | None = None  # of a student that has another sampler than its teacher
+
+    def __init__(
+        self,
+        config: RunConfig,
+        teacher_pipeline: Any = None,
+        prompts: list[str] | None = None,
+        images: Sequence[Any] | None = None,
+    ):
+        teacher = None if teacher_pipeline is None else wan_transformer(teacher_pipeline)
+        device = connect(config.device if teacher is None else str(teacher.device))
+        ranks = Ranks.connected(config.parallel, device)
+        super().__init__(config, ranks, checkpoints=ranks.on_first(lambda: run_folder.check(config)))
+        self.captions, self.images = choose_prompts(config.prompts.prompts_file, prompts, images)
+        pipeline = run_folder.load_teacher(config, device) if teacher is None else teacher_pipeline
+        self.pipeline = with_flow_shift(pipeline, config.trajectories.flow_shift)
+        self.expert = self._choose_expert()
+        self.teacher = wan_transformer(self.pipeline, self.expert.component)
+        check_images(self.pipeline, self.images)
+        if config.attention_backend is not None:
+            self.teacher.set_attention_backend(config.attention_backend)
+        self.latent_shape = latent_shape(self.pipeline, config.trajectories)
+        check_divisible(self.teacher.config, self.latent_shape, config.parallel)
+        self.grid = sampler_grid(self.pipeline.scheduler, config.trajectories.num_inference_steps)
+        kept_steps(self.grid[0], config.trajectories, self.expert)
+
+    # What subclasses have beside their stages.
+
+    def _choose_expert(self) -> Expert:
+        raise NotImplementedError
+
+    def _needs_trajectories(self) -> bool:
+        return True
+
+    def _check_continues(self, saved: Any) -> None:
+        self.config.check_continues(saved["config"], self.ranks.size, saved["processes"])
+
+    def _make_models(self) -> None:
+        """Set `student`, and whatever trains beside it; the teacher may be changed now."""
+        raise NotImplementedError
+
+    # The run.
+
+    def collect(self, worker: int = 0, workers: int = 1) -> TrajectoryStore:
+        """Only make trajectories: of several workers that share the store, on whatever machines, this one's part.
+
+        Raises:
+            ValueError: as `train`.
+        """
+        with self._stoppable():
+            self._open_data()
+            shards = range(worker, self.store.num_shards, workers)
+            collect(self.store, self.pipeline, self.prompts, self.config.progress, shards)
+        return self.store
+
+    def _run(self) -> None:
+        """All stages, or what is left of them."""
+        config, ranks = self.config, self.ranks
+        torch.manual_seed(config.seed)  # nothing here draws from it; a model with dropout would
+        saved = self._load_newest()
+        if saved is not None:
+            self._check_continues(saved)
+        if config.overwrite_output_dir:
+            ranks.on_first(lambda: run_folder.clear(self.output_dir))
+        with self._timed("trajectories"):
+            self._open_data()
+            self.validator = Validator(config, self.pipeline, self.prompts, self.request, ranks, self.student_scheduler)
+            if self.store is not None:
+                self._collect_together()
+        idle = self._idle_parts()
+        for part in idle:
+            # the first rank's text encoder is exported
+            part.to("meta" if part is self.pipeline.text_encoder and not ranks.first else "cpu")
+        self._make_models()
+        if saved is not None:
+            self._restore(saved)
+            ranks.on_first(lambda: remove_newer(self.output_dir, self.global_step))
+        ranks.on_first(lambda: self.validator.take_back(self.global_step))
+        self._run_stages()
+        for part in idle if ranks.size == 1 else ():
+            part.to(self.device)
+
+    def _open_data(self) -> None:
+        """Embeddings and, where trajectories are needed, their store, complete or not."""
+        config, ranks = self.config, self.ranks
+        path = config.trajectories.path or self.output_dir / "trajectories"
+
+        def read() -> None:
+            self.prompts = self._encode()
+            settings = (self.pipeline, self.prompts, config.trajectories, config.seed, self.expert)
+            self.request = store_request(*settings)
+            self.store = open_store(path, *settings) if self._needs_trajectories() else None
+
+        def prepare() -> None:
+            read()
+            config.save(self.output_dir / "config.yaml")
+
+        ranks.on_first(prepare)
+        if not ranks.first:  # what the first has computed is read back
+            read()
+        damage = ranks.gather_objects(self._damage_in_store())
+        if found := next(filter(None, damage), None):
+            raise ValueError(found)
+
+    def _collect_together(self) -> None:
+        """Every process is a worker of its own, with a whole teacher."""
+        config, ranks = self.config, self.ranks
+        shards = ranks.on_first(self.store.missing_shards)[ranks.rank :: ranks.size]
+        collect(self.store, self.pipeline, self.prompts, config.progress and ranks.first, shards)
+        while not self.store.complete:  # others may take hours longer, which no collective would wait for
+            time.sleep(1)
+
+    def _encode(self) -> PromptEmbeddings:
+        config, folder = self.config, self.output_dir
+        prompts = encode_prompts(self.pipeline, self.captions, config.prompts, folder / run_folder.PROMPT_CACHE)
+        if takes_images(self.pipeline):
+            size_and_cache = (config.trajectories, folder / run_folder.IMAGE_CACHE)
+            prompts.latents, prompts.image_embeds = encode_images(self.pipeline, self.images, *size_and_cache)
+        return prompts
+
+    def _idle_parts(self) -> list[torch.nn.Module]:
+        """What training does not need; Wan's text encoder alone is 11 GB."""
+        parts = [getattr(self.pipeline, name, None) for name in PARTS]
+        return [part for part in parts if part is not None and part is not self.teacher]
+
+    def _damage_in_store(self) -> str | None:
+        try:
+            if self.store is not None:
+                self.store.verify(self.ranks.rank, self.ranks.size)
+        except ValueError as error:
+            return str(error)
+
+    # What the stages share.
+
+    def _optimize(self, optimizer: StudentOptimizer, loss: float) -> float | None:
+        """Returns the gradient norm, None when the step was skipped."""
+        norm = optimizer.step() if math.isfinite(loss) else optimizer.skip()
+        self._finite(math.nan if norm is None else norm)
+        return norm
+
+    def _export(self) -> None:
+        self.student.eval().requires_grad_(False)
+        self.exported = gather(self.student, self.ranks)
+        path = self.output_dir / "pipeline"
+        self.ranks.on_first(lambda: save_pipeline(self._with_student(self.exported), path, overwrite=True))
+
+    def _with_student(self, student: torch.nn.Module) -> Any:
+        pipeline = copy.copy(self.pipeline)
+        setattr(pipeline, self.expert.component, student)
+        if self.student_scheduler is not None:
+            pipeline.scheduler = self.student_scheduler
+        return pipeline
+
+    def _validate(self) -> None:
+        """The student, in a stage with use_ema its averaged weights, unless that was done before a kill."""
+        if self.validator.done(self.global_step):
+            return
+        where = {"step": self.global_step, "stage": self.stage, "stage_step": self.stage_step}
+        other = "transformer" if self.expert.component == "transformer_2" else "transformer_2"
+        idle = getattr(self.pipeline, other, None)  # the other expert samples its part
+        if idle is not None:
+            idle.to(self.device)
+        try:
+            models, stop = (self.student, self.teacher), lambda: self.ranks.any(self.stop)
+            self.validator(*models, where, self.trackers, self.components.get("ema"), stop)
+        finally:
+            if idle is not None:
+                idle.to("cpu")

@@ -1,0 +1,170 @@
+"""What every run of training is configured by, whatever it learns; the sections are defined beside their parts."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from linvideo.training.devices import check_device
+from linvideo.training.files import write_text
+from linvideo.training.optimizer import OptimizerConfig
+from linvideo.training.parallel import ParallelConfig
+from linvideo.training.prompts import PromptConfig
+from linvideo.training.trackers import tracker_names
+from linvideo.training.trajectories import TrajectoryConfig
+from linvideo.training.validation import ValidationConfig
+
+MIXED_PRECISION = ("no", "bf16")
+# may change between a run and its continuation
+FREE = (
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+)
+FREE += ("report_to", "tracker_project_name", "device", "progress", "parallel", "validation")
+FREE += ("compile", "attention_backend", "offload_teacher", "trajectories.path")
+
+
+@dataclass
+class RunConfig:
+    """One run in a folder.
+
+    Args:
+        output_dir: folder of the run: config.yaml, metrics.jsonl, checkpoint-<step>/, trajectories/, with validation
+            its videos and validation.jsonl, and in the end pipeline/.
+        pretrained_model_name_or_path: the teacher, a pipeline folder or Hub id; not needed when the teacher is given in
+            memory.
+        overwrite_output_dir: delete what an earlier run left in output_dir.
+        resume_from_checkpoint: "latest" or a checkpoint folder in output_dir; continues exactly. "latest" starts from
+            the beginning when there is no checkpoint yet, with the trajectories that are there; an older checkpoint
+            takes the run back, the newer ones are deleted.
+        seed: of every draw.
+        device: for a teacher loaded by us; None is CUDA when there is a GPU.
+        mixed_precision: "no", or "bf16" (autocast over fp32 weights; a teacher loaded by us is then bf16).
+        gradient_checkpointing: recompute activations of the blocks of what trains.
+        compile: torch.compile the blocks of what trains.
+        attention_backend: of the softmax layers, a name of diffusers' set_attention_backend, say "flash" or
+            "_flash_3_hub"; None is PyTorch's own choice.
+        offload_teacher: keep the teacher's weights in CPU memory and bring each block when it is its turn.
+        train_batch_size: samples per forward on each data rank.
+        gradient_accumulation_steps: forwards per optimizer step. The product of both and the number of data ranks is
+            the global batch; it may not change when a run is continued, its factors may.
+        max_train_steps: of the main stage; the others have their own.
+        use_ema: export an exponential moving average of the weights that the last stage trains.
+        ema_decay: of that average.
+        checkpointing_steps: a checkpoint each so many steps of the whole run, and at the end of each stage.
+        checkpoints_total_limit: keep only the newest ones.
+        max_nonfinite_steps: steps with a non-finite loss or gradient are skipped; more than these end the run.
+        report_to: "none", "tensorboard", "wandb" or "tensorboard,wandb"; metrics.jsonl is always written. A continued
+            run goes on in the same wandb run.
+        tracker_project_name: the project of that wandb run.
+        progress: show progress bars.
+    """
+
+    output_dir: str
+    pretrained_model_name_or_path: str | None = None
+    overwrite_output_dir: bool = False
+    resume_from_checkpoint: str | None = None
+    seed: int = 0
+    device: str | None = None
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    attention_backend: str | None = None
+    offload_teacher: bool = False
+    train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    max_train_steps: int = 200
+    use_ema: bool = False
+    ema_decay: float = 0.999
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int | None = None
+    max_nonfinite_steps: int = 10
+    report_to: str = "none"
+    tracker_project_name: str = "linvideo"
+    progress: bool = True
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    trajectories: TrajectoryConfig = field(default_factory=TrajectoryConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise ValueError("output_dir must name a folder, got nothing")
+        if self.overwrite_output_dir and self.resume_from_checkpoint:
+            raise ValueError("overwrite_output_dir and resume_from_checkpoint exclude each other, got both")
+        self.check_choice("mixed_precision", MIXED_PRECISION)
+        tracker_names(self.report_to)
+        for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_train_steps", "max_nonfinite_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise ValueError(f"checkpoints_total_limit must be at least 1, got {self.checkpoints_total_limit}")
+        if not 0 <= self.ema_decay <= 1:
+            raise ValueError(f"ema_decay must lie in [0, 1], got {self.ema_decay}")
+        size = {name: getattr(self.trajectories, name) for name in ("height", "width")}
+        if self.validation.steps and any(value % 16 for value in size.values()):
+            raise ValueError(f"validation needs trajectories.height and width that are multiples of 16, got {size}")
+        check_device(self.device)
+        if self.parallel.ring_degree > 1 and self.attention_backend in (None, "native"):
+            raise ValueError(
+                "parallel.ring_degree needs an attention_backend that returns log-sum-exps, say _native_cudnn or flash,"
+                f" got {self.attention_backend}"
+            )
+
+    def check_choice(self, name: str, allowed: tuple) -> None:
+        """Raise ValueError when the field `name` has none of these values."""
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write YAML that `load_config(["--config", path])` reads back."""
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    def global_batch(self, processes: int) -> int:
+        """Samples of an optimizer step on so many processes."""
+        data_ranks = processes // self.parallel.context_degree
+        return self.train_batch_size * self.gradient_accumulation_steps * data_ranks
+
+    def check_continues(
+        self, earlier: dict[str, Any], processes: int = 1, earlier_processes: int = 1, free: tuple[str, ...] = ()
+    ) -> None:
+        """Raise ValueError when a run with the `earlier` config (a to_dict) cannot be continued exactly with this one.
+
+        The number of processes may always change, if the global batch stays. free: names that may differ here too.
+        """
+        may_differ = {*FREE, *free}
+        layout = ParallelConfig(**earlier["parallel"])
+        before = earlier["train_batch_size"] * earlier["gradient_accumulation_steps"]
+        before, now = before * (earlier_processes // layout.context_degree), self.global_batch(processes)
+        if before == now:
+            may_differ |= {"train_batch_size", "gradient_accumulation_steps"}
+        differences = [
+            f"{name} {old!r} (now {new!r})"
+            for name, old, new in _leaves(earlier, self.to_dict())
+            if old != new and not {name, name.split(".")[0]} & may_differ
+        ]
+        if before != now and not differences:
+            differences = [f"a global batch of {before} (now {now}, on {processes} processes)"]
+        if differences:
+            raise ValueError(f"the checkpoint was made with {', '.join(differences)}; continue with the same values")
+
+
+def _leaves(old: dict, new: dict, prefix: str = ""):
+    for name in {**old, **new}:
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _leaves(a, b, f"{prefix}{name}.")
+        else:
+            yield prefix + name, a, b
