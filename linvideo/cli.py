@@ -22,7 +22,8 @@ DIMENSIONS = [
 def demo(args: argparse.Namespace) -> None:
     from linvideo.demo.run import run_demo
 
-    run_demo(args.output_dir, overwrite=args.overwrite, device=args.device, seed=args.seed, videos=args.videos)
+    options = {"overwrite": args.overwrite, "device": args.device, "seed": args.seed, "videos": args.videos}
+    run_demo(args.output_dir, stages=args.stages.split(","), **options)
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -268,6 +269,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--videos", type=int, default=48, help="videos per model that the metrics are taken over")
+    what = "transfer,adm,distill or a part of it with transfer; distill takes about five minutes more"
+    sub.add_argument("--stages", default="transfer", help=what)
 
     sub = command("convert", convert, "give layers of a Wan pipeline linear attention, without training")
     add_model(sub)
@@ -297,7 +300,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--gpu_memory", type=float, default=80.0, help="of one GPU, in GB of 10^9 bytes")
     for name in ("height", "width", "num_frames"):
         sub.add_argument(f"--{name}", type=int, help="default: the config's")
-    sub.add_argument("--critic", action="store_true", help="with a fake-score network, as for distillation")
+    sub.add_argument("--critic", action="store_true", help="with a fake-score network, as linvideo distill has")
     sub.add_argument("--forward_seconds", type=float, help="of the teacher with one video on one GPU, as measured")
     sub.add_argument("--json", action="store_true", help="print the plan as JSON")
 

@@ -66,9 +66,16 @@ def start_noise(world: World, videos: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1234 + seed))
 
 
-def sample_videos(pipeline, captions: list[str], noise: torch.Tensor, world: World) -> torch.Tensor:
-    """One video per caption from its noise, with the world's sampler settings: float [B, 3, frames, size, size] in
-    [-1, 1] on the CPU."""
+def sample_videos(
+    pipeline,
+    captions: list[str],
+    noise: torch.Tensor,
+    world: World,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+) -> torch.Tensor:
+    """One video per caption from its noise, with the world's sampler settings where none are given: float [B, 3,
+    frames, size, size] in [-1, 1] on the CPU."""
     settings = SETTINGS[world.name]
     batch = max(1, TOKENS_AT_ONCE // tokens(world))
     videos = []
@@ -80,8 +87,8 @@ def sample_videos(pipeline, captions: list[str], noise: torch.Tensor, world: Wor
             height=world.size,
             width=world.size,
             num_frames=world.frames,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
+            num_inference_steps=num_inference_steps or settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale if guidance_scale is None else guidance_scale,
             latents=noise[first : first + batch],
             output_type="pt",
         )

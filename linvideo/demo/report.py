@@ -30,9 +30,15 @@ COLUMNS = {
 }
 
 
-def write_report(folder: Path, outcome: dict, films: dict[str, torch.Tensor], captions: list[str]) -> None:
+def write_report(
+    folder: Path,
+    outcome: dict,
+    films: dict[str, torch.Tensor],
+    captions: list[str],
+    few_films: dict[str, torch.Tensor],
+) -> None:
     """Write report.html and its first picture, frames.png, into `folder`, from what metrics.json holds, the videos with
-    their captions, and training/metrics.jsonl."""
+    their captions, and training/metrics.jsonl; of a distillation, if there was one, also few_steps.png."""
     picture = report.film_picture({NAMES[name]: film for name, film in films.items()}, captions[:3])
     (folder / "frames.png").write_bytes(picture)
     rows = read_metrics(folder / "training" / "metrics.jsonl")
@@ -50,6 +56,7 @@ def write_report(folder: Path, outcome: dict, films: dict[str, torch.Tensor], ca
         ("Metrics", metric_table(outcome)),
         ("Which layers became linear", layer_choice(outcome)),
         ("Training", report.plot(lambda axes: draw_losses(axes, rows)) + report.plot(lambda axes: draw_r(axes, rows))),
+        *([("Few steps", few_steps(folder, outcome["few_steps"], few_films, captions))] if few_films else []),
         ("Speed of one attention layer", speed(outcome)),
         ("Kernels", kernels(outcome["kernel_check"])),
         ("Time per stage", report.table(["stage", "seconds"], [[k, v] for k, v in outcome["seconds"].items()])),
@@ -68,6 +75,23 @@ def metric_table(outcome: dict) -> str:
         f" {50 / outcome['videos'] ** 0.5:.0f} points. good: all three words right, straight and clean. Up to and"
         " including 'good' higher is better, below it lower is, except PSNR."
     )
+
+
+def few_steps(folder: Path, outcome: dict, films: dict[str, torch.Tensor], captions: list[str]) -> str:
+    steps = len(outcome["timesteps"])
+    names = {"teacher": "teacher", "converted": "converted", "distilled": "converted and distilled"}
+    picture = report.film_picture({names[name]: film for name, film in films.items()}, captions[:3])
+    (folder / "few_steps.png").write_bytes(picture)
+    rows = [
+        [label, *(outcome["models"][name][key] for name in names)]
+        for key, label in COLUMNS.items()
+        if key in outcome["models"]["teacher"]
+    ]
+    note = report.note(
+        f"All three sample in {steps} steps: the first two as they are, with guidance, which is two forwards a step, the"
+        " distilled one with a single forward a step. PSNR is to the teacher's videos at its full number of steps."
+    )
+    return report.image_tag(picture) + report.table(["", *names.values()], rows) + note
 
 
 def layer_choice(outcome: dict) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
@@ -14,6 +15,7 @@ import torch
 
 from linvideo.demo import teacher
 from linvideo.demo.evaluate import evaluate
+from linvideo.demo.few_steps import distill_and_compare
 from linvideo.demo.kernel_check import check_kernels
 from linvideo.demo.report import write_report
 from linvideo.demo.world import WORLDS
@@ -24,6 +26,7 @@ from linvideo.training import TrainConfig, Trainer, load_config
 from linvideo.training.devices import check_device
 
 WORLD = WORLDS["small"]
+STAGES = ("transfer", "adm", "distill")
 SHOWN = 4  # videos in the side-by-side film; the report shows the first of each
 
 
@@ -33,21 +36,29 @@ def run_demo(
     device: str | None = None,
     seed: int = 0,
     videos: int = 48,
+    stages: Sequence[str] = ("transfer",),
 ) -> dict:
     """Run the whole demo and return what it writes to metrics.json.
 
     Args:
         output_dir: gets pipeline/ (the converted folder), training/ (the run), side_by_side.mp4, frames.png,
-            metrics.json and report.html. It appears, complete, when the demo ends.
+            metrics.json and report.html. It appears, complete, when the demo ends. Distillation adds distilled/ (its
+            folder), distillation/ (its run) and few_steps.png.
         overwrite: replace what an earlier demo left in output_dir.
         device: "cpu" or "cuda"; None takes a GPU where there is one.
         seed: of the training run; the videos that are judged always start from the same noise.
         videos: per model that metrics are taken over.
+        stages: of STAGES. "transfer" is always there: choice of layers and fine-tuning. "adm": fine-tuning alternates
+            with anytime distribution matching. "distill": the converted model learns to sample in two steps.
 
     Raises:
-        ValueError: output_dir is in use and overwrite is False or no demo made it, fewer videos than the film shows, or
-            a device that is not there.
+        ValueError: output_dir is in use and overwrite is False or no demo made it, fewer videos than the film shows,
+            unknown stages, or a device that is not there.
     """
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        raise ValueError(f"stages must be of {', '.join(STAGES)}, got {', '.join(map(repr, unknown))}")
+    if "transfer" not in stages:
+        raise ValueError(f"stages must have transfer, which the others build on, got {', '.join(stages) or 'none'}")
     output_dir = Path(output_dir)
     if output_dir.is_file():
         raise ValueError(f"expected a folder to write to, got the file {output_dir}")
@@ -64,17 +75,18 @@ def run_demo(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     started = time.time()
     with new_folder(output_dir) as folder:
-        outcome = write_demo(folder, device, seed, videos)
+        outcome = write_demo(folder, device, seed, videos, stages)
     print(f"done in {time.time() - started:.0f} s: open {output_dir / 'report.html'}")
     return outcome
 
 
-def write_demo(folder: Path, device: str, seed: int, videos: int) -> dict:
+def write_demo(folder: Path, device: str, seed: int, videos: int, stages: Sequence[str]) -> dict:
     started = time.time()
     print(f"loading the embedded teacher from {teacher.FOLDER}")
     pipeline = load_pipeline(teacher.FOLDER).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    trainer = Trainer(demo_config(folder / "training", seed), pipeline, prompts=WORLD.training_captions())
+    config = demo_config(folder / "training", seed, adm="adm" in stages)
+    trainer = Trainer(config, pipeline, prompts=WORLD.training_captions())
     result = trainer.train()
     os.rename(result.pipeline_path, folder / "pipeline")
     print(f"linear layers: {result.layers_linear} of {len(pipeline.transformer.blocks)}")
@@ -89,6 +101,13 @@ def write_demo(folder: Path, device: str, seed: int, videos: int) -> dict:
     }
     outcome, films = evaluate(pipeline, transformers, videos, WORLD)
     seconds = result.seconds | {"evaluation": time.time() - stage_started}
+
+    few_films = {}
+    if "distill" in stages:
+        stage_started = time.time()
+        few_steps, few_films = distill_and_compare(folder, pipeline, transformers["final"], videos, seed, WORLD)
+        outcome["few_steps"] = few_steps
+        seconds["distillation"] = time.time() - stage_started
 
     stage_started = time.time()
     outcome["kernel_check"] = check_kernels(folder / "pipeline", device)
@@ -115,7 +134,7 @@ def write_demo(folder: Path, device: str, seed: int, videos: int) -> dict:
     }
     report.write_video(report.side_by_side([film[:SHOWN] for film in films.values()]), folder / "side_by_side.mp4")
     (folder / "metrics.json").write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
-    write_report(folder, outcome, films, WORLD.evaluation_captions(videos))
+    write_report(folder, outcome, films, WORLD.evaluation_captions(videos), few_films)
     return outcome
 
 
@@ -130,8 +149,9 @@ def print_kernel_check(check: dict | None) -> None:
     )
 
 
-def demo_config(output_dir: Path, seed: int) -> TrainConfig:
+def demo_config(output_dir: Path, seed: int, adm: bool = False) -> TrainConfig:
     """The recipe "demo", without its validation: the demo compares in a way of its own."""
     options = {"output_dir": output_dir, "seed": seed, "checkpoints_total_limit": 1, "validation.steps": 0}
+    options |= {"objective.name": "hybrid"} if adm else {}
     words = (word for name, value in options.items() for word in (f"--{name}", str(value)))
     return load_config(["--config", "demo", *words])

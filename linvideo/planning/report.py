@@ -30,7 +30,7 @@ def text(plan: dict[str, Any]) -> str:
     for name, column in plan["layouts"].items():
         lines.append(f"{name}: {' '.join(column['options']) if column else 'nothing fits with this global batch'}")
         if column and column["layout"]["critic"]:
-            lines.append("  beside a critic, which linvideo train does not have yet")
+            lines.append("  beside a critic: fine-tuning is then what linvideo distill takes, with the same options")
     hours = plan["collection_hours"]
     took = "unmeasured; give --forward_seconds, of the teacher with one video on one GPU"
     took = took if hours is None else f"{hours:.1f} hours on {plan['gpus']} GPU{'s' * (plan['gpus'] > 1)}"

@@ -2,7 +2,8 @@
 
 `Trainer(TrainConfig(...)).train()` does all of it; the parts are plain functions in files of their own:
 
-    the run         trainer (the stages), resumable (steps, checkpoints, signals), config, run_folder, student
+    the run         trainer (the stages); pipeline_run, resumable (what any run has: data and validation; steps,
+                    checkpoints, signals); run_config, config, run_folder, student
     its data        prompts, images, conditions; trajectories, store; experts (Wan 2.2); flow, seeding
     what it learns  warmup, sensitivity, selection; step, objectives, lanes; optimizer, eight_bit, adapters, branches
     many ranks      parallel (who does what), sharding (what happens to the models), checkpoint

@@ -30,8 +30,8 @@ def short_demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
     full = run.demo_config
 
-    def short(output_dir, seed):
-        config = full(output_dir, seed)
+    def short(*arguments, **named):
+        config = full(*arguments, **named)
         config.max_train_steps = config.warmup.max_train_steps = config.selection.max_train_steps = 3
         config.trajectories.num_trajectories = config.trajectories.batch_size = 8
         config.sensitivity.num_states = 8

@@ -100,7 +100,7 @@ def test_a_critic_is_planned_when_asked_for():
     result = make(SMALL, f"{USUAL} --parallel.shard_degree 1", gpus=2, critic=True, gpu_memory=60)
     column = result["layouts"]["suggested"]
     assert column["stages"]["mixed stage"]["critic, with its training"] == 16 * SMALL.parameters / 2
-    assert "a critic, which linvideo train does not have yet" in text(result)
+    assert "beside a critic" in text(result)
 
 
 def test_adapters_and_context_parallelism_as_configured():

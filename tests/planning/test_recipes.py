@@ -1,16 +1,19 @@
 """Every recipe loads, and fits the GPUs that its first lines name."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from linvideo.demo.run import WORLD
 from linvideo.demo.teacher import SETTINGS
+from linvideo.distillation import DistillConfig
 from linvideo.planning.plan import make_plan
 from linvideo.planning.sizes import read_sizes
-from linvideo.training import load_config
+from linvideo.training import TrainConfig, load_config
 from linvideo.training.config import RECIPES
+from linvideo.training.run_config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.name.removesuffix(".yaml") for path in RECIPES.iterdir())
@@ -24,16 +27,27 @@ def test_there_is_one_for_every_setting():
     assert all(any(name in recipe for recipe in NAMES) for name in wanted)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "demo"])
+def load(name: str, output_dir: Path) -> tuple[TrainConfig, bool]:
+    """(what can be planned, whether it is a distillation, which has a critic)."""
+    words = ["--config", name, "--output_dir", str(output_dir)]
+    if not name.startswith("distill"):
+        return load_config(words), False
+    config = load_config(words, DistillConfig, "distill")
+    return TrainConfig(**{field.name: getattr(config, field.name) for field in fields(RunConfig)}), True
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("demo")])
 def test_it_fits(name, tmp_path):
-    config = load_config(["--config", name, "--output_dir", str(tmp_path / "run")])
+    config, critic = load(name, tmp_path / "run")
     head = (RECIPES / f"{name}.yaml").read_text().splitlines()[1]
     gpus, memory = map(int, re.match(r"# (\d+) x (\d+) GB", head).groups())
-    assert f"--config {name} --output_dir run" in head
+    assert f"--config {name} " in head and (critic or "--output_dir run" in head)
     assert ("torchrun" in head) == (gpus > 1) and (gpus == 1 or f"--nproc_per_node={min(gpus, 8)} " in head)
     model = config.pretrained_model_name_or_path
-    plan = make_plan(read_sizes(STAND_INS.get(model, model), config.trajectories), config, gpus, memory)
-    assert plan["layouts"]["as configured"]["fits"], plan["layouts"]["as configured"]["totals"]
+    plan = make_plan(read_sizes(STAND_INS.get(model, model), config.trajectories), config, gpus, memory, critic)
+    column = plan["layouts"]["as configured"]
+    # of a distillation the fine-tuning with a critic is what counts
+    assert column["totals"]["fine-tuning"] <= plan["usable_memory"] if critic else column["fits"], column["totals"]
     assert plan["global_batch"] == 16
 
 
@@ -43,6 +57,14 @@ def test_the_demo_is_sampled_as_its_teacher_is_meant_to_be(tmp_path):
     names = ("num_inference_steps", "guidance_scale")
     assert all(getattr(sampler, name) == getattr(settings, name) for name in names)
     assert (sampler.height, sampler.width, sampler.num_frames) == (WORLD.size, WORLD.size, WORLD.frames)
+
+
+def test_distillations_take_the_trajectories_of_the_transfer(tmp_path):
+    for name in (name for name in NAMES if name.startswith("distill")):
+        config, _ = load(name, tmp_path)
+        transfer, _ = load(name.removeprefix("distill-"), tmp_path)
+        assert (config.trajectories, config.prompts) == (transfer.trajectories, transfer.prompts)
+        assert (config.seed, config.mixed_precision) == (transfer.seed, transfer.mixed_precision)
 
 
 def test_the_guide_names_every_recipe():

@@ -1,0 +1,46 @@
+"""The demo's distillation: the converted model learns to sample in two steps, and is compared with what it was."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from linvideo.demo import metrics
+from linvideo.demo.evaluate import sample_videos, start_noise, with_transformer
+from linvideo.demo.world import World
+from linvideo.distillation import DistillConfig, Distiller
+from linvideo.training import load_config
+
+
+def distill_and_compare(
+    folder: Path, pipeline, converted: torch.nn.Module, videos: int, seed: int, world: World
+) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Distil `converted` in folder/distillation, to folder/distilled; folder/training has the trajectories.
+
+    Returns what metrics.json gets, and name -> videos, all sampled in as many steps as the student takes.
+    """
+    config = distill_config(folder / "distillation", folder / "training" / "trajectories", seed)
+    result = Distiller(config, pipeline, converted, world.training_captions()).train()
+    os.rename(result.pipeline_path, folder / "distilled")
+
+    captions, noise = world.evaluation_captions(videos), start_noise(world, videos).to(pipeline.device)
+    steps = len(result.timesteps)
+    full = sample_videos(pipeline, captions, noise, world)
+    films = {
+        "teacher": sample_videos(pipeline, captions, noise, world, steps),
+        "converted": sample_videos(with_transformer(pipeline, converted), captions, noise, world, steps),
+        "distilled": sample_videos(result.pipeline, captions, noise, world, steps, guidance_scale=1.0),
+    }
+    outcome = {"timesteps": result.timesteps, "seconds": result.seconds, "models": {}}
+    for name, film in films.items():
+        found = metrics.judge(film, captions, world) | {"psnr_to_teacher": metrics.psnr(film, full)}
+        outcome["models"][name] = found
+        print(f"{name}, {steps} steps: all words right {found['all_right']:.0%}, good {found['good']:.0%}")
+    return outcome, films
+
+
+def distill_config(output_dir: Path, trajectories: Path, seed: int) -> DistillConfig:
+    """The recipe "distill-demo" on trajectories that are there."""
+    options = {"output_dir": output_dir, "seed": seed, "checkpoints_total_limit": 1, "trajectories.path": trajectories}
+    words = (word for name, value in options.items() for word in (f"--{name}", str(value)))
+    return load_config(["--config", "distill-demo", *words], DistillConfig)
