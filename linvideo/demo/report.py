@@ -88,8 +88,8 @@ def few_steps(folder: Path, outcome: dict, films: dict[str, torch.Tensor], capti
         if key in outcome["models"]["teacher"]
     ]
     note = report.note(
-        f"All three sample in {steps} steps: the first two as they are, with guidance, which is two forwards a step, the"
-        " distilled one with a single forward a step. PSNR is to the teacher's videos at its full number of steps."
+        f"All three sample in {steps} steps: the first two as they are, with guidance, which is two forwards a step,"
+        " the distilled one with a single forward a step. PSNR is to the teacher's videos at its full number of steps."
     )
     return report.image_tag(picture) + report.table(["", *names.values()], rows) + note
 

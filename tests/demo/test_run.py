@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from linvideo import describe, load_pipeline
-from linvideo.demo import evaluate, kernel_check, report, run, teacher
+from linvideo.cli import main
+from linvideo.demo import evaluate, few_steps, kernel_check, report, run, teacher
 from linvideo.demo.world import WORLDS
 from linvideo.models.generate import generate_video
 
@@ -26,7 +27,7 @@ METRICS = {
 
 @pytest.fixture(scope="module")
 def short_demo(tmp_path_factory):
-    """The demo with every stage cut to a few steps: what it writes, not how good it is."""
+    """The demo with every stage, each cut to a few steps: what it writes, not how good it is."""
     folder = tmp_path_factory.mktemp("demo") / "run"
     full = run.demo_config
 
@@ -35,12 +36,22 @@ def short_demo(tmp_path_factory):
         config.max_train_steps = config.warmup.max_train_steps = config.selection.max_train_steps = 3
         config.trajectories.num_trajectories = config.trajectories.batch_size = 8
         config.sensitivity.num_states = 8
+        configs.append(config)
         return config
 
+    def short_distillation(*arguments):
+        config = full_distillation(*arguments)
+        config.regression.max_train_steps, config.max_train_steps, config.dmd.student_every = 2, 2, 1
+        config.trajectories.num_trajectories = config.trajectories.batch_size = 8
+        return config
+
+    configs, full_distillation = [], few_steps.distill_config
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "demo_config", short)
+        patch.setattr(few_steps, "distill_config", short_distillation)
         patch.setattr(run, "attention_latency", lambda device, lengths: [row(n) for n in (64, 128)])
-        outcome = run.run_demo(folder, device="cpu", videos=4)
+        outcome = run.run_demo(folder, device="cpu", videos=4, stages=run.STAGES)
+    assert [config.objective.name for config in configs] == ["hybrid"]
     return folder, outcome
 
 
@@ -51,6 +62,9 @@ def row(tokens: int) -> dict:
 def test_demo_leaves_a_complete_folder(short_demo):
     folder, outcome = short_demo
     assert {file.name for file in folder.iterdir()} == {
+        "distillation",
+        "distilled",
+        "few_steps.png",
         "frames.png",
         "metrics.json",
         "pipeline",
@@ -65,7 +79,7 @@ def test_demo_leaves_a_complete_folder(short_demo):
         assert set(written[name]) == METRICS
     assert written["teacher"]["own_state_error"] == 0
     document = (folder / "report.html").read_text()
-    assert document.count("data:image/png") == 5 and "http" not in document
+    assert document.count("data:image/png") == 6 and "http" not in document
 
 
 def test_demo_converts_half_of_the_layers(short_demo):
@@ -73,6 +87,30 @@ def test_demo_converts_half_of_the_layers(short_demo):
     found = describe(load_pipeline(folder / "pipeline").transformer)
     assert found.layers_linear == outcome["layers_linear"] and len(found.layers_linear) == 4
     assert not found.layers_mixed
+
+
+def test_the_distilled_model_samples_in_two_steps(short_demo):
+    folder, outcome = short_demo
+    assert load_pipeline(folder / "distilled").scheduler.config.timesteps == outcome["few_steps"]["timesteps"]
+    assert len(outcome["few_steps"]["timesteps"]) == 2
+    assert set(outcome["few_steps"]["models"]) == {"teacher", "converted", "distilled"}
+    assert "Few steps" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("stages, named", [(["transfer", "distil"], "'distil'"), (["distill"], "must have transfer")])
+def test_impossible_stages_are_refused(tmp_path, stages, named):
+    with pytest.raises(ValueError, match=named):
+        run.run_demo(tmp_path / "new", stages=stages)
+
+
+def test_by_default_there_is_the_transfer_alone(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(run, "run_demo", lambda *_, **named: asked.append(named["stages"]))
+    main(["demo", "--output_dir", str(tmp_path / "a")])
+    main(["demo", "--output_dir", str(tmp_path / "b"), "--stages", "transfer,adm,distill"])
+    assert asked == [["transfer"], ["transfer", "adm", "distill"]]
+    config = run.demo_config(tmp_path / "c", seed=0)
+    assert config.objective.name == "mse"
 
 
 def test_kernel_step_agrees_with_the_reference(short_demo):
