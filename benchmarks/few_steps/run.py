@@ -29,7 +29,6 @@ DISTILLED = {
     "distilled": STEPS,
     "distilled, no regression": (2,),
     "joint": (2,),
-    "dense, distilled": (2,),
 }
 NOTES = {
     "teacher": "softmax, its own sampler and guidance",
@@ -41,7 +40,6 @@ NOTES = {
     "distilled, no regression": "distribution matching alone",
     "joint": "one stage: the teacher with the same layers made linear, neither warmed up nor trained, distribution"
     " matching alone",
-    "dense, distilled": "the teacher itself after regression and distribution matching",
 }
 
 
@@ -130,7 +128,7 @@ class FewStepBench(Bench):
             progress=False,
         ).to_dict()
         values["regression"] = {
-            "max_train_steps": scale.regression_steps if name.endswith("distilled") else 0,
+            "max_train_steps": scale.regression_steps if name == "distilled" else 0,
             "learning_rate": scale.regression_learning_rate,
         }
         values["optimizer"]["learning_rate"] = scale.learning_rate
@@ -139,11 +137,8 @@ class FewStepBench(Bench):
 
     def student(self, name: str, seed: int) -> torch.nn.Module:
         """What distillation starts from."""
-        teacher = self.pipeline.transformer
-        if name.startswith("dense"):
-            return teacher
         if name == "joint":
-            return convert(teacher, read_json(self.layers_file(seed)), mode="linear")
+            return convert(self.pipeline.transformer, read_json(self.layers_file(seed)), mode="linear")
         path = Path(self.transfer_config(seed).output_dir) / "pipeline"
         return load_pipeline(path, text_encoder=None, vae=None).transformer.to(self.device)
 
