@@ -52,6 +52,8 @@ class Bench:
         """Train and judge. The default run of the seed must be done before any other setting's; its folder stays,
         the others' are deleted once they are judged."""
         config = self.config(setting, seed)
+        if setting.after == "trajectories":
+            shutil.rmtree(config.output_dir, ignore_errors=True)
         trainer = AblationTrainer(config, self.pipeline, self.prompts, setting, self.probe(seed))
         row: dict[str, Any] = {"setting": setting.name, "seed": seed}
         try:
@@ -77,7 +79,7 @@ class Bench:
         return {"setting": "teacher", "seed": seed, **self.figures(videos, seed)}
 
     def config(self, setting: Setting, seed: int) -> TrainConfig:
-        """The run's config; its folder stands where the default run was after the stages they share."""
+        """The run's config; its folder stands where the default run was after the stages they share, if any."""
         suite, folder = self.suite, self.folder / "runs"
         output_dir = folder / f"{slug(setting.name)}-{seed}"
         base = folder / f"{slug(DEFAULT.name)}-{seed}"
@@ -128,7 +130,6 @@ class Bench:
         config = from_dict(values)
         if setting.after != "trajectories":
             return start_after(setting.after, base, config)
-        shutil.rmtree(output_dir, ignore_errors=True)
         return config
 
     def judge(self, student: torch.nn.Module, seed: int) -> dict[str, Any]:

@@ -75,7 +75,9 @@ class FewStepBench(Bench):
         full = self.videos(teacher, None, None, seed)
         rows = [self.figured("teacher", FULL, full, full, seed)]
         started = time.perf_counter()
-        result = Trainer(self.transfer_config(seed), self.pipeline, self.prompts).train()
+        config = self.transfer_config(seed)
+        shutil.rmtree(config.output_dir, ignore_errors=True)  # of a benchmark that was interrupted
+        result = Trainer(config, self.pipeline, self.prompts).train()
         write_json(self.layers_file(seed), result.layers_linear)
         converted = wan_transformer(result.pipeline)
         seconds = time.perf_counter() - started
