@@ -13,7 +13,7 @@ from diffusers.models.attention_dispatch import attention_backend
 
 from benchmarks.measure import attempt, dtype_name, timed
 from benchmarks.shapes import LINEAR_COUNTS, WanModel
-from linvideo.models.wan import LinVideoWanTransformer3DModel, set_attention_types
+from linvideo.models import LinVideoWanTransformer3DModel, set_attention_types
 
 # FlashAttention-2 as PyTorch ships it is what the paper compares with; the others are the strongest there are.
 BACKENDS = ("_native_flash", "_native_cudnn", "_flash_3", "sage")

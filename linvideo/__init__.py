@@ -6,7 +6,10 @@ _LAZY = {
     name: "linvideo.models"
     for name in (
         "FewStepScheduler",
+        "LinVideoChronoEditTransformer3DModel",
+        "LinVideoSkyReelsV2Transformer3DModel",
         "LinVideoWanTransformer3DModel",
+        "LinVideoWanVACETransformer3DModel",
         "ModelMixin",
         "SchedulerMixin",
         "attention_types",

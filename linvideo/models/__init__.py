@@ -2,24 +2,28 @@
 
 from diffusers import ModelMixin, SchedulerMixin
 
+from linvideo.models.attention import ATTENTION_TYPES, attention_types, set_attention_types
 from linvideo.models.convert import convert, finalize
 from linvideo.models.describe import Description, describe
 from linvideo.models.few_step import FewStepScheduler
 from linvideo.models.pipelines import load_pipeline, new_folder, save_pipeline, wan_transformer
 from linvideo.models.wan import (
-    ATTENTION_TYPES,
+    LinVideoChronoEditTransformer3DModel,
+    LinVideoSkyReelsV2Transformer3DModel,
     LinVideoWanAttnProcessor,
     LinVideoWanTransformer3DModel,
-    attention_types,
-    set_attention_types,
+    LinVideoWanVACETransformer3DModel,
 )
 
 __all__ = [
     "ATTENTION_TYPES",
     "Description",
     "FewStepScheduler",
+    "LinVideoChronoEditTransformer3DModel",
+    "LinVideoSkyReelsV2Transformer3DModel",
     "LinVideoWanAttnProcessor",
     "LinVideoWanTransformer3DModel",
+    "LinVideoWanVACETransformer3DModel",
     "ModelMixin",  # diffusers looks base classes up in the library that model_index.json names
     "SchedulerMixin",
     "attention_types",

@@ -1,34 +1,40 @@
-"""Conversion of a Wan transformer to linear self-attention, and the end of it."""
+"""Conversion of a video transformer to linear self-attention, and the end of it."""
 
 from collections.abc import Iterable
 from copy import copy as shallow_copy
 from copy import deepcopy
 from itertools import chain
 
-from diffusers import DiffusionPipeline, WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers import DiffusionPipeline, ModelMixin
 
-from linvideo.models.wan import LinVideoWanTransformer3DModel, attach_attention, stored_attention_type
+from linvideo.models.attention import (
+    LinearAttentionMixin,
+    attach_attention,
+    family,
+    self_attentions,
+    stored_attention_type,
+)
 
 MODES = ("mixed", "linear")
 
 
 def convert(
-    transformer_or_pipeline: WanTransformer3DModel | DiffusionPipeline,
+    transformer_or_pipeline: ModelMixin | DiffusionPipeline,
     layers: str | Iterable[int] = "all",
     mode: str = "mixed",
     feature_map: str = "hedgehog",
     r_init: float = 0.8,
     copy: bool = True,
-) -> LinVideoWanTransformer3DModel | DiffusionPipeline:
-    """Give self-attention layers of a Wan transformer a linear branch; the original is never altered.
+) -> LinearAttentionMixin | DiffusionPipeline:
+    """Give self-attention layers of a video transformer a linear branch; the original is never altered.
 
     With mode "mixed" and r_init=1 the result computes exactly what the original does.
 
     Args:
-        transformer_or_pipeline: a WanTransformer3DModel, an already converted one (its softmax layers can be added), or
-            a pipeline that holds one. A pipeline comes back as a new pipeline object that shares all other components;
-            of Wan 2.2, `transformer` and `transformer_2` are both converted, with the same layers.
+        transformer_or_pipeline: a diffusers transformer of a family that docs/models.md lists, an already converted one
+            (its softmax layers can be added), or a pipeline that holds one. A pipeline comes back as a new pipeline
+            object that shares all other components; of Wan 2.2, `transformer` and `transformer_2` are both converted,
+            with the same layers.
         layers: 0-based layer numbers, or "all" (of an already converted model: all that are still softmax).
         mode: "mixed" for r * softmax + (1 - r) * linear with a learnable r per layer, "linear" for the linear branch
             alone.
@@ -52,9 +58,7 @@ def convert(
     return _convert_transformer(transformer_or_pipeline, **arguments)
 
 
-def finalize(
-    model: LinVideoWanTransformer3DModel, linear_layers: Iterable[int] | None = None
-) -> LinVideoWanTransformer3DModel:
+def finalize(model: LinearAttentionMixin, linear_layers: Iterable[int] | None = None) -> LinearAttentionMixin:
     """End the mixture, in place: every mixed layer becomes linear (r is dropped) or softmax (the branch is dropped).
 
     Args:
@@ -68,9 +72,9 @@ def finalize(
         ValueError: not a converted transformer, or linear_layers names a layer without a linear branch, leaves out one
             that is linear already, or is no list of distinct layers. Nothing is changed then.
     """
-    if not isinstance(model, LinVideoWanTransformer3DModel):
-        raise ValueError(f"expected a LinVideoWanTransformer3DModel, got {type(model).__name__}")
-    attentions = [block.attn1 for block in model.blocks]
+    if not isinstance(model, LinearAttentionMixin):
+        raise ValueError(f"expected a converted transformer, got {type(model).__name__}")
+    attentions = self_attentions(model)
     stored = [stored_attention_type(attn) for attn in attentions]
     if linear_layers is None:
         linear = {i for i, attn in enumerate(attentions) if stored[i] == "mixed" and attn.linear_attn.r.item() < 0.5}
@@ -95,7 +99,7 @@ def finalize(
 def _convert_pipeline(pipeline: DiffusionPipeline, **arguments) -> DiffusionPipeline:
     names = [name for name in ("transformer", "transformer_2") if getattr(pipeline, name, None) is not None]
     if not names:
-        raise ValueError(f"expected a pipeline with a Wan transformer, got {type(pipeline).__name__} without one")
+        raise ValueError(f"expected a pipeline with a transformer, got {type(pipeline).__name__} without one")
     converted = {name: _convert_transformer(getattr(pipeline, name), **arguments) for name in names}
     # A shallow copy keeps the pipeline's own settings; setting a component also updates what model_index.json will say.
     result = shallow_copy(pipeline)
@@ -104,9 +108,9 @@ def _convert_pipeline(pipeline: DiffusionPipeline, **arguments) -> DiffusionPipe
     return result
 
 
-def _convert_transformer(model, layers, mode, feature_map, r_init, copy) -> LinVideoWanTransformer3DModel:
+def _convert_transformer(model, layers, mode, feature_map, r_init, copy) -> LinearAttentionMixin:
     _check_convertible(model)
-    stored = [stored_attention_type(block.attn1) for block in model.blocks]
+    stored = [stored_attention_type(attn) for attn in self_attentions(model)]
     free = [i for i, kind in enumerate(stored) if kind == "softmax"]
     chosen = free if isinstance(layers, str) and layers == "all" else _check_layers(layers, len(stored))
     if not chosen:
@@ -122,39 +126,34 @@ def _convert_transformer(model, layers, mode, feature_map, r_init, copy) -> LinV
     result = copy_module(model, share_tensors=not copy)
     # Only the class changes, so that what the user set on the model (fused projections, adapters, checkpointing,
     # attention backend) is kept; a model built anew from the config would lose it.
-    result.__class__ = LinVideoWanTransformer3DModel
-    for i, block in enumerate(result.blocks):
+    result.__class__ = kind = family(model)
+    for i, attn in enumerate(self_attentions(result)):
         if i in chosen:
-            attach_attention(block.attn1, mode, feature_map, r_init)
+            attach_attention(attn, mode, kind.processor_class, feature_map, r_init)
         elif stored[i] == "softmax":
-            attach_attention(block.attn1, "softmax")
+            attach_attention(attn, "softmax", kind.processor_class)
         else:
-            block.attn1.attention_type = stored[i]
+            attn.attention_type = stored[i]
     result.register_attention_config(feature_map)
     return result
 
 
 def _check_convertible(model) -> None:
-    # Subclasses are refused because changing the class would drop their methods.
-    if type(model) not in (WanTransformer3DModel, LinVideoWanTransformer3DModel):
+    kind = family(model)  # also refuses subclasses, because changing the class would drop their methods
+    if type(model) is not kind and "attention_types" in model.config:
         raise ValueError(
-            f"expected a WanTransformer3DModel or a pipeline that holds one, got {type(model).__module__}"
-            f".{type(model).__name__}"
+            f"this model is a converted one that the stock {type(model).__name__} loaded without its linear layers;"
+            f" load it with linvideo.{kind.__name__} or linvideo.load_pipeline"
         )
-    if type(model) is WanTransformer3DModel and "attention_types" in model.config:
-        raise ValueError(
-            "this model is a converted one that the stock WanTransformer3DModel loaded without its linear layers; load"
-            " it with linvideo.LinVideoWanTransformer3DModel or linvideo.load_pipeline"
-        )
+    kind.check_convertible(model)
     if any(_has_hooks(module) for module in model.modules()):
         raise ValueError("expected a model without hooks (offloading, context parallelism, caches), got one with hooks")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("expected a model with its weights loaded, got parameters on the meta device")
-    for i, block in enumerate(model.blocks):
-        if not isinstance(block.attn1.processor, WanAttnProcessor):
-            raise ValueError(
-                f"expected Wan's own attention processor in layer {i}, got {type(block.attn1.processor).__name__}"
-            )
+    for i, attn in enumerate(self_attentions(model)):
+        if not isinstance(attn.processor, (*kind.stock_processors, kind.processor_class)):
+            expected = " or ".join(processor.__name__ for processor in kind.stock_processors)
+            raise ValueError(f"expected {expected} in layer {i}, got {type(attn.processor).__name__}")
 
 
 def _has_hooks(module) -> bool:
@@ -174,7 +173,7 @@ def _check_layers(layers, num_layers: int) -> list[int]:
     return sorted(layers)
 
 
-def copy_module(model: WanTransformer3DModel, share_tensors: bool) -> WanTransformer3DModel:
+def copy_module(model: ModelMixin, share_tensors: bool) -> ModelMixin:
     """A model of its own, over the same tensors or over copies of them."""
     tensors = chain(model.parameters(), model.buffers()) if share_tensors else ()
     # deepcopy takes what its memo holds for copied already

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from diffusers import WanTransformer3DModel
+from diffusers import ModelMixin
 
-from linvideo.models.wan import stored_attention_type
+from linvideo.models.attention import self_attentions, stored_attention_type
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,13 @@ class Description:
         return "\n".join(lines)
 
 
-def describe(model: WanTransformer3DModel) -> Description:
-    """Describe a Wan transformer, stock or converted, by the weights it holds (not by what its layers run as).
+def describe(model: ModelMixin) -> Description:
+    """Describe a transformer, stock or converted, by the weights it holds (not by what its layers run as).
 
     Raises:
-        ValueError: `model` is no WanTransformer3DModel.
+        ValueError: `model` is no transformer (of a pipeline: its transformer) of a family that there is.
     """
-    if not isinstance(model, WanTransformer3DModel):
-        raise ValueError(
-            f"expected a WanTransformer3DModel (of a pipeline: its transformer), got {type(model).__name__}"
-        )
-    attentions = [block.attn1 for block in model.blocks]
+    attentions = self_attentions(model)
     types = [stored_attention_type(attn) for attn in attentions]
     branches = [attn.linear_attn for attn, kind in zip(attentions, types, strict=True) if kind != "softmax"]
     layers = {kind: [i for i, other in enumerate(types) if other == kind] for kind in ("softmax", "linear", "mixed")}
@@ -61,8 +57,8 @@ def describe(model: WanTransformer3DModel) -> Description:
         layers_mixed=layers["mixed"],
         r={i: attentions[i].linear_attn.r.item() for i in layers["mixed"]},
         feature_map=branches[0].feature_map if branches else None,
-        heads=model.config.num_attention_heads,
-        head_dim=model.config.attention_head_dim,
+        heads=attentions[0].heads,
+        head_dim=attentions[0].inner_dim // attentions[0].heads,
         parameters=sum(p.numel() for p in model.parameters()),
         parameters_linear_attn=sum(p.numel() for branch in branches for p in branch.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),

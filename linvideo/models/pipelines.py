@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, WanTransformer3DModel
 from safetensors import SafetensorError
 
 from linvideo import _diffusers_hook
+from linvideo.models.attention import FAMILIES
 
 _INDEX = "model_index.json"
 
@@ -49,10 +50,10 @@ def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipelin
         raise ValueError(f"cannot load a pipeline from {location}: {reason}") from error
     for name, component in pipeline.components.items():
         # a stock class keeps config keys that it does not know
-        if type(component) is WanTransformer3DModel and "attention_types" in component.config:
+        if type(component) in FAMILIES and "attention_types" in component.config:
             raise ValueError(
                 f"{location}: {name} has linear attention layers, but {_INDEX} names {type(component).__name__} for it;"
-                ' expected ["linvideo", "LinVideoWanTransformer3DModel"]'
+                f' expected ["linvideo", "{FAMILIES[type(component)].__name__}"]'
             )
     return pipeline
 

@@ -74,11 +74,13 @@ class LinearAttentionBranch(nn.Module):
         v: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor] | None = None,
         softmax_out: torch.Tensor | None = None,
+        key_mask: torch.Tensor | None = None,
         group: torch.distributed.ProcessGroup | None = None,
     ) -> torch.Tensor:
         """Linear attention over q, k, v [B, N, H, D]; mixed with `softmax_out` [B, N, H, D] when that is given.
 
-        rope: (cos, sin), each [N, D/2], of q and k that are not rotated yet. group: ranks that hold the other tokens
+        rope: (cos, sin), each [N, D/2], of q and k that are not rotated yet. key_mask: bool [B, N], the keys that
+        count, say without the padding of a text; None is all. group: ranks that hold the other tokens
         of the same samples (context parallelism); they exchange one sum of H F (D + 1) numbers a sample, however many
         tokens there are. Returns [B, N, H, D] in q's dtype. Mixing happens here, and not in the attention processor,
         because offloading hooks place a module's parameters only around that module's own forward.
@@ -88,8 +90,9 @@ class LinearAttentionBranch(nn.Module):
         mix = None if softmax_out is None else (softmax_out, self.r)
         queries = {"feature_map": self.feature_map, "q_weight": self.q_weight, "rope": rope, "mix": mix}
         if group is None:
-            return linear_attn(q, k, v, k_weight=self.k_weight, **queries)
-        state, z = linear_attn_state(k, v, feature_map=self.feature_map, k_weight=self.k_weight, rope=rope)
+            return linear_attn(q, k, v, k_weight=self.k_weight, key_mask=key_mask, **queries)
+        keys = {"feature_map": self.feature_map, "k_weight": self.k_weight, "rope": rope, "key_mask": key_mask}
+        state, z = linear_attn_state(k, v, **keys)
         total = all_reduce_sum(torch.cat([state, z.unsqueeze(-1)], dim=-1), group)
         return linear_attn_apply(q, total[..., :-1].contiguous(), total[..., -1].contiguous(), **queries)
 
