@@ -7,6 +7,9 @@ _LAZY = {
     for name in (
         "FewStepScheduler",
         "LinVideoChronoEditTransformer3DModel",
+        "LinVideoCogVideoXTransformer3DModel",
+        "LinVideoHunyuanVideo15Transformer3DModel",
+        "LinVideoLTXVideoTransformer3DModel",
         "LinVideoSkyReelsV2Transformer3DModel",
         "LinVideoWanTransformer3DModel",
         "LinVideoWanVACETransformer3DModel",

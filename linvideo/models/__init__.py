@@ -3,9 +3,12 @@
 from diffusers import ModelMixin, SchedulerMixin
 
 from linvideo.models.attention import ATTENTION_TYPES, attention_types, set_attention_types
+from linvideo.models.cogvideox import LinVideoCogVideoXTransformer3DModel
 from linvideo.models.convert import convert, finalize
 from linvideo.models.describe import Description, describe
 from linvideo.models.few_step import FewStepScheduler
+from linvideo.models.hunyuan_video15 import LinVideoHunyuanVideo15Transformer3DModel
+from linvideo.models.ltx import LinVideoLTXVideoTransformer3DModel
 from linvideo.models.pipelines import load_pipeline, new_folder, save_pipeline, wan_transformer
 from linvideo.models.wan import (
     LinVideoChronoEditTransformer3DModel,
@@ -20,6 +23,9 @@ __all__ = [
     "Description",
     "FewStepScheduler",
     "LinVideoChronoEditTransformer3DModel",
+    "LinVideoCogVideoXTransformer3DModel",
+    "LinVideoHunyuanVideo15Transformer3DModel",
+    "LinVideoLTXVideoTransformer3DModel",
     "LinVideoSkyReelsV2Transformer3DModel",
     "LinVideoWanAttnProcessor",
     "LinVideoWanTransformer3DModel",

@@ -1,0 +1,74 @@
+"""CogVideoX: text and video attend jointly, text first, without masks. Conversion only: CogVideoX predicts v of a DDPM,
+and linvideo's training objectives are those of rectified flow."""
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
+from diffusers.models.embeddings import apply_rotary_emb
+
+from linvideo.models.attention import LinearAttentionMixin, attend, self_attentions
+
+
+class LinVideoCogVideoXAttnProcessor(CogVideoXAttnProcessor2_0):
+    """Joint attention of a CogVideoX block, computed as the layer's `attn.attention_type` says; it owns nothing. Other
+    than diffusers' it knows attention backends.
+
+    Raises:
+        ValueError: a layer that is not softmax meets an attention mask.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if attention_mask is not None:
+            attention_type = getattr(attn, "attention_type", "softmax")
+            if attention_type != "softmax":
+                raise ValueError(f"a {attention_type} attention layer takes no attention mask, got one")
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        text_tokens = encoder_hidden_states.shape[1]
+        joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(joint).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(joint), attn.to_k(joint), attn.to_v(joint)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query, key = (_rotate_video(x, image_rotary_emb, text_tokens) for x in (query, key))
+
+        out = attend(self, attn, query, key, value).flatten(2, 3).type_as(value)
+        for layer in attn.to_out:  # projection, dropout
+            out = layer(out)
+        text, video = out.split([text_tokens, hidden_states.shape[1]], dim=1)
+        return video, text
+
+
+def _rotate_video(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], text_tokens: int) -> torch.Tensor:
+    """[B, N, H, D] with RoPE on the tokens after the text."""
+    return torch.cat([x[:, :text_tokens], apply_rotary_emb(x[:, text_tokens:], rope, sequence_dim=1)], dim=1)
+
+
+class LinVideoCogVideoXTransformer3DModel(LinearAttentionMixin, CogVideoXTransformer3DModel):
+    """CogVideoX."""
+
+    attention_paths = (("transformer_blocks", "attn1"),)
+    processor_class = LinVideoCogVideoXAttnProcessor
+    stock_processors = (CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0)
+
+    def fuse_qkv_projections(self) -> None:
+        """One projection for q, k and v; diffusers' own would exchange the processors."""
+        for attn in self_attentions(self):
+            attn.fuse_projections(fuse=True)
+
+    def unfuse_qkv_projections(self) -> None:
+        for attn in self_attentions(self):
+            attn.fused_projections = False

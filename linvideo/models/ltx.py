@@ -1,0 +1,50 @@
+"""LTX-Video: text comes in by cross-attention; RoPE turns q and k over all heads at once, before they are split."""
+
+import torch
+from diffusers import LTXVideoTransformer3DModel
+from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor, apply_rotary_emb
+
+from linvideo.models.attention import LinearAttentionMixin, attend
+
+
+class LinVideoLTXAttnProcessor(LTXVideoAttnProcessor):
+    """Self-attention of an LTX block, computed as the layer's `attn.attention_type` says; it owns nothing.
+
+    Cross-attention is left to diffusers.
+
+    Raises:
+        ValueError: a layer that is not softmax meets an attention mask.
+    """
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        attention_type = getattr(attn, "attention_type", "softmax")
+        if encoder_hidden_states is not None or (attention_type == "softmax" and attention_mask is not None):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        if attention_mask is not None:
+            raise ValueError(f"a {attention_type} attention layer takes no attention mask, got one")
+
+        query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
+        if image_rotary_emb is not None:
+            query, key = apply_rotary_emb(query, image_rotary_emb), apply_rotary_emb(key, image_rotary_emb)
+        value = attn.to_v(hidden_states)
+        out = attend(self, attn, *(x.unflatten(2, (attn.heads, -1)) for x in (query, key, value)))
+
+        out = out.flatten(2, 3).type_as(value)
+        for layer in attn.to_out:  # projection, dropout
+            out = layer(out)
+        return out
+
+
+class LinVideoLTXVideoTransformer3DModel(LinearAttentionMixin, LTXVideoTransformer3DModel):
+    """LTX-Video."""
+
+    attention_paths = (("transformer_blocks", "attn1"),)
+    processor_class = LinVideoLTXAttnProcessor
+    stock_processors = (LTXVideoAttnProcessor,)
