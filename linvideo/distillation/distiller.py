@@ -15,6 +15,7 @@ from linvideo.distillation.regression import TrajectoryJumps
 from linvideo.distillation.step import DmdStep
 from linvideo.models import load_pipeline, wan_transformer
 from linvideo.models.convert import copy_module
+from linvideo.models.wan import attach_attention, stored_attention_type
 from linvideo.training.experts import Expert
 from linvideo.training.optimizer import StudentOptimizer
 from linvideo.training.pipeline_run import PipelineRun
@@ -103,15 +104,25 @@ class Distiller(PipelineRun):
 
     def _make_models(self) -> None:
         config, ranks = self.config, self.ranks
-        self.student = trainable(copy_module(self.source, share_tensors=True), config, ranks)
+        self.student = trainable(self._copy(self.source), config, ranks)
         if config.max_train_steps:
-            self.critic = copy_module(self.teacher, share_tensors=True)
+            self.critic = self._copy(self.teacher)
             if config.dmd.adversarial_weight:
                 torch.manual_seed(config.seed)  # the discriminator starts from draws, the same on all ranks
                 self.features = attach_discriminator(self.critic, config.dmd.adversarial_layer)
                 self.critic.discriminator.to(self.device)
             self.critic = trainable(self.critic, config, ranks)
         self.teacher = frozen(self.teacher, config, ranks)
+
+    def _copy(self, model: WanTransformer3DModel) -> WanTransformer3DModel:
+        """To be trained; over the same tensors as yet."""
+        result = copy_module(model, share_tensors=True)
+        for block in result.blocks:
+            if stored_attention_type(block.attn1) == "softmax":  # diffusers' own is not made for autocast everywhere
+                attach_attention(block.attn1, "softmax")
+        if self.config.attention_backend is not None:
+            result.set_attention_backend(self.config.attention_backend)
+        return result
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         trained = super()._trained()

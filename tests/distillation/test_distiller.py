@@ -290,6 +290,17 @@ def test_not_finite_steps_are_skipped(tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "checkpoint-7")[1]["nonfinite"] == 2
 
 
+def test_the_attention_backend_is_that_of_all_models(tmp_path):
+    done = run(tmp_path, attention_backend="_native_math", max_train_steps=1)
+
+    def backends(model):
+        layers = [attn for block in model.blocks for attn in (block.attn1, block.attn2)]
+        return {attn.processor._attention_backend for attn in layers}
+
+    assert [backends(model) for model in (done.student, done.teacher, done.critic)] == [{"_native_math"}] * 3
+    assert backends(done.source) == {None}
+
+
 # what is refused
 
 
