@@ -9,7 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 
-from linvideo.distillation.adversarial import Features, attach_discriminator
+from linvideo.distillation.adversarial import Features, attach_discriminator, feature_layer
 from linvideo.distillation.config import DistillConfig
 from linvideo.distillation.regression import TrajectoryJumps
 from linvideo.distillation.step import DmdStep
@@ -51,8 +51,8 @@ class Distiller(PipelineRun):
         student: a converted transformer in memory, in place of config.student_model_name_or_path. It is not changed.
 
     Raises:
-        ValueError: as PipelineRun; no student, or one that does not fit the teacher or has mixed layers; a pipeline
-            with two experts (Wan 2.2).
+        ValueError: as PipelineRun; no student, or one that does not fit the teacher or has mixed layers; a
+            discriminator's layer that is not there; a pipeline with two experts (Wan 2.2).
     """
 
     config: DistillConfig
@@ -71,6 +71,8 @@ class Distiller(PipelineRun):
         self.student_scheduler = config.scheduler()
         self.source = self._load_student() if student is None else student
         check_student(self.source, self.teacher)
+        if config.dmd.adversarial_weight:
+            feature_layer(self.teacher, config.dmd.adversarial_layer)  # refused now, not after hours of trajectories
         self.critic: torch.nn.Module | None = None
         self.features: Features | None = None
 

@@ -323,14 +323,11 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
     refused_in_python("the teacher's patch_size", new, teacher, tiny_transformer(2, patch_size=(1, 1, 1)))
     refused_in_python("expected a Wan transformer for a student, got Linear", new, teacher, torch.nn.Linear(1, 1))
     refused_in_python("two experts", new, tiny_experts(), student)
+    layer = {"adversarial_weight": 0.1, "adversarial_layer": 3}
+    refused_in_python(r"dmd.adversarial_layer must lie in \[0, 2\], got 3", new, teacher, student, dmd=layer)
     refused_in_python("at least one prompt", new, teacher, student, prompts=[])
     folder = str(tmp_path / "none")
     refused_in_python("none", new, teacher, student_model_name_or_path=folder)
-
-
-def test_a_layer_of_the_discriminator_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"dmd.adversarial_layer must lie in \[0, 2\], got 3"):
-        run(tmp_path, dmd={"adversarial_weight": 0.1, "adversarial_layer": 3})
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
