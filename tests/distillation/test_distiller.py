@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from test_cli import refused
 from tiny import generate, tiny_image, tiny_image_pipeline, tiny_image_transformer, tiny_inputs, tiny_transformer
 from tiny_distill_run import LINEAR, distill_config, distiller, run, tiny_student
@@ -290,7 +291,9 @@ def test_not_finite_steps_are_skipped(tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "checkpoint-7")[1]["nonfinite"] == 2
 
 
-def test_the_attention_backend_is_that_of_all_models(tmp_path):
+def test_the_attention_backend_is_that_of_all_models(tmp_path, monkeypatch):
+    # diffusers makes a model's backend the default of all others: not of later tests
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
     done = run(tmp_path, attention_backend="_native_math", max_train_steps=1)
 
     def backends(model):
