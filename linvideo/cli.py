@@ -37,7 +37,7 @@ def convert(args: argparse.Namespace) -> None:
     models.save_pipeline(converted, args.output_dir, overwrite=args.overwrite, training=how)
     if len(print_transformers(converted)) > 1:
         print("both experts were converted, with the same layers")
-    print(f"saved to {args.output_dir}; its linear layers are untrained: `linvideo train` is what makes them good")
+    print(f"saved to {args.output_dir}; its new linear layers are untrained: training makes them good, `linvideo train` Wan's")
 
 
 def train(argv: list[str]) -> None:
@@ -271,8 +271,8 @@ def load(args: argparse.Namespace, **components):
     dtype = {"default": getattr(torch, args.dtype), "vae": torch.float32}
     pipeline = models.load_pipeline(args.model, torch_dtype=dtype, **components)
     vae = getattr(pipeline, "vae", None)
-    if vae is not None and type(vae).__name__ != "AutoencoderKLWan":  # only Wan's is meant for fp32
-        vae.to(dtype["default"])
+    if vae is not None and type(vae).__name__ != "AutoencoderKLWan" and vae.dtype != dtype["default"]:
+        vae.to(dtype["default"])  # only Wan's is meant for fp32
     return pipeline
 
 

@@ -14,8 +14,9 @@ from linvideo.distillation.config import DistillConfig
 from linvideo.distillation.regression import TrajectoryJumps
 from linvideo.distillation.step import DmdStep
 from linvideo.models import Training, load_pipeline, wan_transformer
+from linvideo.models.attention import attach_attention, self_attentions, stored_attention_type
 from linvideo.models.convert import copy_module
-from linvideo.models.wan import attach_attention, stored_attention_type
+from linvideo.models.wan import LinVideoWanAttnProcessor
 from linvideo.training.experts import Expert
 from linvideo.training.optimizer import StudentOptimizer
 from linvideo.training.pipeline_run import PipelineRun
@@ -119,9 +120,9 @@ class Distiller(PipelineRun):
     def _copy(self, model: WanTransformer3DModel) -> WanTransformer3DModel:
         """To be trained; over the same tensors as yet."""
         result = copy_module(model, share_tensors=True)
-        for block in result.blocks:
-            if stored_attention_type(block.attn1) == "softmax":  # diffusers' own is not made for autocast everywhere
-                attach_attention(block.attn1, "softmax")
+        for attn in self_attentions(result):
+            if stored_attention_type(attn) == "softmax":  # diffusers' own is not made for autocast everywhere
+                attach_attention(attn, "softmax", LinVideoWanAttnProcessor)
         if self.config.attention_backend is not None:
             result.set_attention_backend(self.config.attention_backend)
         return result

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
 
 from linvideo.models import FewStepScheduler, Training, save_pipeline, wan_transformer
 from linvideo.training import run_folder
@@ -69,6 +70,8 @@ class PipelineRun(ResumableRun):
         self.pipeline = with_flow_shift(pipeline, config.trajectories.flow_shift)
         self.expert = self._choose_expert()
         self.teacher = wan_transformer(self.pipeline, self.expert.component)
+        if type(self.teacher) is not WanTransformer3DModel:
+            raise ValueError(f"expected a stock WanTransformer3DModel for a teacher, got {type(self.teacher).__name__}")
         check_images(self.pipeline, self.images)
         if config.attention_backend is not None:
             self.teacher.set_attention_backend(config.attention_backend)

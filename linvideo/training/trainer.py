@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 
 from linvideo.models import Training, convert, finalize, wan_transformer
@@ -64,8 +63,6 @@ class Trainer(PipelineRun):
         images: Sequence[Any] | None = None,
     ):
         super().__init__(config, teacher_pipeline, prompts, images)
-        if type(self.teacher) is not WanTransformer3DModel:
-            raise ValueError(f"expected a stock WanTransformer3DModel, got {type(self.teacher).__name__}")
         self.target = config.selection.target(len(self.teacher.blocks))
         mixed(self.teacher, config)  # raises now what it would raise after hours of sampling
         config.lora.check(self.teacher)

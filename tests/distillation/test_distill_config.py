@@ -32,7 +32,10 @@ BAD = {
     "regression.learning_rate=0": "regression.learning_rate must be positive, got 0",
     "regression.learning_rate=.nan": "regression.learning_rate must be positive, got nan",
     "dmd.student_every=0": "dmd.student_every must be at least 1, got 0",
+    "max_train_steps=4": "max_train_steps must be 0 or at least dmd.student_every 5, else the student never",
     "dmd.flow_shift=0": "dmd.flow_shift must be positive, got 0",
+    "dmd.flow_shift=.nan": "dmd.flow_shift must be positive, got nan",
+    "dmd.adversarial_weight=.nan": "dmd.adversarial_weight must not be negative, got nan",
     "dmd.t_min=0": "expected 0 < dmd.t_min < dmd.t_max < 1, got 0.0 and 0.98",
     "dmd.t_min=0.99": "expected 0 < dmd.t_min < dmd.t_max < 1, got 0.99 and 0.98",
     "dmd.t_max=1": "expected 0 < dmd.t_min < dmd.t_max < 1, got 0.02 and 1.0",
@@ -90,7 +93,7 @@ def test_given_timesteps_replace_the_number_of_steps():
 
 @pytest.mark.parametrize(
     "regression, dmd, weight, needed",
-    [(1, 1, 0, True), (1, 0, 0, True), (0, 1, 0, False), (0, 1, 0.1, True), (1, 0, 0.1, True)],
+    [(1, 5, 0, True), (1, 0, 0, True), (0, 5, 0, False), (0, 5, 0.1, True), (1, 0, 0.1, True)],
 )
 def test_trajectories_are_needed_by_regression_and_by_a_discriminator(regression, dmd, weight, needed):
     stages = {"regression": {"max_train_steps": regression}, "max_train_steps": dmd}

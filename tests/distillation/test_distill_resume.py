@@ -156,7 +156,7 @@ def test_without_the_first_stage_and_average(tmp_path):
         ({"dmd": {"student_every": 2, "adversarial_weight": 0.1}}, r"dmd\.student_every 3 \(now 2\)"),
         ({"dmd": {"student_every": 3}}, r"dmd\.adversarial_weight 0\.1 \(now 0\.0\)"),
         ({"num_steps": 4}, r"num_steps 2 \(now 4\)"),
-        ({"critic_optimizer": {"learning_rate": 1.0}}, r"critic_optimizer\.learning_rate 0\.001 \(now 1\.0\)"),
+        ({"critic_optimizer": {"learning_rate": 1.0}}, r"critic_optimizer\.learning_rate 0\.0004 \(now 1\.0\)"),
         ({"train_batch_size": 3}, r"train_batch_size 2 \(now 3\)"),
     ],
 )
