@@ -37,7 +37,7 @@ def convert(args: argparse.Namespace) -> None:
     models.save_pipeline(converted, args.output_dir, overwrite=args.overwrite, training=how)
     if len(print_transformers(converted)) > 1:
         print("both experts were converted, with the same layers")
-    print(f"saved to {args.output_dir}; its new linear layers are untrained: training makes them good, `linvideo train` Wan's")
+    print(f"saved to {args.output_dir}; its new linear layers are untrained: `linvideo train` makes good ones, of Wan")
 
 
 def train(argv: list[str]) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub import ModelCard, ModelCardData
-from yaml import YAMLError
+from huggingface_hub import ModelCardData
 
 from linvideo.models.attention import LinearAttentionMixin, video_transformers
 from linvideo.models.describe import describe
@@ -44,7 +43,7 @@ class Training:
     earlier: str | os.PathLike | None = None
 
     def __str__(self) -> str:
-        stages = ", ".join(f"{stage} {count} steps" for stage, count in self.steps.items() if count)
+        stages = ", ".join(f"{stage} {count}" for stage, count in self.steps.items() if count)
         said = [f"{name} {value}" for name, value in self.settings.items() if value is not None]
         done = f"optimizer steps: {stages}" if stages else "no training, its new linear layers are **untrained**"
         return "; ".join([f"{self.method}: {done}", *said])
@@ -148,10 +147,8 @@ def _base_model(model: DiffusionPipeline | ModelMixin) -> str | None:
     folder = _folder(model)
     text = None if folder is None else _read(folder)
     if text is not None and MARK in text:
-        try:
-            return ModelCard(text).data.base_model
-        except (ValueError, YAMLError):  # damaged by hand
-            return None
+        found = re.search(r"^base_model: ([\w.-]+/[\w.-]+)$", text.split(MARK)[0], re.MULTILINE)
+        return found and found[1]
     parts = model.components.values() if isinstance(model, DiffusionPipeline) else [model]
     parts = [part for part in parts if isinstance(part, ModelMixin)]
     paths = [_path(part) for part in sorted(parts, key=lambda part: not isinstance(part, LinearAttentionMixin))]

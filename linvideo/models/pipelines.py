@@ -15,6 +15,9 @@ from linvideo.models.attention import FAMILIES
 from linvideo.models.card import Training, write_card
 
 _INDEX = "model_index.json"
+ONLY_WAN = (
+    "training knows Wan's rectified flow only, other families just convert (CogVideoX, for one, predicts v of a DDPM)"
+)
 
 
 def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipeline:
@@ -137,7 +140,6 @@ def wan_transformer(pipeline: DiffusionPipeline, component: str = "transformer")
     if not isinstance(transformer, WanTransformer3DModel):
         raise ValueError(
             f"expected a pipeline with a Wan transformer, got {type(pipeline).__name__} with"
-            f" {type(transformer).__name__}; training is Wan's rectified flow with its pipeline, other families only"
-            " convert (CogVideoX, for one, predicts v of a DDPM)"
+            f" {type(transformer).__name__}; {ONLY_WAN}"
         )
     return transformer
