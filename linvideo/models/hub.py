@@ -22,7 +22,8 @@ def push_to_hub(
     """Upload a pipeline as `save_pipeline` writes it; returns the commit's address.
 
     `pipeline.push_to_hub` works too, but gives a new repository diffusers' empty card. Here and there a card that the
-    repository has already stays. A folder that is saved already goes up by `hf upload`.
+    repository has already stays. A folder that is saved already goes up by `hf upload`, which keeps its card as it is,
+    with the metrics of its own training.
 
     Args:
         repo_id: "owner/name"; it is created if it is not there.
