@@ -13,7 +13,7 @@ from linvideo.distillation.adversarial import Features, attach_discriminator, fe
 from linvideo.distillation.config import DistillConfig
 from linvideo.distillation.regression import TrajectoryJumps
 from linvideo.distillation.step import DmdStep
-from linvideo.models import load_pipeline, wan_transformer
+from linvideo.models import Training, load_pipeline, wan_transformer
 from linvideo.models.attention import attach_attention, self_attentions, stored_attention_type
 from linvideo.models.convert import copy_module
 from linvideo.models.wan import LinVideoWanAttnProcessor
@@ -184,6 +184,13 @@ class Distiller(PipelineRun):
             self._report(loss=loss, grad_norm=norm, **row)
         if ema is not None:
             ema.copy_to(trained)
+
+    def _training(self) -> Training:
+        config, general = self.config, super()._training()
+        steps = {"regression": config.regression.max_train_steps, "DMD": config.max_train_steps}
+        own = {"timesteps": self.student_scheduler.config.timesteps, "student every": config.dmd.student_every}
+        settings, earlier = own | general.settings, config.student_model_name_or_path
+        return replace(general, method="distillation to few steps", steps=steps, settings=settings, earlier=earlier)
 
     def _load_student(self) -> WanTransformer3DModel:
         path = self.config.student_model_name_or_path

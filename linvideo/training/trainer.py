@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 
-from linvideo.models import convert, finalize, wan_transformer
+from linvideo.models import Training, convert, finalize, wan_transformer
 from linvideo.training import run_folder
 from linvideo.training.branches import feature_weights, gates
 from linvideo.training.config import TrainConfig
@@ -202,6 +202,17 @@ class Trainer(PipelineRun):
             )
         if ema is not None:
             ema.copy_to(trained)
+
+    def _training(self) -> Training:
+        config, general = self.config, super()._training()
+        steps = {
+            "warm-up": config.warmup.max_train_steps if feature_weights(self.student) else 0,
+            "selection": config.selection.max_train_steps if config.selection.method == "learned" else 0,
+            "fine-tuning": config.max_train_steps,
+        }
+        own = {"layers": config.selection.method, "objective": config.objective.name}
+        own |= {"expert": config.expert, "LoRA rank": config.lora.rank}
+        return replace(general, method="selective transfer", steps=steps, settings=own | general.settings)
 
     # What the stages share.
 
