@@ -106,10 +106,8 @@ def generate(args: argparse.Namespace) -> None:
         raise ValueError("--cpu_offload needs a GPU and goes without --compare, whose two pipelines share parts")
     pipeline = load(args)
     models.video_transformers(pipeline)  # before a long load of the teacher
-    few_steps = isinstance(pipeline.scheduler, models.FewStepScheduler)
-    asked = given(args)
-    # a distilled model has its steps, and the guidance in its weights: with --compare both options are the teacher's
-    own = {"num_inference_steps": pipeline.scheduler.num_steps, "guidance_scale": 1.0} if few_steps else {}
+    asked, own = given(args), models.own_settings(pipeline)
+    # of a distilled model both options are the teacher's, with --compare
     settings = asked | own if args.compare else own | asked
     teacher = None if args.compare is None else load_teacher(args, pipeline)
     for part in filter(None, (pipeline, teacher)):
@@ -202,13 +200,15 @@ def evaluate_fidelity(args: argparse.Namespace) -> None:
 def evaluate_vbench(args: argparse.Namespace) -> None:
     import importlib.util
 
+    from linvideo import models
     from linvideo.evaluation import vbench
 
     full_info = args.full_info or vbench.full_info_path()
     prompts = vbench.prompts_of(full_info, args.dimensions, args.num_prompts)
     pipeline = load(args).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
-    for finished, total in vbench.generate_videos(pipeline, prompts, args.output_dir, fps=args.fps, **sampling(args)):
+    settings = sampling(args) | models.own_settings(pipeline)
+    for finished, total in vbench.generate_videos(pipeline, prompts, args.output_dir, fps=args.fps, **settings):
         print(f"\rvideo {finished} of {total}", end="", flush=True)
     print()
     if importlib.util.find_spec("vbench") is None:

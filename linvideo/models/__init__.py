@@ -7,7 +7,7 @@ from linvideo.models.card import Training
 from linvideo.models.cogvideox import LinVideoCogVideoXTransformer3DModel
 from linvideo.models.convert import convert, finalize
 from linvideo.models.describe import Description, describe
-from linvideo.models.few_step import FewStepScheduler
+from linvideo.models.few_step import FewStepScheduler, own_settings
 from linvideo.models.hub import push_to_hub
 from linvideo.models.hunyuan_video15 import LinVideoHunyuanVideo15Transformer3DModel
 from linvideo.models.ltx import LinVideoLTXVideoTransformer3DModel
@@ -40,6 +40,7 @@ __all__ = [
     "describe",
     "finalize",
     "load_pipeline",
+    "own_settings",
     "new_folder",
     "push_to_hub",
     "save_pipeline",
