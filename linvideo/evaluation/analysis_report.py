@@ -6,6 +6,7 @@ from pathlib import Path
 
 from linvideo.evaluation import report
 from linvideo.evaluation.analyze import Analysis, LayerSet
+from linvideo.models.describe import ranges
 from linvideo.training.files import write_text
 from linvideo.training.run_folder import FEATURE_MAPS
 
@@ -90,7 +91,7 @@ def conclusion(analysis: Analysis) -> list[str]:
             f" {len(fastest.layers)} linear layers, has {fastest.speedup:.2f}."
         ]
     return [
-        f"Proposed for a speed-up of {wanted:g}: layers {_listed(proposal)} linear, measured at"
+        f"Proposed for a speed-up of {wanted:g}: layers {ranges(proposal.layers)} linear, measured at"
         f" {proposal.speedup:.2f}, with {_share(analysis, proposal.velocity_error)} of the velocity as its error."
     ]
 
@@ -128,7 +129,7 @@ def set_rows(analysis: Analysis) -> list[list]:
     for chosen in analysis.sets:
         error = chosen.velocity_error
         row = [len(chosen.layers), error, _share(analysis, error), _milliseconds(chosen)]
-        rows.append([*row, f"{chosen.speedup:.2f}", _listed(chosen)])
+        rows.append([*row, f"{chosen.speedup:.2f}", ranges(chosen.layers)])
     return rows
 
 
@@ -179,7 +180,3 @@ def _share(analysis: Analysis, error: float) -> str:
 def _milliseconds(measured: Analysis | LayerSet) -> str:
     median, p20, p80 = measured.milliseconds
     return f"{median:.4g} ({p20:.4g} - {p80:.4g})"
-
-
-def _listed(chosen: LayerSet) -> str:
-    return ", ".join(map(str, chosen.layers))

@@ -16,6 +16,7 @@ from linvideo.evaluation import analyze as module
 from linvideo.evaluation.analysis_report import commands, conclusion, text, write_report
 from linvideo.evaluation.analyze import LayerSet, analyze, propose, set_sizes, smallest_number
 from linvideo.evaluation.latency import Timing
+from linvideo.models.describe import ranges
 from linvideo.training import Trainer, TrajectoryStore, encode_prompts, load_config
 from linvideo.training.prompts import PromptConfig
 from linvideo.training.selection import lowest
@@ -219,7 +220,7 @@ def test_an_error_that_is_not_finite_is_refused(tmp_path, monkeypatch):
 
 
 def test_the_text_says_what_follows(analysis):
-    listed = ", ".join(map(str, analysis.proposal.layers))
+    listed = ranges(analysis.proposal.layers)
     assert f"speed-up of 1.3: layers {listed} linear, measured at 1.67" in conclusion(analysis)[0]
     slow = [replace(chosen, speedup=0.5) for chosen in analysis.sets]
     assert (
@@ -230,7 +231,7 @@ def test_the_text_says_what_follows(analysis):
     assert "No set of layers reaches a speed-up of 3" in conclusion(unreached)[0]
     assert "3 linear layers, has 2.50" in conclusion(unreached)[0] and commands(unreached, "x") == []
     lines = text(analysis, "x").splitlines()
-    assert sum(line.endswith("0, 1, 2") for line in lines) == 1
+    assert sum(line.endswith("  0-2") for line in lines) == 1
 
 
 def test_the_report_is_one_file(analysis, tmp_path):
