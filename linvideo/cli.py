@@ -5,6 +5,7 @@ Bad input ends with one line on standard error and exit status 2.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -33,11 +34,21 @@ def convert(args: argparse.Namespace) -> None:
     pipeline = load(args)
     layers = "all" if args.layers == ["all"] else args.layers
     converted = models.convert(pipeline, layers, mode=args.mode, feature_map=args.feature_map, copy=False)
-    how = models.Training(f"conversion ({args.mode})")
+    how, state = models.Training(f"conversion ({args.mode})"), "untrained"
+    if args.feature_maps is not None:
+        from linvideo.training.warmup import load_feature_maps
+
+        if getattr(pipeline, "transformer_2", None) is not None:
+            raise ValueError("--feature_maps are of one transformer, got a pipeline with two")
+        load_feature_maps(models.wan_transformer(converted), args.feature_maps)
+        how, state = (
+            replace(how, untrained="only the feature maps are fitted"),
+            "fitted, all other weights as they were",
+        )
     models.save_pipeline(converted, args.output_dir, overwrite=args.overwrite, training=how)
     if len(print_transformers(converted)) > 1:
         print("both experts were converted, with the same layers")
-    print(f"saved to {args.output_dir}; its new linear layers are untrained: `linvideo train` makes good ones, of Wan")
+    print(f"saved to {args.output_dir}; its new linear layers are {state}: `linvideo train` makes good ones, of Wan")
 
 
 def train(argv: list[str]) -> None:
@@ -244,6 +255,43 @@ def check(args: argparse.Namespace) -> int:
     return min(failed, 1)
 
 
+def analyze(args: argparse.Namespace) -> None:
+    from linvideo.evaluation.analysis_report import text, write_report
+    from linvideo.evaluation.analyze import analyze
+    from linvideo.training.prompts import read_prompts
+    from linvideo.training.sensitivity import SensitivityConfig
+    from linvideo.training.trajectories import TrajectoryConfig
+    from linvideo.training.warmup import WarmupConfig
+
+    names = ("num_trajectories", "num_inference_steps", "guidance_scale", "flow_shift", "height", "width", "num_frames")
+    settings = {name: getattr(args, name) for name in names}
+    trajectories = TrajectoryConfig(**settings, batch_size=args.batch_size, shard_size=args.batch_size)
+    warmup = WarmupConfig(max_train_steps=args.warmup_steps, batch_size=args.batch_size)
+    sensitivity = SensitivityConfig(num_states=args.num_states, batch_size=args.batch_size)
+    captions = read_prompts(args.prompts_file)
+    captions = captions[:: max(1, len(captions) // args.num_trajectories)][: args.num_trajectories]  # of a sorted list
+    timed_size = None if args.timed_size is None else tuple(args.timed_size)
+    analysis = analyze(
+        load(args).to(args.device),
+        captions,
+        args.output_dir,
+        trajectories,
+        warmup,
+        sensitivity,
+        negative_prompt=args.negative_prompt,
+        timed_size=timed_size,
+        speedup=args.speedup,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+    write_report(analysis, args.output_dir)
+    print(text(analysis, args.output_dir))
+
+
+def speedup(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
 def info(args: argparse.Namespace) -> None:
     from linvideo import models
 
@@ -364,6 +412,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--layers", nargs="+", type=layer_number, default=["all"], help='0-based layer numbers, or "all"')
     sub.add_argument("--mode", choices=["mixed", "linear"], default="linear")
     sub.add_argument("--feature_map", default="hedgehog")
+    sub.add_argument("--feature_maps", type=Path, help="fitted weights: feature_maps.safetensors of analyze or train")
 
     command(
         "train", train, "selective transfer and fine-tuning: --config FILE, --section.key VALUE; also under torchrun"
@@ -437,6 +486,29 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     sub.add_argument("--output", type=Path, default=Path("check.mp4"), help="the mp4 file of a short video")
     sub.add_argument("--overwrite", action="store_true")
+
+    what = "which layers can become linear and what that saves, without training; an interrupted run is continued"
+    sub = command("analyze", analyze, what)
+    sub.add_argument("model", help="stock pipeline folder or Hub id")
+    sub.add_argument("--dtype", choices=DTYPES, default="float32")
+    add_output_dir(sub)
+    sub.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    sub.add_argument("--speedup", type=speedup, default=1.3, help='wanted of one forward; "none" makes no proposal')
+    sub.add_argument("--prompts_file", type=Path, help="one caption a line; default: linvideo's own captions")
+    sub.add_argument("--negative_prompt", default="", help="the one you generate with")
+    sub.add_argument("--num_trajectories", type=int, default=4, help="videos sampled, each for another caption")
+    sub.add_argument("--num_inference_steps", type=int, default=DEFAULTS["num_inference_steps"])
+    sub.add_argument("--guidance_scale", type=float, default=DEFAULTS["guidance_scale"])
+    sub.add_argument("--flow_shift", type=float, help="of the scheduler; default: the pipeline's own")
+    sub.add_argument("--height", type=int, default=480)
+    sub.add_argument("--width", type=int, default=832)
+    sub.add_argument("--num_frames", type=int, default=81)
+    size = ("HEIGHT", "WIDTH", "NUM_FRAMES")
+    sub.add_argument("--timed_size", type=int, nargs=3, metavar=size, help="of the timed video; default: as sampled")
+    sub.add_argument("--warmup_steps", type=int, default=80, help="of the feature maps")
+    sub.add_argument("--num_states", type=int, default=24, help="of the videos, that errors are measured on")
+    sub.add_argument("--batch_size", type=int, default=1, help="videos sampled at once, states a forward")
+    sub.add_argument("--seed", type=int, default=0)
 
     sub = command("info", info, "say what a pipeline's attention layers are")
     add_model(sub)

@@ -21,7 +21,7 @@ from linvideo.training.prompts import encode_prompts
 from linvideo.training.step import GradientStep
 from linvideo.training.store import StateBatch
 from linvideo.training.trajectories import TrajectoryConfig, collect, open_store
-from linvideo.training.warmup import attention_output_errors
+from linvideo.training.warmup import attention_output_errors, fit_feature_maps
 
 PROMPT = "A red kite rises over a grey sea, the camera follows it slowly."
 
@@ -116,12 +116,8 @@ def _equality(run: _Run) -> tuple[bool, str]:
 
 def _warmup(run: _Run) -> tuple[bool, str]:
     """the feature maps learn softmax attention"""
-    optimizer = torch.optim.Adam(feature_weights(run.mixed).values(), lr=run.config.warmup.learning_rate)
     first = _fit_error(run)
-    for step in range(run.warmup_steps):
-        attention_output_errors(run.mixed, run.draw(step), backward=True)
-        optimizer.step()
-        optimizer.zero_grad()
+    fit_feature_maps(run.mixed, map(run.draw, range(run.warmup_steps)), run.config.warmup.learning_rate)
     last = _fit_error(run)
     return last < first, f"relative error {first:.3f} -> {last:.3f} in {run.warmup_steps} steps"
 

@@ -15,7 +15,7 @@ h1 { font-size: 1.7em; margin-bottom: .2em } h2 { font-size: 1.2em; margin-top: 
 table { border-collapse: collapse; font-size: .88em } th { background: #f4f4f4 }
 th, td { padding: .3em .6em; border: 1px solid #ddd; text-align: right }
 th:first-child, td:first-child { text-align: left }
-img { max-width: 100% } p.note { color: #555; font-size: .92em }
+img { max-width: 100% } pre { white-space: pre-wrap; font-size: .88em } p.note { color: #555; font-size: .92em }
 """
 
 

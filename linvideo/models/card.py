@@ -29,7 +29,7 @@ class Training:
 
     Args:
         method: in words, say "selective transfer".
-        steps: optimizer steps of each stage; with none the model counts as untrained.
+        steps: optimizer steps of each stage. untrained: what is said where there are none.
         settings: name -> value, each said as it is; those that are None are left out.
         validation: the last row of validation.jsonl: step, stage and metrics.
         earlier: folder of the model that it started from, if that is another than the pipeline's own; what its card
@@ -38,6 +38,7 @@ class Training:
 
     method: str
     steps: dict[str, int] = field(default_factory=dict)
+    untrained: str = "no training, its new linear layers are **untrained**"
     settings: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, Any] | None = None
     earlier: str | os.PathLike | None = None
@@ -45,7 +46,7 @@ class Training:
     def __str__(self) -> str:
         stages = ", ".join(f"{stage} {count}" for stage, count in self.steps.items() if count)
         said = [f"{name} {value}" for name, value in self.settings.items() if value is not None]
-        done = f"optimizer steps: {stages}" if stages else "no training, its new linear layers are **untrained**"
+        done = f"optimizer steps: {stages}" if stages else self.untrained
         return "; ".join([f"{self.method}: {done}", *said])
 
 

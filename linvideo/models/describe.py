@@ -27,9 +27,9 @@ class Description:
     def __str__(self) -> str:
         lines = [
             f"{self.model_class}: {self.num_layers} layers, {self.heads} heads x {self.head_dim}, {self.dtype}",
-            f"  linear  ({len(self.layers_linear)}): {_ranges(self.layers_linear)}",
-            f"  mixed   ({len(self.layers_mixed)}): {_ranges(self.layers_mixed)}",
-            f"  softmax ({len(self.layers_softmax)}): {_ranges(self.layers_softmax)}",
+            f"  linear  ({len(self.layers_linear)}): {ranges(self.layers_linear)}",
+            f"  mixed   ({len(self.layers_mixed)}): {ranges(self.layers_mixed)}",
+            f"  softmax ({len(self.layers_softmax)}): {ranges(self.layers_softmax)}",
         ]
         if self.r:
             lines.append("  r: " + ", ".join(f"{layer}: {value:.3f}" for layer, value in self.r.items()))
@@ -65,7 +65,7 @@ def describe(model: ModelMixin) -> Description:
     )
 
 
-def _ranges(layers: list[int]) -> str:
+def ranges(layers: list[int]) -> str:
     """[0, 2, 3, 4] -> "0, 2-4"."""
     runs: list[list[int]] = []
     for layer in layers:

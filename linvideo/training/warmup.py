@@ -6,6 +6,7 @@ so each sees the inputs it has in the teacher. It takes seconds and decides what
 the cheap layers look expensive.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +89,18 @@ def attention_output_errors(
     if backward and ranks is not None:
         ranks.average_gradients(feature_weights(student).values())
     return errors
+
+
+def fit_feature_maps(student: torch.nn.Module, batches: Iterable[StateBatch], learning_rate: float) -> None:
+    """The warm-up on one process and without a run around it: an Adam step of W_q and W_k for each batch."""
+    weights = list(feature_weights(student).values())
+    if not weights:  # maps without weights
+        return
+    optimizer = torch.optim.Adam(weights, lr=learning_rate)
+    for batch in batches:
+        attention_output_errors(student, batch, backward=True)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def load_feature_maps(model: torch.nn.Module, path: str | Path) -> torch.nn.Module:

@@ -1,0 +1,182 @@
+"""An analysis in words: a text for the terminal, and report.html, one file with its plots inside."""
+
+import html
+import shlex
+from pathlib import Path
+
+from linvideo.evaluation import report
+from linvideo.evaluation.analyze import Analysis, LayerSet
+from linvideo.models.describe import ranges
+from linvideo.training.files import write_text
+from linvideo.training.run_folder import FEATURE_MAPS
+
+LAYER_COLUMNS = ["layer", "attention output", "velocity error", "of the velocity", "rank"]
+SET_COLUMNS = ["linear", "velocity error", "of the velocity", "ms (p20 - p80)", "speed-up", "layers"]
+
+
+def text(analysis: Analysis, folder: str | Path) -> str:
+    """For the terminal; `folder` is the analysis's output_dir."""
+    return "\n".join(
+        [
+            heading(analysis),
+            "",
+            "each layer linear alone, after the fit of its feature maps",
+            *_columns([LAYER_COLUMNS, *layer_rows(analysis)]),
+            "",
+            "the n least sensitive layers linear together",
+            *_columns([SET_COLUMNS, *set_rows(analysis)]),
+            "",
+            *conclusion(analysis),
+            *(line for pair in commands(analysis, folder) for line in pair),
+            f"analysis.json, report.html and {FEATURE_MAPS} are in {folder}",
+        ]
+    )
+
+
+def write_report(analysis: Analysis, folder: str | Path) -> None:
+    """Write report.html into the analysis's output_dir."""
+    steps = "".join(f"{report.note(what)}<pre>{html.escape(line)}</pre>" for what, line in commands(analysis, folder))
+    sections = [
+        ("Proposal", "".join(map(report.note, conclusion(analysis))) + steps),
+        (
+            "Each layer linear alone",
+            report.plot(lambda axes: draw_layers(axes, analysis), size=(9, 3.4))
+            + report.table(LAYER_COLUMNS, layer_rows(analysis))
+            + report.note(
+                "attention output: |linear - softmax|² / |softmax|² after the fit of the feature maps. velocity error:"
+                f" mean |u - u_teacher|² over {analysis.states} of the teacher's states, and its share of the mean"
+                f" |u_teacher|², {analysis.velocity_square:.4g}. With no layer linear it is {analysis.floor:.2g}."
+            ),
+        ),
+        (
+            "Sets of layers",
+            report.plot(lambda axes: draw_sets(axes, analysis), size=(9, 4))
+            + report.table(SET_COLUMNS, set_rows(analysis))
+            + report.note(
+                "The least sensitive layers, by the order above, linear together; errors of layers do not add, so each"
+                " set is measured. Times are of one whole forward, batch 1 without gradients; speed-ups are over"
+                " the stock model. Guidance takes two such forwards a step."
+            ),
+        ),
+    ]
+    write_text(Path(folder) / "report.html", report.page("linvideo analyze", heading(analysis), sections))
+
+
+def heading(analysis: Analysis) -> str:
+    height, width, frames = analysis.size
+    environment = analysis.environment
+    return (
+        f"{analysis.model}: {len(analysis.sensitivity)} layers; a forward of {height} x {width}, {frames} frames"
+        f" ({analysis.tokens:,} tokens) takes {analysis.milliseconds.median:.4g} ms, and each linear layer saves"
+        f" {analysis.milliseconds_saved:.3g} ms of it ({environment['device']}, {environment['dtype']}, PyTorch"
+        f" {environment['torch']}, diffusers {environment['diffusers']})"
+    )
+
+
+def conclusion(analysis: Analysis) -> list[str]:
+    """What is proposed, or why nothing is."""
+    wanted, proposal = analysis.wanted_speedup, analysis.proposal
+    fastest = max(analysis.sets, key=lambda chosen: chosen.speedup)
+    if fastest.speedup <= 1:
+        return [
+            "No set of layers is faster at this shape on this device: the best has"
+            f" {fastest.speedup:.2f} times the stock model's speed. Linear attention pays where there are more tokens"
+            f" than these {analysis.tokens:,}."
+        ]
+    if wanted is None:
+        return ["No speed-up was asked for."]
+    if proposal is None:
+        return [
+            f"No set of layers reaches a speed-up of {wanted:g} at this shape on this device: the fastest,"
+            f" {len(fastest.layers)} linear layers, has {fastest.speedup:.2f}."
+        ]
+    return [
+        f"Proposed for a speed-up of {wanted:g}: layers {ranges(proposal.layers)} linear, measured at"
+        f" {proposal.speedup:.2f}, with {_share(analysis, proposal.velocity_error)} of the velocity as its error."
+    ]
+
+
+def commands(analysis: Analysis, folder: str | Path) -> list[tuple[str, str]]:
+    """(what for, command line) of the proposal's next steps, [] without one."""
+    if analysis.proposal is None:
+        return []
+    layers, model = analysis.proposal.layers, shlex.quote(analysis.model)
+    maps = shlex.quote(str(Path(folder) / FEATURE_MAPS))
+    return [
+        (
+            "Convert without training, with the fitted feature maps:",
+            f"linvideo convert --model {model} --dtype {analysis.environment['dtype']}"
+            f" --layers {' '.join(map(str, layers))} --feature_maps {maps} --output_dir converted",
+        ),
+        (
+            "Train with these layers linear (better; RECIPE is one of docs/training.md):",
+            f"linvideo train --config RECIPE --pretrained_model_name_or_path {model} --selection.method layers"
+            f' --selection.layers "{layers}" --selection.num_linear_layers {len(layers)} --output_dir run',
+        ),
+    ]
+
+
+def layer_rows(analysis: Analysis) -> list[list]:
+    ranks = {layer: rank for rank, layer in enumerate(sorted(analysis.sensitivity, key=analysis.sensitivity.get), 1)}
+    return [
+        [layer, analysis.attention_output_errors[layer], error, _share(analysis, error), ranks[layer]]
+        for layer, error in analysis.sensitivity.items()
+    ]
+
+
+def set_rows(analysis: Analysis) -> list[list]:
+    rows = [[0, analysis.floor, _share(analysis, analysis.floor), _milliseconds(analysis), "1.00", "none"]]
+    for chosen in analysis.sets:
+        error = chosen.velocity_error
+        row = [len(chosen.layers), error, _share(analysis, error), _milliseconds(chosen)]
+        rows.append([*row, f"{chosen.speedup:.2f}", ranges(chosen.layers)])
+    return rows
+
+
+def draw_layers(axes, analysis: Analysis) -> None:
+    proposed = [] if analysis.proposal is None else analysis.proposal.layers
+    layers = list(analysis.sensitivity)
+    colours = ["tab:green" if layer in proposed else "tab:gray" for layer in layers]
+    axes.bar(layers, analysis.sensitivity.values(), color=colours)
+    axes.axhline(analysis.floor, color="black", linewidth=0.8, linestyle="--", label="no layer linear")
+    legend = "layer, from 0" + (" (green: proposed)" if proposed else "")
+    axes.set(xlabel=legend, ylabel="velocity error, that layer alone linear", yscale="log", xticks=layers)
+    axes.tick_params(axis="x", labelsize="small")
+    axes.legend()
+
+
+def draw_sets(axes, analysis: Analysis) -> None:
+    sets, proposal = analysis.sets, analysis.proposal
+    axes.plot([s.speedup for s in sets], [s.velocity_error for s in sets], color="tab:gray", marker="o")
+    for chosen in sets:
+        place = {"textcoords": "offset points", "xytext": (6, -10), "fontsize": "small"}
+        axes.annotate(len(chosen.layers), (chosen.speedup, chosen.velocity_error), **place)
+    if proposal is not None:
+        point = ([proposal.speedup], [proposal.velocity_error])
+        axes.plot(*point, color="tab:green", marker="o", markersize=10, linestyle="", label="proposed")
+    if analysis.wanted_speedup is not None:
+        axes.axvline(analysis.wanted_speedup, color="black", linewidth=0.8, linestyle="--", label="wanted")
+        axes.legend()
+    axes.set(
+        xlabel="speed-up of one forward over the stock model (numbers: linear layers)",
+        ylabel="velocity error of the set",
+        yscale="log",
+    )
+
+
+def _columns(rows: list[list]) -> list[str]:
+    """Text lines, every column but the last right-aligned."""
+    cells = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join([*(x.rjust(w) for x, w in zip(row[:-1], widths, strict=False)), row[-1]]).rstrip() for row in cells
+    ]
+
+
+def _share(analysis: Analysis, error: float) -> str:
+    return f"{100 * error / analysis.velocity_square:.2g}%"
+
+
+def _milliseconds(measured: Analysis | LayerSet) -> str:
+    median, p20, p80 = measured.milliseconds
+    return f"{median:.4g} ({p20:.4g} - {p80:.4g})"

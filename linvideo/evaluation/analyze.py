@@ -1,0 +1,340 @@
+"""Which layers can become linear, and what that saves, without training the model.
+
+The feature maps of all layers are fitted to their softmax attention, then the whole model's velocity error is measured
+with each layer linear alone, and with the n least sensitive ones linear together, because errors of layers do not add;
+each of these sets is timed in a forward of the whole model on this device.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import WanTransformer3DModel
+from tqdm.auto import tqdm
+
+from linvideo.evaluation.latency import Timing, device_name, time_call
+from linvideo.evaluation.work_folder import WorkFolder
+from linvideo.models import attention_types, convert, wan_transformer
+from linvideo.training.branches import feature_weights
+from linvideo.training.files import read_json, write_json, write_safetensors
+from linvideo.training.fingerprint import fingerprint
+from linvideo.training.flow import predict_velocity
+from linvideo.training.images import check_images
+from linvideo.training.prompts import PromptConfig, encode_prompts
+from linvideo.training.run_folder import FEATURE_MAPS, PROMPT_CACHE
+from linvideo.training.selection import lowest
+from linvideo.training.sensitivity import SensitivityConfig, velocity_error
+from linvideo.training.store import StateBatch
+from linvideo.training.trajectories import TrajectoryConfig, collect, latent_shape, open_store, with_flow_shift
+from linvideo.training.warmup import WarmupConfig, attention_output_errors, fit_feature_maps, load_feature_maps
+
+SUITE = "analyze"  # in request.json
+FILES = ("rows.json", "analysis.json", "report.html", FEATURE_MAPS, PROMPT_CACHE)
+ALL_SETS = 12  # up to so many layers every n is measured
+TIMED_SECONDS = 1.0  # of repetitions of one forward
+
+
+@dataclass(frozen=True)
+class LayerSet:
+    """The model with `layers` linear, the others softmax.
+
+    Args:
+        layers: 0-based.
+        velocity_error: mean |u - u_teacher|^2 per element on the teacher's states.
+        milliseconds: median, 20th and 80th percentile of one forward.
+        speedup: of the median over the stock model's.
+    """
+
+    layers: list[int]
+    velocity_error: float
+    milliseconds: Timing
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was measured, and what follows.
+
+    Args:
+        model: where the pipeline was loaded from; "MODEL" for one made in memory.
+        environment: device, dtype and versions that the times hold for.
+        size: height, width and num_frames of the video that is timed, batch 1; tokens: of its latents.
+        states: teacher states the errors are means over.
+        velocity_square: mean |u_teacher|^2 per element there, to compare velocity errors with.
+        floor: the velocity error with no layer linear: how far stored states are rounded.
+        attention_output_errors: layer -> |linear - softmax|^2 / |softmax|^2 of its attention output after the fit.
+        sensitivity: layer -> velocity error with that layer alone linear.
+        milliseconds: of one forward of the stock model.
+        sets: the n least sensitive layers for rising n, up to all.
+        wanted_speedup: as asked for.
+        proposal: of the sets that are as fast as that, the one with the smallest velocity error; None when there is
+            none, or nothing was wanted.
+    """
+
+    model: str
+    environment: dict[str, str]
+    size: list[int]
+    tokens: int
+    states: int
+    velocity_square: float
+    floor: float
+    attention_output_errors: dict[int, float]
+    sensitivity: dict[int, float]
+    milliseconds: Timing
+    sets: list[LayerSet]
+    wanted_speedup: float | None
+    proposal: LayerSet | None
+
+    @property
+    def milliseconds_saved(self) -> float:
+        """By each linear layer, negative where linear is slower: all blocks have one shape and so one figure."""
+        return (self.milliseconds.median - self.sets[-1].milliseconds.median) / len(self.sensitivity)
+
+
+def analyze(
+    pipeline: Any,
+    captions: list[str],
+    output_dir: str | Path,
+    trajectories: TrajectoryConfig,
+    warmup: WarmupConfig | None = None,
+    sensitivity: SensitivityConfig | None = None,
+    negative_prompt: str = "",
+    timed_size: tuple[int, int, int] | None = None,
+    speedup: float | None = 1.3,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Analysis:
+    """Measure everything on the pipeline's device; the same call again continues where it was interrupted.
+
+    With the settings and captions of a training run the errors are those of that run. Of a finished analysis the same
+    call with another `speedup` measures only what is new.
+
+    Args:
+        pipeline: a stock text-to-video WanPipeline with one transformer. Its weights are shared, not changed; its text
+            encoder is in CPU memory afterwards. What set_attention_backend chose for it holds for its softmax layers.
+        output_dir: gets analysis.json and feature_maps.safetensors, the fitted maps of all layers, and what is needed
+            to continue: request.json, rows.json, prompt embeddings and trajectories/.
+        trajectories: how the teacher is sampled.
+        warmup: the fit; sensitivity: the states errors are measured on. None is their defaults.
+        timed_size: height, width, num_frames of the video that is timed; None is the trajectories'.
+        speedup: wanted, of one forward; None makes no proposal.
+        overwrite: delete what an earlier analysis has left in output_dir, and start anew.
+
+    Raises:
+        ValueError: another kind of pipeline, sizes that do not fit it, a speedup of 1 or less, an output_dir with other
+            content; or an error that is not finite, as float16 may give.
+    """
+    warmup, sensitivity = warmup or WarmupConfig(), sensitivity or SensitivityConfig()
+    if not captions:
+        raise ValueError("expected at least one caption, got none")
+    base, size = _check(pipeline, trajectories, sensitivity, timed_size, speedup)
+    pipeline = with_flow_shift(pipeline, trajectories.flow_shift)
+    # r has no part in anything here; mixed layers can run as softmax or linear
+    student = convert(base, "all", mode="mixed", copy=False)
+    environment = {
+        "device": device_name(base.device),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+    request = {"suite": SUITE, "model": fingerprint(base), "captions": captions, "negative_prompt": negative_prompt}
+    request |= {"trajectories": asdict(trajectories), "warmup": asdict(warmup), "sensitivity": asdict(sensitivity)}
+    request |= {"seed": seed, "timed_size": list(size), **environment}
+    if overwrite:
+        _start_anew(Path(output_dir), request)
+    work = WorkFolder(output_dir, request)
+
+    texts = PromptConfig(negative_prompt=negative_prompt)
+    prompts = encode_prompts(pipeline, captions, texts, work.path / PROMPT_CACHE)
+    pipeline.text_encoder.to("cpu")  # Wan's is 11 GB
+    store = open_store(trajectories.path or work.path / "trajectories", pipeline, prompts, trajectories, seed)
+    collect(store, pipeline, prompts, progress)
+
+    def draw(positions: range, *name: int | str) -> StateBatch:
+        return store.draw(positions, seed, *name, prompts=prompts, device=base.device)
+
+    def states() -> Iterator[StateBatch]:
+        count, size = sensitivity.num_states, sensitivity.batch_size
+        return (draw(range(start, min(start + size, count)), "held") for start in range(0, count, size))
+
+    maps = work.path / FEATURE_MAPS
+    if maps.exists():
+        load_feature_maps(student, maps)
+    else:
+        steps = tqdm(range(warmup.max_train_steps), desc="warm-up", disable=not progress)
+        batches = (draw(range(warmup.batch_size), "warmup", step) for step in steps)
+        fit_feature_maps(student, batches, warmup.learning_rate)
+        write_safetensors(maps, feature_weights(student))
+
+    shape = latent_shape(pipeline, _sized(trajectories, size))
+    measured = _Measurements(work, base, student, states, _forward_inputs(base, prompts, shape))
+    layers = measured.layers
+    output_errors = measured.attention_output_errors()
+    floor = measured.error([])
+    alone = {layer: measured.error([layer]) for layer in tqdm(layers, desc="sensitivity", disable=not progress)}
+    stock = measured.timing([])
+
+    def speedup_of(number: int) -> float:
+        return stock.median / measured.timing(lowest(alone, number)).median
+
+    def measured_set(number: int) -> LayerSet:
+        chosen = lowest(alone, number)
+        return LayerSet(chosen, measured.error(chosen), measured.timing(chosen), speedup_of(number))
+
+    enough = [] if speedup is None else smallest_number(speedup_of, speedup, len(layers))
+    numbers = sorted({*set_sizes(len(layers)), *enough})
+    sets = [measured_set(number) for number in tqdm(numbers, desc="sets", disable=not progress)]
+    analysis = Analysis(
+        model=pipeline.config.get("_name_or_path") or "MODEL",
+        environment=environment,
+        size=list(size),
+        tokens=math.prod(shape[1:]) // math.prod(base.config.patch_size),
+        states=sensitivity.num_states,
+        velocity_square=measured.velocity_square(),
+        floor=floor,
+        attention_output_errors=dict(zip(layers, output_errors, strict=True)),
+        sensitivity=alone,
+        milliseconds=stock,
+        sets=sets,
+        wanted_speedup=speedup,
+        proposal=propose(sets, speedup),
+    )
+    write_json(work.path / "analysis.json", to_dict(analysis))
+    return analysis
+
+
+def propose(sets: list[LayerSet], speedup: float | None) -> LayerSet | None:
+    """Of the sets at least so fast the one with the smallest velocity error, the first of equal ones."""
+    fast = [] if speedup is None else [chosen for chosen in sets if chosen.speedup >= speedup]
+    return min(fast, key=lambda chosen: chosen.velocity_error, default=None)
+
+
+def set_sizes(num_layers: int) -> list[int]:
+    """The numbers of linear layers that are measured: all of a small model, else eight evenly spaced ones."""
+    if num_layers <= ALL_SETS:
+        return list(range(1, num_layers + 1))
+    return [round(num_layers * part / 8) for part in range(1, 9)]
+
+
+def smallest_number(speedup_of: Callable[[int], float], wanted: float, num_layers: int) -> list[int]:
+    """[the smallest number of linear layers that reaches a speed-up which rises with it], [] where all do not."""
+    if speedup_of(num_layers) < wanted:
+        return []
+    low, high = 0, num_layers
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if speedup_of(middle) >= wanted else (middle, high)
+    return [high]
+
+
+def to_dict(analysis: Analysis) -> dict[str, Any]:
+    """As analysis.json has it: the fields, and milliseconds_saved_per_layer."""
+    return asdict(analysis) | {"milliseconds_saved_per_layer": analysis.milliseconds_saved}
+
+
+class _Measurements:
+    """Each is taken once and kept in the work folder."""
+
+    def __init__(self, work: WorkFolder, base, student, states: Callable, inputs: tuple):
+        self.work, self.base, self.student, self.states, self.inputs = work, base, student, states, inputs
+        self.layers = list(range(len(base.blocks)))
+
+    def once(self, what: str, layers: list[int], measure: Callable[[], Any]) -> Any:
+        for row in self.work.rows:
+            if (row["what"], row["layers"]) == (what, layers):
+                return row["value"]
+        value = measure()
+        if not all(map(math.isfinite, value if isinstance(value, list | tuple) else [value])):
+            raise ValueError(f"{what} of layers {layers} is not finite in {self.base.dtype}; use another dtype")
+        self.work.add({"what": what, "layers": layers, "value": value})
+        return value
+
+    def error(self, layers: list[int]) -> float:
+        """The velocity error with these layers linear."""
+
+        def measure() -> float:
+            with self.linear(layers):
+                return velocity_error(self.student, self.states())
+
+        return self.once("velocity error", layers, measure)
+
+    @torch.no_grad()
+    def timing(self, layers: list[int]) -> Timing:
+        """Of a forward with these layers linear; with none, of the stock model."""
+
+        def measure() -> Timing:
+            model = self.student if layers else self.base
+            with self.linear(layers):
+                return time_call(lambda: predict_velocity(model, *self.inputs), self.base.device, TIMED_SECONDS)
+
+        return Timing(*self.once("milliseconds", layers, measure))
+
+    def attention_output_errors(self) -> list[float]:
+        """Of each layer, the mean over the states."""
+
+        def measure() -> list[float]:
+            batches = [(attention_output_errors(self.student, batch), len(batch.x)) for batch in self.states()]
+            count = sum(size for _, size in batches)
+            return [sum(float(errors[i]) * size for errors, size in batches) / count for i in self.layers]
+
+        return self.once("attention output error", self.layers, measure)
+
+    def velocity_square(self) -> float:
+        def measure() -> float:
+            return torch.cat([batch.u.cpu() for batch in self.states()]).square().mean().item()
+
+        return self.once("mean square velocity", [], measure)
+
+    def linear(self, layers: list[int]):
+        return attention_types(self.student, dict.fromkeys(self.layers, "softmax") | dict.fromkeys(layers, "linear"))
+
+
+def _forward_inputs(base: torch.nn.Module, prompts: Any, shape: tuple[int, ...]) -> tuple:
+    """x, timestep and conditions of predict_velocity, for one video of latents `shape`."""
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(base.device)
+    return x, torch.tensor(500.0, device=base.device), prompts.conditions(torch.tensor([0]), device=base.device)
+
+
+def _check(
+    pipeline: Any,
+    trajectories: TrajectoryConfig,
+    sensitivity: SensitivityConfig,
+    timed_size: tuple[int, int, int] | None,
+    speedup: float | None,
+) -> tuple[torch.nn.Module, tuple[int, int, int]]:
+    """The stock transformer and the size that is timed; see `analyze` for what is refused."""
+    base = wan_transformer(pipeline)
+    if type(base) is not WanTransformer3DModel:
+        raise ValueError(f"expected a stock Wan pipeline, whose layers are softmax, got a {type(base).__name__}")
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise ValueError("expected a pipeline with one transformer, got one with two experts")
+    check_images(pipeline, [None])
+    if speedup is not None and not speedup > 1:
+        raise ValueError(f"speedup must be more than 1, or None for no proposal, got {speedup}")
+    if not sensitivity.num_states:
+        raise ValueError("sensitivity.num_states must be at least 1, got 0")
+    own = (trajectories.height, trajectories.width, trajectories.num_frames)
+    for size in (own, timed_size or own):
+        latent_shape(pipeline, _sized(trajectories, size))
+    return base, timed_size or own
+
+
+def _sized(trajectories: TrajectoryConfig, size: tuple[int, int, int]) -> TrajectoryConfig:
+    return replace(trajectories, **dict(zip(("height", "width", "num_frames"), size, strict=True)))
+
+
+def _start_anew(folder: Path, request: dict[str, Any]) -> None:
+    """Delete what an analysis has written into `folder`, if it is the folder of one."""
+    asked = folder / "request.json"
+    if not asked.is_file() or read_json(asked).get("suite") != SUITE:
+        return
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "trajectories", ignore_errors=True)
+    write_json(asked, request)  # replaced last: a kill in between leaves a folder that can be overwritten again

@@ -1,0 +1,275 @@
+"""`linvideo analyze`: its numbers are those of training's own functions, its proposal follows from them."""
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import tiny_image_pipeline, tiny_pipeline
+from tiny_run import PROMPTS, tiny_config, tiny_experts, tiny_teacher
+
+from linvideo import cli, convert, load_pipeline
+from linvideo.evaluation import analyze as module
+from linvideo.evaluation.analysis_report import commands, conclusion, text, write_report
+from linvideo.evaluation.analyze import LayerSet, analyze, propose, set_sizes, smallest_number
+from linvideo.evaluation.latency import Timing
+from linvideo.models.describe import ranges
+from linvideo.training import Trainer, TrajectoryStore, encode_prompts, load_config
+from linvideo.training.prompts import PromptConfig
+from linvideo.training.selection import lowest
+from linvideo.training.sensitivity import velocity_error
+from linvideo.training.warmup import attention_output_errors, load_feature_maps
+
+CONFIG = tiny_config("unused", selection={"method": "sensitivity", "num_linear_layers": 2}, max_train_steps=0)
+MEASURED = {name: getattr(CONFIG, name) for name in ("trajectories", "warmup", "sensitivity")}
+OPTIONS = {"captions": PROMPTS, **MEASURED, "negative_prompt": "dull", "progress": False}
+
+
+def synthetic_times(monkeypatch, milliseconds):
+    """Times by the number of linear layers."""
+    monkeypatch.setattr(module._Measurements, "timing", lambda _, layers: Timing(*[milliseconds[len(layers)]] * 3))
+
+
+def run(folder, teacher=None, **options):
+    return analyze(teacher or tiny_teacher(), output_dir=folder, **{**OPTIONS, **options})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("analyze") / "analysis"
+
+
+@pytest.fixture(scope="module")
+def analysis(folder):
+    with pytest.MonkeyPatch.context() as patch:  # a forward takes 10 ms, each linear layer saves 2
+        synthetic_times(patch, [10.0, 8.0, 6.0, 4.0])
+        return run(folder, speedup=1.3)
+
+
+def held_states(folder):
+    """The states errors are measured on, from what is on disk."""
+    prompts = encode_prompts(tiny_teacher(), PROMPTS, PromptConfig(negative_prompt="dull"))
+    store, count = TrajectoryStore(folder / "trajectories"), CONFIG.sensitivity.num_states
+    return [store.draw(range(count), CONFIG.seed, "held", prompts=prompts)]
+
+
+def test_errors_and_maps_are_those_of_a_training_run(analysis, folder, tmp_path):
+    config = replace(CONFIG, output_dir=str(tmp_path / "run"), prompts=PromptConfig(negative_prompt="dull"))
+    result = Trainer(config, tiny_teacher(), prompts=PROMPTS).train()
+    assert analysis.sensitivity == result.sensitivity and analysis.floor == result.sensitivity_floor
+    maps = "feature_maps.safetensors"
+    assert (folder / maps).read_bytes() == (tmp_path / "run" / maps).read_bytes()
+    assert result.layers_linear == analysis.proposal.layers
+
+
+def test_sets_are_the_least_sensitive_layers_with_their_joint_errors(analysis, folder):
+    states = held_states(folder)
+    assert [len(chosen.layers) for chosen in analysis.sets] == [1, 2, 3]
+    for number, chosen in enumerate(analysis.sets, 1):
+        assert chosen.layers == lowest(analysis.sensitivity, number)
+        model = convert(tiny_teacher().transformer, chosen.layers, mode="linear")
+        load_feature_maps(model, folder / "feature_maps.safetensors")
+        assert chosen.velocity_error == pytest.approx(velocity_error(model, states), rel=1e-5)
+    assert analysis.sets[0].velocity_error == min(analysis.sensitivity.values())
+    assert analysis.velocity_square == pytest.approx(states[0].u.square().mean().item(), rel=1e-6)
+
+
+def test_attention_output_errors_are_after_the_fit(analysis, folder):
+    states, model = held_states(folder), convert(tiny_teacher().transformer)
+    before = attention_output_errors(model, states[0])
+    load_feature_maps(model, folder / "feature_maps.safetensors")
+    for layer, error in attention_output_errors(model, states[0]).items():
+        # of batches of 4 and 2, whose relative errors are averaged, against one of 6
+        assert analysis.attention_output_errors[layer] == pytest.approx(error.item(), rel=0.05)
+        assert error < before[layer]
+
+
+def test_the_proposal_by_hand(analysis):
+    assert [chosen.speedup for chosen in analysis.sets] == [1.25, pytest.approx(10 / 6), 2.5]
+    assert analysis.proposal == analysis.sets[1]
+    assert analysis.milliseconds_saved == 2
+    assert analysis.tokens == 2 * 2 * 2 and analysis.size == [32, 32, 5]
+
+
+def test_propose_takes_the_smallest_error_that_is_fast_enough():
+    def chosen(layers, error, speedup):
+        return LayerSet(layers, error, Timing(1, 1, 1), speedup)
+
+    sets = [chosen([0], 1e-4, 1.1), chosen([0, 1], 3e-3, 1.3), chosen([0, 1, 2], 2e-3, 1.5), chosen([0, 1, 2, 3], 1, 2)]
+    assert propose(sets, 1.2) == sets[2]  # joint errors need not rise
+    assert propose(sets, 1.05) == sets[0] and propose(sets, 2) == sets[3]
+    assert propose(sets, 2.1) is None and propose(sets, None) is None
+
+
+def test_which_numbers_of_layers_are_measured():
+    assert set_sizes(3) == [1, 2, 3] and set_sizes(40) == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert set_sizes(30) == [4, 8, 11, 15, 19, 22, 26, 30]
+    assert all(smallest_number(float, wanted, 30) == [wanted] for wanted in range(1, 31))
+    asked = []
+    assert smallest_number(lambda n: asked.append(n) or n, 14, 40) == [14] and len(asked) <= 7
+    assert smallest_number(lambda n: 0.1 * n, 3.5, 30) == []
+
+
+def test_a_number_between_the_measured_ones_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "set_sizes", lambda _: [3])
+    synthetic_times(monkeypatch, [10.0, 8.0, 6.0, 4.0])
+    analysis = run(tmp_path / "new", speedup=1.5)
+    assert [len(chosen.layers) for chosen in analysis.sets] == [2, 3] and len(analysis.proposal.layers) == 2
+
+
+def test_an_interrupted_run_continues_and_asking_again_measures_nothing(analysis, folder, tmp_path, monkeypatch):
+    calls = []
+    measure = velocity_error
+    monkeypatch.setattr(module, "velocity_error", lambda *a: calls.append(1) or measure(*a))
+    add = module.WorkFolder.add
+    monkeypatch.setattr(module.WorkFolder, "add", lambda self, row: add(self, row) or interrupt(self.rows))
+
+    def interrupt(rows):
+        if len(rows) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "new")
+    assert not (tmp_path / "new" / "analysis.json").exists() and len(calls) == 2
+    monkeypatch.delattr(module, "fit_feature_maps")  # neither is fitted again nor sampled
+    monkeypatch.setattr(module, "collect", lambda store, *_: store.complete or pytest.fail("sampled again"))
+    again = run(tmp_path / "new")
+    assert again.sensitivity == analysis.sensitivity
+    assert [chosen.velocity_error for chosen in again.sets] == [chosen.velocity_error for chosen in analysis.sets]
+    assert len(calls) == 6  # none, three alone, two, three
+    rows = (tmp_path / "new" / "rows.json").read_text()
+    assert run(tmp_path / "new", speedup=None).proposal is None
+    assert (tmp_path / "new" / "rows.json").read_text() == rows and len(calls) == 6
+
+
+def test_times_are_of_whole_forwards_on_this_device(tmp_path, monkeypatch):
+    """Real ones, of a video of another size than the sampled ones; the stock model's is the pipeline's own."""
+    models = []
+    predict = module.predict_velocity
+    monkeypatch.setattr(
+        module, "predict_velocity", lambda model, *a: models.append((type(model), a)) or predict(model, *a)
+    )
+    monkeypatch.setattr(module, "TIMED_SECONDS", 0.0)
+    teacher = tiny_teacher()
+    analysis = run(tmp_path / "new", teacher, timed_size=(64, 48, 9), speedup=None)
+    assert analysis.size == [64, 48, 9] and analysis.tokens == 3 * 4 * 3
+    assert all(0 < chosen.milliseconds.p20 <= chosen.milliseconds.p80 for chosen in (analysis, *analysis.sets))
+    kinds = {kind for kind, _ in models}
+    assert len(kinds) == 2 and type(teacher.transformer) in kinds
+    assert all(x.shape == (1, 16, 3, 8, 6) for _, (x, *_) in models)
+    stored = json.loads((tmp_path / "new" / "analysis.json").read_text())
+    assert stored["environment"]["dtype"] == "float32" and stored["environment"]["device"].startswith("CPU")
+    assert stored["milliseconds_saved_per_layer"] == analysis.milliseconds_saved
+
+
+def test_the_pipeline_is_not_changed(tmp_path, monkeypatch):
+    synthetic_times(monkeypatch, [10.0, 8.0, 6.0, 4.0])
+    teacher = tiny_teacher()
+    transformer, before = teacher.transformer, {n: x.clone() for n, x in teacher.transformer.state_dict().items()}
+    run(tmp_path / "new", teacher)
+    assert teacher.transformer is transformer and transformer.state_dict().keys() == before.keys()
+    assert all(torch.equal(x, before[name]) for name, x in transformer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "pipeline, options, words",
+    [
+        (lambda: convert(tiny_pipeline(), [0]), {}, "expected a stock Wan pipeline, whose layers are softmax"),
+        (lambda: SimpleNamespace(transformer=torch.nn.Linear(1, 1)), {}, "a pipeline with a Wan transformer, got"),
+        (tiny_experts, {}, "got one with two experts"),
+        (tiny_image_pipeline, {}, "needs an image"),
+        (tiny_teacher, {"speedup": 1.0}, "speedup must be more than 1, or None for no proposal, got 1.0"),
+        (tiny_teacher, {"speedup": float("nan")}, "speedup must be more than 1"),
+        (tiny_teacher, {"timed_size": (32, 32, 6)}, "num_frames must be 1 more than a multiple of 4, got 6"),
+        (tiny_teacher, {"captions": []}, "at least one caption"),
+        (tiny_teacher, {"sensitivity": replace(CONFIG.sensitivity, num_states=0)}, "num_states must be at least 1"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_written(tmp_path, pipeline, options, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        run(tmp_path / "new", pipeline(), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_stays_unless_it_is_an_analysis_to_overwrite(analysis, folder, tmp_path, monkeypatch):
+    other = tmp_path / "training"
+    (other / "trajectories").mkdir(parents=True)
+    (other / "request.json").write_text('{"suite": "fidelity"}')
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="another request"):
+            run(other, overwrite=overwrite)
+    assert (other / "trajectories").exists()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="seed 0, asked for 1"):
+        run(folder, seed=1)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    synthetic_times(monkeypatch, [10.0, 8.0, 6.0, 4.0])
+    run(tmp_path / "mine", seed=1)
+    (tmp_path / "mine" / "notes.txt").write_text("kept")
+    assert run(tmp_path / "mine", overwrite=True).sensitivity == analysis.sensitivity
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "kept"
+
+
+def test_an_error_that_is_not_finite_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "velocity_error", lambda *_: float("nan"))
+    with pytest.raises(ValueError, match="velocity error of layers .* is not finite in torch.float32"):
+        run(tmp_path / "new")
+
+
+def test_the_text_says_what_follows(analysis):
+    listed = ranges(analysis.proposal.layers)
+    assert f"speed-up of 1.3: layers {listed} linear, measured at 1.67" in conclusion(analysis)[0]
+    slow = [replace(chosen, speedup=0.5) for chosen in analysis.sets]
+    assert (
+        "No set of layers is faster at this shape on this device"
+        in conclusion(replace(analysis, sets=slow, proposal=None))[0]
+    )
+    unreached = replace(analysis, wanted_speedup=3.0, proposal=None)
+    assert "No set of layers reaches a speed-up of 3" in conclusion(unreached)[0]
+    assert "3 linear layers, has 2.50" in conclusion(unreached)[0] and commands(unreached, "x") == []
+    lines = text(analysis, "x").splitlines()
+    assert sum(line.endswith("  0-2") for line in lines) == 1
+
+
+def test_the_report_is_one_file(analysis, tmp_path):
+    write_report(analysis, tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("<img") == 2 and html.count("data:image/png;base64") == 2
+    assert "http" not in html and [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_the_command_and_what_it_proposes(tmp_path, capsys, monkeypatch):
+    synthetic_times(monkeypatch, [10.0, 8.0, 6.0, 4.0])
+    stock, output = tmp_path / "stock model", tmp_path / "analysis"
+    tiny_teacher().save_pretrained(stock)
+    flags = "--height 32 --width 32 --num_frames 5 --num_inference_steps 2 --num_trajectories 2 --num_states 4"
+    command = ["analyze", str(stock), "--output_dir", str(output), *flags.split(), "--warmup_steps", "2"]
+    assert cli.main([*command, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "Proposed for a speed-up of 1.3" in out and (output / "report.html").exists()
+    convert_line, train_line = (line for line in out.splitlines() if line.startswith("linvideo "))
+
+    words = shlex.split(convert_line.replace("converted", shlex.quote(str(tmp_path / "converted"))))
+    assert cli.main(words[1:]) == 0
+    layers = json.loads((output / "analysis.json").read_text())["proposal"]["layers"]
+    expected = load_feature_maps(
+        convert(tiny_teacher().transformer, layers, mode="linear"), output / module.FEATURE_MAPS
+    )
+    made = load_pipeline(tmp_path / "converted").transformer.state_dict()
+    assert all(torch.equal(x, made[name]) for name, x in expected.state_dict().items())
+
+    tiny_experts().save_pretrained(tmp_path / "experts")
+    words = ["convert", "--model", str(tmp_path / "experts"), "--output_dir", str(tmp_path / "no"), *words[-4:-2]]
+    assert words[-2] == "--feature_maps" and cli.main(words) == 2
+    assert "of one transformer, got a pipeline with two" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+    config = load_config(shlex.split(train_line.replace("RECIPE", "wan2.1-1.3b-480p-1gpu"))[2:])
+    assert config.selection.layers == layers and config.pretrained_model_name_or_path == str(stock)
+
+    capsys.readouterr()
+    assert cli.main([*command, "--seed", "1"]) == 2 and "another request" in capsys.readouterr().err
+    assert cli.main([*command, "--speedup", "none"]) == 0
+    assert "No speed-up was asked for" in capsys.readouterr().out
