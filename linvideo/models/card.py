@@ -29,19 +29,20 @@ class Training:
 
     Args:
         method: in words, say "selective transfer".
-        steps: optimizer steps of each stage. untrained: what is said where there are none.
+        steps: optimizer steps of each stage.
         settings: name -> value, each said as it is; those that are None are left out.
         validation: the last row of validation.jsonl: step, stage and metrics.
         earlier: folder of the model that it started from, if that is another than the pipeline's own; what its card
             says of training is said here too.
+        untrained: what is said where there are no steps.
     """
 
     method: str
     steps: dict[str, int] = field(default_factory=dict)
-    untrained: str = "no training, its new linear layers are **untrained**"
     settings: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, Any] | None = None
     earlier: str | os.PathLike | None = None
+    untrained: str = "no training, its new linear layers are **untrained**"
 
     def __str__(self) -> str:
         stages = ", ".join(f"{stage} {count}" for stage, count in self.steps.items() if count)
