@@ -1,0 +1,412 @@
+"""Every family with every feature: the cells of docs/models.md, which `python tests/models/test_families.py` writes.
+
+A check fails unless the feature does its work. Where diffusers' own model lacks the feature the test shows that, so it
+fails as soon as diffusers gains it.
+"""
+
+import copy
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.hooks import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
+from families import FAMILIES, Family, generate, run
+
+import linvideo
+from linvideo.models import attention as attention_module
+from linvideo.models.attention import self_attentions
+from linvideo.nn import FEATURE_MAPS, LinearAttentionBranch
+
+KINDS = ("softmax", "linear", "mixed")
+
+
+def kinds(family: Family) -> list[str]:
+    return [KINDS[i % 3] for i in range(family.num_layers)]
+
+
+def of_all_kinds(family: Family, base: torch.nn.Module | None = None) -> torch.nn.Module:
+    """The tiny model with softmax, linear and mixed layers in turn."""
+    layers = {kind: [i for i, other in enumerate(kinds(family)) if other == kind] for kind in KINDS}
+    model = linvideo.convert(family.transformer() if base is None else base, layers["linear"], mode="linear")
+    return linvideo.convert(model, layers["mixed"], r_init=0.6)
+
+
+def branches(model: torch.nn.Module) -> list[LinearAttentionBranch]:
+    return [module for module in model.modules() if isinstance(module, LinearAttentionBranch)]
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).norm() / other.norm()).item()
+
+
+def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [block for name, _ in model.attention_paths for block in getattr(model, name)]
+
+
+# --- what a family is -----------------------------------------------------------------------------------------------
+
+
+def converts(family: Family, folder: Path) -> None:
+    base = family.transformer()
+    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    for feature_map in FEATURE_MAPS:
+        model = linvideo.convert(base, feature_map=feature_map)
+        assert model.config.attention_types == ["mixed"] * family.num_layers
+        assert linvideo.describe(model).feature_map == feature_map
+        assert torch.isfinite(run(family, model)).all()
+    assert type(model).__name__ == f"LinVideo{type(base).__name__}" and isinstance(model, type(base))
+    assert of_all_kinds(family, base).config.attention_types == kinds(family)
+    assert base.state_dict().keys() == state.keys() and not branches(base)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in base.state_dict().items())
+
+
+def equals_the_original_at_r_1(family: Family, folder: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        base = family.transformer().to(dtype)
+        inputs = {
+            name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+            for name, value in family.inputs().items()
+            if name != "timestep"
+        }
+        expected = run(family, base, **inputs)
+        assert torch.equal(run(family, linvideo.convert(base, r_init=1.0), **inputs), expected)
+        linear = run(family, linvideo.convert(base, mode="linear"), **inputs)
+        assert torch.isfinite(linear).all() and relative(linear.float(), expected.float()) > 1e-3
+
+
+def trains(family: Family, folder: Path) -> None:
+    model = of_all_kinds(family).train()
+    target = torch.randn_like(run(family, model))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(2):
+        loss = (model(**family.inputs())[0] - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+    for attn, kind in zip(self_attentions(model), kinds(family), strict=True):
+        trained = [attn.to_q.weight, attn.to_out[0].weight, *getattr(attn, "linear_attn", attn.to_v).parameters()]
+        assert all(parameter.grad.abs().sum() > 0 for parameter in trained)
+        assert kind != "mixed" or attn.linear_attn.r.grad.abs() > 0
+
+
+def finalizes(family: Family, folder: Path) -> None:
+    model = linvideo.convert(family.transformer(), r_init=0.6)
+    with linvideo.attention_types(model, {i: "linear" if i == 1 else "softmax" for i in range(family.num_layers)}):
+        expected = run(family, model)
+    model = linvideo.finalize(model, linear_layers=[1])
+    assert model.config.attention_types == ["linear" if i == 1 else "softmax" for i in range(family.num_layers)]
+    assert torch.equal(run(family, model), expected)
+    assert [name.split(".")[-1] for name, _ in model.named_parameters() if "linear_attn" in name] == [
+        "q_weight",
+        "k_weight",
+    ]
+
+
+def saves_and_loads(family: Family, folder: Path) -> None:
+    model = of_all_kinds(family)
+    with torch.no_grad():
+        for branch in branches(model):
+            branch.q_weight.mul_(0.9)
+    expected = run(family, model)
+    model.save_pretrained(folder)
+    loaded, info = type(model).from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and loaded.config == model.config
+    assert torch.equal(run(family, loaded), expected)
+    with pytest.raises(ValueError, match=type(model).__name__):  # rather than the stock class
+        diffusers.AutoModel.from_pretrained(folder)
+    half = type(model).from_pretrained(folder, torch_dtype=torch.bfloat16)
+    assert self_attentions(half)[1].to_q.weight.dtype == torch.bfloat16
+    assert {p.dtype for branch in branches(half) for p in branch.parameters()} == {torch.float32}
+
+
+def runs_in_its_pipeline(family: Family, folder: Path) -> None:
+    stock = family.pipeline()
+    expected = generate(family, stock)
+    assert np.isfinite(expected).all()
+    np.testing.assert_array_equal(generate(family, linvideo.convert(stock, r_init=1.0)), expected)
+
+    pipeline = linvideo.convert(stock, layers=[0, 1], mode="linear")
+    linear = generate(family, pipeline)
+    assert np.abs(linear - expected).max() > 1e-5
+    linvideo.save_pipeline(pipeline, folder / "pipeline")
+    for load in (linvideo.load_pipeline, type(stock).from_pretrained):
+        loaded = load(folder / "pipeline")
+        assert type(loaded) is type(stock) and type(loaded.transformer) is type(pipeline.transformer)
+        np.testing.assert_allclose(generate(family, loaded), linear, atol=1e-6)
+    assert type(diffusers.AutoModel.from_pretrained(folder / "pipeline", subfolder="transformer")) is type(
+        pipeline.transformer
+    )
+
+    index = folder / "pipeline" / "model_index.json"
+    index.write_text(index.read_text().replace("linvideo", "diffusers").replace("LinVideo", ""))
+    with pytest.raises(ValueError, match="has linear attention layers, but model_index.json names"):
+        linvideo.load_pipeline(folder / "pipeline")
+
+
+# --- what diffusers does with a model -------------------------------------------------------------------------------
+
+
+def exchanges_processors(family: Family, folder: Path) -> None:
+    """Stock processors make every layer softmax and keep the weights; ours bring the linear layers back."""
+    base = family.transformer()
+    stock = base.attn_processors
+    model = of_all_kinds(family, base)
+    ours, keys, expected = model.attn_processors, set(model.state_dict()), run(family, model)
+    assert ours.keys() == stock.keys()
+    model.set_attn_processor(dict(stock))
+    assert torch.equal(run(family, model), run(family, base)) and set(model.state_dict()) == keys
+    model.set_attn_processor(dict(ours))
+    assert torch.equal(run(family, model), expected)
+
+
+def trains_and_fuses_lora(family: Family, folder: Path) -> None:
+    from peft import LoraConfig
+
+    model = of_all_kinds(family)
+    expected = run(family, model)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    assert torch.equal(run(family, model), expected)  # lora_B starts at zero
+    assert not any("lora" in name for name, _ in model.named_modules() if "linear_attn" in name)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr=0.1)
+    for _ in range(2):
+        model(**family.inputs())[0].square().sum().backward()
+        optimizer.step()
+    assert all(parameter.grad.abs().sum() > 0 for attn in self_attentions(model) for parameter in lora_of(attn))
+    trained = run(family, model)
+    assert relative(trained, expected) > 1e-4
+
+    model.save_lora_adapter(folder)
+    other = of_all_kinds(family)
+    other.load_lora_adapter(folder, prefix=None)
+    assert torch.equal(run(family, other), trained)
+    model.fuse_lora()
+    assert relative(run(family, model), trained) < 1e-5
+    model.unfuse_lora()
+    assert relative(run(family, model), trained) < 1e-5
+    model.delete_adapters("default")
+    assert relative(run(family, model), expected) < 1e-5
+
+
+def lora_of(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for name, parameter in module.named_parameters() if "lora" in name]
+
+
+def compiles_repeated_blocks(family: Family, folder: Path) -> None:
+    model = of_all_kinds(family)
+    expected = run(family, model)
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    compiled = {id(m) for m in model.modules() if m._compiled_call_impl is not None}
+    assert {id(block) for block in blocks(model)} <= compiled
+    assert relative(run(family, model), expected) < 1e-5
+
+
+def takes_an_attention_backend(family: Family, folder: Path) -> None:
+    from diffusers.models.attention_dispatch import attention_backend
+
+    model = of_all_kinds(family)
+    expected, used = run(family, model), []
+
+    def dispatch(*args, **kwargs):
+        used.append(kwargs["backend"])
+        return diffusers.models.attention_dispatch.dispatch_attention_fn(*args, **kwargs)
+
+    with attention_backend("native"):  # set_attention_backend also writes a process-wide default; this restores it
+        model.set_attention_backend("_native_math")
+        with mock.patch.object(attention_module, "dispatch_attention_fn", dispatch):
+            assert relative(run(family, model), expected) < 1e-4
+    assert used == ["_native_math"] * sum(kind != "linear" for kind in kinds(family))
+
+
+def offloads_groups(family: Family, folder: Path) -> None:
+    """To disk, so that weights which are not brought back would be empty."""
+    for level in ("block_level", "leaf_level"):
+        model = of_all_kinds(family)
+        expected = run(family, model)
+        model.enable_group_offload(
+            onload_device=torch.device("cpu"),
+            offload_device=torch.device("cpu"),
+            offload_type=level,
+            num_blocks_per_group=1 if level == "block_level" else None,
+            offload_to_disk_path=folder / level,
+        )
+        assert torch.equal(run(family, model), expected)
+
+
+def offloads_sequentially(family: Family, folder: Path) -> None:
+    from accelerate import cpu_offload
+
+    model = of_all_kinds(family)
+    expected = run(family, model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for branch in branches(model) for parameter in branch.parameters())
+    assert torch.equal(run(family, model), expected)
+
+
+def offloads_to_disk(family: Family, folder: Path) -> None:
+    from accelerate import disk_offload
+
+    model = of_all_kinds(family)
+    expected = run(family, model)
+    disk_offload(model, folder, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for branch in branches(model) for parameter in branch.parameters())
+    assert torch.equal(run(family, model), expected)
+
+
+def casts_layerwise(family: Family, folder: Path) -> None:
+    model = of_all_kinds(family)
+    expected = run(family, model)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert {attn.to_q.weight.dtype for attn in self_attentions(model)} == {torch.float8_e4m3fn}
+    assert {p.dtype for branch in branches(model) for p in branch.parameters()} == {torch.float32}
+    assert 0 < relative(run(family, model), expected) < 0.2
+
+
+def takes_torchao_weights(family: Family, folder: Path) -> None:
+    pytest.importorskip("torchao")
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+    model = of_all_kinds(family)
+    expected = run(family, model)
+    model.save_pretrained(folder)
+    for weights in (Int8WeightOnlyConfig, Float8WeightOnlyConfig):
+        loaded = type(model).from_pretrained(folder, quantization_config=diffusers.TorchAoConfig(weights()))
+        assert all(type(attn.to_q.weight) is not torch.nn.Parameter for attn in self_attentions(loaded))
+        assert {(type(p), p.dtype) for b in branches(loaded) for p in b.parameters()} == {
+            (torch.nn.Parameter, torch.float32)
+        }
+        assert 0 < relative(run(family, loaded).float(), expected) < 0.1
+
+
+def fuse(family: Family, model: torch.nn.Module) -> None:
+    """Fuse, and see that the fused projection is the one in use: without it the output changes."""
+    model.fuse_qkv_projections()
+    before = run(family, model)
+    attn = next(m for name, m in model.named_modules() if name.endswith((".0.attn1", ".0.attn")))
+    with torch.no_grad():
+        fused = attn.to_qkv.weight.clone()
+        attn.to_qkv.weight.zero_()
+        assert not torch.equal(run(family, model), before), "the fused projection is not in use"
+        attn.to_qkv.weight.copy_(fused)
+
+
+def fuses_projections(family: Family, folder: Path) -> None:
+    model = of_all_kinds(family)
+    expected = run(family, model)
+    fuse(family, model)
+    assert all(attn.fused_projections for attn in self_attentions(model))
+    assert relative(run(family, model), expected) < 1e-5
+    model.unfuse_qkv_projections()
+    assert torch.equal(run(family, model), expected)
+
+
+def sequence(family: Family, model: torch.nn.Module, config: object, steps: int = 4) -> list[torch.Tensor]:
+    """Outputs at falling timesteps with a cache; fails if the last self-attention runs in every one of them."""
+    model.enable_cache(config)
+    ran, last = [], [m for name, m in model.named_modules() if name.endswith("blocks.1.attn1.to_out.0")]
+    last = last or [m for name, m in model.named_modules() if name.endswith("transformer_blocks.1.attn.to_out.0")]
+    hook = last[-1].register_forward_hook(lambda *_: ran.append(1))
+    outputs, timestep = [], family.inputs()["timestep"]
+    for step in range(steps):
+        with model.cache_context("cond"):
+            outputs.append(run(family, model, timestep=(timestep * (1 - 0.01 * step)).to(timestep.dtype)))
+    hook.remove()
+    model.disable_cache()
+    assert 0 < len(ran) < steps, f"{len(ran)} of {steps} steps computed"
+    return outputs
+
+
+CACHES = {
+    "first-block cache": lambda: FirstBlockCacheConfig(threshold=10.0),
+    "pyramid attention broadcast": lambda: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(0, 1001),
+        current_timestep_callback=lambda: 500,
+    ),
+    "MagCache": lambda: MagCacheConfig(
+        threshold=10.0, num_inference_steps=4, retention_ratio=0.25, mag_ratios=[1.0] * 4
+    ),
+    "TaylorSeer": lambda: TaylorSeerCacheConfig(
+        cache_interval=2, disable_cache_before_step=1, taylor_factors_dtype=torch.float32
+    ),
+    "FasterCache": lambda: FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 1001),
+        current_timestep_callback=lambda: 500,
+        attention_weight_callback=lambda _: 0.3,
+        tensor_format="BCFHW",
+        is_guidance_distilled=True,
+    ),
+}
+
+
+def works_with(cache: str, family: Family, folder: Path) -> None:
+    """At r = 1 the outputs with a cache are the original's with that cache."""
+    base = family.transformer()
+    expected = sequence(family, base, CACHES[cache]())
+    model = linvideo.convert(base, r_init=1.0)
+    assert all(torch.equal(*pair) for pair in zip(sequence(family, model, CACHES[cache]()), expected, strict=True))
+    linear = sequence(family, linvideo.convert(base, mode="linear"), CACHES[cache]())
+    assert all(torch.isfinite(x).all() and relative(x, y) > 1e-3 for x, y in zip(linear, expected, strict=True))
+
+
+def checkpoints_gradients(family: Family, folder: Path) -> None:
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        model = of_all_kinds(family).train()
+        self_attentions(model)[1].linear_attn.register_forward_hook(lambda *_: calls.append(checkpointing))  # noqa: B023
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(**family.inputs())[0].square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert calls == [False, True, True]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+FEATURES: dict[str, Callable[[Family, Path], None]] = {
+    "converts, any feature map": converts,
+    "equal bit for bit at r = 1 (fp32, bf16)": equals_the_original_at_r_1,
+    "trains": trains,
+    "finalizes": finalizes,
+    "saves, loads": saves_and_loads,
+    "runs in its own pipeline": runs_in_its_pipeline,
+    "attention processors exchanged": exchanges_processors,
+    "LoRA: train, save, load, fuse": trains_and_fuses_lora,
+    "torch.compile of the blocks": compiles_repeated_blocks,
+    "attention backend": takes_an_attention_backend,
+    "gradient checkpointing": checkpoints_gradients,
+    "group offload, to disk": offloads_groups,
+    "sequential offload": offloads_sequentially,
+    "disk offload": offloads_to_disk,
+    "layerwise casting to fp8": casts_layerwise,
+    "torchao int8, fp8 weights": takes_torchao_weights,
+    "fused q, k, v projections": fuses_projections,
+    **{cache: functools.partial(works_with, cache) for cache in CACHES},
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_feature(name, feature, tmp_path):
+    FEATURES[feature](FAMILIES[name], tmp_path)
