@@ -317,9 +317,7 @@ FAMILIES = {
     ),
     "Wan VACE": Family(vace_transformer, vace_inputs, vace_pipeline, num_layers=5, arguments=guided),
     "SkyReels-V2": Family(sky_reels_transformer, tiny_inputs, sky_reels_pipeline, arguments=guided),
-    "ChronoEdit": Family(
-        chrono_edit_transformer, image_to_video_inputs, chrono_edit_pipeline, arguments=with_image
-    ),
+    "ChronoEdit": Family(chrono_edit_transformer, image_to_video_inputs, chrono_edit_pipeline, arguments=with_image),
     "LTX-Video": Family(ltx_transformer, ltx_inputs, ltx_pipeline, arguments=guided),
     "HunyuanVideo 1.5": Family(
         hunyuan_video15_transformer,
