@@ -1,4 +1,4 @@
-"""Every family with every feature: the cells of docs/models.md, which `python tests/models/test_families.py` writes.
+"""Every family with every feature: the table of docs/models.md, which `python tests/models/test_families.py` writes.
 
 A check fails unless the feature does its work. Where diffusers' own model lacks the feature the test shows that, so it
 fails as soon as diffusers gains it.
@@ -6,6 +6,7 @@ fails as soon as diffusers gains it.
 
 import functools
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -671,61 +672,22 @@ def test_real_configurations(name):
 # --- docs/models.md -------------------------------------------------------------------------------------------------
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
-TEXT = """# Models
-
-`linvideo.convert` gives linear self-attention to the transformers of Wan 2.1 and 2.2, Wan VACE, SkyReels-V2, ChronoEdit,
-LTX-Video, HunyuanVideo 1.5 and CogVideoX, alone or in their pipelines. All of them are used the same way:
-
-```python
-import linvideo
-from diffusers import LTXPipeline
-
-pipe = linvideo.convert(LTXPipeline.from_pretrained("Lightricks/LTX-Video"), layers=[1, 2, 3])
-linvideo.save_pipeline(pipe, "converted")
-pipe = LTXPipeline.from_pretrained("converted")  # after `import linvideo`; or linvideo.load_pipeline("converted")
-```
-
-A transformer by itself is saved by its `save_pretrained` and loaded by our class, say
-`linvideo.LinVideoLTXVideoTransformer3DModel.from_pretrained(folder)`. Of Wan 2.2's two experts `convert(pipeline)` takes both;
-`pipeline.transformer_2 = linvideo.convert(pipeline.transformer_2)` takes one.
-
-Refused: SkyReels-V2 in its block-causal mode (`num_frame_per_block` above 1), by `convert` and, if it is switched on later, by
-the first forward: linear attention has no form of that mask. `linvideo train`, `distill` and the rest of the command line take
-Wan 2.1 and 2.2 only. The other models are converted by the library and trained by your own loop; for CogVideoX that has to be
-another objective than ours, because it predicts v of a DDPM, not the velocity of a rectified flow.
-
-A new family is one file, of some 50 lines: see the docstring of `linvideo/models/attention.py`.
-
-## What is tested
-
-Each cell is a test of tests/models/test_families.py on a tiny random model, which also writes this page. "{gap}" stands
-where diffusers' own model has nothing that a converted one could keep, which is tested as well: no plan for context
-parallelism, a fused projection that is not made or not read, a block that is not registered for the caches, or no latents that
-SeaCache knows how to read.
-
-{table}
-
-- Context parallelism is two processes on gloo, with outputs and gradients as in one, and one all-reduce per linear layer. For
-  LTX-Video, diffusers' own cross-attention fails there with a text mask, and its backward with fewer text than video tokens.
-- `compile_repeated_blocks(fullgraph=True)` is traced, without graph break; inductor itself is tested on one Wan model.
-- TaylorSeer's default patterns fit HunyuanVideo 1.5 only; for the others give `cache_identifiers`, as
-  `r"(transformer_)?blocks\\.\\d+\\.attn1"`. FasterCache is tested without its skipping of the unconditional branch.
-"""
 
 
 def table() -> str:
     rows = [["", *FAMILIES], ["---"] * (len(FAMILIES) + 1)]
     rows += [[feature, *(cell(feature, name) for name in FAMILIES)] for feature in FEATURES]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
-def page() -> str:
-    return TEXT.format(table=table(), gap=NOT_IN_DIFFUSERS)
+def test_the_table_is_up_to_date():
+    assert written_table().group() == table(), "run python tests/models/test_families.py"
 
 
-def test_the_page_is_up_to_date():
-    assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/models/test_families.py"
+def written_table() -> re.Match:
+    return re.search(r"(^\|.*\n)+", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    place, text = written_table(), PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(text[: place.start()] + table() + text[place.end() :], encoding="utf-8")
