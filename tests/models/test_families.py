@@ -26,6 +26,7 @@ from diffusers.hooks import (
     TaylorSeerCacheConfig,
 )
 from families import FAMILIES, TEXT_DIM, Family, generate, run
+from tiny import tiny_transformer
 
 import linvideo
 from linvideo.models import attention as attention_module
@@ -636,6 +637,14 @@ def test_one_expert_of_two(tmp_path):
     assert type(loaded.transformer) is linvideo.LinVideoWanTransformer3DModel
     assert type(loaded.transformer_2) is diffusers.WanTransformer3DModel
     np.testing.assert_allclose(generate(family, loaded), expected, atol=1e-6)
+
+
+def test_inductor_compiles_a_block_of_wan():
+    model = linvideo.convert(tiny_transformer(num_layers=1), r_init=0.6)  # mixed: both attentions in one graph
+    expected = run(FAMILIES["Wan 2.1 T2V"], model)
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True)
+    assert relative(run(FAMILIES["Wan 2.1 T2V"], model), expected) < 1e-5
 
 
 # class of ours, config where it is not the default, layers, parameters in billions
