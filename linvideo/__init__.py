@@ -20,6 +20,7 @@ _LAZY = {
         "describe",
         "finalize",
         "load_pipeline",
+        "push_to_hub",
         "save_pipeline",
     )
 }

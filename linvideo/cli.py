@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 DTYPES = ("float32", "float16", "bfloat16")
-DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 5.0}
+DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}  # Wan's
 DIMENSIONS = [
     "imaging_quality",
     "aesthetic_quality",
@@ -33,9 +33,11 @@ def convert(args: argparse.Namespace) -> None:
     pipeline = load(args)
     layers = "all" if args.layers == ["all"] else args.layers
     converted = models.convert(pipeline, layers, mode=args.mode, feature_map=args.feature_map, copy=False)
-    models.save_pipeline(converted, args.output_dir, overwrite=args.overwrite)
-    print(models.describe(converted.transformer))
-    print(f"saved to {args.output_dir}; its linear layers are untrained: `linvideo train` is what makes them good")
+    how = models.Training(f"conversion ({args.mode})")
+    models.save_pipeline(converted, args.output_dir, overwrite=args.overwrite, training=how)
+    if len(print_transformers(converted)) > 1:
+        print("both experts were converted, with the same layers")
+    print(f"saved to {args.output_dir}; its new linear layers are untrained: `linvideo train` makes good ones, of Wan")
 
 
 def train(argv: list[str]) -> None:
@@ -96,22 +98,77 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    import torch
-
     from linvideo import models
-    from linvideo.models.generate import generate_video, save_video
+    from linvideo.evaluation.sampling import make_videos, summary
 
-    refuse_existing_video(args)
+    jobs = video_jobs(args)
+    if args.cpu_offload is not None and (args.device == "cpu" or args.compare):
+        raise ValueError("--cpu_offload needs a GPU and goes without --compare, whose two pipelines share parts")
     pipeline = load(args)
-    models.wan_transformer(pipeline)
-    pipeline.to(args.device)
-    if isinstance(pipeline.scheduler, models.FewStepScheduler):  # a distilled model, with the guidance in its weights
-        args.num_inference_steps = args.num_inference_steps or pipeline.scheduler.num_steps
-        args.guidance_scale = 1.0 if args.guidance_scale is None else args.guidance_scale
-    generator = torch.Generator("cpu").manual_seed(args.seed)
-    video = generate_video(pipeline, args.prompt, generator=generator, **sampling(args))
-    save_video(video, args.output, fps=args.fps)
-    print(f"wrote {args.output}")
+    models.video_transformers(pipeline)  # before a long load of the teacher
+    asked, own = given(args), models.own_settings(pipeline)
+    # of a distilled model both options are the teacher's, with --compare
+    settings = asked | own if args.compare else own | asked
+    teacher = None if args.compare is None else load_teacher(args, pipeline)
+    for part in filter(None, (pipeline, teacher)):
+        place(part, args)
+    made = []
+    for video in make_videos(pipeline, jobs, settings, teacher, asked, args.fps):
+        made.append(video)
+        beside = "" if video.psnr is None else f", PSNR {video.psnr:.2f} dB and SSIM {video.ssim:.4f} to the teacher"
+        print(f"wrote {video.job.path}, seed {video.job.seed}{beside}", flush=True)
+    print_transformers(pipeline)
+    print(summary(made, args.device))
+
+
+def video_jobs(args: argparse.Namespace) -> list:
+    """One for each prompt and seed; a video of --prompt goes to the file --output, several to the folder."""
+    from linvideo.evaluation.sampling import Job
+    from linvideo.training.prompts import Prompt, read_prompts_with_images
+
+    if args.num_videos_per_prompt < 1:
+        raise ValueError(f"--num_videos_per_prompt must be at least 1, got {args.num_videos_per_prompt}")
+    if args.prompts_file is None:
+        prompts = [Prompt(args.prompt, args.image)]
+    elif args.image is None:
+        prompts = read_prompts_with_images(args.prompts_file)
+    else:
+        raise ValueError("--image goes with --prompt; a .jsonl --prompts_file names an image in each line")
+    seeds = range(args.seed, args.seed + args.num_videos_per_prompt)
+    if args.prompts_file is None and len(seeds) == 1:
+        args.output = args.output or Path("output.mp4")
+        refuse_existing_video(args)
+        return [Job(prompts[0], args.seed, args.output)]
+    folder = args.output or Path("outputs")
+    if folder.suffix == ".mp4" or folder.is_file():
+        raise ValueError(f"--output must name a folder for several videos, got {folder}")
+    jobs = [Job(prompt, seed, folder / f"{i:04d}-{seed}.mp4") for i, prompt in enumerate(prompts) for seed in seeds]
+    there = [job.path for job in jobs if job.path.exists()]
+    if there and not args.overwrite:
+        raise ValueError(f"{there[0]} exists; choose another --output or pass --overwrite")
+    return jobs
+
+
+def load_teacher(args: argparse.Namespace, pipeline):
+    """The pipeline --compare, with all that it can share."""
+    own = ("transformer", "transformer_2", "scheduler")
+    shared = {name: part for name, part in pipeline.components.items() if name not in own and part is not None}
+    return load(argparse.Namespace(model=args.compare, dtype=args.dtype), **shared)
+
+
+def place(pipeline, args: argparse.Namespace) -> None:
+    """Onto the device, as the flags say that diffusers-cli has too."""
+    if args.attention_backend is not None:
+        for name in ("transformer", "transformer_2"):
+            if getattr(pipeline, name, None) is not None:
+                getattr(pipeline, name).set_attention_backend(args.attention_backend)
+    if args.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if args.cpu_offload is None:
+        pipeline.to(args.device)
+    else:
+        name = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}[args.cpu_offload]
+        getattr(pipeline, name)(device=args.device)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -143,13 +200,15 @@ def evaluate_fidelity(args: argparse.Namespace) -> None:
 def evaluate_vbench(args: argparse.Namespace) -> None:
     import importlib.util
 
+    from linvideo import models
     from linvideo.evaluation import vbench
 
     full_info = args.full_info or vbench.full_info_path()
     prompts = vbench.prompts_of(full_info, args.dimensions, args.num_prompts)
     pipeline = load(args).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
-    for finished, total in vbench.generate_videos(pipeline, prompts, args.output_dir, fps=args.fps, **sampling(args)):
+    settings = sampling(args) | models.own_settings(pipeline)
+    for finished, total in vbench.generate_videos(pipeline, prompts, args.output_dir, fps=args.fps, **settings):
         print(f"\rvideo {finished} of {total}", end="", flush=True)
     print()
     if importlib.util.find_spec("vbench") is None:
@@ -161,9 +220,13 @@ def evaluate_vbench(args: argparse.Namespace) -> None:
 
 def sampling(args: argparse.Namespace) -> dict:
     """What a video is sampled with, for `generate_video`."""
-    names = ("negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale")
-    chosen = {name: getattr(args, name) for name in names}
-    return {name: DEFAULTS.get(name) if value is None else value for name, value in chosen.items()}
+    return DEFAULTS | given(args)
+
+
+def given(args: argparse.Namespace) -> dict:
+    """The same, without defaults."""
+    values = {name: getattr(args, name) for name in ("negative_prompt", *DEFAULTS)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def check(args: argparse.Namespace) -> int:
@@ -184,10 +247,20 @@ def check(args: argparse.Namespace) -> int:
 def info(args: argparse.Namespace) -> None:
     from linvideo import models
 
-    pipeline = load(args, text_encoder=None, vae=None)  # the large parts that say nothing about attention
-    description = models.describe(models.wan_transformer(pipeline))
+    pipeline = load(args, text_encoder=None)  # the largest part, which says nothing about attention
+    models.video_transformers(pipeline)
     print(f"{type(pipeline).__name__}, scheduler {type(pipeline.scheduler).__name__}")
-    print(description)
+    print_transformers(pipeline)
+
+
+def print_transformers(pipeline) -> dict:
+    """Say what the attention layers are; returns the transformers by name."""
+    from linvideo import models
+
+    found = models.video_transformers(pipeline)
+    for name, transformer in found.items():
+        print(f"{name}: {models.describe(transformer)}")
+    return found
 
 
 def load(args: argparse.Namespace, **components):
@@ -195,8 +268,12 @@ def load(args: argparse.Namespace, **components):
 
     from linvideo import models
 
-    dtype = {"default": getattr(torch, args.dtype), "vae": torch.float32}  # Wan's VAE is meant for fp32
-    return models.load_pipeline(args.model, torch_dtype=dtype, **components)
+    dtype = {"default": getattr(torch, args.dtype), "vae": torch.float32}
+    pipeline = models.load_pipeline(args.model, torch_dtype=dtype, **components)
+    vae = getattr(pipeline, "vae", None)
+    if vae is not None and type(vae).__name__ != "AutoencoderKLWan" and vae.dtype != dtype["default"]:
+        vae.to(dtype["default"])  # only Wan's is meant for fp32
+    return pipeline
 
 
 def choose_device(name: str | None) -> str:
@@ -229,6 +306,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def underscored(word: str) -> str:
+    """--num-frames as --num_frames: diffusers-cli writes its flags with hyphens, its scripts with underscores."""
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word
+
+
 def layer_number(text: str) -> int | str:
     if text != "all" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f'expected 0-based layer numbers or "all", got {text!r}')
@@ -250,12 +333,15 @@ def make_parser() -> argparse.ArgumentParser:
 
     def add_sampling(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--negative_prompt", default="")
-        sub.add_argument("--height", type=int, default=480)
-        sub.add_argument("--width", type=int, default=832)
-        sub.add_argument("--num_frames", type=int, default=81)
-        for name, kind in (("num_inference_steps", int), ("guidance_scale", float)):
-            what = f"default: {DEFAULTS[name]}; of a distilled model, as it was distilled"
-            sub.add_argument(f"--{name}", type=kind, help=what)
+        for name, value in DEFAULTS.items():
+            fixed = (
+                "; of a distilled model, as it was distilled"
+                if name in ("num_inference_steps", "guidance_scale")
+                else ""
+            )
+            sub.add_argument(
+                f"--{name}", type=type(value), help=f"default: the pipeline's own, {value} with Wan{fixed}"
+            )
         sub.add_argument("--seed", type=int, default=0)
         sub.add_argument("--fps", type=int, default=16)
         sub.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
@@ -272,7 +358,7 @@ def make_parser() -> argparse.ArgumentParser:
     what = "transfer,adm,distill or a part of it with transfer; distill takes about five minutes more"
     sub.add_argument("--stages", default="transfer", help=what)
 
-    sub = command("convert", convert, "give layers of a Wan pipeline linear attention, without training")
+    sub = command("convert", convert, "give layers of a pipeline linear attention, without training")
     add_model(sub)
     add_output_dir(sub)
     sub.add_argument("--layers", nargs="+", type=layer_number, default=["all"], help='0-based layer numbers, or "all"')
@@ -304,12 +390,29 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--forward_seconds", type=float, help="of the teacher with one video on one GPU, as measured")
     sub.add_argument("--json", action="store_true", help="print the plan as JSON")
 
-    sub = command("generate", generate, "make a video with a pipeline, converted or stock")
+    sub = command("generate", generate, "make videos with a pipeline, converted or stock, and say what they cost")
     add_model(sub)
-    sub.add_argument("--prompt", required=True)
+    prompt = sub.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt")
+    prompt.add_argument(
+        "--prompts_file", type=Path, help="one caption a line, or .jsonl with caption and image; --output is a folder"
+    )
+    sub.add_argument("--image", type=Path, help="with --prompt, for a pipeline that takes one")
+    sub.add_argument(
+        "--num_videos_per_prompt",
+        type=int,
+        default=1,
+        help="from noise of --seed, --seed + 1, ...; --output is a folder",
+    )
     add_sampling(sub)
-    sub.add_argument("--output", type=Path, default=Path("output.mp4"), help="the mp4 file")
-    sub.add_argument("--overwrite", action="store_true")
+    sub.add_argument(
+        "--compare", metavar="TEACHER", help="a pipeline whose video from the same noise is to stand at the left"
+    )
+    sub.add_argument("--attention_backend", help="of the softmax layers, a name of diffusers' set_attention_backend")
+    sub.add_argument("--cpu_offload", choices=["model", "sequential"], help="keep on the GPU only what computes")
+    sub.add_argument("--vae_tiling", action="store_true", help="less GPU memory for the VAE")
+    sub.add_argument("--output", type=Path, help="the mp4 file, default output.mp4; of several videos a folder")
+    sub.add_argument("--overwrite", action="store_true", help="replace videos that are there")
 
     sub = command("evaluate", evaluate, "measure a converted pipeline; an interrupted evaluation is continued")
     sub.add_argument("model", help="pipeline folder or Hub id")
@@ -347,7 +450,7 @@ def main(argv: list[str] | None = None) -> int:
             {"train": train, "distill": distill}[argv[0]](argv[1:])
             return 0
         parser = make_parser()
-        args, args.train_options = parser.parse_known_args(argv)
+        args, args.train_options = parser.parse_known_args([underscored(word) for word in argv])
         if args.train_options and args.run not in (plan, collect):
             parser.error(f"unrecognized arguments: {' '.join(args.train_options)}")
         if hasattr(args, "device"):

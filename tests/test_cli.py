@@ -1,8 +1,11 @@
 """The `linvideo` command on tiny pipelines: what it makes; bad input ends with one line and status 2, unchanged."""
 
+import json
+
+import numpy as np
 import pytest
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from tiny import tiny_pipeline
+from tiny import TEXT_DIM, tiny_image, tiny_image_pipeline, tiny_pipeline, tiny_tokenizer, tiny_transformer
 
 from linvideo import cli, load_pipeline, models
 
@@ -35,6 +38,18 @@ def test_convert_then_info(folder, tmp_path, capsys):
     assert "linear  (2): 0, 2" in capsys.readouterr().out
 
 
+def test_two_experts_are_both_converted(tmp_path, capsys):
+    tiny_pipeline(transformer_2=tiny_transformer(seed=1), boundary_ratio=0.9).save_pretrained(tmp_path / "two")
+    words = ["convert", "--model", str(tmp_path / "two"), "--output_dir", str(tmp_path / "new"), "--layers", "1"]
+    assert cli.main(words) == 0
+    assert "both experts were converted" in capsys.readouterr().out
+    assert "**untrained**" in (tmp_path / "new" / "README.md").read_text()
+    assert cli.main(["info", "--model", str(tmp_path / "new")]) == 0
+    out = capsys.readouterr().out
+    assert "transformer: LinVideoWan" in out and "transformer_2: LinVideoWan" in out
+    assert out.count("linear  (1): 1") == 2
+
+
 def test_generate_writes_a_video_of_the_asked_length(folder, tmp_path):
     imageio = pytest.importorskip("imageio")
     output = tmp_path / "new" / "video.mp4"
@@ -42,6 +57,110 @@ def test_generate_writes_a_video_of_the_asked_length(folder, tmp_path):
     assert cli.main(["generate", "--model", str(folder), "--prompt", "a cat", "--output", str(output), *size]) == 0
     assert len(imageio.mimread(output)) == 9
     assert [file.name for file in output.parent.iterdir()] == ["video.mp4"]
+
+
+SMALL = [
+    "--height",
+    "32",
+    "--width",
+    "32",
+    "--num-frames",
+    "5",
+    "--num-inference-steps",
+    "2",
+]  # as diffusers-cli has it
+
+
+def test_generate_says_what_it_cost_and_what_is_linear(folder, tmp_path, capfd):
+    converted = tmp_path / "converted"
+    models.save_pipeline(models.convert(load_pipeline(folder), layers=[1], mode="linear"), converted)
+    words = ["generate", "--model", str(converted), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4"), *SMALL]
+    assert cli.main(words) == 0
+    out, err = capfd.readouterr()
+    assert "linear  (1): 1" in out and "s a step" in out and "s in all" in out and "GB" in out
+    assert "video 1 of 1: 100%" in err  # the progress bar
+
+
+def test_generate_many_videos(folder, tmp_path, capsys):
+    imageio = pytest.importorskip("imageio")
+    (tmp_path / "prompts.txt").write_text("a cat\n# no prompt\na dog\n")
+    output = tmp_path / "videos"
+    words = ["generate", "--model", folder, "--prompts_file", tmp_path / "prompts.txt", "--output", output, *SMALL]
+    words += ["--num_videos_per_prompt", "2", "--seed", "7"]
+    assert cli.main([str(word) for word in words]) == 0
+    names = [f"{prompt}-{seed}.mp4" for prompt in ("0000", "0001") for seed in (7, 8)]
+    assert sorted(path.name for path in output.iterdir()) == names
+    single = [
+        "generate",
+        "--model",
+        folder,
+        "--prompt",
+        "a dog",
+        "--output",
+        tmp_path / "dog.mp4",
+        "--seed",
+        "8",
+        *SMALL,
+    ]
+    assert cli.main([str(word) for word in single]) == 0
+    videos = {path: np.stack(imageio.mimread(path)) for path in (*output.iterdir(), tmp_path / "dog.mp4")}
+    assert np.array_equal(
+        videos[output / "0001-8.mp4"], videos[tmp_path / "dog.mp4"]
+    )  # a seed makes the same video again
+    assert not np.array_equal(videos[output / "0001-7.mp4"], videos[output / "0001-8.mp4"])
+
+    (output / "0000-7.mp4").write_text("mine")
+    for path in output.glob("000[01]-8.mp4"):
+        path.unlink()
+    assert "0000-7.mp4 exists" in refused(capsys, *words)
+    assert (output / "0000-7.mp4").read_text() == "mine" and len(list(output.iterdir())) == 2
+    assert cli.main([str(word) for word in [*words, "--overwrite"]]) == 0
+    assert len(imageio.mimread(output / "0000-7.mp4")) == 5
+
+
+def test_compare_puts_the_teacher_at_the_left(folder, tmp_path, capsys):
+    imageio = pytest.importorskip("imageio")
+    converted = tmp_path / "converted"
+    models.save_pipeline(models.convert(load_pipeline(folder), mode="linear", feature_map="relu"), converted)
+    words = ["generate", "--prompt", "a cat", *SMALL]
+    for name, more in (("alone", []), ("both", ["--compare", str(folder)])):
+        output = ["--output", str(tmp_path / f"{name}.mp4")]
+        assert cli.main([*words, "--model", str(converted), *output, *more]) == 0
+    assert "PSNR" in capsys.readouterr().out
+    alone, both = (np.stack(imageio.mimread(tmp_path / f"{name}.mp4")).astype(int) for name in ("alone", "both"))
+    assert both.shape == (5, 32, 64, 3) and abs(both[:, :, 32:] - alone).mean() < 3  # as far as the codec lets it
+    itself = ["--output", str(tmp_path / "itself.mp4"), "--compare", str(folder)]
+    assert cli.main([*words, "--model", str(folder), *itself]) == 0
+    assert "PSNR 100.00 dB and SSIM 1.0000" in capsys.readouterr().out
+
+
+def test_a_distilled_model_and_its_teacher_keep_their_own_settings(folder, tmp_path, monkeypatch):
+    few = load_pipeline(folder)
+    few.scheduler = models.FewStepScheduler([1000.0, 500.0])
+    models.save_pipeline(few, tmp_path / "few")
+    seen = []
+    monkeypatch.setattr(
+        "linvideo.evaluation.sampling.make_videos", lambda *arguments: seen.append(arguments) or iter(())
+    )
+    words = ["generate", "--model", str(tmp_path / "few"), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4")]
+    assert cli.main([*words, "--compare", str(folder), "--num_inference_steps", "30"]) == 0
+    _, _, settings, teacher, teacher_settings, _ = seen[0]
+    assert (settings["num_inference_steps"], settings["guidance_scale"]) == (2, 1.0)
+    assert teacher_settings == {"negative_prompt": "", "num_inference_steps": 30}
+    assert type(teacher.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+
+
+def test_a_pipeline_that_takes_an_image(folder, tmp_path, capsys):
+    tiny_image_pipeline().save_pretrained(tmp_path / "image")
+    tiny_image().save(tmp_path / "i.png")
+    words = ["generate", "--model", tmp_path / "image", "--prompt", "a cat", "--output", tmp_path / "v.mp4", *SMALL]
+    assert "takes an image" in refused(capsys, *words)
+    assert "takes no image" in refused(capsys, *words, "--image", tmp_path / "i.png", "--model", folder)
+    (tmp_path / "no.png").write_text("no image")
+    assert "cannot read" in refused(capsys, *words, "--image", tmp_path / "no.png")
+    assert "WanPipeline" in refused(capsys, *words, "--image", tmp_path / "i.png", "--compare", folder)
+    assert not (tmp_path / "v.mp4").exists()
+    assert cli.main([str(word) for word in [*words, "--image", tmp_path / "i.png"]]) == 0
 
 
 def test_existing_output_is_kept_without_overwrite(folder, tmp_path, capsys):
@@ -86,6 +205,12 @@ def test_a_folder_that_is_no_pipeline(tmp_path, capsys):
         (["--num_inference_steps", "0"], "num_inference_steps"),
         (["--device", "nowhere"], "nowhere"),
         (["--output", "video.xyz"], ".mp4"),
+        (["--num_videos_per_prompt", "0"], "at least 1"),
+        (["--num_videos_per_prompt", "2"], "a folder"),
+        (["--prompts_file", "prompts.txt"], "not allowed with"),
+        (["--cpu_offload", "model", "--device", "cpu"], "needs a GPU"),
+        (["--attention_backend", "none_such", "--num_frames", "5"], "none_such"),
+        (["--compare", "absent"], "absent"),
     ],
 )
 def test_bad_sizes_are_refused(folder, tmp_path, capsys, flags, words):
@@ -113,10 +238,16 @@ def test_train_from_yaml_then_generate(folder, tmp_path, capsys):
         f"pretrained_model_name_or_path: {folder}\noutput_dir: {run}\nmax_train_steps: 1\nprogress: false\n"
         "trajectories: {num_trajectories: 2, num_inference_steps: 2, height: 32, width: 32, num_frames: 9}\n"
         "warmup: {max_train_steps: 1}\nsensitivity: {num_states: 2}\nselection: {num_linear_layers: 1}\n"
+        "validation: {steps: 9, num_videos: 1, num_inference_steps: 1}\n"
     )
     assert cli.main(["train", "--config", str(config), "--selection.max_train_steps", "1"]) == 0
     assert "linear layers: [" in capsys.readouterr().out
     assert len(models.describe(load_pipeline(run / "pipeline").transformer).layers_linear) == 1
+    card = (run / "pipeline" / "README.md").read_text()
+    assert "- selective transfer: optimizer steps: warm-up 1, selection 1, fine-tuning 1; " in card
+    assert "objective mse" in card and "32x32, 9 frames" in card and str(tmp_path) not in card
+    row = json.loads((run / "validation.jsonl").read_text().splitlines()[-1])
+    assert row["stage"] == "finetune" and f"| PSNR, dB | {row['psnr']:.4g} |" in card
     size = ["--height", "32", "--width", "32", "--num_frames", "5", "--num_inference_steps", "1"]
     words = ["--model", str(run / "pipeline"), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4")]
     assert cli.main(["generate", *words, *size]) == 0
@@ -135,8 +266,47 @@ def test_a_pipeline_of_another_family(tmp_path, capsys):
         DDPMScheduler(),
     )
     other.save_pretrained(tmp_path / "ddpm")
-    assert "Wan transformer" in refused(capsys, "info", "--model", tmp_path / "ddpm")
+    assert "video transformer" in refused(capsys, "info", "--model", tmp_path / "ddpm")
     words = ["--model", tmp_path / "ddpm", "--prompt", "x", "--output", tmp_path / "v.mp4"]
-    assert "Wan transformer" in refused(capsys, "generate", *words)
+    assert "video transformer" in refused(capsys, "generate", *words)
     train = ["--pretrained_model_name_or_path", tmp_path / "ddpm", "--output_dir", tmp_path / "run"]
     assert "Wan transformer" in refused(capsys, "train", *train)
+
+
+def ltx_pipeline():
+    from diffusers import (
+        AutoencoderKLLTXVideo,
+        FlowMatchEulerDiscreteScheduler,
+        LTXPipeline,
+        LTXVideoTransformer3DModel,
+    )
+    from transformers import T5Config, T5EncoderModel
+
+    blocks = {"block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    layers = {"layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5}
+    text = T5Config(vocab_size=260, d_model=TEXT_DIM, d_kv=8, d_ff=37, num_layers=1, num_heads=4)
+    size = {"in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
+    return LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLLTXVideo(latent_channels=8, **blocks, **layers),
+        text_encoder=T5EncoderModel(text),
+        tokenizer=tiny_tokenizer(),
+        transformer=LTXVideoTransformer3DModel(**size, cross_attention_dim=32, caption_channels=TEXT_DIM),
+    )
+
+
+def test_another_family_converts_and_generates_but_does_not_train(tmp_path, capsys):
+    ltx_pipeline().save_pretrained(tmp_path / "ltx")
+    words = ["convert", "--model", str(tmp_path / "ltx"), "--output_dir", str(tmp_path / "new"), "--layers", "1"]
+    assert cli.main(words) == 0
+    assert cli.main(["info", "--model", str(tmp_path / "new")]) == 0
+    assert "LinVideoLTXVideoTransformer3DModel: 2 layers" in capsys.readouterr().out
+    words = ["generate", "--prompt", "a cat", "--output", str(tmp_path / "v.mp4"), *SMALL, "--num_frames", "9"]
+    assert cli.main([*words, "--model", str(tmp_path / "new"), "--compare", str(tmp_path / "ltx")]) == 0
+    assert "PSNR" in capsys.readouterr().out
+    run = ["--pretrained_model_name_or_path", tmp_path / "ltx", "--output_dir", tmp_path / "run"]
+    reason = "rectified flow only"
+    assert reason in refused(capsys, "train", *run)
+    assert reason in refused(capsys, "distill", *run, "--student_model_name_or_path", tmp_path / "new")
+    assert reason in refused(capsys, "plan", "--model", tmp_path / "ltx")
+    assert reason in refused(capsys, "check", tmp_path / "ltx", "--output", tmp_path / "c.mp4")

@@ -1,19 +1,32 @@
 """Runs of tests/tiny_run.py under torchrun: a folder, and a JSON file of name -> overrides of the config.
 
-"die": [stage, step, rank] among the overrides kills that rank there; "like_cuda" has RMSNorm give fp32 under autocast,
-as CUDA's does and the CPU's does not. Each rank prints "<rank> <process id>" when
-everything is imported.
+"distill" among the overrides takes tests/tiny_distill_run.py instead; "die": [stage, step, rank] kills that rank there;
+"like_cuda" has RMSNorm give fp32 under autocast, as CUDA's does and the CPU's does not. Each rank prints
+"<rank> <process id>" when everything is imported.
 """
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
+import tiny_distill_run
+import tiny_run
 import torch
-from tiny_run import die_at, run
 
 from linvideo.training.parallel import disconnect
+
+
+def torchrun_arguments(processes: int, folder: Path, runs: dict[str, dict]) -> dict:
+    """Of subprocess, to run each name -> overrides in folder/name, one after another in the same processes."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command += [str(Path(__file__).resolve()), str(folder), str(folder / "runs.json")]
+    return {"args": command, "env": tiny_run.ENVIRONMENT, "text": True}
 
 
 def rms_norm_in_fp32(self, x: torch.Tensor) -> torch.Tensor:
@@ -31,6 +44,7 @@ if __name__ == "__main__":
         if overrides.pop("like_cuda", False):
             torch.nn.RMSNorm.forward = rms_norm_in_fp32
         if rank == int(os.environ["RANK"]):
-            die_at(stage, step)
-        run(folder / name, **overrides)
+            tiny_run.die_at(stage, step)
+        runs_of = tiny_distill_run if overrides.pop("distill", False) else tiny_run
+        runs_of.run(folder / name, **overrides)
     disconnect()

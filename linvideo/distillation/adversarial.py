@@ -35,16 +35,26 @@ class Features:
         return kept
 
 
-def attach_discriminator(critic: nn.Module, layer: int | None) -> Features:
-    """Give `critic` a module `discriminator` that trains with it; returns where its input is to be had.
+def feature_layer(model: nn.Module, layer: int | None) -> int:
+    """The block to read, the middle one for None.
 
     Raises:
         ValueError: there is no such layer.
     """
-    count = len(critic.blocks)
+    count = len(model.blocks)
     layer = count // 2 if layer is None else layer
     if not 0 <= layer < count:
         raise ValueError(f"dmd.adversarial_layer must lie in [0, {count - 1}], got {layer}")
+    return layer
+
+
+def attach_discriminator(critic: nn.Module, layer: int | None) -> Features:
+    """Give `critic` a module `discriminator` that trains with it; returns where its input is to be had.
+
+    Raises:
+        ValueError: see feature_layer.
+    """
+    layer = feature_layer(critic, layer)
     critic.discriminator = Discriminator(critic.config.num_attention_heads * critic.config.attention_head_dim)
     return Features(critic, layer)
 

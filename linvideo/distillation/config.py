@@ -57,11 +57,11 @@ class DmdConfig:
     def __post_init__(self):
         if self.student_every < 1:
             raise ValueError(f"dmd.student_every must be at least 1, got {self.student_every}")
-        if self.flow_shift is not None and self.flow_shift <= 0:
+        if self.flow_shift is not None and not self.flow_shift > 0:
             raise ValueError(f"dmd.flow_shift must be positive, got {self.flow_shift}")
         if not 0 < self.t_min < self.t_max < 1:
             raise ValueError(f"expected 0 < dmd.t_min < dmd.t_max < 1, got {self.t_min} and {self.t_max}")
-        if self.adversarial_weight < 0:
+        if not self.adversarial_weight >= 0:
             raise ValueError(f"dmd.adversarial_weight must not be negative, got {self.adversarial_weight}")
 
 
@@ -105,6 +105,11 @@ class DistillConfig(RunConfig):
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
         if not self.max_train_steps and not self.regression.max_train_steps:
             raise ValueError("expected max_train_steps or regression.max_train_steps of at least 1, got 0 for both")
+        if 0 < self.max_train_steps < self.dmd.student_every:
+            raise ValueError(
+                f"max_train_steps must be 0 or at least dmd.student_every {self.dmd.student_every}, else the student"
+                f" never trains, got {self.max_train_steps}"
+            )
         self.scheduler()
 
     def scheduler(self) -> FewStepScheduler:

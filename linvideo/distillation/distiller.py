@@ -9,12 +9,14 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 
-from linvideo.distillation.adversarial import Features, attach_discriminator
+from linvideo.distillation.adversarial import Features, attach_discriminator, feature_layer
 from linvideo.distillation.config import DistillConfig
 from linvideo.distillation.regression import TrajectoryJumps
 from linvideo.distillation.step import DmdStep
-from linvideo.models import load_pipeline, wan_transformer
+from linvideo.models import Training, load_pipeline, wan_transformer
+from linvideo.models.attention import attach_attention, self_attentions, stored_attention_type
 from linvideo.models.convert import copy_module
+from linvideo.models.wan import LinVideoWanAttnProcessor
 from linvideo.training.experts import Expert
 from linvideo.training.optimizer import StudentOptimizer
 from linvideo.training.pipeline_run import PipelineRun
@@ -50,8 +52,8 @@ class Distiller(PipelineRun):
         student: a converted transformer in memory, in place of config.student_model_name_or_path. It is not changed.
 
     Raises:
-        ValueError: as PipelineRun; no student, or one that does not fit the teacher or has mixed layers; a pipeline
-            with two experts (Wan 2.2).
+        ValueError: as PipelineRun; no student, or one that does not fit the teacher or has mixed layers; a
+            discriminator's layer that is not there; a pipeline with two experts (Wan 2.2).
     """
 
     config: DistillConfig
@@ -70,6 +72,8 @@ class Distiller(PipelineRun):
         self.student_scheduler = config.scheduler()
         self.source = self._load_student() if student is None else student
         check_student(self.source, self.teacher)
+        if config.dmd.adversarial_weight:
+            feature_layer(self.teacher, config.dmd.adversarial_layer)  # refused now, not after hours of trajectories
         self.critic: torch.nn.Module | None = None
         self.features: Features | None = None
 
@@ -103,15 +107,25 @@ class Distiller(PipelineRun):
 
     def _make_models(self) -> None:
         config, ranks = self.config, self.ranks
-        self.student = trainable(copy_module(self.source, share_tensors=True), config, ranks)
+        self.student = trainable(self._copy(self.source), config, ranks)
         if config.max_train_steps:
-            self.critic = copy_module(self.teacher, share_tensors=True)
+            self.critic = self._copy(self.teacher)
             if config.dmd.adversarial_weight:
                 torch.manual_seed(config.seed)  # the discriminator starts from draws, the same on all ranks
                 self.features = attach_discriminator(self.critic, config.dmd.adversarial_layer)
                 self.critic.discriminator.to(self.device)
             self.critic = trainable(self.critic, config, ranks)
         self.teacher = frozen(self.teacher, config, ranks)
+
+    def _copy(self, model: WanTransformer3DModel) -> WanTransformer3DModel:
+        """To be trained; over the same tensors as yet."""
+        result = copy_module(model, share_tensors=True)
+        for attn in self_attentions(result):
+            if stored_attention_type(attn) == "softmax":  # diffusers' own is not made for autocast everywhere
+                attach_attention(attn, "softmax", LinVideoWanAttnProcessor)
+        if self.config.attention_backend is not None:
+            result.set_attention_backend(self.config.attention_backend)
+        return result
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         trained = super()._trained()
@@ -170,6 +184,13 @@ class Distiller(PipelineRun):
             self._report(loss=loss, grad_norm=norm, **row)
         if ema is not None:
             ema.copy_to(trained)
+
+    def _training(self) -> Training:
+        config, general = self.config, super()._training()
+        steps = {"regression": config.regression.max_train_steps, "DMD": config.max_train_steps}
+        own = {"timesteps": self.student_scheduler.config.timesteps, "student every": config.dmd.student_every}
+        settings, earlier = own | general.settings, config.student_model_name_or_path
+        return replace(general, method="distillation to few steps", steps=steps, settings=settings, earlier=earlier)
 
     def _load_student(self) -> WanTransformer3DModel:
         path = self.config.student_model_name_or_path

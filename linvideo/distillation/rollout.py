@@ -44,4 +44,6 @@ def states_at(
         x = noised(jump(student, x, before, conditions), after, noise(step))
         here = (index == step).to(x.device)
         chosen[here] = x[here]
+    # older PyTorch would take weights that autocast has cast in here for those of the forward with gradient
+    torch.clear_autocast_cache()
     return chosen

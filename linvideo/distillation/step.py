@@ -75,7 +75,7 @@ class DmdStep:
         scale = self.config.trajectories.guidance_scale
         u_real = guided_velocity(self.teacher, x.detach(), t, conditions, negative, scale)
         loss = matching_loss(clean, x, t, u_fake, u_real)
-        return loss if self.features is None else loss + self._adversarial(real_loss)
+        return loss if self.features is None else loss + self._adversarial(real_loss, u_fake)
 
     def _critic_loss(self, step: int, micro: int) -> torch.Tensor:
         positions, (_, conditions) = self._positions(micro), self._prompts(step, micro)
@@ -92,15 +92,20 @@ class DmdStep:
         draws = (self.config.seed, STAGE, step, "real")
         trajectories = draw_indices(self.store.request["num_trajectories"], positions, *draws)
         real, conditions = self.store.samples(trajectories, self.prompts, clean.device)
-        predict_velocity(self.critic, noised(real, t, noise), NUM_TRAIN_TIMESTEPS * t, conditions)
-        return loss + self._adversarial(real_loss)
+        u = predict_velocity(self.critic, noised(real, t, noise), NUM_TRAIN_TIMESTEPS * t, conditions)
+        return loss + self._adversarial(real_loss, u)
 
-    def _adversarial(self, judge: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """The discriminator's loss on the critic's last forward, weighted."""
+    def _adversarial(
+        self, judge: Callable[[torch.Tensor], torch.Tensor], u: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The discriminator's loss on the critic's last forward, weighted; u: what that gave, unless another loss has
+        it."""
         mine = self.config.dmd.adversarial_weight * judge(self.critic.discriminator(self.features.take()))
         # the other losses are of whole samples, this one of the tokens that this rank holds
         shared = mine / self.ranks.context_size
-        return shared + (mine - shared).detach()
+        loss = shared + (mine - shared).detach()
+        # FSDP2 gathers the critic's outermost weights, which a gradient of features needs too, when one comes to u
+        return loss if u is None else loss + 0 * u.sum()
 
     def _roll_out(self, step: int, micro: int, conditions: Conditions) -> torch.Tensor:
         """x_0 [B, C, F, H, W] of one jump from the student's own states, with gradient where that is enabled."""

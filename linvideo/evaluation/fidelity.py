@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from linvideo.evaluation.work_folder import WorkFolder, identity
+from linvideo.models import own_settings
 from linvideo.models.generate import generate_video, save_video
 from linvideo.training.video_metrics import compare
 
@@ -25,7 +26,8 @@ def fidelity(
         folder: gets rows.json and for each prompt NNNN-student.mp4 and NNNN-teacher.mp4. A run that was interrupted is
             continued by the same call.
         seed: prompt number i starts from noise of seed + i.
-        settings: height, width, num_frames, num_inference_steps, guidance_scale, negative_prompt of `generate_video`.
+        settings: height, width, num_frames, num_inference_steps, guidance_scale, negative_prompt of `generate_video`; a
+            distilled student has steps and guidance of its own.
 
     A row has prompt, seed, psnr (dB), ssim, lpips (where the package lpips is installed) and flicker, the mean absolute
     difference of neighbouring frames in [0, 1], of the student's video and of the teacher's.
@@ -44,7 +46,8 @@ def fidelity(
         videos = {}
         for who, pipeline in (("student", student), ("teacher", teacher)):
             generator = torch.Generator("cpu").manual_seed(seed + number)
-            video = generate_video(pipeline, prompts[number], generator=generator, **settings)
+            own = settings | own_settings(pipeline)
+            video = generate_video(pipeline, prompts[number], generator=generator, **own)
             save_video(video, work.path / f"{number:04d}-{who}.mp4", fps=fps)
             videos[who] = torch.as_tensor(video, device=student.device).permute(0, 3, 1, 2)
         row = {"prompt": prompts[number], "seed": seed + number} | compare(**videos, perceptual=perceptual)

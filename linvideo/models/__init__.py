@@ -2,11 +2,13 @@
 
 from diffusers import ModelMixin, SchedulerMixin
 
-from linvideo.models.attention import ATTENTION_TYPES, attention_types, set_attention_types
+from linvideo.models.attention import ATTENTION_TYPES, attention_types, set_attention_types, video_transformers
+from linvideo.models.card import Training
 from linvideo.models.cogvideox import LinVideoCogVideoXTransformer3DModel
 from linvideo.models.convert import convert, finalize
 from linvideo.models.describe import Description, describe
-from linvideo.models.few_step import FewStepScheduler
+from linvideo.models.few_step import FewStepScheduler, own_settings
+from linvideo.models.hub import push_to_hub
 from linvideo.models.hunyuan_video15 import LinVideoHunyuanVideo15Transformer3DModel
 from linvideo.models.ltx import LinVideoLTXVideoTransformer3DModel
 from linvideo.models.pipelines import load_pipeline, new_folder, save_pipeline, wan_transformer
@@ -32,13 +34,17 @@ __all__ = [
     "LinVideoWanVACETransformer3DModel",
     "ModelMixin",  # diffusers looks base classes up in the library that model_index.json names
     "SchedulerMixin",
+    "Training",
     "attention_types",
     "convert",
     "describe",
     "finalize",
     "load_pipeline",
+    "own_settings",
     "new_folder",
+    "push_to_hub",
     "save_pipeline",
     "set_attention_types",
+    "video_transformers",
     "wan_transformer",
 ]

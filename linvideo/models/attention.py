@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
@@ -105,6 +105,17 @@ class LinearAttentionMixin:
             )
         return (model, info) if return_info else model
 
+    def _upload_folder(self, working_dir, repo_id, token=None, subfolder=None, **kwargs):
+        """Both ways to push end here, with a card of diffusers' in the folder: that of the repository, or an empty
+        one, which is no use."""
+        from huggingface_hub import file_exists
+
+        from linvideo.models.card import CARD, write_card
+
+        if not subfolder and not file_exists(repo_id, CARD, token=token):
+            write_card(self, working_dir)
+        return super()._upload_folder(working_dir, repo_id, token=token, subfolder=subfolder, **kwargs)
+
 
 def _init_of(base: type) -> Callable:
     """An __init__ with the base model's arguments beside its own: diffusers reads the config keys off the signature,
@@ -153,6 +164,21 @@ def self_attentions(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The self-attention modules of a transformer, stock or converted, in the order of the layers."""
     paths = family(model).attention_paths
     return [getattr(block, name) for blocks, name in paths for block in getattr(model, blocks)]
+
+
+def video_transformers(pipeline: DiffusionPipeline) -> dict[str, ModelMixin]:
+    """Name -> transformer of a pipeline, stock or converted: "transformer" and, of two experts, "transformer_2".
+
+    Raises:
+        ValueError: it has none, or one that is of no family of ours.
+    """
+    names = ("transformer", "transformer_2")
+    found = {name: part for name in names if (part := getattr(pipeline, name, None)) is not None}
+    if not found:
+        raise ValueError(f"expected a pipeline with a video transformer, got {type(pipeline).__name__} without one")
+    for transformer in found.values():
+        family(transformer)
+    return found
 
 
 def attend(

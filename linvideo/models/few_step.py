@@ -3,9 +3,10 @@ arXiv 2405.14867)."""
 
 import json
 import zlib
+from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -88,3 +89,11 @@ class FewStepScheduler(FlowMatchEulerDiscreteScheduler):
                 f" got {self.config.timesteps}"
             )
         return scheduler
+
+
+def own_settings(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """What a distilled pipeline has to be called with: its number of steps, and no guidance, which is in the weights;
+    nothing for others."""
+    scheduler = pipeline.scheduler
+    few = isinstance(scheduler, FewStepScheduler)
+    return {"num_inference_steps": scheduler.num_steps, "guidance_scale": 1.0} if few else {}

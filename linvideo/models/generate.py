@@ -1,45 +1,55 @@
-"""Videos from a pipeline; what differs between a real Wan folder and the embedded one is settled here."""
+"""Videos from a pipeline of any family; what differs between a real Wan folder and the embedded one is settled here."""
 
+import inspect
 import logging
 from pathlib import Path
 
 import torch
 
 
-def generate_video(pipeline, prompt: str | list[str] | None, num_frames: int = 81, output_type: str = "np", **kwargs):
+def generate_video(
+    pipeline, prompt: str | list[str] | None, num_frames: int | None = None, output_type: str = "np", **kwargs
+):
     """Run the pipeline and return its first video (prompt: str) or all of them, in the pipeline's output_type.
 
     Args:
-        pipeline: a WanPipeline, stock or converted.
+        pipeline: a diffusers pipeline for video, stock or converted.
         prompt: one caption or several; None with prompt_embeds.
-        num_frames: frames of the result, exactly.
+        num_frames: frames of the result, exactly; None is the pipeline's own default.
         kwargs: height, width (pixels), num_inference_steps, guidance_scale, negative_prompt, generator, latents,
-            prompt_embeds, ... as WanPipeline takes them.
+            prompt_embeds, ... as the pipeline takes them.
 
     Raises:
-        ValueError: num_frames does not fit the VAE's temporal compression (it must be 1 plus a multiple of it), or
-            height or width is no multiple of 16.
+        ValueError: num_frames does not fit the VAE's temporal compression (it must be 1 plus a multiple of it), height
+            or width is no multiple of 16, or the pipeline has no such argument.
     """
-    temporal = pipeline.vae_scale_factor_temporal
-    if num_frames < 1 or (num_frames - 1) % temporal:
+    arguments = inspect.signature(pipeline.__call__).parameters
+    if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values()):
+        if unknown := sorted(set(kwargs) - set(arguments)):
+            raise ValueError(f"{type(pipeline).__name__} takes no {' and no '.join(unknown)}")
+    if num_frames is None and "num_frames" in arguments:
+        num_frames = arguments["num_frames"].default
+    names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+    temporal = next(getattr(pipeline, name) for name in names if hasattr(pipeline, name))
+    if num_frames is not None and (num_frames < 1 or (num_frames - 1) % temporal):
         raise ValueError(f"num_frames must be 1 plus a multiple of {temporal} for this VAE, got {num_frames}")
     for side in ("height", "width"):
         if kwargs.get(side, 16) % 16 or kwargs.get(side, 16) < 16:
             raise ValueError(f"{side} must be a positive multiple of 16, got {kwargs[side]}")
     if kwargs.get("num_inference_steps", 1) < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {kwargs['num_inference_steps']}")
-    if temporal == 1:
-        # The pipeline rounds to 1 plus a multiple of the factor, which with 1 always adds a frame, and warns of it.
+    if temporal == 1 and num_frames is not None:
+        # WanPipeline rounds to 1 plus a multiple of the factor, which with 1 always adds a frame, and warns of it.
         num_frames -= 1
         logging.getLogger(type(pipeline).__module__).setLevel(logging.ERROR)
+    if num_frames is not None:
+        kwargs["num_frames"] = num_frames
+    if "max_sequence_length" in arguments:
+        kwargs["max_sequence_length"] = min(
+            arguments["max_sequence_length"].default, pipeline.tokenizer.model_max_length
+        )
     with torch.no_grad():
-        videos = pipeline(
-            prompt=prompt,
-            num_frames=num_frames,
-            max_sequence_length=min(512, pipeline.tokenizer.model_max_length),
-            output_type=output_type,
-            **kwargs,
-        ).frames
+        videos = pipeline(prompt=prompt, output_type=output_type, **kwargs).frames
     return videos[0] if isinstance(prompt, str) else videos
 
 

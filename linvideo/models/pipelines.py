@@ -12,8 +12,12 @@ from safetensors import SafetensorError
 
 from linvideo import _diffusers_hook
 from linvideo.models.attention import FAMILIES
+from linvideo.models.card import Training, write_card
 
 _INDEX = "model_index.json"
+ONLY_WAN = (
+    "training knows Wan's rectified flow only, other families just convert (CogVideoX, for one, predicts v of a DDPM)"
+)
 
 
 def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipeline:
@@ -58,7 +62,12 @@ def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipelin
     return pipeline
 
 
-def save_pipeline(pipeline: DiffusionPipeline, folder: str | os.PathLike, overwrite: bool = False) -> None:
+def save_pipeline(
+    pipeline: DiffusionPipeline,
+    folder: str | os.PathLike,
+    overwrite: bool = False,
+    training: Training | None = None,
+) -> None:
     """Save a pipeline so that `folder` is only ever absent, the old one, or complete.
 
     It is written to a temporary folder beside the target and then renamed. With `overwrite` the old pipeline is
@@ -66,7 +75,8 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | os.PathLike, overwr
 
     Args:
         folder: the target; it may exist if it is empty.
-        overwrite: replace a pipeline that is there.
+        overwrite: replace a pipeline that is there, but for a README.md that linvideo has not written.
+        training: what the model card, README.md, is to say of how the model was made; see linvideo.models.card.
 
     Raises:
         ValueError: the target is a file, a folder with content and overwrite is False, or one with content that is no
@@ -83,6 +93,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | os.PathLike, overwr
 
     with new_folder(target) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
+        write_card(pipeline, folder, training, kept=target)
 
 
 @contextlib.contextmanager
@@ -129,6 +140,6 @@ def wan_transformer(pipeline: DiffusionPipeline, component: str = "transformer")
     if not isinstance(transformer, WanTransformer3DModel):
         raise ValueError(
             f"expected a pipeline with a Wan transformer, got {type(pipeline).__name__} with"
-            f" {type(transformer).__name__}"
+            f" {type(transformer).__name__}; {ONLY_WAN}"
         )
     return transformer

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
+from linvideo.models.pipelines import ONLY_WAN
 from linvideo.nn import LinearAttentionBranch
 from linvideo.planning.known import HUB, KNOWN
 from linvideo.training.branches import kept_whole
@@ -113,7 +114,7 @@ def _configs(model: str) -> tuple[dict, UMT5Config, dict, int]:
     kinds = {part: (index.get(part) or [None, None])[1] for part in ("transformer", "transformer_2")}
     stock = "WanTransformer3DModel"
     if kinds["transformer"] != stock or kinds["transformer_2"] not in (None, stock):
-        raise ValueError(f"expected a pipeline of stock {stock}s, got {model} with {kinds}")
+        raise ValueError(f"expected a pipeline of stock {stock}s, got {model} with {kinds}; {ONLY_WAN}")
     transformer = WanTransformer3DModel.load_config(model, subfolder="transformer")
     text_encoder = UMT5Config.from_pretrained(model, subfolder="text_encoder")
     decoder = AutoencoderKLWan.load_config(model, subfolder="vae")

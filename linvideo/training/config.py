@@ -98,9 +98,9 @@ def load_config(argv: list[str], kind: type[Config] = TrainConfig, command: str 
 
 def from_dict(values: dict[str, Any], kind: type[Config] = TrainConfig) -> Config:
     """A config from nested plain values, the inverse of `to_dict`."""
-    sections = {f.name: f.type for f in dataclasses.fields(kind) if dataclasses.is_dataclass(f.type)}
+    sections = {f.name: f.default_factory for f in dataclasses.fields(kind) if dataclasses.is_dataclass(f.type)}
     try:
-        parts = {name: cls(**values[name]) for name, cls in sections.items() if name in values}
+        parts = {n: dataclasses.replace(default(), **values[n]) for n, default in sections.items() if n in values}
         return kind(**{**values, **parts})
     except TypeError as error:
         raise ValueError(_one_line(error)) from None

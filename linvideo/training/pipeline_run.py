@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
 
-from linvideo.models import FewStepScheduler, save_pipeline, wan_transformer
+from linvideo.models import FewStepScheduler, Training, save_pipeline, wan_transformer
 from linvideo.training import run_folder
 from linvideo.training.checkpoint import remove_newer
 from linvideo.training.experts import Expert
 from linvideo.training.flow import sampler_grid
 from linvideo.training.images import check_images, encode_images, takes_images
+from linvideo.training.metrics import read_metrics
 from linvideo.training.optimizer import StudentOptimizer
 from linvideo.training.parallel import Ranks, check_divisible, connect
 from linvideo.training.prompts import PromptEmbeddings, choose_prompts, encode_prompts
@@ -68,6 +70,8 @@ class PipelineRun(ResumableRun):
         self.pipeline = with_flow_shift(pipeline, config.trajectories.flow_shift)
         self.expert = self._choose_expert()
         self.teacher = wan_transformer(self.pipeline, self.expert.component)
+        if type(self.teacher) is not WanTransformer3DModel:
+            raise ValueError(f"expected a stock WanTransformer3DModel for a teacher, got {type(self.teacher).__name__}")
         check_images(self.pipeline, self.images)
         if config.attention_backend is not None:
             self.teacher.set_attention_backend(config.attention_backend)
@@ -194,7 +198,28 @@ class PipelineRun(ResumableRun):
         self.student.eval().requires_grad_(False)
         self.exported = gather(self.student, self.ranks)
         path = self.output_dir / "pipeline"
-        self.ranks.on_first(lambda: save_pipeline(self._with_student(self.exported), path, overwrite=True))
+
+        def save() -> None:
+            save_pipeline(self._with_student(self.exported), path, overwrite=True, training=self._training())
+
+        self.ranks.on_first(save)
+
+    def _training(self) -> Training:
+        """For the model card: what all runs have; subclasses add theirs."""
+        config, rows = self.config, self.validator.rows
+        video = config.trajectories
+        settings = {
+            "videos": f"{video.height}x{video.width}, {video.num_frames} frames",
+            "prompts": len(self.captions),
+            "trajectories": None if self.store is None else video.num_trajectories,
+            "sampler steps": video.num_inference_steps,
+            "guidance scale": video.guidance_scale,
+            "global batch": config.global_batch(self.ranks.size),
+            "learning rate": config.optimizer.learning_rate,
+            "seed": config.seed,
+        }
+        found = read_metrics(rows) if rows.is_file() else []
+        return Training("training", settings=settings, validation=found[-1] if found else None)
 
     def _with_student(self, student: torch.nn.Module) -> Any:
         pipeline = copy.copy(self.pipeline)

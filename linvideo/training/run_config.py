@@ -55,7 +55,7 @@ class RunConfig:
             the global batch; it may not change when a run is continued, its factors may.
         max_train_steps: of the main stage; the others have their own.
         use_ema: export an exponential moving average of the weights that the last stage trains.
-        ema_decay: of that average.
+        ema_decay: of that average; after n steps at most (1 + n) / (10 + n).
         checkpointing_steps: a checkpoint each so many steps of the whole run, and at the end of each stage.
         checkpoints_total_limit: keep only the newest ones.
         max_nonfinite_steps: steps with a non-finite loss or gradient are skipped; more than these end the run.

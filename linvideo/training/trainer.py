@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 
-from linvideo.models import convert, finalize, wan_transformer
+from linvideo.models import Training, convert, finalize, wan_transformer
 from linvideo.training import run_folder
 from linvideo.training.branches import feature_weights, gates
 from linvideo.training.config import TrainConfig
@@ -64,8 +63,6 @@ class Trainer(PipelineRun):
         images: Sequence[Any] | None = None,
     ):
         super().__init__(config, teacher_pipeline, prompts, images)
-        if type(self.teacher) is not WanTransformer3DModel:
-            raise ValueError(f"expected a stock WanTransformer3DModel, got {type(self.teacher).__name__}")
         self.target = config.selection.target(len(self.teacher.blocks))
         mixed(self.teacher, config)  # raises now what it would raise after hours of sampling
         config.lora.check(self.teacher)
@@ -205,6 +202,17 @@ class Trainer(PipelineRun):
             )
         if ema is not None:
             ema.copy_to(trained)
+
+    def _training(self) -> Training:
+        config, general = self.config, super()._training()
+        steps = {
+            "warm-up": config.warmup.max_train_steps if feature_weights(self.student) else 0,
+            "selection": config.selection.max_train_steps if config.selection.method == "learned" else 0,
+            "fine-tuning": config.max_train_steps,
+        }
+        own = {"layers": config.selection.method, "objective": config.objective.name}
+        own |= {"expert": config.expert, "LoRA rank": config.lora.rank}
+        return replace(general, method="selective transfer", steps=steps, settings=own | general.settings)
 
     # What the stages share.
 

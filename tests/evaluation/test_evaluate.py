@@ -1,5 +1,6 @@
 """`linvideo evaluate`: fidelity to the teacher and VBench's videos; interrupted work goes on, other work is refused."""
 
+import copy
 import json
 import sys
 import types
@@ -12,6 +13,7 @@ from tiny import tiny_pipeline
 from linvideo import cli, convert, save_pipeline
 from linvideo.evaluation import fidelity, vbench
 from linvideo.evaluation.work_folder import WorkFolder
+from linvideo.models import FewStepScheduler
 from linvideo.training.video_metrics import compare, flicker
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 1.0}
@@ -53,6 +55,14 @@ def test_a_pipeline_is_true_to_itself(pipelines, tmp_path):
     _, stock = pipelines
     (row,) = fidelity.fidelity(stock, stock, ["a cat"], tmp_path / "f", **SIZE)
     assert row["psnr"] == 100 and row["ssim"] == pytest.approx(1)
+
+
+def test_a_distilled_student_keeps_its_own_steps(pipelines, tmp_path):
+    linear, stock = pipelines
+    distilled = copy.copy(linear)
+    distilled.scheduler = FewStepScheduler([1000.0, 500.0, 250.0])  # SIZE asks for 2 steps, of the teacher
+    (row,) = fidelity.fidelity(distilled, stock, ["a boat"], tmp_path, **SIZE | {"guidance_scale": 3.0})
+    assert row["psnr"] < 99 and (tmp_path / "0000-student.mp4").is_file()
 
 
 def test_fidelity_goes_on_where_it_was(pipelines, tmp_path):

@@ -2,15 +2,14 @@
 
 import json
 import shutil
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import tiny_parallel_run
 import torch
 from safetensors.torch import load_file
-from tiny_run import ENVIRONMENT, ROOT, run
+from tiny_run import run
 
 from linvideo.training import read_metrics
 from linvideo.training.checkpoint import list_checkpoints, load_checkpoint
@@ -40,14 +39,7 @@ OBJECTIVES = {
 
 
 def torchrun_arguments(processes: int, folder: Path, runs: dict[str, dict]) -> dict:
-    """Of subprocess, to run each name -> overrides in folder/name, one after another in the same processes."""
-    (folder / "runs.json").write_text(json.dumps({name: SLOW | overrides for name, overrides in runs.items()}))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    command += [str(ROOT / "tests" / "tiny_parallel_run.py"), str(folder), str(folder / "runs.json")]
-    return {"args": command, "env": ENVIRONMENT, "text": True}
+    return tiny_parallel_run.torchrun_arguments(processes, folder, {name: SLOW | runs[name] for name in runs})
 
 
 def torchrun(processes: int, folder: Path, runs: dict[str, dict]) -> subprocess.CompletedProcess:

@@ -1,0 +1,175 @@
+"""Videos of many prompts and seeds by one pipeline, with what they cost, alone or beside a teacher's."""
+
+import inspect
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from linvideo.models import video_transformers
+from linvideo.models.generate import generate_video, save_video
+from linvideo.training.prompts import Prompt
+from linvideo.training.video_metrics import compare
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video: what of, from noise of which seed, and where to (an .mp4 file)."""
+
+    prompt: Prompt
+    seed: int
+    path: Path
+
+
+@dataclass
+class Cost:
+    """Of a call of a pipeline: seconds in all, with text encoder and VAE, and of the sampler alone; steps it made.
+
+    peak_memory: bytes; on a GPU of tensors during the call, elsewhere of the process since it began, None where the
+    system does not say.
+    """
+
+    seconds: float = 0.0
+    sampler_seconds: float = 0.0
+    steps: int = 0
+    peak_memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A written video. With a teacher, psnr (dB) and ssim against its video from the same noise."""
+
+    job: Job
+    cost: Cost
+    psnr: float | None = None
+    ssim: float | None = None
+
+
+def make_videos(
+    pipeline: Any,
+    jobs: list[Job],
+    settings: dict[str, Any],
+    teacher: Any = None,
+    teacher_settings: dict[str, Any] | None = None,
+    fps: int = 16,
+) -> Iterator[Made]:
+    """Make the videos one after another; each is written when it is whole, then yielded.
+
+    Args:
+        pipeline: on its device.
+        settings: of `generate_video`, beside prompt, image and generator.
+        teacher: the pipeline that it was converted from; its video stands at the left of each file then, from the same
+            noise.
+        teacher_settings: its own, where they differ from `settings`.
+
+    Raises:
+        ValueError: before the first video: a teacher of another kind, or images where the pipeline takes none, or the
+            other way round. Then as `generate_video`.
+    """
+    if teacher is not None and type(teacher) is not type(pipeline):
+        raise ValueError(f"expected a {type(pipeline).__name__} to compare with, got a {type(teacher).__name__}")
+    images = [_image(pipeline, job.prompt) for job in jobs]
+    for number, (job, image) in enumerate(zip(jobs, images, strict=True), 1):
+        arguments = {} if image is None else {"image": image}
+
+        def run(maker: Any, given: dict, what: str, job: Job = job, arguments: dict = arguments) -> np.ndarray:
+            maker.set_progress_bar_config(desc=what)
+            generator = torch.Generator("cpu").manual_seed(job.seed)
+            return generate_video(maker, job.prompt.caption, generator=generator, **arguments, **given)
+
+        what = f"video {number} of {len(jobs)}"
+        with measured(pipeline) as cost:
+            frames = run(pipeline, settings, what)
+        found = {}
+        if teacher is not None:
+            beside = run(teacher, settings if teacher_settings is None else teacher_settings, f"{what}, teacher")
+            pair = (torch.as_tensor(video).permute(0, 3, 1, 2) for video in (frames, beside))
+            metrics = compare(*pair)
+            found = {"psnr": metrics["psnr"], "ssim": metrics["ssim"]}
+            frames = np.concatenate([beside, frames], axis=2)
+        save_video(frames, job.path, fps=fps)
+        yield Made(job, cost, **found)
+
+
+@contextmanager
+def measured(pipeline: Any) -> Iterator[Cost]:
+    """Measures the one call of the pipeline inside; the result is complete at the end of the block.
+
+    Every family calls its transformer first and `scheduler.step` last in a step, so that these two are watched.
+    """
+    cost, device = Cost(), torch.device(pipeline._execution_device)  # with offloading another than .device
+    cuda, scheduler, first = device.type == "cuda", pipeline.scheduler, []
+
+    def now() -> float:
+        if cuda:
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def begin(*_) -> None:
+        if not first:
+            first.append(now())
+
+    step = scheduler.step
+
+    @wraps(step)  # pipelines read its signature
+    def counted(*args, **kwargs):
+        result = step(*args, **kwargs)
+        cost.steps += 1
+        cost.sampler_seconds = now() - first[0]
+        return result
+
+    handles = [transformer.register_forward_pre_hook(begin) for transformer in video_transformers(pipeline).values()]
+    scheduler.step = counted
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    started = now()
+    try:
+        yield cost
+    finally:
+        cost.seconds = now() - started
+        cost.peak_memory = torch.cuda.max_memory_allocated(device) if cuda else _resident()
+        del scheduler.step
+        for handle in handles:
+            handle.remove()
+
+
+def summary(made: list[Made], device: str) -> str:
+    """What the videos cost, in a line."""
+    costs = [video.cost for video in made]
+    steps, seconds = sum(cost.steps for cost in costs), sum(cost.seconds for cost in costs)
+    each = f"{sum(cost.sampler_seconds for cost in costs) / steps:.3g} s a step, " if steps else ""
+    text = f"{each}{seconds:.3g} s in all"
+    if costs and costs[0].peak_memory is not None:
+        where = "GPU memory" if torch.device(device).type == "cuda" else "memory of the process"
+        text += f", peak {where} {max(cost.peak_memory for cost in costs) / 1e9:.2f} GB"
+    return text
+
+
+def _image(pipeline: Any, prompt: Prompt) -> Image.Image | None:
+    name, parameter = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters.get("image")
+    if (parameter is None) != (prompt.image is None):
+        expected = "no image" if parameter is None else "an image with each prompt"
+        got = prompt.image or f"none with {prompt.caption[:60]!r}"
+        raise ValueError(f"{name} takes {expected}, got {got}")
+    try:
+        return None if prompt.image is None else Image.open(prompt.image).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"cannot read the image {prompt.image}: {error}") from None
+
+
+def _resident() -> int | None:
+    """The most memory that this process has had, in bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else 1024 * used

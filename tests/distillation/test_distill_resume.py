@@ -1,0 +1,176 @@
+"""A distillation killed with SIGKILL and continued is the uninterrupted one, bit for bit: student, critic, average."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_distill_run import distiller, run
+from tiny_run import ENVIRONMENT, ROOT
+
+from linvideo.distillation.step import DmdStep
+from linvideo.training import metrics, read_metrics
+from linvideo.training.checkpoint import list_checkpoints, load_checkpoint
+from linvideo.training.resumable import TrainingStopped
+
+TENSORS = "shard-00001-model-00001-of-00001.safetensors"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The folder, and the critic at the end."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return folder, run(folder).critic.state_dict()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    assert_equal(weights(folder), weights(reference))
+    assert read_metrics(folder / "metrics.jsonl") == read_metrics(reference / "metrics.jsonl")
+    names = [path.name for path in list_checkpoints(reference)]
+    assert [path.name for path in list_checkpoints(folder)] == names
+    for name in names:
+        # models, in the stage dmd the critic too, optimizers, average, torch's generators: all tensors are in one file
+        ours, theirs = (load_file(path / name / TENSORS) for path in (folder, reference))
+        assert_equal(ours, theirs)
+        plain, expected = (json.loads((path / name / "state.json").read_text()) for path in (folder, reference))
+        for part in ("stage", "stage_step", "global_step", "nonfinite", "components"):  # not the seconds
+            of_run, of_reference = (dict(state["state"]["items"])[part] for state in (plain, expected))
+            assert of_run == of_reference, part
+    assert not list(folder.glob(".tmp-*"))
+
+
+def kill(folder: Path, *point: object, **overrides) -> None:
+    """Run until it kills itself at `point`."""
+    script = str(ROOT / "tests" / "tiny_distill_run.py")
+    command = [sys.executable, script, str(folder), json.dumps(overrides), *map(str, point)]
+    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (folder / "pipeline").exists()
+
+
+POINTS = [("regression", 3), ("dmd", 6), ("export", 0)]  # step 6 is the student's too, after one since the checkpoint
+MORE = [
+    ("trajectories", 1),
+    ("regression", 4),
+    ("dmd", 1),
+    ("dmd", 3),
+    ("dmd", 4),
+    ("checkpoint", 2),
+    ("checkpoint", 5),
+]
+
+
+@pytest.mark.parametrize("stage, step", POINTS + [pytest.param(*point, marks=pytest.mark.full) for point in MORE])
+def test_killed_and_resumed(stage, step, tmp_path, uninterrupted):
+    folder, (reference, critic) = tmp_path / "run", uninterrupted
+    kill(folder, stage, step)
+    resumed = run(folder, resume_from_checkpoint="latest")
+    assert_same_run(folder, reference)
+    if stage != "export":
+        assert_equal(resumed.critic.state_dict(), critic)
+
+
+def test_checkpoints_hold_all_that_trains(uninterrupted):
+    folder, _ = uninterrupted
+    stages = {}
+    for path in list_checkpoints(folder):
+        model, state = load_checkpoint(path)
+        has_critic = any(name.startswith("critic.") for name in model)
+        stages[int(path.name.removeprefix("checkpoint-"))] = (state["stage"], has_critic, set(state["components"]))
+    parts = {"optimizer", "critic_optimizer", "ema"}
+    assert stages == {
+        2: ("regression", False, {"optimizer"}),
+        4: ("dmd", True, set()),
+        6: ("dmd", True, parts),
+        8: ("dmd", True, parts),
+        10: ("dmd", True, parts),
+        11: ("export", False, set()),
+    }
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_resume_takes_the_run_back_to_a_named_checkpoint(step, tmp_path, uninterrupted):
+    folder, (reference, _) = tmp_path / "run", uninterrupted
+    shutil.copytree(reference, folder)
+    run(folder, resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    assert_same_run(folder, reference)
+
+
+def test_resume_does_not_repeat_what_is_done(tmp_path, uninterrupted, monkeypatch):
+    folder, (reference, _) = tmp_path / "run", uninterrupted
+    shutil.copytree(reference, folder)
+    steps, original = [], DmdStep.critic_gradient
+    monkeypatch.setattr(DmdStep, "critic_gradient", lambda step, n: (steps.append(n), original(step, n))[1])
+    run(folder, resume_from_checkpoint=str(folder / "checkpoint-8"))
+    assert steps == [4, 5, 6]
+
+
+@pytest.mark.parametrize("stage, step", [pytest.param("regression", 1, marks=pytest.mark.full), ("dmd", 3)])
+def test_sigterm_saves_the_step_and_ends_the_run(stage, step, tmp_path, uninterrupted, monkeypatch):
+    write, folder, (reference, _) = metrics.MetricsLog.write, tmp_path / "run", uninterrupted
+
+    def write_and_terminate(log, row):
+        write(log, row)
+        if (row["stage"], row["stage_step"]) == (stage, step):
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.MetricsLog, "write", write_and_terminate)
+        with pytest.raises(TrainingStopped, match=f"after step {step} of {stage}, which is saved"):
+            run(folder)
+    saved = list_checkpoints(folder)[-1]
+    state = load_checkpoint(saved)[1]
+    assert (state["stage"], state["stage_step"]) == (stage, step)
+    run(folder, resume_from_checkpoint="latest")
+    shutil.rmtree(saved)  # the uninterrupted run has none of this step
+    assert_same_run(folder, reference)
+
+
+def test_without_the_first_stage_and_average(tmp_path):
+    """Another set of components: none of regression's, no ema, no discriminator."""
+    settings = {"regression": {"max_train_steps": 0}, "use_ema": False, "dmd": {"student_every": 2}}
+    run(tmp_path / "whole", **settings)
+    folder = tmp_path / "run"
+    shutil.copytree(tmp_path / "whole", folder)
+    run(folder, resume_from_checkpoint=str(folder / "checkpoint-4"), **settings)
+    assert_same_run(folder, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"dmd": {"student_every": 2, "adversarial_weight": 0.1}}, r"dmd\.student_every 3 \(now 2\)"),
+        ({"dmd": {"student_every": 3}}, r"dmd\.adversarial_weight 0\.1 \(now 0\.0\)"),
+        ({"num_steps": 4}, r"num_steps 2 \(now 4\)"),
+        ({"critic_optimizer": {"learning_rate": 1.0}}, r"critic_optimizer\.learning_rate 0\.0004 \(now 1\.0\)"),
+        ({"train_batch_size": 3}, r"train_batch_size 2 \(now 3\)"),
+    ],
+)
+def test_another_config_is_refused(changed, message, uninterrupted):
+    reference, _ = uninterrupted
+    before = sorted((str(path), path.stat().st_mtime_ns) for path in reference.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        run(reference, resume_from_checkpoint="latest", **changed)
+    assert sorted((str(path), path.stat().st_mtime_ns) for path in reference.rglob("*")) == before
+
+
+def test_the_checkpoint_of_a_transfer_is_refused(tmp_path):
+    from tiny_run import run as transfer
+
+    transfer(tmp_path, max_train_steps=0, warmup={"max_train_steps": 1}, selection={"method": "layers", "layers": [1]})
+    with pytest.raises(ValueError, match="the checkpoint was made with"):
+        distiller(tmp_path, resume_from_checkpoint="latest").train()

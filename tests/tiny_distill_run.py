@@ -1,0 +1,70 @@
+"""A whole distillation of a second or two, in this process or as a script, as tests/tiny_run.py is for transfers; the
+stage may also be "export", where there is but one step to die at."""
+
+import json
+import sys
+
+import torch
+from tiny_run import PROMPTS, die, die_at, tiny_teacher
+
+from linvideo.distillation import DistillConfig, Distiller
+from linvideo.models import convert
+from linvideo.training import pipeline_run
+from linvideo.training.config import from_dict
+
+LINEAR = [1]  # layers of the student
+
+
+def distill_config(output_dir, **overrides) -> DistillConfig:
+    """Both stages train a little, every stateful part is in use; `overrides` replace top-level values and sections."""
+    values = {
+        "output_dir": str(output_dir),
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_train_steps": 7,
+        "num_steps": 2,
+        "checkpointing_steps": 2,
+        "progress": False,
+        "prompts": {"max_sequence_length": 20, "negative_prompt": "dull"},
+        "trajectories": {
+            "num_trajectories": 6,
+            "num_inference_steps": 4,
+            "guidance_scale": 2.0,
+            "height": 32,
+            "width": 32,
+            "num_frames": 5,
+            "batch_size": 2,
+            "shard_size": 2,
+        },
+        "regression": {"max_train_steps": 4},
+        "dmd": {"student_every": 3, "adversarial_weight": 0.1},
+        "optimizer": {"lr_scheduler": "cosine", "lr_warmup_steps": 0, "adam_beta1": 0.0},
+        "critic_optimizer": {"lr_scheduler": "polynomial", "lr_warmup_steps": 0},
+    }
+    return from_dict({**values, **overrides}, DistillConfig)
+
+
+def tiny_student(teacher):
+    return convert(teacher.transformer, LINEAR, mode="linear")
+
+
+def distiller(output_dir, **overrides) -> Distiller:
+    teacher = tiny_teacher()
+    return Distiller(distill_config(output_dir, **overrides), teacher, tiny_student(teacher), PROMPTS)
+
+
+def run(output_dir, **overrides) -> Distiller:
+    """The finished run: its critic is there still."""
+    done = distiller(output_dir, **overrides)
+    done.train()
+    return done
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, overrides, *point = sys.argv[1:]
+    if point and point[0] == "export":
+        pipeline_run.save_pipeline = lambda *_, **__: die()
+    elif point:
+        die_at(point[0], int(point[1]))
+    run(folder, **json.loads(overrides))
