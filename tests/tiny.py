@@ -5,8 +5,8 @@ import torch
 HEADS, HEAD_DIM, TEXT_DIM, IMAGE_DIM = 2, 24, 32, 20
 
 
-def tiny_transformer(num_layers: int = 3, seed: int = 0, **config):
-    """A WanTransformer3DModel in eval mode; `config` overrides any of its arguments."""
+def tiny_transformer(num_layers: int = 3, seed: int = 0, kind: type | None = None, **config):
+    """A WanTransformer3DModel in eval mode, or another `kind` with its arguments; `config` overrides any of them."""
     from diffusers import WanTransformer3DModel
 
     arguments = {
@@ -23,7 +23,7 @@ def tiny_transformer(num_layers: int = 3, seed: int = 0, **config):
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = WanTransformer3DModel(**{**arguments, **config})
+        model = (kind or WanTransformer3DModel)(**{**arguments, **config})
         # Random weights of the default size give nearly uniform attention, on which softmax and linear hardly differ.
         for block in model.blocks:
             torch.nn.init.normal_(block.attn1.to_q.weight, std=0.5)

@@ -75,6 +75,14 @@ class LinearAttentionMixin:
         defaults = [key for key in self.config.get("_use_default_values", []) if key not in own]
         self.register_to_config(**own, _use_default_values=defaults)
 
+    def enable_cache(self, config: object) -> None:
+        """As diffusers' enable_cache. By default TaylorSeer hooks all modules whose names end in "attn": a linear_attn
+        inside a cached attention would count only the steps that this one computes, and predict some of those."""
+        super().enable_cache(config)
+        for attn in self_attentions(self):
+            if registry := getattr(getattr(attn, "linear_attn", None), "_diffusers_hook", None):
+                registry.remove_hook("taylorseer_cache", recurse=False)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As diffusers' from_pretrained, but a checkpoint that lacks weights of this model is refused: diffusers only

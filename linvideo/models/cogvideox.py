@@ -63,6 +63,7 @@ class LinVideoCogVideoXTransformer3DModel(LinearAttentionMixin, CogVideoXTransfo
     attention_paths = (("transformer_blocks", "attn1"),)
     processor_class = LinVideoCogVideoXAttnProcessor
     stock_processors = (CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0)
+    _repeated_blocks = ["CogVideoXBlock"]  # for compile_repeated_blocks; diffusers names none
 
     def fuse_qkv_projections(self) -> None:
         """One projection for q, k and v; diffusers' own would exchange the processors."""

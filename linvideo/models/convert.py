@@ -34,8 +34,9 @@ def convert(
         transformer_or_pipeline: a diffusers transformer of a family that docs/models.md lists, an already converted one
             (its softmax layers can be added), or a pipeline that holds one. A pipeline comes back as a new pipeline
             object that shares all other components; of Wan 2.2, `transformer` and `transformer_2` are both converted,
-            with the same layers.
-        layers: 0-based layer numbers, or "all" (of an already converted model: all that are still softmax).
+            with the same layers. For one of them alone: `pipeline.transformer_2 = convert(pipeline.transformer_2)`.
+        layers: 0-based layer numbers, those of VACE's control blocks after the others, or "all" (of an already
+            converted model: all that are still softmax).
         mode: "mixed" for r * softmax + (1 - r) * linear with a learnable r per layer, "linear" for the linear branch
             alone.
         feature_map: "hedgehog", "hedgehog_joint", "elu", "relu" or "softmax"; one per model.
