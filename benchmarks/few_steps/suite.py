@@ -37,7 +37,7 @@ def run(scale: Scale, seeds: int, teacher: Path, folder: Path, processes: int) -
     done = {(row["model"], row["steps"], row["seed"]) for row in work.rows}
     # the first seed's base also trains the network of the distance, for all
     bases = [[(None, 0, 0)], [(None, 0, seed) for seed in range(1, seeds)]]
-    distilled = [(name, steps, seed) for seed in range(seeds) for name, counts in DISTILLED.items() for steps in counts]
+    distilled = [(name, steps, seed) for name, counts in DISTILLED.items() for seed in range(seeds) for steps in counts]
     rounds = [[job for job in jobs if ("converted", "full", job[2]) not in done] for jobs in bases]
     rounds.append([job for job in distilled if job not in done])
     commit = results.commit()
