@@ -193,6 +193,8 @@ def attend(
     """Attention of q, k and v [B, N, H, D], normalised and rotated, as the layer's `attention_type` says; [B, N, H, D].
 
     Args:
+        query, key: in value's dtype: autocast's norms may give fp32, which only some backends cast back. The processor
+            casts, so that the fp32 ones are not kept meanwhile.
         key_mask: bool [B, N], the keys that count, for linear attention.
         attention_mask: the same for softmax attention, as diffusers' processor of the family has it.
     """
@@ -200,8 +202,6 @@ def attend(
     options = {"key_mask": key_mask, "group": context_group(processor)}
     if attention_type == "linear":
         return attn.linear_attn(query, key, value, **options)
-    # autocast's norms may give fp32, which only some backends cast back
-    query, key = query.type_as(value), key.type_as(value)
     out = dispatch_attention_fn(
         query,
         key,

@@ -45,6 +45,7 @@ class LinVideoCogVideoXAttnProcessor(CogVideoXAttnProcessor2_0):
         if image_rotary_emb is not None:
             query, key = (_rotate_video(x, image_rotary_emb, text_tokens) for x in (query, key))
 
+        query, key = query.type_as(value), key.type_as(value)
         out = attend(self, attn, query, key, value).flatten(2, 3).type_as(value)
         for layer in attn.to_out:  # projection, dropout
             out = layer(out)

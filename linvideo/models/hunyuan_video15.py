@@ -37,6 +37,7 @@ class LinVideoHunyuanVideo15AttnProcessor(HunyuanVideo15AttnProcessor2_0):
         for place, norm in enumerate((attn.norm_added_q, attn.norm_added_k)):
             text[place] = text[place] if norm is None else norm(text[place])
         query, key, value = (torch.cat(pair, dim=1) for pair in zip((query, key, value), text, strict=True))
+        query, key = query.type_as(value), key.type_as(value)
 
         key_mask = pad(attention_mask, (query.shape[1] - attention_mask.shape[1], 0), value=True).bool()
         pairs = None

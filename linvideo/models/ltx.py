@@ -34,6 +34,7 @@ class LinVideoLTXAttnProcessor(LTXVideoAttnProcessor):
         if image_rotary_emb is not None:
             query, key = apply_rotary_emb(query, image_rotary_emb), apply_rotary_emb(key, image_rotary_emb)
         value = attn.to_v(hidden_states)
+        query, key = query.type_as(value), key.type_as(value)
         out = attend(self, attn, *(x.unflatten(2, (attn.heads, -1)) for x in (query, key, value)))
 
         out = out.flatten(2, 3).type_as(value)

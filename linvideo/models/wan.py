@@ -48,6 +48,7 @@ class LinVideoWanAttnProcessor(WanAttnProcessor):
         else:
             if rope is not None:
                 query, key = rotate(query, *rope), rotate(key, *rope)
+            query, key = query.type_as(value), key.type_as(value)
             out = attend(self, attn, query, key, value, attention_mask=attention_mask)
 
         out = out.flatten(2, 3).type_as(value)
