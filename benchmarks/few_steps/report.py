@@ -21,7 +21,6 @@ FIGURES = (
     ("rerender_error", "re-render error", ".4f", 1),
     ("distance", "distance x 1000", ".0f", 1000),
     ("psnr_to_teacher", "PSNR, dB", ".2f", 1),
-    ("seconds", "s", ".0f", 1),
 )
 HEAD = """# Few steps
 
@@ -30,8 +29,7 @@ Made by `python -m benchmarks.few_steps.report` from benchmarks/results/few_step
 **good**, every word of the caption right, motion straight, shapes clean, is the primary metric; coverage (W1 distance
 of positions and speeds to the world's, lower is better) shows whether a model still makes everything that its teacher
 makes. The other columns are those of [ablations.md](ablations.md). PSNR is to the teacher's video at its full number of
-steps from the same noise; students of more than one step draw noise of their own, which it counts against them. s: of
-training, the whole transfer for the converted model, on the device named.
+steps from the same noise; students of more than one step draw noise of their own, which it counts against them.
 """
 
 

@@ -44,7 +44,12 @@ def _dequantized(x: torch.Tensor) -> torch.Tensor:
     local = _local(x)
     if type(local) is torch.Tensor:  # small ones are not quantized
         return x
-    local = local.dequantize()
+    values = local.dequantize()
+    if local.signed:
+        # The codes of signed moments reach from -0.993 to 1 of a block's scale, which is its largest magnitude: where
+        # that is negative the lowest code has to say the whole of it, else the block would come back with less.
+        scale = local.scale.repeat_interleave(local.block_size).view_as(values)
+        values = torch.where(local.codes == 0, -scale, values)
     if not isinstance(x, DTensor):
-        return local
-    return DTensor.from_local(local, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
+        return values
+    return DTensor.from_local(values, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())

@@ -30,8 +30,10 @@ def test_a_run_is_continued_exactly_and_close_to_one_in_fp32(tmp_path):
     assert changed and all((ours[name] - fp32[name]).abs().max() < 5 * rate for name in changed)
 
 
-def test_large_moments_are_kept_in_8_bits():
+@pytest.mark.parametrize("seed", range(4))
+def test_large_moments_are_kept_in_8_bits(seed):
     pytest.importorskip("torchao")
+    torch.manual_seed(seed)  # blocks whose largest moment is negative are among them, and are the hard ones
     from linvideo.training.eight_bit import CheckpointedAdamW8bit
 
     large, small = torch.nn.Parameter(torch.randn(64, 64)), torch.nn.Parameter(torch.randn(10))
