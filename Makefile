@@ -32,7 +32,8 @@ test: $(INSTALLED)  ## run the test suite (kernels in Triton's interpreter, ahea
 	$(PYTEST) tests/aot -m "not full"
 	$(PYTEST) tests --ignore tests/kernels --ignore tests/aot -m "not full"
 
-test-all: $(INSTALLED)  ## the same with many more cases (about an hour)
+test-all: $(INSTALLED)  ## the same with many more cases, and with torchao (about an hour)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[8bit]"
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 	$(PYTEST) tests/aot
 	$(PYTEST) tests --ignore tests/kernels --ignore tests/aot

@@ -22,7 +22,7 @@ TRAIN = [
 ]
 BENCH = ["flash-linear-attention; sys_platform == 'linux'", "matplotlib", "pytest-benchmark"]
 EIGHT_BIT = ["torchao"]
-TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", *EIGHT_BIT]
+TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff"]
 
 setup(
     name="linvideo",
