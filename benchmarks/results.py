@@ -67,6 +67,20 @@ class ResultFile:
         self.rows.append(row)
 
 
+def keep(document: dict, folder: Path, name: str) -> Path:
+    """Write a finished document to a new file <device>-<date>-<name>.json; the one that is there, if it holds the same
+    rows."""
+    for path in folder.glob("*.json"):
+        if json.loads(path.read_text())["rows"] == document["rows"]:
+            return path
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".{name}.{os.getpid()}"
+    aside.write_text(json.dumps(document, indent=1) + "\n")
+    path = claim(aside, folder, document["environment"], name)
+    aside.unlink()
+    return path
+
+
 def claim(aside: Path, folder: Path, environment: dict, suite: str) -> Path:
     """Give `aside` a second name in `folder` that no file has: a number is added where there is one already."""
     name = slug(environment["device"]).removeprefix("nvidia-")

@@ -120,7 +120,7 @@ def generate(args: argparse.Namespace) -> None:
     asked, own = given(args), models.own_settings(pipeline)
     # of a distilled model both options are the teacher's, with --compare
     settings = asked | own if args.compare else own | asked
-    teacher = None if args.compare is None else load_teacher(args, pipeline)
+    teacher = None if args.compare is None else load_teacher(args.compare, args, pipeline)
     for part in filter(None, (pipeline, teacher)):
         place(part, args)
     made = []
@@ -160,19 +160,20 @@ def video_jobs(args: argparse.Namespace) -> list:
     return jobs
 
 
-def load_teacher(args: argparse.Namespace, pipeline):
-    """The pipeline --compare, with all that it can share."""
+def load_teacher(model: str, args: argparse.Namespace, pipeline):
+    """The pipeline to compare with, sharing all that it can."""
     own = ("transformer", "transformer_2", "scheduler")
     shared = {name: part for name, part in pipeline.components.items() if name not in own and part is not None}
-    return load(argparse.Namespace(model=args.compare, dtype=args.dtype), **shared)
+    return load(argparse.Namespace(model=model, dtype=args.dtype), **shared)
 
 
 def place(pipeline, args: argparse.Namespace) -> None:
     """Onto the device, as the flags say that diffusers-cli has too."""
+    from linvideo import models
+
     if args.attention_backend is not None:
-        for name in ("transformer", "transformer_2"):
-            if getattr(pipeline, name, None) is not None:
-                getattr(pipeline, name).set_attention_backend(args.attention_backend)
+        for transformer in models.video_transformers(pipeline).values():
+            transformer.set_attention_backend(args.attention_backend)
     if args.vae_tiling:
         pipeline.vae.enable_tiling()
     if args.cpu_offload is None:
@@ -187,7 +188,6 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def evaluate_fidelity(args: argparse.Namespace) -> None:
-    from linvideo import models
     from linvideo.evaluation.fidelity import fidelity, summary
     from linvideo.training.prompts import read_prompts
 
@@ -195,8 +195,7 @@ def evaluate_fidelity(args: argparse.Namespace) -> None:
         raise ValueError("--suite fidelity needs --teacher, the pipeline that the model was converted from")
     prompts = read_prompts(args.prompts_file)[: args.num_prompts]
     student = load(args).to(args.device)
-    shared = {name: getattr(student, name) for name in ("tokenizer", "text_encoder", "vae")}
-    teacher = models.load_pipeline(args.teacher, torch_dtype=student.transformer.dtype, **shared).to(args.device)
+    teacher = load_teacher(args.teacher, args, student).to(args.device)
     rows = []
     for pipeline in (student, teacher):
         pipeline.set_progress_bar_config(disable=True)
@@ -500,9 +499,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--num_inference_steps", type=int, default=DEFAULTS["num_inference_steps"])
     sub.add_argument("--guidance_scale", type=float, default=DEFAULTS["guidance_scale"])
     sub.add_argument("--flow_shift", type=float, help="of the scheduler; default: the pipeline's own")
-    sub.add_argument("--height", type=int, default=480)
-    sub.add_argument("--width", type=int, default=832)
-    sub.add_argument("--num_frames", type=int, default=81)
+    for name in ("height", "width", "num_frames"):
+        sub.add_argument(f"--{name}", type=int, default=DEFAULTS[name])
     size = ("HEIGHT", "WIDTH", "NUM_FRAMES")
     sub.add_argument("--timed_size", type=int, nargs=3, metavar=size, help="of the timed video; default: as sampled")
     sub.add_argument("--warmup_steps", type=int, default=80, help="of the feature maps")

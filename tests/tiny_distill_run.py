@@ -1,11 +1,12 @@
 """A whole distillation of a second or two, in this process or as a script, as tests/tiny_run.py is for transfers; the
 stage may also be "export", where there is but one step to die at."""
 
+import copy
 import json
 import sys
 
 import torch
-from tiny_run import PROMPTS, die, die_at, tiny_teacher
+from tiny_run import COMMON, PROMPTS, die, die_at, tiny_teacher
 
 from linvideo.distillation import DistillConfig, Distiller
 from linvideo.models import convert
@@ -18,24 +19,10 @@ LINEAR = [1]  # layers of the student
 def distill_config(output_dir, **overrides) -> DistillConfig:
     """Both stages train a little, every stateful part is in use; `overrides` replace top-level values and sections."""
     values = {
+        **copy.deepcopy(COMMON),
         "output_dir": str(output_dir),
-        "train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
         "max_train_steps": 7,
         "num_steps": 2,
-        "checkpointing_steps": 2,
-        "progress": False,
-        "prompts": {"max_sequence_length": 20, "negative_prompt": "dull"},
-        "trajectories": {
-            "num_trajectories": 6,
-            "num_inference_steps": 4,
-            "guidance_scale": 2.0,
-            "height": 32,
-            "width": 32,
-            "num_frames": 5,
-            "batch_size": 2,
-            "shard_size": 2,
-        },
         "regression": {"max_train_steps": 4},
         "dmd": {"student_every": 3, "adversarial_weight": 0.1},
         "optimizer": {"lr_scheduler": "cosine", "lr_warmup_steps": 0, "adam_beta1": 0.0},

@@ -1,6 +1,7 @@
 """A whole training run of a few seconds, in this process or as a script: a folder, overrides of the config as JSON, and
 maybe the stage and the step at which it kills itself. It prints a line when everything is imported."""
 
+import copy
 import json
 import os
 import signal
@@ -20,30 +21,34 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests"))),
 }
+# of transfers and distillations alike
+COMMON = {
+    "train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "checkpointing_steps": 2,
+    "progress": False,
+    "prompts": {"max_sequence_length": 20, "negative_prompt": "dull"},
+    "trajectories": {
+        "num_trajectories": 6,
+        "num_inference_steps": 4,
+        "guidance_scale": 2.0,
+        "height": 32,
+        "width": 32,
+        "num_frames": 5,
+        "batch_size": 2,
+        "shard_size": 2,
+    },
+}
 PROMPTS = ["a red fox runs", "two white boats race", "rain falls on a pond"]
 
 
 def tiny_config(output_dir, **overrides) -> TrainConfig:
     """Every stage trains a little, every stateful part is in use; `overrides` replace top-level values and sections."""
     values = {
+        **copy.deepcopy(COMMON),
         "output_dir": str(output_dir),
-        "train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
         "max_train_steps": 6,
         "use_ema": True,
-        "checkpointing_steps": 2,
-        "progress": False,
-        "prompts": {"max_sequence_length": 20, "negative_prompt": "dull"},
-        "trajectories": {
-            "num_trajectories": 6,
-            "num_inference_steps": 4,
-            "guidance_scale": 2.0,
-            "height": 32,
-            "width": 32,
-            "num_frames": 5,
-            "batch_size": 2,
-            "shard_size": 2,
-        },
         "warmup": {"max_train_steps": 4, "batch_size": 2},
         "sensitivity": {"num_states": 6, "batch_size": 4},
         "selection": {"max_train_steps": 5, "num_linear_layers": 2, "objective": "hybrid"},

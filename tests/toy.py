@@ -51,3 +51,11 @@ def toy_store(path, timesteps: torch.Tensor, seed: int = 0, **request) -> Trajec
             },
         )
     return store
+
+
+def gaussian_velocity(x, t, mean, variance):
+    """E[eps - x_0 | x_t = x] for x_0 ~ N(mean, variance I), in closed form."""
+    marginal = (1 - t) ** 2 * variance + t**2
+    eps = t * (x - (1 - t) * mean) / marginal
+    x_0 = mean + (1 - t) * variance * (x - (1 - t) * mean) / marginal
+    return eps - x_0

@@ -1,7 +1,6 @@
 """All committed ablations as tables and plots: `python -m benchmarks.ablations.report` writes docs/ablations.md."""
 
 import json
-import os
 import statistics
 from dataclasses import asdict
 from pathlib import Path
@@ -55,17 +54,9 @@ def one_line(row: dict) -> str:
 def save(rows: list[dict], name: str, suite: Suite) -> Path:
     """A new file benchmarks/results/ablations/<device>-<date>-<suite>.json; the one that is there, if it holds the same
     rows."""
-    environment = results.environment({})
-    document = {"format": 1, "environment": environment, "suite": {"name": name, **asdict(suite)}, "rows": rows}
-    for path in FOLDER.glob("*.json"):
-        if json.loads(path.read_text())["rows"] == rows:
-            return path
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    aside = FOLDER / f".{name}.{os.getpid()}"
-    aside.write_text(json.dumps(document, indent=1) + "\n")
-    path = results.claim(aside, FOLDER, environment, name)
-    aside.unlink()
-    return path
+    scale = {"name": name, **asdict(suite)}
+    document = {"format": 1, "environment": results.environment({}), "suite": scale, "rows": rows}
+    return results.keep(document, FOLDER, name)
 
 
 def load(folder: Path) -> list[dict]:

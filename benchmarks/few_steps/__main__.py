@@ -33,8 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     cuda = torch.cuda.is_available()
     for name in ("seeds", "processes"):
-        if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
-            parser.error(f"expected --{name} of at least 1, got {getattr(args, name)}")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"expected --{name} of at least 1, got {value}")
     if args.teacher is None and args.world != "small":
         parser.error(f"--world {args.world} needs --teacher, made by linvideo.demo.train_teacher --world {args.world}")
     folder = args.output_dir or Path("runs") / f"few-steps-{args.world}"

@@ -1,7 +1,6 @@
 """All committed few-step results as tables: `python -m benchmarks.few_steps.report` writes docs/few_steps.md."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,18 +41,9 @@ def one_line(row: dict) -> str:
 def save(rows: list[dict], world: str, scale: Scale) -> Path:
     """A new file benchmarks/results/few_steps/<device>-<date>-<world>.json; the one that is there, if it holds the same
     rows."""
-    environment = results.environment({})
     numbers = asdict(scale) | {"transfer": {k: v for k, v in asdict(scale.transfer).items() if k != "settings"}}
-    document = {"format": 1, "environment": environment, "world": world, "scale": numbers, "rows": rows}
-    for path in FOLDER.glob("*.json"):
-        if json.loads(path.read_text())["rows"] == rows:
-            return path
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    aside = FOLDER / f".{world}.{os.getpid()}"
-    aside.write_text(json.dumps(document, indent=1) + "\n")
-    path = results.claim(aside, FOLDER, environment, world)
-    aside.unlink()
-    return path
+    document = {"format": 1, "environment": results.environment({}), "world": world, "scale": numbers, "rows": rows}
+    return results.keep(document, FOLDER, world)
 
 
 def write(folder: Path, docs: Path) -> Path:

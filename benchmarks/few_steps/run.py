@@ -2,13 +2,13 @@
 
 import gc
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.ablations.run import Bench
 from benchmarks.ablations.settings import DEFAULT, SUITES, Suite
@@ -18,7 +18,7 @@ from linvideo.models import FewStepScheduler, convert, load_pipeline, wan_transf
 from linvideo.training import TrainConfig, Trainer
 from linvideo.training.conditions import Conditions
 from linvideo.training.config import from_dict
-from linvideo.training.files import read_json, write_json
+from linvideo.training.files import read_json, write_json, write_safetensors
 from linvideo.training.flow import sample_steps
 from linvideo.training.resumable import TrainingDiverged
 
@@ -73,14 +73,13 @@ class FewStepBench(Bench):
         """Teacher and converted model at all numbers of steps; leaves the converted pipeline and the layers."""
         teacher = self.pipeline.transformer
         full = self.videos(teacher, None, None, seed)
+        write_safetensors(self.teacher_videos(seed), {"videos": full})
         rows = [self.figured("teacher", FULL, full, full, seed)]
-        started = time.perf_counter()
         config = self.transfer_config(seed)
         shutil.rmtree(config.output_dir, ignore_errors=True)  # of a benchmark that was interrupted
         result = Trainer(config, self.pipeline, self.prompts).train()
         write_json(self.layers_file(seed), result.layers_linear)
         converted = wan_transformer(result.pipeline)
-        seconds = time.perf_counter() - started
         for steps in STEPS:
             euler = EulerSteps([1000 * (steps - k) / steps for k in range(steps)])
             for name, model in (("teacher", teacher), ("converted", converted)):
@@ -88,11 +87,11 @@ class FewStepBench(Bench):
                 videos = self.videos(model, euler, steps, seed)
                 rows.append(self.figured(f"{name}, student's timesteps", steps, videos, full, seed))
         last = self.figured("converted", FULL, self.videos(converted, None, None, seed), full, seed)
-        return [*rows, last | {"layers_linear": result.layers_linear, "seconds": seconds}]
+        return [*rows, last | {"layers_linear": result.layers_linear}]
 
     def distilled_rows(self, name: str, steps: int, seed: int) -> list[dict[str, Any]]:
         """One distillation, which gives two rows where regression comes first. The seed's base rows must be there."""
-        full = self.videos(self.pipeline.transformer, None, None, seed)
+        full = load_file(self.teacher_videos(seed))["videos"]
 
         def judge(student: torch.nn.Module, model: str) -> dict[str, Any]:
             return self.figured(model, steps, self.videos(student, config.scheduler(), steps, seed, 1.0), full, seed)
@@ -103,7 +102,7 @@ class FewStepBench(Bench):
             distiller.judge = judge
         outcome = {}
         try:
-            outcome["seconds"] = sum(distiller.train().seconds.values())
+            distiller.train()
         except TrainingDiverged as error:
             outcome["diverged"] = str(error)
         rows = [*distiller.rows, judge(distiller.student.eval(), name) | outcome]

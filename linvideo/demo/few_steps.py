@@ -13,9 +13,11 @@ from linvideo.training import load_config
 
 
 def distill_and_compare(
-    folder: Path, pipeline, converted: torch.nn.Module, videos: int, seed: int, world: World
+    folder: Path, pipeline, converted: torch.nn.Module, reference: torch.Tensor, seed: int, world: World
 ) -> tuple[dict, dict[str, torch.Tensor]]:
     """Distil `converted` in folder/distillation, to folder/distilled; folder/training has the trajectories.
+
+    reference: the teacher's videos at its full number of steps, as `evaluate` gave them; as many are judged here.
 
     Returns what metrics.json gets, and name -> videos, all sampled in as many steps as the student takes.
     """
@@ -23,9 +25,8 @@ def distill_and_compare(
     result = Distiller(config, pipeline, converted, world.training_captions()).train()
     os.rename(result.pipeline_path, folder / "distilled")
 
-    captions, noise = world.evaluation_captions(videos), start_noise(world, videos).to(pipeline.device)
+    captions, noise = world.evaluation_captions(len(reference)), start_noise(world, len(reference)).to(pipeline.device)
     steps = len(result.timesteps)
-    full = sample_videos(pipeline, captions, noise, world)
     films = {
         "teacher": sample_videos(pipeline, captions, noise, world, steps),
         "converted": sample_videos(with_transformer(pipeline, converted), captions, noise, world, steps),
@@ -33,7 +34,7 @@ def distill_and_compare(
     }
     outcome = {"timesteps": result.timesteps, "seconds": result.seconds, "models": {}}
     for name, film in films.items():
-        found = metrics.judge(film, captions, world) | {"psnr_to_teacher": metrics.psnr(film, full)}
+        found = metrics.judge(film, captions, world) | {"psnr_to_teacher": metrics.psnr(film, reference)}
         outcome["models"][name] = found
         print(f"{name}, {steps} steps: all words right {found['all_right']:.0%}, good {found['good']:.0%}")
     return outcome, films

@@ -105,7 +105,8 @@ def write_demo(folder: Path, device: str, seed: int, videos: int, stages: Sequen
     few_films = {}
     if "distill" in stages:
         stage_started = time.time()
-        few_steps, few_films = distill_and_compare(folder, pipeline, transformers["final"], videos, seed, WORLD)
+        models_and_reference = (pipeline, transformers["final"], films["teacher"])
+        few_steps, few_films = distill_and_compare(folder, *models_and_reference, seed, WORLD)
         outcome["few_steps"] = few_steps
         seconds["distillation"] = time.time() - stage_started
 

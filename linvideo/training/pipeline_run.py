@@ -28,7 +28,6 @@ from linvideo.training.trajectories import (
     collect,
     kept_steps,
     latent_shape,
-    open_store,
     store_request,
     with_flow_shift,
 )
@@ -143,9 +142,8 @@ class PipelineRun(ResumableRun):
 
         def read() -> None:
             self.prompts = self._encode()
-            settings = (self.pipeline, self.prompts, config.trajectories, config.seed, self.expert)
-            self.request = store_request(*settings)
-            self.store = open_store(path, *settings) if self._needs_trajectories() else None
+            self.request = store_request(self.pipeline, self.prompts, config.trajectories, config.seed, self.expert)
+            self.store = TrajectoryStore(path, self.request) if self._needs_trajectories() else None
 
         def prepare() -> None:
             read()

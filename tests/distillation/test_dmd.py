@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toy import SHAPE, AffineFlow, toy_prompts
+from toy import SHAPE, AffineFlow, gaussian_velocity, toy_prompts
 
 from linvideo.distillation import DistillConfig
 from linvideo.distillation.dmd import critic_loss, draw_t, guided_velocity, matching_loss
@@ -144,14 +144,6 @@ def test_a_critic_that_agrees_with_the_teacher_moves_nothing():
 
 
 # closed form: Gaussian data
-
-
-def gaussian_velocity(x, t, mean, variance):
-    """E[eps - x_0 | x_t = x] for x_0 ~ N(mean, variance I), in closed form."""
-    marginal = (1 - t) ** 2 * variance + t**2
-    eps = t * (x - (1 - t) * mean) / marginal
-    x_0 = mean + (1 - t) * variance * (x - (1 - t) * mean) / marginal
-    return eps - x_0
 
 
 @pytest.mark.parametrize("t", [0.05, 0.3, 0.7, 0.95])

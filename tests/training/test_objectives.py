@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from toy import SHAPE, AffineFlow, toy_prompts, toy_store
+from toy import SHAPE, AffineFlow, gaussian_velocity, toy_prompts, toy_store
 
 from linvideo.training import objectives
 from linvideo.training.flow import predict_velocity, score_from_velocity
@@ -90,14 +90,6 @@ def test_adm_small_step_is_half_the_own_state_gradient_to_first_order(store):
             objectives.adm_small_step(student, teacher, lanes, dt, ObjectiveConfig()).backward()
         gradients.append(torch.stack([student.scale.grad, student.shift.grad]))
     assert torch.allclose(gradients[1], gradients[0] / 2, rtol=2e-3)
-
-
-def gaussian_velocity(x, t, mean, variance):
-    """E[eps - x_0 | x_t = x] for x_0 ~ N(mean, variance I), in closed form."""
-    marginal = (1 - t) ** 2 * variance + t**2
-    eps = t * (x - (1 - t) * mean) / marginal
-    x_0 = mean + (1 - t) * variance * (x - (1 - t) * mean) / marginal
-    return eps - x_0
 
 
 @pytest.mark.parametrize("t", [0.05, 0.3, 0.7, 0.95])
