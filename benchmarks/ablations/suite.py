@@ -1,34 +1,19 @@
-"""A suite's runs, side by side in processes of their own, each to a row of a folder that can be continued."""
+"""A suite's runs, each to a row of a folder that can be continued."""
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-
-import torch
 
 from benchmarks import results
 from benchmarks.ablations import report
 from benchmarks.ablations.run import Bench
 from benchmarks.ablations.settings import DEFAULT, SETTINGS, Suite
+from benchmarks.worlds import side_by_side
 from linvideo.evaluation.work_folder import WorkFolder, identity
 from linvideo.models import load_pipeline
 
 TEACHER = "teacher"  # the name of the teacher's own row
 TEACHER_GOOD = 0.5  # below this share of good videos, what a conversion loses cannot be seen
-bench: Bench | None = None  # of a worker process
-
-
-def open_bench(suite: Suite, teacher: Path, folder: Path, device: str) -> None:
-    global bench
-    if device == "cpu":
-        torch.set_num_threads(1)  # one process a core: faster than one process with all of them
-    bench = Bench(suite, teacher, folder, device)
-
-
-def do(name: str, seed: int) -> dict:
-    assert bench is not None
-    return bench.teacher_row(seed) if name == TEACHER else bench.row(SETTINGS[name], seed)
 
 
 def run(suite: Suite, settings: list[str], seeds: int, teacher: Path, folder: Path, processes: int) -> list[dict]:
@@ -37,32 +22,31 @@ def run(suite: Suite, settings: list[str], seeds: int, teacher: Path, folder: Pa
     Raises:
         ValueError: the folder holds other work, or the teacher is too poor for its students to be compared.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     scale = {key: value for key, value in asdict(suite).items() if key != "settings"}
-    request = {"suite": scale, "teacher": identity(load_pipeline(teacher))}
-    work = WorkFolder(folder, request)
+    work = WorkFolder(folder, {"suite": scale, "teacher": identity(load_pipeline(teacher))})
+    for row in work.rows:
+        check_teacher(row)
     done = {(row["setting"], row["seed"]) for row in work.rows}
     # The teacher first, whose videos all are compared with, then the default run, whose stages the others share.
-    rounds = [[TEACHER], [DEFAULT.name], [name for name in settings if name != DEFAULT.name]]
-    todo = [[(name, seed) for seed in range(seeds) for name in names if (name, seed) not in done] for names in rounds]
-    total, commit = sum(map(len, todo)), results.commit()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, open_bench, (suite, teacher, folder, device)) as pool:
-        finished = 0
-        for jobs in todo:
-            futures = [pool.submit(do, *job) for job in jobs]
-            try:
-                for future in as_completed(futures):
-                    row = future.result() | {"commit": commit}
-                    work.add(row)
-                    finished += 1
-                    print(f"[{finished}/{total}] {report.one_line(row)}", flush=True)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-            good = min((row["good"] for row in work.rows if row["setting"] == TEACHER), default=1.0)
-            if good < TEACHER_GOOD:
-                raise ValueError(
-                    f"expected a teacher with at least {TEACHER_GOOD:.0%} good videos, got {good:.0%}: train it longer"
-                )
+    names = [[TEACHER], [DEFAULT.name], [name for name in settings if name != DEFAULT.name]]
+    rounds = [
+        [job(name, seed) for seed in range(seeds) for name in group if (name, seed) not in done] for group in names
+    ]
+    total, commit = sum(map(len, rounds)), results.commit()
+    with closing(side_by_side(Bench, (suite, teacher, folder), rounds, processes)) as rows:
+        for finished, row in enumerate(rows, 1):
+            work.add(row | {"commit": commit})
+            print(f"[{finished}/{total}] {report.one_line(row)}", flush=True)
+            check_teacher(row)
     return work.rows
+
+
+def job(name: str, seed: int) -> tuple:
+    return ("teacher_row", seed) if name == TEACHER else ("row", SETTINGS[name], seed)
+
+
+def check_teacher(row: dict) -> None:
+    if row["setting"] == TEACHER and row["good"] < TEACHER_GOOD:
+        raise ValueError(
+            f"expected a teacher with at least {TEACHER_GOOD:.0%} good videos, got {row['good']:.0%}: train it longer"
+        )

@@ -10,14 +10,10 @@ small takes about an hour on two CPU cores; middle and large need a GPU and a te
 """
 
 import argparse
-import os
-from pathlib import Path
 
-import torch
-
+from benchmarks import worlds
 from benchmarks.few_steps import report, suite
 from benchmarks.few_steps.run import SCALES
-from linvideo.demo.teacher import FOLDER as SMALL_TEACHER
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -25,26 +21,12 @@ def main(arguments: list[str] | None = None) -> None:
         "python -m benchmarks.few_steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--world", choices=SCALES, default="small")
-    parser.add_argument("--seeds", type=int, default=3, help="how many; the seeds are 0, 1, ...")
-    parser.add_argument("--teacher", type=Path, help="pipeline folder; the small world's is part of linvideo")
-    parser.add_argument("--output_dir", type=Path, help="default: runs/few-steps-WORLD")
-    parser.add_argument("--processes", type=int, help="default: one a CPU core, or one for the GPU")
-    parser.add_argument("--no_report", action="store_true", help="rows only: no result file and tables")
+    worlds.add_options(parser, "few-steps", "result file and tables")
     args = parser.parse_args(arguments)
-    cuda = torch.cuda.is_available()
-    for name in ("seeds", "processes"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"expected --{name} of at least 1, got {value}")
-    if args.teacher is None and args.world != "small":
-        parser.error(f"--world {args.world} needs --teacher, made by linvideo.demo.train_teacher --world {args.world}")
-    folder = args.output_dir or Path("runs") / f"few-steps-{args.world}"
-    processes = args.processes or (1 if cuda else os.cpu_count() or 1)
-    if not cuda:
-        torch.set_num_threads(1)  # as in the runs: the result names it
+    worlds.check_options(parser, args, "few-steps", args.world)
     scale = SCALES[args.world]
     try:
-        rows = suite.run(scale, args.seeds, args.teacher or SMALL_TEACHER, folder, processes)
+        rows = suite.run(scale, args.seeds, args.teacher, args.output_dir, args.processes)
     except ValueError as error:
         parser.error(str(error))
     if not args.no_report:

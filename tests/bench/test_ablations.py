@@ -314,7 +314,7 @@ def test_the_command_continues_and_reports(tmp_path, monkeypatch, capsys):
     [
         (["--seeds", "0"], "expected --seeds of at least 1, got 0"),
         (["--processes", "0"], "expected --processes of at least 1"),
-        (["--suite", "middle"], "--suite middle needs --teacher"),
+        (["--suite", "middle"], "world middle needs --teacher"),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments, message, capsys):

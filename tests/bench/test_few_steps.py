@@ -40,7 +40,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(suite, "DISTILLED", run.DISTILLED)
     monkeypatch.setattr(run, "STEPS", (2,))
     # in this process, with what is replaced here
-    monkeypatch.setattr(suite, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr("benchmarks.worlds.ProcessPoolExecutor", InThisProcess)
 
 
 class InThisProcess:
