@@ -37,7 +37,8 @@ def linear_attn(
             multiples of 8 elements.
         feature_map: "hedgehog", phi(x) = [softmax(xW), softmax(-xW)], the paper's; "hedgehog_joint",
             softmax([2xW, -2xW]), as flash-linear-attention has it (its layer adds a bias that starts at 0; this has
-            none); "elu": elu(x) + 1; "relu"; "softmax" (over D); "identity" (only with normalize=False).
+            none); "elu": elu(x) + 1; "relu"; "softmax" (over D); "identity" (only with normalize=False). On CUDA the
+            logits of a softmax must stay below 2^30.
         q_weight [H, D, D], k_weight [Hk, D, D]: the W of the hedgehog maps (xW is [.., D] @ [D, D] per head); required
             for them, refused otherwise. Any of the three dtypes; cast to q's, gradients come back in their own.
         rope: (cos, sin), each [N, D/2] with N = Nq = Nk: rotates the channel pairs (2i, 2i + 1) of q and k before the

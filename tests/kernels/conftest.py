@@ -17,6 +17,7 @@ if INTERPRET:
     linvideo_kernels.interpreter_bf16_ok = True
 else:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode on CUDA asks for it
+    torch.backends.cudnn.allow_tf32 = False  # on by default, and Wan's patch embedding is a convolution
 
 
 @pytest.fixture(scope="session")

@@ -101,13 +101,13 @@ def test_tiny_denominators(map, dtype, eps, device):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("map", MAPS, ids=str)
 def test_largest_inputs(map, dtype, device):
-    """Rows near the largest 16-bit number."""
+    """Rows near the largest fp16 number; of bf16, those whose logits stay within what `features` takes on a GPU."""
     case = dataclasses.replace(BASE, map=map, dtype=dtype)
     inputs, grad = make_inputs(case, device)
     with torch.no_grad():
         for name in "qk":
             x = inputs[name]
-            x.mul_(0.2 * min(torch.finfo(x.dtype).max, 1e15) / x.abs().max())
+            x.mul_(0.2 * min(torch.finfo(x.dtype).max, 1e8) / x.abs().max())
     assert_finite_where_eager_is(case, inputs, grad)
 
 

@@ -176,7 +176,8 @@ def strides_of_the_small_tensors_do_not_matter(case: Case, device: str) -> None:
 
 
 def rope_is_the_rotation_before(case: Case, device: str) -> None:
-    """rope=(cos, sin) gives the bits of rows that were turned in fp32 and rounded first."""
+    """rope=(cos, sin) gives the bits of rows that were turned in fp32 and rounded first; on a GPU, which fuses one of
+    the products into the difference, what the last bit of such a row may change."""
     inputs, _ = make_inputs(case, device)
     options = dict(case.options)
     turned = {name: rotate(inputs[name].detach(), *(t.to(device) for t in options["rope"])) for name in "qk"}
@@ -184,7 +185,11 @@ def rope_is_the_rotation_before(case: Case, device: str) -> None:
     with torch.no_grad():
         inside = call(linear_attn, inputs, options)
         del options["rope"]
-        assert torch.equal(inside, call(linear_attn, inputs | turned, options))
+        before = call(linear_attn, inputs | turned, options)
+    if device == "cpu":
+        assert torch.equal(inside, before)
+    else:
+        torch.testing.assert_close(inside, before)
 
 
 def tables_may_have_any_dtype(case: Case, device: str) -> None:

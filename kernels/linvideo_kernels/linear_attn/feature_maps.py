@@ -12,7 +12,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def features(x, SIGN: tl.constexpr, scale, D: tl.constexpr, WIDTH: tl.constexpr, FEATURE_MAP: tl.constexpr):
-    """scale phi; scale is a number or one per row. exp2 of one fused multiply-add is the cheapest exponential."""
+    """scale phi; scale is a number or one per row.
+
+    exp2 of one fused multiply-add is the cheapest exponential. On a GPU it bounds a softmax's logits: from 2^30 on, the
+    exact product may differ from the rounded `top` by more than exp2 holds, and the row becomes NaN.
+    """
     real = (tl.arange(0, WIDTH) < D)[None, :]
     scale = tl.zeros([x.shape[0]], tl.float32) + scale
     if FEATURE_MAP == "hedgehog_joint":
