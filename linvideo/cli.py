@@ -257,7 +257,7 @@ def check(args: argparse.Namespace) -> int:
 def analyze(args: argparse.Namespace) -> None:
     from linvideo.evaluation.analysis_report import text, write_report
     from linvideo.evaluation.analyze import analyze
-    from linvideo.training.prompts import read_prompts
+    from linvideo.training.prompts import read_prompts_with_images
     from linvideo.training.sensitivity import SensitivityConfig
     from linvideo.training.trajectories import TrajectoryConfig
     from linvideo.training.warmup import WarmupConfig
@@ -267,8 +267,9 @@ def analyze(args: argparse.Namespace) -> None:
     trajectories = TrajectoryConfig(**settings, batch_size=args.batch_size, shard_size=args.batch_size)
     warmup = WarmupConfig(max_train_steps=args.warmup_steps, batch_size=args.batch_size)
     sensitivity = SensitivityConfig(num_states=args.num_states, batch_size=args.batch_size)
-    captions = read_prompts(args.prompts_file)
-    captions = captions[:: max(1, len(captions) // args.num_trajectories)][: args.num_trajectories]  # of a sorted list
+    prompts = read_prompts_with_images(args.prompts_file)
+    prompts = prompts[:: max(1, len(prompts) // args.num_trajectories)][: args.num_trajectories]  # of a sorted list
+    captions, images = (list(each) for each in zip(*prompts, strict=True))
     timed_size = None if args.timed_size is None else tuple(args.timed_size)
     analysis = analyze(
         load(args).to(args.device),
@@ -282,6 +283,7 @@ def analyze(args: argparse.Namespace) -> None:
         speedup=args.speedup,
         seed=args.seed,
         overwrite=args.overwrite,
+        images=images,
     )
     write_report(analysis, args.output_dir)
     print(text(analysis, args.output_dir))
@@ -315,11 +317,11 @@ def load(args: argparse.Namespace, **components):
 
     from linvideo import models
 
-    dtype = {"default": getattr(torch, args.dtype), "vae": torch.float32}
+    dtype = {"default": getattr(torch, args.dtype), "vae": torch.float32, "image_encoder": torch.float32}
     pipeline = models.load_pipeline(args.model, torch_dtype=dtype, **components)
-    vae = getattr(pipeline, "vae", None)
-    if vae is not None and type(vae).__name__ != "AutoencoderKLWan" and vae.dtype != dtype["default"]:
-        vae.to(dtype["default"])  # only Wan's is meant for fp32
+    parts = [getattr(pipeline, name, None) for name in ("vae", "image_encoder")]
+    for part in filter(None, parts) if type(parts[0]).__name__ != "AutoencoderKLWan" else ():
+        part.to(dtype["default"])  # only Wan's are meant for fp32
     return pipeline
 
 
@@ -428,7 +430,9 @@ def make_parser() -> argparse.ArgumentParser:
         "plan", plan, "memory, disk and pace of a training run before it starts; takes linvideo train's options too"
     )
     sub.add_argument(
-        "--model", help="a known name such as wan2.1-14b, a stock pipeline folder or a Hub id; default: the config's"
+        "--model",
+        help="a known name such as wan2.1-14b or wan2.1-i2v-14b, a stock pipeline folder or a Hub id; default: the"
+        " config's",
     )
     sub.add_argument("--gpus", type=int, default=1)
     sub.add_argument("--gpu_memory", type=float, default=80.0, help="of one GPU, in GB of 10^9 bytes")
@@ -493,9 +497,10 @@ def make_parser() -> argparse.ArgumentParser:
     add_output_dir(sub)
     sub.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     sub.add_argument("--speedup", type=speedup, default=1.3, help='wanted of one forward; "none" makes no proposal')
-    sub.add_argument("--prompts_file", type=Path, help="one caption a line; default: linvideo's own captions")
+    what = "one caption a line, or .jsonl with caption and image; default: linvideo's own captions"
+    sub.add_argument("--prompts_file", type=Path, help=what)
     sub.add_argument("--negative_prompt", default="", help="the one you generate with")
-    sub.add_argument("--num_trajectories", type=int, default=4, help="videos sampled, each for another caption")
+    sub.add_argument("--num_trajectories", type=int, default=4, help="videos sampled, each for another prompt")
     sub.add_argument("--num_inference_steps", type=int, default=DEFAULTS["num_inference_steps"])
     sub.add_argument("--guidance_scale", type=float, default=DEFAULTS["guidance_scale"])
     sub.add_argument("--flow_shift", type=float, help="of the scheduler; default: the pipeline's own")

@@ -1,9 +1,11 @@
 """The `linvideo` command on tiny pipelines: what it makes; bad input ends with one line and status 2, unchanged."""
 
+import argparse
 import json
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from tiny import TEXT_DIM, tiny_image, tiny_image_pipeline, tiny_pipeline, tiny_tokenizer, tiny_transformer
 
@@ -293,6 +295,17 @@ def ltx_pipeline():
         tokenizer=tiny_tokenizer(),
         transformer=LTXVideoTransformer3DModel(**size, cross_attention_dim=32, caption_channels=TEXT_DIM),
     )
+
+
+def test_vae_and_image_encoder_of_wan_stay_fp32(tmp_path):
+    for name, pipeline, expected in (
+        ("wan", tiny_image_pipeline(), torch.float32),
+        ("ltx", ltx_pipeline(), torch.bfloat16),
+    ):
+        pipeline.save_pretrained(tmp_path / name)
+        loaded = cli.load(argparse.Namespace(model=str(tmp_path / name), dtype="bfloat16"))
+        assert loaded.transformer.dtype == loaded.text_encoder.dtype == torch.bfloat16
+        assert loaded.vae.dtype == getattr(loaded, "image_encoder", loaded.vae).dtype == expected
 
 
 def test_another_family_converts_and_generates_but_does_not_train(tmp_path, capsys):

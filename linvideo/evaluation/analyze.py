@@ -7,7 +7,7 @@ each of these sets is timed in a forward of the whole model on this device.
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from linvideo.training.branches import feature_weights
 from linvideo.training.files import read_json, write_json, write_safetensors
 from linvideo.training.fingerprint import fingerprint
 from linvideo.training.flow import predict_velocity
-from linvideo.training.images import check_images
-from linvideo.training.prompts import PromptConfig, encode_prompts
-from linvideo.training.run_folder import FEATURE_MAPS, PROMPT_CACHE
+from linvideo.training.images import add_images, check_images, digest, takes_images
+from linvideo.training.prompts import PromptConfig, choose_prompts, encode_prompts
+from linvideo.training.run_folder import FEATURE_MAPS, IMAGE_CACHE, PROMPT_CACHE
 from linvideo.training.selection import lowest
 from linvideo.training.sensitivity import SensitivityConfig, velocity_error
 from linvideo.training.store import StateBatch
@@ -34,7 +34,7 @@ from linvideo.training.trajectories import TrajectoryConfig, collect, latent_sha
 from linvideo.training.warmup import WarmupConfig, attention_output_errors, fit_feature_maps, load_feature_maps
 
 SUITE = "analyze"  # in request.json
-FILES = ("rows.json", "analysis.json", "report.html", FEATURE_MAPS, PROMPT_CACHE)
+FILES = ("rows.json", "analysis.json", "report.html", FEATURE_MAPS, PROMPT_CACHE, IMAGE_CACHE)
 ALL_SETS = 12  # up to so many layers every n is measured
 TIMED_SECONDS = 1.0  # of repetitions of one forward
 
@@ -109,31 +109,34 @@ def analyze(
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
+    images: Sequence[Any] | None = None,
 ) -> Analysis:
     """Measure everything on the pipeline's device; the same call again continues where it was interrupted.
 
-    With the settings and captions of a training run the errors are those of that run. Of a finished analysis the same
-    call with another `speedup` measures only what is new.
+    With the settings, captions and images of a training run the errors are those of that run. Of a finished analysis
+    the same call with another `speedup` measures only what is new.
 
     Args:
-        pipeline: a stock text-to-video WanPipeline with one transformer. Its weights are shared, not changed; its text
-            encoder is in CPU memory afterwards. What set_attention_backend chose for it holds for its softmax layers.
+        pipeline: a stock WanPipeline or WanImageToVideoPipeline with one transformer. Its weights are shared, not
+            changed; its encoders are in CPU memory afterwards. What set_attention_backend chose for it holds for its
+            softmax layers.
         output_dir: gets analysis.json and feature_maps.safetensors, the fitted maps of all layers, and what is needed
-            to continue: request.json, rows.json, prompt embeddings and trajectories/.
+            to continue: request.json, rows.json, prompt embeddings, image conditions and trajectories/.
         trajectories: how the teacher is sampled.
         warmup: the fit; sensitivity: the states errors are measured on. None is their defaults.
         timed_size: height, width, num_frames of the video that is timed; None is the trajectories'.
         speedup: wanted, of one forward; None makes no proposal.
         overwrite: delete what an earlier analysis has left in output_dir, and start anew.
+        images: of an image-to-video pipeline: a PIL image or an image file for each caption.
 
     Raises:
-        ValueError: another kind of pipeline, sizes that do not fit it, a speedup of 1 or less, an output_dir with other
-            content; or an error that is not finite, as float16 may give.
+        ValueError: another kind of pipeline, images that do not go with it or cannot be read, sizes that do not fit
+            it, a speedup of 1 or less, an output_dir with other content; or an error that is not finite, as float16
+            may give.
     """
     warmup, sensitivity = warmup or WarmupConfig(), sensitivity or SensitivityConfig()
-    if not captions:
-        raise ValueError("expected at least one caption, got none")
-    base, size = _check(pipeline, trajectories, sensitivity, timed_size, speedup)
+    captions, images = choose_prompts(None, captions, images)
+    base, size = _check(pipeline, images, trajectories, sensitivity, timed_size, speedup)
     pipeline = with_flow_shift(pipeline, trajectories.flow_shift)
     # r has no part in anything here; mixed layers can run as softmax or linear
     student = convert(base, "all", mode="mixed", copy=False)
@@ -146,13 +149,18 @@ def analyze(
     request = {"suite": SUITE, "model": fingerprint(base), "captions": captions, "negative_prompt": negative_prompt}
     request |= {"trajectories": asdict(trajectories), "warmup": asdict(warmup), "sensitivity": asdict(sensitivity)}
     request |= {"seed": seed, "timed_size": list(size), **environment}
+    if takes_images(pipeline):
+        request["images"] = [digest(image) for image in images]
     if overwrite:
         _start_anew(Path(output_dir), request)
     work = WorkFolder(output_dir, request)
 
     texts = PromptConfig(negative_prompt=negative_prompt)
     prompts = encode_prompts(pipeline, captions, texts, work.path / PROMPT_CACHE)
-    pipeline.text_encoder.to("cpu")  # Wan's is 11 GB
+    add_images(prompts, pipeline, images, trajectories, work.path / IMAGE_CACHE)
+    for part in (pipeline.text_encoder, getattr(pipeline, "image_encoder", None)):
+        if part is not None:
+            part.to("cpu")  # Wan's text encoder is 11 GB
     store = open_store(trajectories.path or work.path / "trajectories", pipeline, prompts, trajectories, seed)
     collect(store, pipeline, prompts, progress)
 
@@ -297,12 +305,18 @@ class _Measurements:
 
 def _forward_inputs(base: torch.nn.Module, prompts: Any, shape: tuple[int, ...]) -> tuple:
     """x, timestep and conditions of predict_velocity, for one video of latents `shape`."""
-    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(base.device)
-    return x, torch.tensor(500.0, device=base.device), prompts.conditions(torch.tensor([0]), device=base.device)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *shape, generator=generator).to(base.device)
+    conditions = prompts.conditions(torch.tensor([0]), device=base.device)
+    if (latents := conditions.latents) is not None:  # they are of the sampled size; the time does not depend on them
+        noise = torch.randn(1, latents.shape[1], *shape[1:], generator=generator)
+        conditions = replace(conditions, latents=noise.to(latents))
+    return x, torch.tensor(500.0, device=base.device), conditions
 
 
 def _check(
     pipeline: Any,
+    images: list[Any],
     trajectories: TrajectoryConfig,
     sensitivity: SensitivityConfig,
     timed_size: tuple[int, int, int] | None,
@@ -314,7 +328,7 @@ def _check(
         raise ValueError(f"expected a stock Wan pipeline, whose layers are softmax, got a {type(base).__name__}")
     if getattr(pipeline, "transformer_2", None) is not None:
         raise ValueError("expected a pipeline with one transformer, got one with two experts")
-    check_images(pipeline, [None])
+    check_images(pipeline, images)
     if speedup is not None and not speedup > 1:
         raise ValueError(f"speedup must be more than 1, or None for no proposal, got {speedup}")
     if not sensitivity.num_states:

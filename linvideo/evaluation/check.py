@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import WanTransformer3DModel
+from PIL import Image
 
 from linvideo.models import convert, wan_transformer
 from linvideo.models.generate import generate_video, save_video
 from linvideo.training.branches import feature_weights, gates
 from linvideo.training.config import TrainConfig
 from linvideo.training.flow import predict_velocity, sampler_grid
-from linvideo.training.images import check_images
+from linvideo.training.images import add_images, check_images, takes_images
 from linvideo.training.objectives import ObjectiveConfig
 from linvideo.training.prompts import encode_prompts
 from linvideo.training.step import GradientStep
@@ -49,19 +50,20 @@ def check_pipeline(
     parameters of the pipeline's transformer stop requiring gradients; it is not changed otherwise.
 
     Args:
-        pipeline: a stock text-to-video WanPipeline on the device to check.
+        pipeline: a stock WanPipeline or WanImageToVideoPipeline on the device to check; the second gets a black to
+            white picture.
         output: the .mp4 of the short video.
         height, width, num_frames: of all videos here, in pixels and frames.
         num_inference_steps: of the sampler.
         warmup_steps: of the feature maps.
 
     Raises:
-        ValueError: the pipeline is converted already or needs images, or the sizes do not fit it.
+        ValueError: the pipeline is converted already or no such one, or the sizes do not fit it.
     """
     base = wan_transformer(pipeline)
     if type(base) is not WanTransformer3DModel:
         raise ValueError(f"expected a stock Wan pipeline, which is converted here, got a {type(base).__name__}")
-    check_images(pipeline, [None])
+    check_images(pipeline, [])
     base.requires_grad_(False)
     size = {"height": height, "width": width, "num_frames": num_frames}
     parts = (_trajectory, _equality, _warmup, _adm, _video)
@@ -88,6 +90,8 @@ class _Run:
         self.config = TrainConfig(output_dir=folder, train_batch_size=1, seed=seed, trajectories=trajectories)
         self.grid = sampler_grid(pipeline.scheduler, num_inference_steps)
         self.prompts = encode_prompts(pipeline, [PROMPT])
+        self.image = Image.linear_gradient("L").resize((size["width"], size["height"])).convert("RGB")
+        add_images(self.prompts, pipeline, [self.image], trajectories)
         self.store = open_store(f"{folder}/trajectories", pipeline, self.prompts, trajectories, seed)
         self.mixed = convert(self.base, "all", mode="mixed", r_init=1.0, copy=False)
 
@@ -151,10 +155,12 @@ def _adm(run: _Run) -> tuple[bool, str]:
 
 def _video(run: _Run) -> tuple[bool, str]:
     """a video of the converted model"""
-    pipeline, steps = run.pipeline, run.config.trajectories.num_inference_steps
+    pipeline, settings = run.pipeline, {"num_inference_steps": run.config.trajectories.num_inference_steps, **run.size}
+    if takes_images(pipeline):
+        settings["image"] = run.image
     pipeline.transformer = run.mixed
     try:
-        video = generate_video(pipeline, PROMPT, num_inference_steps=steps, **run.size)
+        video = generate_video(pipeline, PROMPT, **settings)
     finally:
         pipeline.transformer = run.base
     save_video(video, run.output)

@@ -5,6 +5,9 @@ attention save on CUDA (PyTorch 2.13's autocast lists, fused RMSNorm, a flash-at
 own scratch memory, fragmentation and the CUDA context are not in here: the plan keeps a reserve for them.
 
     B samples, N tokens of one (of a rank under context parallelism), T text tokens, C = H D channels, F of the MLP
+
+Of an image-to-video model the conditions are channels beside the latents and, with an image encoder, image tokens
+before the text's: the cross-attention has keys and values of their own for them and adds what comes out.
 """
 
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from math import ceil, prod
 from linvideo.ops.reference import WEIGHTED_MAPS
 from linvideo.planning.sizes import TEXT_TOKENS, Sizes
 from linvideo.training.config import TrainConfig
+from linvideo.training.trajectories import TrajectoryConfig
 
 FP32, BF16 = 4, 2
 TRAINING = ("mixed stage", "fine-tuning")
@@ -78,27 +82,61 @@ def block_activations(
     if kind != "softmax":  # S [F, D] and z [F] of each head; r and softmax_out are there already
         total += FP32 * batch * heads * (2 if weighted else 1) * dim * (dim + 1)
     # Cross-attention: q, out (and to_out's input), k and v of the text
-    return total + e * ((3 if autocast else 2) * rows + 2 * words) + log_sum
+    total += e * ((3 if autocast else 2) * rows + 2 * words) + log_sum
+    if sizes.image_tokens:
+        image = batch * sizes.image_tokens * sizes.width
+        # the image's norm_added_k, k, v and out; and q, cast once more by autocast, or else the sum, to_out's input
+        total += FP32 * image + batch * sizes.image_tokens * FP32 + e * (2 * image + 2 * rows) + log_sum
+        if batch > 1:  # text and image are slices of one tensor: each of the four Linears makes its own contiguous
+            total += e * 2 * (words + image)
+    return total
 
 
 def outer_activations(sizes: Sizes, batch: int, tokens: int, text: int, autocast: bool) -> int:
-    """What the rest saves: latents, the text's two Linears, head (norm with scale, proj_out), the blocks' text."""
+    """What the rest saves: the input, the text's two Linears, head (norm with scale, proj_out), the blocks' text; of an
+    image before that two norms, two Linears and GELU."""
     e, rows = (BF16 if autocast else FP32), batch * tokens * sizes.width
     words, latents = batch * text * sizes.width, batch * prod(sizes.latents)
     head = 2 * FP32 * rows + 2 * FP32 * batch * tokens + e * rows
-    return head + e * (latents + batch * text * sizes.config.text_dim + 3 * words) + FP32 * latents
+    inputs = latents * sizes.config.in_channels // sizes.config.out_channels
+    total = head + e * (inputs + batch * text * sizes.config.text_dim + 3 * words) + FP32 * latents
+    if sizes.image_tokens:
+        tokens = batch * sizes.image_tokens
+        embeds, image = tokens * sizes.config.image_dim, tokens * sizes.width
+        total += FP32 * (embeds + image + 2 * 2 * tokens) + e * (3 * embeds + image)
+    return total
 
 
 def forward_working(sizes: Sizes, batch: int, tokens: int, e: int) -> int:
-    """The largest moment of a forward without gradient, GELU: its input, its output, four more rows, and the angles."""
+    """The largest moment of a forward without gradient: GELU, with its input, its output and four more rows; or k's
+    rotation, with q and k before, q after and two rows of halves, which autocast has in fp32, and three more rows. The
+    angles come on top."""
     rows, inner = batch * tokens * sizes.width, batch * tokens * sizes.config.ffn_dim
-    return e * (2 * inner + 4 * rows) + 2 * FP32 * tokens * sizes.config.attention_head_dim
+    return max(e * (2 * inner + 4 * rows), (5 * FP32 + 3 * e) * rows) + _angles(sizes, tokens)
+
+
+def fitting_working(sizes: Sizes, batch: int, tokens: int, e: int) -> int:
+    """The same of a step of the warm-up: the gradient of a layer's error takes four fp32 rows, beside q, k, v, both
+    outputs and two more rows."""
+    rows = batch * tokens * sizes.width
+    return max(forward_working(sizes, batch, tokens, e), (4 * FP32 + 7 * e) * rows + _angles(sizes, tokens))
+
+
+def _angles(sizes: Sizes, tokens: int) -> int:
+    """cos and sin."""
+    return 2 * FP32 * tokens * sizes.config.attention_head_dim
 
 
 def backward_working(sizes: Sizes, batch: int, tokens: int, e: int) -> int:
     """Beside what is saved: the gradient of the block's output, and four fp32 rows or GELU's gradient and one."""
     rows, inner = batch * tokens * sizes.width, batch * tokens * sizes.config.ffn_dim
     return FP32 * rows + max(4 * FP32 * rows, e * inner + FP32 * rows)
+
+
+def encoding_working(sizes: Sizes, video: TrajectoryConfig) -> int:
+    """While the VAE encodes an image: the video that is grey after it, and about ten tensors of four frames at its
+    first level, those of a residual block and the last frames of the chunk before, which every convolution keeps."""
+    return FP32 * video.height * video.width * (3 * video.num_frames + 10 * 4 * sizes.vae_width)
 
 
 def lora_parameters(sizes: Sizes, rank: int, target_modules: list[str]) -> int:
@@ -138,11 +176,11 @@ def stage_memory(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) 
 def held(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> tuple[dict[str, float], float]:
     """(part -> bytes that are there throughout the stage, parameters that AdamW steps), on each GPU."""
     e = BF16 if layout.autocast else FP32
-    # a model loaded as bf16 keeps its norms and the time embedding in fp32; so is the VAE
+    # a model loaded as bf16 keeps its norms and the time embedding in fp32; so are VAE and image encoder
     base = e * sizes.parameters + (FP32 - e) * sizes.kept
     if stage == "trajectories":  # every GPU samples on its own
-        encoders = e * sizes.text_encoder + FP32 * sizes.vae
-        return {"frozen teacher": base * sizes.experts, "text encoder and VAE": encoders}, 0
+        encoders = e * sizes.text_encoder + FP32 * (sizes.vae + sizes.image_encoder)
+        return {"frozen teacher": base * sizes.experts, "encoders and VAE": encoders}, 0
     parts, tuning = {}, stage == "fine-tuning"
     if layout.lora is not None:
         parts["frozen base, also the teacher"] = base / layout.shard
@@ -180,9 +218,11 @@ def moments(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> li
     copies = block_copies = (2 * e * (2 + layout.critic) + FP32) * sizes.block if several else 0
     if not several and layout.autocast and layout.lora is None and stage != "trajectories":
         copies, block_copies = BF16 * sizes.cast, BF16 * sizes.block_cast
-    forward = forward_working(sizes, batch, tokens, e)
+    forward = (fitting_working if stage == "warm-up" else forward_working)(sizes, batch, tokens, e)
     if not training:
-        return [{COPIES: copies, WORKING: forward}]
+        encodes = stage == "trajectories" and sizes.config.in_channels > sizes.config.out_channels
+        encoding = [{WORKING: encoding_working(sizes, config.trajectories)}] if encodes else []
+        return [{COPIES: copies, WORKING: forward}, *encoding]
 
     arguments, weighted = (batch, tokens, text, layout.autocast), config.feature_map in WEIGHTED_MAPS
     kinds = layer_kinds(sizes, config, stage)
@@ -221,3 +261,10 @@ def store_bytes(config: TrainConfig, sizes: Sizes) -> int:
     wanted = config.trajectories
     latents = prod(sizes.latents) * {"float32": FP32}.get(wanted.dtype, BF16)
     return wanted.num_trajectories * (wanted.states_per_trajectory * (2 * latents + 4 + 1) + latents + 8)
+
+
+def condition_bytes(sizes: Sizes, layout: Layout) -> int:
+    """Of each prompt's image conditions, on disk and in the CPU memory of every process; 0 for text-to-video models."""
+    channels = sizes.config.in_channels - sizes.config.out_channels
+    numbers = channels * prod(sizes.latents[1:]) + sizes.image_tokens * (sizes.config.image_dim or 0)
+    return (BF16 if layout.autocast else FP32) * numbers

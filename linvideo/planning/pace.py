@@ -17,7 +17,8 @@ _STEPS = {"selective transfer": "mse", "ADM": "adm"}
 def read_results(folder: Path, sizes: Sizes) -> dict[str, dict]:
     """What the newest results of a GPU have of this model and number of tokens in bf16, a video at a time: "forward",
     "mse", "adm" -> {"seconds", "source"}."""
-    name = next((name for name, known in KNOWN.items() if known.items() <= vars(sizes.config).items()), None)
+    names = [name for name, known in KNOWN.items() if known.items() <= vars(sizes.config).items()]
+    name = max(names, key=lambda name: len(KNOWN[name]), default=None)  # an image-to-video model has all of another's
     documents = [(read_json(path), path.name) for path in folder.glob("*.json")] if name else []
     found = {}
     for document, file in sorted(documents, key=lambda pair: pair[0]["environment"]["time"]):

@@ -6,11 +6,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from linvideo.planning.memory import TRAINING, Layout, saved, stage_memory, stages, store_bytes
+from linvideo.planning.memory import TRAINING, Layout, condition_bytes, saved, stage_memory, stages, store_bytes
 from linvideo.planning.pace import RESULTS, collection_hours, read_results, shared_hours, steps_per_hour
-from linvideo.planning.sizes import Sizes
+from linvideo.planning.sizes import TEXT_TOKENS, Sizes
 from linvideo.training.config import TrainConfig
 from linvideo.training.parallel import check_divisible
+from linvideo.training.prompts import check_length
 
 RESERVE = 0.1  # of a GPU's memory, for the CUDA context, libraries, kernels' scratch and fragmentation; a rule of thumb
 LORA_RANK = 64  # suggested where nothing else fits
@@ -34,7 +35,8 @@ def make_plan(
         forward_seconds: one forward of the teacher with one video on one GPU; None looks into the folder `results`.
 
     Raises:
-        ValueError: a number out of range, degrees that do not divide, or more linear layers asked for than there are.
+        ValueError: a number out of range, degrees that do not divide, more linear layers asked for than there are, or
+            prompts of a length that the model does not take.
     """
     if gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {gpus}")
@@ -43,6 +45,7 @@ def make_plan(
             raise ValueError(f"{name} must be a positive number, got {value}")
     shard = config.parallel.check(gpus)
     check_divisible(sizes.config, sizes.latents, config.parallel)
+    check_length(config.prompts.max_sequence_length or TEXT_TOKENS, sizes.config)
     given = {"forward": {"seconds": forward_seconds, "source": "as given"}}
     measured = read_results(results, sizes) if forward_seconds is None else given
     budget = gpu_memory * 1e9 * (1 - RESERVE)
@@ -83,6 +86,7 @@ def make_plan(
         "saved_for_backward": activations(sizes, config, configured),
         "layouts": columns,
         "store_bytes": store_bytes(config, sizes),
+        "condition_bytes": condition_bytes(sizes, configured),
         "collection_hours": hours and shared_hours(hours, config, gpus),
         "measured": measured,
     }

@@ -35,6 +35,9 @@ def text(plan: dict[str, Any]) -> str:
     took = "unmeasured; give --forward_seconds, of the teacher with one video on one GPU"
     took = took if hours is None else f"{hours:.1f} hours on {plan['gpus']} GPU{'s' * (plan['gpus'] > 1)}"
     lines.append(f"trajectories: {_gb(plan['store_bytes'])} GB on disk; to collect them: {took}")
+    if plan["condition_bytes"]:
+        size = f"{plan['condition_bytes'] / 1e6:.2f} MB a prompt"
+        lines.append(f"image conditions: {size}, on disk and in the CPU memory of every process")
     for name, entry in plan["measured"].items():
         lines.append(f"  {name}: {entry['seconds']:.3f} s a video ({entry['source']})")
     if plan["measured"].keys() == {"forward"}:

@@ -3,20 +3,26 @@
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
-from transformers import UMT5Config, UMT5EncoderModel
+from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline, WanTransformer3DModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from linvideo.models.pipelines import ONLY_WAN
 from linvideo.nn import LinearAttentionBranch
 from linvideo.planning.known import HUB, KNOWN
 from linvideo.training.branches import kept_whole
+from linvideo.training.images import check_images
 from linvideo.training.trajectories import TrajectoryConfig, latent_shape
 
 EXPECTED = f"one of {', '.join(KNOWN)}, a pipeline folder or a Hub id"
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 UMT5_XXL |= {"feed_forward_proj": "gated-gelu"}
+CLIP_H = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+CLIP_H |= {"image_size": 224, "patch_size": 14}
+STOCK, IMAGE_TO_VIDEO = "WanTransformer3DModel", "WanImageToVideoPipeline"
 TEXT_TOKENS = 512  # WanPipeline's padding; a tokenizer with a lower limit gives fewer
 
 
@@ -30,7 +36,9 @@ class Sizes:
         cast: those of them in Linear and Conv layers, which autocast casts.
         kept: those that stay fp32 when the model is loaded as bf16. whole: those that training does not shard.
         block, block_cast: `parameters` and `cast` of one block. block_linears: name -> (in, out) of its Linear layers.
-        text_encoder, vae: of these. experts: transformers in the pipeline.
+        text_encoder, vae, image_encoder: of these. experts: transformers in the pipeline.
+        image_tokens: that the image encoder makes of an image; 0 without one. vae_width: channels of the VAE's first
+            level, at the size of the video.
     """
 
     name: str
@@ -46,7 +54,10 @@ class Sizes:
     block_linears: dict[str, tuple[int, int]]
     text_encoder: int
     vae: int
-    experts: int = 1
+    vae_width: int
+    image_encoder: int
+    image_tokens: int
+    experts: int
 
     @property
     def width(self) -> int:
@@ -66,22 +77,14 @@ def read_sizes(model: str, video: TrajectoryConfig) -> Sizes:
         ValueError: no such pipeline, one that `linvideo train` does not take, or a video that does not fit it.
     """
     model = HUB.get(model, model)
-    known = KNOWN.get(model)
     try:
-        two = model == "wan2.2-a14b"
-        configs = _configs(model) if known is None else (known, UMT5Config(**UMT5_XXL), {}, 1 + two)
-        with torch.device("meta"):
-            wan, decoder = WanTransformer3DModel.from_config(configs[0]), AutoencoderKLWan.from_config(configs[2])
-            encoder = UMT5EncoderModel(configs[1])
+        pipeline = _pipeline(model)
     except (OSError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         # diffusers trusts what it reads: a damaged config surfaces as any of these
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"expected {EXPECTED}, cannot build from the configs of {model}: {reason}") from None
-    if wan.config.in_channels != wan.config.out_channels:
-        raise ValueError(f"expected a text-to-video model, got {model} with image conditions beside the latents")
-    pipeline = SimpleNamespace(transformer=wan)
-    pipeline.vae_scale_factor_temporal = decoder.config.scale_factor_temporal
-    pipeline.vae_scale_factor_spatial = decoder.config.scale_factor_spatial
+    check_images(pipeline, [])  # the pipeline alone
+    wan, clip = pipeline.transformer, getattr(pipeline, "image_encoder", None)
     latents, patch = latent_shape(pipeline, video), wan.config.patch_size
     keep = set(WanTransformer3DModel._keep_in_fp32_modules)
     return Sizes(
@@ -100,25 +103,59 @@ def read_sizes(model: str, video: TrajectoryConfig) -> Sizes:
             for name, part in wan.blocks[0].named_modules()
             if isinstance(part, torch.nn.Linear)
         },
-        text_encoder=_count(encoder),
-        vae=_count(decoder),
-        experts=configs[3],
+        text_encoder=_count(pipeline.text_encoder),
+        vae=_count(pipeline.vae),
+        vae_width=pipeline.vae.config.base_dim,
+        image_encoder=0 if clip is None else _count(clip),
+        image_tokens=0 if clip is None else (clip.config.image_size // clip.config.patch_size) ** 2 + 1,
+        experts=1 + (pipeline.transformer_2 is not None),
     )
 
 
-def _configs(model: str) -> tuple[dict, UMT5Config, dict, int]:
-    """Those of transformer, text encoder and VAE, and how many transformers there are."""
+def _pipeline(model: str) -> DiffusionPipeline:
+    """What the name, folder or Hub id stands for, on the meta device; of two experts one stands for both."""
+    known = KNOWN.get(model)
+    if known is None:
+        index = _index(model)
+        transformer = WanTransformer3DModel.load_config(model, subfolder="transformer")
+        text = UMT5Config.from_pretrained(model, subfolder="text_encoder")
+        decoder = AutoencoderKLWan.load_config(model, subfolder="vae")
+    else:
+        index = {"_class_name": IMAGE_TO_VIDEO if known.get("in_channels", 16) > 16 else "WanPipeline"}
+        index["transformer_2"] = [STOCK, STOCK] if model.startswith("wan2.2") else [None, None]
+        transformer, text, decoder = known, UMT5Config(**UMT5_XXL), {}
+    images = index.get("_class_name") == IMAGE_TO_VIDEO
+    parts = dict.fromkeys(("tokenizer", "scheduler"))
+    with torch.device("meta"):
+        parts["transformer"] = WanTransformer3DModel.from_config(transformer)
+        parts["transformer_2"] = None if _kind(index, "transformer_2") is None else parts["transformer"]
+        parts["text_encoder"], parts["vae"] = UMT5EncoderModel(text), AutoencoderKLWan.from_config(decoder)
+        if images and parts["transformer"].config.image_dim is not None:
+            clip = (
+                CLIPVisionConfig.from_pretrained(model, subfolder="image_encoder")
+                if known is None
+                else CLIPVisionConfig(**CLIP_H)
+            )
+            parts["image_encoder"] = CLIPVisionModel(clip)
+    # the import of an image-to-video pipeline warns of torchvision
+    kind = diffusers.WanImageToVideoPipeline if images else WanPipeline
+    return kind(**parts, expand_timesteps=index.get("expand_timesteps", False))
+
+
+def _index(model: str) -> dict[str, Any]:
+    """The pipeline's model_index.json."""
     if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         raise ValueError(f"model must be {EXPECTED}, got {model!r}")
     index = DiffusionPipeline.load_config(model)
-    kinds = {part: (index.get(part) or [None, None])[1] for part in ("transformer", "transformer_2")}
-    stock = "WanTransformer3DModel"
-    if kinds["transformer"] != stock or kinds["transformer_2"] not in (None, stock):
-        raise ValueError(f"expected a pipeline of stock {stock}s, got {model} with {kinds}; {ONLY_WAN}")
-    transformer = WanTransformer3DModel.load_config(model, subfolder="transformer")
-    text_encoder = UMT5Config.from_pretrained(model, subfolder="text_encoder")
-    decoder = AutoencoderKLWan.load_config(model, subfolder="vae")
-    return transformer, text_encoder, decoder, 1 + (kinds["transformer_2"] is not None)
+    kinds = {part: _kind(index, part) for part in ("transformer", "transformer_2")}
+    if kinds["transformer"] != STOCK or kinds["transformer_2"] not in (None, STOCK):
+        raise ValueError(f"expected a pipeline of stock {STOCK}s, got {model} with {kinds}; {ONLY_WAN}")
+    return index
+
+
+def _kind(index: dict[str, Any], part: str) -> str | None:
+    """The class of a part."""
+    return (index.get(part) or [None, None])[1]
 
 
 def _count(module: torch.nn.Module) -> int:

@@ -14,7 +14,8 @@ from PIL import Image
 
 from linvideo.training.files import read_cached, write_safetensors
 from linvideo.training.fingerprint import fingerprint
-from linvideo.training.trajectories import TrajectoryConfig
+from linvideo.training.prompts import PromptEmbeddings
+from linvideo.training.trajectories import TrajectoryConfig, latent_shape
 
 
 def takes_images(pipeline) -> bool:
@@ -22,7 +23,7 @@ def takes_images(pipeline) -> bool:
 
 
 def check_images(pipeline, images: Sequence[str | Path | Image.Image | None]) -> None:
-    """Whether training takes this pipeline with these images, one for each prompt.
+    """Whether training takes this pipeline with these images, one for each prompt; [] asks about the pipeline alone.
 
     Raises:
         ValueError: a text-to-video pipeline with an image, an image-to-video one without some, or another kind.
@@ -63,6 +64,28 @@ def check_images(pipeline, images: Sequence[str | Path | Image.Image | None]) ->
         )
 
 
+def digest(image: str | Path | Image.Image) -> str:
+    """32 hex digits of the image's size and pixels.
+
+    Raises:
+        ValueError: a file that is no image.
+    """
+    image = _load(image)
+    return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).hexdigest()
+
+
+def add_images(
+    prompts: PromptEmbeddings,
+    pipeline: DiffusionPipeline,
+    images: Sequence[str | Path | Image.Image | None],
+    video: TrajectoryConfig,
+    cache: str | Path | None = None,
+) -> None:
+    """Give the prompts what `encode_images` makes of their images; nothing where the pipeline takes none."""
+    if takes_images(pipeline):
+        prompts.latents, prompts.image_embeds = encode_images(pipeline, images, video, cache)
+
+
 def encode_images(
     pipeline: DiffusionPipeline,
     images: Sequence[str | Path | Image.Image],
@@ -77,18 +100,18 @@ def encode_images(
         images: in memory or files; each is resized to the size of `video`, as by the pipeline.
 
     Raises:
-        ValueError: a file that is no image.
+        ValueError: a file that is no image, or a size that does not fit the pipeline.
     """
+    latent_shape(pipeline, video)
     embeds = pipeline.transformer.config.image_dim is not None
     size = (video.height, video.width, video.num_frames)
     models = [fingerprint(pipeline.vae)] + ([fingerprint(pipeline.image_encoder)] if embeds else [])
-    key = hashlib.blake2b(repr((size, models, str(pipeline.transformer.dtype))).encode(), digest_size=16)
-    for image in map(_load, images):  # one at a time: opened, they may be large
-        key.update(repr(image.size).encode() + image.tobytes())
-    key = key.hexdigest()
+    request = repr((size, models, str(pipeline.transformer.dtype), [digest(image) for image in images]))
+    key = hashlib.blake2b(request.encode(), digest_size=16).hexdigest()
     if cache is not None and (found := read_cached(cache, key)) is not None:
         return found["latents"], found.get("image_embeds")
 
+    # one at a time: opened, they may be large
     parts = [_encode(pipeline, image, *size, embeds) for image in map(_load, images)]
     result = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if cache is not None:

@@ -15,7 +15,7 @@ from linvideo.training import run_folder
 from linvideo.training.checkpoint import remove_newer
 from linvideo.training.experts import Expert
 from linvideo.training.flow import sampler_grid
-from linvideo.training.images import check_images, encode_images, takes_images
+from linvideo.training.images import add_images, check_images
 from linvideo.training.metrics import read_metrics
 from linvideo.training.optimizer import StudentOptimizer
 from linvideo.training.parallel import Ranks, check_divisible, connect
@@ -167,9 +167,7 @@ class PipelineRun(ResumableRun):
     def _encode(self) -> PromptEmbeddings:
         config, folder = self.config, self.output_dir
         prompts = encode_prompts(self.pipeline, self.captions, config.prompts, folder / run_folder.PROMPT_CACHE)
-        if takes_images(self.pipeline):
-            size_and_cache = (config.trajectories, folder / run_folder.IMAGE_CACHE)
-            prompts.latents, prompts.image_embeds = encode_images(self.pipeline, self.images, *size_and_cache)
+        add_images(prompts, self.pipeline, self.images, config.trajectories, folder / run_folder.IMAGE_CACHE)
         return prompts
 
     def _idle_parts(self) -> list[torch.nn.Module]:

@@ -163,6 +163,13 @@ class PromptEmbeddings:
         return digest.hexdigest()
 
 
+def check_length(length: int, model: Any) -> None:
+    """Raise ValueError when a transformer of config `model` does not take `length` text tokens."""
+    # the cross-attention takes what comes before the last 512 tokens for the image
+    if model.image_dim is not None and length != 512:
+        raise ValueError(f"max_sequence_length must be 512 for a model with image embeddings, got {length}")
+
+
 def encode_prompts(
     pipeline, prompts: list[str], config: PromptConfig | None = None, cache: str | Path | None = None
 ) -> PromptEmbeddings:
@@ -179,9 +186,7 @@ def encode_prompts(
     length = min(512, limit) if config.max_sequence_length is None else config.max_sequence_length
     if length > limit:
         raise ValueError(f"max_sequence_length must be at most the tokenizer's {limit}, got {length}")
-    # the cross-attention takes what comes before the last 512 tokens for the image
-    if pipeline.transformer.config.image_dim is not None and length != 512:
-        raise ValueError(f"max_sequence_length must be 512 for a model with image embeddings, got {length}")
+    check_length(length, pipeline.transformer.config)
 
     request = repr((prompts, config.negative_prompt, length, fingerprint(pipeline.text_encoder)))
     key = hashlib.blake2b(request.encode(), digest_size=16).hexdigest()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_image_pipeline, tiny_pipeline
+from tiny import tiny_image, tiny_image_pipeline, tiny_pipeline
 from tiny_run import PROMPTS, tiny_config, tiny_experts, tiny_teacher
 
 from linvideo import cli, convert, load_pipeline
@@ -18,6 +18,7 @@ from linvideo.evaluation.analyze import LayerSet, analyze, propose, set_sizes, s
 from linvideo.evaluation.latency import Timing
 from linvideo.models.describe import ranges
 from linvideo.training import Trainer, TrajectoryStore, encode_prompts, load_config
+from linvideo.training.images import digest
 from linvideo.training.prompts import PromptConfig
 from linvideo.training.selection import lowest
 from linvideo.training.sensitivity import velocity_error
@@ -25,6 +26,7 @@ from linvideo.training.warmup import attention_output_errors, load_feature_maps
 
 CONFIG = tiny_config("unused", selection={"method": "sensitivity", "num_linear_layers": 2}, max_train_steps=0)
 MEASURED = {name: getattr(CONFIG, name) for name in ("trajectories", "warmup", "sensitivity")}
+IMAGES = [tiny_image(seed) for seed in range(3)]
 OPTIONS = {"captions": PROMPTS, **MEASURED, "negative_prompt": "dull", "progress": False}
 
 
@@ -165,6 +167,49 @@ def test_times_are_of_whole_forwards_on_this_device(tmp_path, monkeypatch):
     assert stored["milliseconds_saved_per_layer"] == analysis.milliseconds_saved
 
 
+@pytest.fixture(scope="module")
+def of_images(tmp_path_factory):
+    """(folder, analysis) of an image-to-video pipeline."""
+    with pytest.MonkeyPatch.context() as patch:
+        synthetic_times(patch, [10.0, 8.0, 6.0, 4.0])
+        folder = tmp_path_factory.mktemp("analyze") / "images"
+        return folder, run(folder, tiny_image_pipeline(), images=IMAGES)
+
+
+def test_of_an_image_pipeline_too_they_are_those_of_a_training_run(of_images, tmp_path):
+    folder, analysis = of_images
+    config = replace(CONFIG, output_dir=str(tmp_path / "run"), prompts=PromptConfig(negative_prompt="dull"))
+    result = Trainer(config, tiny_image_pipeline(), prompts=PROMPTS, images=IMAGES).train()
+    assert analysis.sensitivity == result.sensitivity and analysis.floor == result.sensitivity_floor
+    for name in ("feature_maps.safetensors", "image_conditions.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+def test_only_the_same_images_continue_an_analysis(of_images, tmp_path, monkeypatch):
+    synthetic_times(monkeypatch, [10.0, 8.0, 6.0, 4.0])
+    folder, analysis = of_images
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="another request: images"):
+        run(folder, tiny_image_pipeline(), images=IMAGES[::-1])
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for image, file in zip(IMAGES, files, strict=True):
+        image.save(file)
+    monkeypatch.setattr("linvideo.training.images._encode", lambda *_: pytest.fail("encoded again"))
+    assert run(folder, tiny_image_pipeline(), images=files) == analysis
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_forwards_of_image_pipelines_are_timed_with_image_conditions(tmp_path, monkeypatch):
+    timed = []
+    monkeypatch.setattr(module, "time_call", lambda call, *_: timed.append(call()) or Timing(1.0, 1.0, 1.0))
+    seen, predict = [], module.predict_velocity
+    monkeypatch.setattr(module, "predict_velocity", lambda model, *a: seen.append(a) or predict(model, *a))
+    run(tmp_path / "new", tiny_image_pipeline(), images=IMAGES, timed_size=(64, 48, 9), speedup=None)
+    assert len(timed) == 4 and all(u.shape == (1, 16, 3, 8, 6) for u in timed)
+    assert all(under.latents.shape == (1, 20, 3, 8, 6) for _, _, under in seen)
+    assert all(under.image_embeds.shape == (1, 5, 20) for _, _, under in seen)
+
+
 def test_the_pipeline_is_not_changed(tmp_path, monkeypatch):
     synthetic_times(monkeypatch, [10.0, 8.0, 6.0, 4.0])
     teacher = tiny_teacher()
@@ -180,11 +225,20 @@ def test_the_pipeline_is_not_changed(tmp_path, monkeypatch):
         (lambda: convert(tiny_pipeline(), [0]), {}, "expected a stock Wan pipeline, whose layers are softmax"),
         (lambda: SimpleNamespace(transformer=torch.nn.Linear(1, 1)), {}, "a pipeline with a Wan transformer, got"),
         (tiny_experts, {}, "got one with two experts"),
-        (tiny_image_pipeline, {}, "needs an image"),
+        (tiny_image_pipeline, {}, "every prompt of an image-to-video model needs an image, 3 of 3 have none"),
+        (tiny_image_pipeline, {"images": [*IMAGES[:2], None]}, "needs an image, 1 of 3 have none"),
+        (tiny_image_pipeline, {"images": IMAGES[:1]}, "expected an image for each of 3 prompts, got 1"),
+        (tiny_image_pipeline, {"images": [*IMAGES[:2], "no.png"]}, "cannot read the image no.png"),
+        (tiny_teacher, {"images": IMAGES}, "prompts of a text-to-video model must have no image, got 3 of 3 with one"),
+        (
+            lambda: tiny_image_pipeline(transformer_2=tiny_image_pipeline().transformer),
+            {"images": IMAGES},
+            "two experts",
+        ),
         (tiny_teacher, {"speedup": 1.0}, "speedup must be more than 1, or None for no proposal, got 1.0"),
         (tiny_teacher, {"speedup": float("nan")}, "speedup must be more than 1"),
         (tiny_teacher, {"timed_size": (32, 32, 6)}, "num_frames must be 1 more than a multiple of 4, got 6"),
-        (tiny_teacher, {"captions": []}, "at least one caption"),
+        (tiny_teacher, {"captions": []}, "at least one prompt"),
         (tiny_teacher, {"sensitivity": replace(CONFIG.sensitivity, num_states=0)}, "num_states must be at least 1"),
     ],
 )
@@ -273,3 +327,30 @@ def test_the_command_and_what_it_proposes(tmp_path, capsys, monkeypatch):
     assert cli.main([*command, "--seed", "1"]) == 2 and "another request" in capsys.readouterr().err
     assert cli.main([*command, "--speedup", "none"]) == 0
     assert "No speed-up was asked for" in capsys.readouterr().out
+
+
+def test_the_command_with_images(tmp_path, capsys, monkeypatch):
+    synthetic_times(monkeypatch, [10.0, 8.0, 6.0, 4.0])
+    tiny_image_pipeline().save_pretrained(tmp_path / "image")
+    tiny_teacher().save_pretrained(tmp_path / "text")
+    lines = []
+    for i, (caption, image) in enumerate(zip(PROMPTS, IMAGES, strict=True)):
+        image.save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"caption": caption, "image": f"{i}.png"}))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    flags = "--height 32 --width 32 --num_frames 5 --num_inference_steps 2 --num_trajectories 2 --num_states 4"
+    flags = [*flags.split(), "--warmup_steps", "2", "--device", "cpu", "--output_dir", str(tmp_path / "analysis")]
+    prompts = ["--prompts_file", str(tmp_path / "prompts.jsonl")]
+    assert cli.main(["analyze", str(tmp_path / "text"), *prompts, *flags]) == 2
+    assert "must have no image, got 2 of 2" in capsys.readouterr().err
+    assert cli.main(["analyze", str(tmp_path / "image"), *flags]) == 2
+    assert "needs an image, 2 of 2 have none" in capsys.readouterr().err
+    assert not (tmp_path / "analysis").exists()
+    assert cli.main(["analyze", str(tmp_path / "image"), *prompts, *flags]) == 0
+    assert "Proposed for a speed-up of 1.3" in capsys.readouterr().out
+    request = json.loads((tmp_path / "analysis" / "request.json").read_text())
+    assert request["captions"] == PROMPTS[:2] and request["images"] == [digest(image) for image in IMAGES[:2]]
+    IMAGES[2].save(tmp_path / "1.png")
+    assert cli.main(["analyze", str(tmp_path / "image"), *prompts, *flags]) == 2
+    assert "another request: images" in capsys.readouterr().err
+    assert cli.main(["analyze", str(tmp_path / "image"), *prompts, *flags, "--overwrite"]) == 0

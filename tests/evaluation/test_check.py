@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_pipeline
+from tiny import tiny_image_pipeline, tiny_image_transformer, tiny_pipeline
 
 from linvideo import cli, convert
 from linvideo.evaluation.check import check_pipeline
@@ -18,6 +18,12 @@ def pipeline():
     return pipeline
 
 
+def tiny_image_experts():
+    """Image to video as Wan 2.2 has it: two transformers, no image encoder."""
+    first, second = (tiny_image_transformer(clip=False, seed=seed) for seed in (0, 1))
+    return tiny_image_pipeline(first, transformer_2=second, boundary_ratio=0.7)
+
+
 def findings(pipeline, tmp_path):
     return {finding.name: finding for finding in check_pipeline(pipeline, tmp_path / "check.mp4", **SIZE)}
 
@@ -30,6 +36,25 @@ def test_a_sound_pipeline_passes_and_is_unchanged(pipeline, tmp_path):
     assert pipeline.transformer is transformer and transformer.state_dict().keys() == before.keys()
     assert all(torch.equal(x, before[name]) for name, x in transformer.state_dict().items())
     assert [path.name for path in tmp_path.iterdir()] == ["check.mp4"]
+
+
+@pytest.mark.parametrize("make", [tiny_image_pipeline, tiny_image_experts])
+def test_image_pipelines_are_checked_with_a_picture(tmp_path, make, monkeypatch):
+    pipeline, seen, forward = make(), [], type(make().transformer).forward
+    pipeline.set_progress_bar_config(disable=True)
+
+    def record(self, hidden_states, *args, **keywords):
+        seen.append((hidden_states[:, 16:].float(), keywords.get("encoder_hidden_states_image")))
+        return forward(self, hidden_states, *args, **keywords)
+
+    monkeypatch.setattr(type(pipeline.transformer), "forward", record)
+    found = findings(pipeline, tmp_path)
+    assert len(found) == 5 and all(finding.passed for finding in found.values()), found
+    latents, embeds = seen[0]
+    assert latents[:, 4:].std() > 0 and (embeds is None) == (make is tiny_image_experts)
+    assert all(torch.allclose(each, latents, atol=1e-5) for each, _ in seen)  # in every part the same picture
+    if embeds is not None:
+        assert all(torch.allclose(each, embeds, atol=1e-5) for _, each in seen)
 
 
 def test_a_broken_model_is_found_and_the_rest_still_reported(pipeline, tmp_path):
@@ -84,5 +109,18 @@ def test_a_converted_pipeline_is_refused(pipeline, tmp_path):
 
 
 def test_sizes_that_do_not_fit_are_refused(pipeline, tmp_path):
-    with pytest.raises(ValueError, match="num_frames must be 1 more than a multiple of 4"):
-        list(check_pipeline(pipeline, tmp_path / "check.mp4", **SIZE | {"num_frames": 6}))
+    for each in (pipeline, tiny_image_pipeline()):
+        with pytest.raises(ValueError, match="num_frames must be 1 more than a multiple of 4"):
+            list(check_pipeline(each, tmp_path / "check.mp4", **SIZE | {"num_frames": 6}))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"transformer": tiny_image_transformer(clip=False), "expand_timesteps": True}, "expand_timesteps"),
+        ({"transformer": tiny_image_transformer(pos_embed_seq_len=10)}, "for a first and a last frame"),
+    ],
+)
+def test_image_pipelines_that_training_does_not_take_are_refused(tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        findings(tiny_image_pipeline(**options), tmp_path)

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from tiny import tiny_pipeline, tiny_transformer
+from tiny import tiny_image_pipeline, tiny_image_transformer, tiny_pipeline, tiny_transformer
 
 from linvideo import cli
 from linvideo.planning import plan
@@ -15,7 +15,7 @@ from linvideo.planning.sizes import read_sizes
 from linvideo.training import load_config
 from linvideo.training.trajectories import TrajectoryConfig
 
-SMALL, LARGE = (read_sizes(name, TrajectoryConfig()) for name in ("wan2.1-1.3b", "wan2.1-14b"))
+SMALL, LARGE, IMAGE = (read_sizes(name, TrajectoryConfig()) for name in ("wan2.1-1.3b", "wan2.1-14b", "wan2.1-i2v-14b"))
 USUAL = "--mixed_precision bf16 --gradient_checkpointing true --train_batch_size 1 --gradient_accumulation_steps 8"
 USUAL += " --warmup.batch_size 1 --sensitivity.batch_size 1"
 
@@ -90,6 +90,29 @@ def test_two_experts(tmp_path, folder):
         assert two["fine-tuning"] == one["fine-tuning"]
 
 
+def test_image_to_video(tmp_path):
+    """A folder's plan is its own; what an image takes is there, and nothing of it with a text-to-video model."""
+    options = f"{USUAL} --parallel.shard_degree 8 --gradient_accumulation_steps 1"
+    text_to_video, image = (make(sizes, options, gpus=8) for sizes in (LARGE, IMAGE))
+    stages = [plan["layouts"]["as configured"]["stages"] for plan in (text_to_video, image)]
+    encoders = [each["trajectories"]["encoders and VAE"] for each in stages]
+    assert encoders[1] - encoders[0] == 4 * 630_766_080  # CLIP, in fp32
+    more = IMAGE.parameters - LARGE.parameters
+    assert stages[1]["fine-tuning"]["AdamW state"] - stages[0]["fine-tuning"]["AdamW state"] == pytest.approx(
+        more, 0.01
+    )
+    assert text_to_video["condition_bytes"] == 0 and "image conditions" not in text(text_to_video)
+    assert image["condition_bytes"] == 2 * (20 * 21 * 60 * 104 + 257 * 1280)
+    assert "image conditions: 5.90 MB a prompt" in text(image)
+    video = TrajectoryConfig(height=32, width=64, num_frames=9)
+    tiny_image_pipeline().save_pretrained(tmp_path / "clip")
+    first, second = (tiny_image_transformer(clip=False) for _ in range(2))
+    tiny_image_pipeline(first, transformer_2=second, boundary_ratio=0.9).save_pretrained(tmp_path / "two")
+    clip, two = (read_sizes(str(tmp_path / name), video) for name in ("clip", "two"))
+    assert (clip.image_tokens, clip.config.in_channels, clip.latents, clip.experts) == (5, 36, (16, 3, 4, 8), 1)
+    assert (two.image_tokens, two.image_encoder, two.config.in_channels, two.experts) == (0, 0, 36, 2)
+
+
 def test_nothing_fits():
     layouts = make(LARGE, gpu_memory=30)["layouts"]
     assert layouts["suggested"] is None
@@ -153,6 +176,7 @@ def test_pace_from_results(tmp_path):
     found = read_results(tmp_path, SMALL)
     assert {name: entry["seconds"] for name, entry in found.items()} == {"forward": 0.7, "mse": 3.0}
     assert read_results(tmp_path, LARGE)["forward"]["seconds"] == 0.001
+    assert read_results(tmp_path, IMAGE) == {}  # those are a text-to-video model's
     rates = make(SMALL, results=tmp_path)["layouts"]["as configured"]["steps_per_hour"]
     assert rates["mixed stage"] == pytest.approx(3600 / (8 * 3.0))
 
@@ -186,22 +210,44 @@ def test_the_command(folder, tmp_path, capsys):
         ("--nonsense 1", "nonsense"),
         (
             "--model wan3",
-            "model must be one of wan2.1-1.3b, wan2.1-14b, wan2.2-a14b, a pipeline folder or a Hub id, got 'wan3'",
+            "model must be one of wan2.1-1.3b, wan2.1-14b, wan2.2-a14b, wan2.1-i2v-14b, wan2.2-i2v-a14b, a pipeline"
+            " folder or a Hub id, got 'wan3'",
         ),
         ("--config missing.yaml", "missing.yaml"),
+        (
+            "--model wan2.1-i2v-14b --prompts.max_sequence_length 256",
+            "max_sequence_length must be 512 for a model with image embeddings, got 256",
+        ),
     ],
 )
 def test_bad_input_is_named(capsys, flags, words):
     assert words in refused(capsys, "--model", "wan2.1-1.3b", *flags.split())
 
 
+@pytest.mark.parametrize(
+    "pipeline, words",
+    [
+        (
+            lambda: tiny_pipeline(tiny_transformer(in_channels=36)),
+            "got a WanPipeline with 36 channels for latents of 16",
+        ),
+        (
+            lambda: tiny_image_pipeline(tiny_transformer()),
+            "with 36 channels (latents, mask and image), got one with 16",
+        ),
+        (lambda: tiny_image_pipeline(tiny_image_transformer(clip=False), expand_timesteps=True), "expand_timesteps"),
+        (lambda: tiny_image_pipeline(tiny_image_transformer(pos_embed_seq_len=10)), "for a first and a last frame"),
+    ],
+)
+def test_image_conditions_that_train_does_not_take(tmp_path, capsys, pipeline, words):
+    pipeline().save_pretrained(tmp_path / "image")
+    assert words in refused(capsys, "--model", tmp_path / "image")
+
+
 def test_models_that_train_does_not_take(tmp_path, capsys):
     assert "plan needs --model" in refused(capsys)
     (tmp_path / "empty").mkdir()
     assert "cannot build from the configs of" in refused(capsys, "--model", tmp_path / "empty")
-    image = tiny_pipeline(tiny_transformer(in_channels=36))
-    image.save_pretrained(tmp_path / "image")
-    assert "image conditions beside the latents" in refused(capsys, "--model", tmp_path / "image")
     two = tiny_pipeline(transformer_2=tiny_transformer(), boundary_ratio=0.9)
     two.save_pretrained(tmp_path / "two")
     cli.main(["convert", "--model", str(tmp_path / "two"), "--output_dir", str(tmp_path / "made"), "--layers", "0"])

@@ -1,6 +1,6 @@
 """The planner's arithmetic against counted bytes.
 
-Counted on real CPU tensors: parameters, gradients, optimizer state, EMA, teacher, text encoder and VAE, the store, and
+Counted on real CPU tensors: parameters, gradients, optimizer state, EMA, teacher, encoders and VAE, the store, and
 activations in fp32. Counted on fake tensors of real sizes (shapes and autograd graphs without data), with CUDA's
 choices put in place of the CPU's: RMSNorm fused, and fp32 under autocast; a flash-attention backend; our kernels, whose
 operators describe themselves. What a real GPU keeps is not checked here.
@@ -12,23 +12,26 @@ from unittest import mock
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
 from diffusers.training_utils import EMAModel
-from tiny import tiny_pipeline, tiny_transformer
+from tiny import tiny_image, tiny_image_pipeline, tiny_image_transformer, tiny_pipeline, tiny_transformer
 from tiny_run import PROMPTS, tiny_config, tiny_teacher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from linvideo.models import convert, finalize
+from linvideo.models import convert, finalize, load_pipeline
 from linvideo.models.wan import LinVideoWanTransformer3DModel
 from linvideo.planning import memory
 from linvideo.planning.known import KNOWN
 from linvideo.planning.memory import Layout
-from linvideo.planning.sizes import read_sizes
+from linvideo.planning.sizes import Sizes, read_sizes
 from linvideo.training import run_folder
 from linvideo.training.adapters import AdapterConfig, add_adapters
 from linvideo.training.conditions import Conditions
 from linvideo.training.config import TrainConfig, from_dict
+from linvideo.training.flow import predict_velocity
+from linvideo.training.images import encode_images
 from linvideo.training.optimizer import StudentOptimizer
 from linvideo.training.prompts import encode_prompts
 from linvideo.training.store import StateBatch
@@ -41,10 +44,17 @@ SMALL = TrajectoryConfig(height=64, width=96, num_frames=9)  # 3 x 4 x 6 tokens,
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("plan") / "tiny"
-    tiny_pipeline().save_pretrained(path)
-    return path
+def folders(tmp_path_factory):
+    """Kind of model -> pipeline folder; "image" has an image encoder."""
+    root = tmp_path_factory.mktemp("plan")
+    for name, pipeline in (("text", tiny_pipeline()), ("image", tiny_image_pipeline())):
+        pipeline.save_pretrained(root / name)
+    return {name: root / name for name in ("text", "image")}
+
+
+@pytest.fixture(scope="module")
+def folder(folders):
+    return folders["text"]
 
 
 def nbytes(tensors) -> int:
@@ -155,46 +165,60 @@ def without_data(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def velocity(model, latents, batch: int = 1, text: int = TEXT):
-    x, words = torch.empty(batch, *latents), torch.empty(batch, text, model.config.text_dim)
-    arguments = {"hidden_states": x, "timestep": torch.full((batch,), 500.0), "encoder_hidden_states": words}
-    return model(**arguments, return_dict=False)[0].float()
+def conditions(sizes: Sizes, batch: int = 1, text: int = TEXT) -> Conditions:
+    channels, image_dim = sizes.config.in_channels - sizes.config.out_channels, sizes.config.image_dim
+    latents = torch.empty(batch, channels, *sizes.latents[1:]) if channels else None
+    image = None if image_dim is None else torch.empty(batch, sizes.image_tokens, image_dim)
+    return Conditions(torch.empty(batch, text, sizes.config.text_dim), latents, image)
+
+
+def velocity(model, sizes: Sizes, batch: int = 1, text: int = TEXT):
+    x, timestep = torch.empty(batch, *sizes.latents), torch.full((batch,), 500.0)
+    return predict_velocity(model, x, timestep, conditions(sizes, batch, text))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_activations_of_wan_on_cuda(kind, autocast):
-    """A block of the 1.3B model at 480p: exactly what is counted, but for the text, which all blocks share."""
-    sizes = read_sizes("wan2.1-1.3b", TrajectoryConfig())
-    arguments = (1, sizes.tokens, TEXT, autocast)
-    model = meta_model(KNOWN["wan2.1-1.3b"] | {"num_layers": 1}, [kind])
+@pytest.mark.parametrize(
+    "name, batch", [("wan2.1-1.3b", 1), ("wan2.1-i2v-14b", 1), ("wan2.1-i2v-14b", 2), ("wan2.2-i2v-a14b", 2)]
+)
+def test_activations_of_wan_on_cuda(name, batch, kind, autocast):
+    """A block of a real model at 480p: exactly what is counted, but for the text, which all blocks share."""
+    sizes = read_sizes(name, TrajectoryConfig())
+    arguments = (batch, sizes.tokens, TEXT, autocast)
+    model = meta_model(KNOWN[name] | {"num_layers": 1}, [kind])
     with like_cuda(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         model = without_data(model)
-        block = counted(lambda: velocity(model, sizes.latents), model, model.blocks[0])
-        whole = counted(lambda: velocity(model, sizes.latents).square().mean(), model)
+        block = counted(lambda: velocity(model, sizes, batch), model, model.blocks[0])
+        whole = counted(lambda: velocity(model, sizes, batch).square().mean(), model)
     expected = memory.block_activations(sizes, kind, *arguments, weighted=True)
-    assert block - expected == (2 if autocast else 4) * TEXT * sizes.width
+    shared = (2 if autocast else 4) * batch * (TEXT + sizes.image_tokens) * sizes.width
+    copied = sizes.image_tokens and batch > 1  # of image and text, by each block; the shared ones just stay alive
+    assert block - expected == (0 if copied else shared)
     # what is left out is of the size of the time embedding
+    whole += shared if copied else 0
     assert 0 <= whole - expected - memory.outer_activations(sizes, *arguments) < 1e-5 * whole
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_activations_on_this_cpu(folder, kind, checkpointing):
+@pytest.mark.parametrize("name, text", [("text", 7), ("image", TEXT)])
+def test_activations_on_this_cpu(folders, name, text, kind, checkpointing):
     """The same formula on real tensors in fp32, with what the CPU saves beyond a GPU added: RMSNorm in plain operations
     keeps its quotient too, and a mixed layer its linear branch's output and 1 - r."""
-    batch, text = 2, 7
-    sizes = read_sizes(str(folder), SMALL)
+    batch = 2
+    sizes = read_sizes(str(folders[name]), SMALL)
     arguments = (batch, sizes.tokens, text, False)
-    model = convert(tiny_transformer(), "all", mode="mixed")
+    transformer = load_pipeline(folders[name]).transformer
+    model = convert(transformer, "all", mode="mixed")
     if kind != "mixed":
         finalize(model, range(3) if kind == "linear" else [])
     model.train().requires_grad_(True)
     if checkpointing:
         model.enable_gradient_checkpointing()
-    saved = counted(lambda: velocity(model, sizes.latents, batch, text).square().mean(), model)
+    saved = counted(lambda: velocity(model, sizes, batch, text).square().mean(), model)
 
-    rows, words = 4 * batch * sizes.tokens * sizes.width, 4 * batch * text * sizes.width
+    rows, words = (4 * batch * tokens * sizes.width for tokens in (sizes.tokens, text + sizes.image_tokens))
     block = memory.block_activations(sizes, kind, *arguments, weighted=True)
     block += 3 * rows + words + (rows + 4 if kind == "mixed" else 0)
     blocks = rows if checkpointing else block
@@ -205,9 +229,10 @@ def test_activations_on_this_cpu(folder, kind, checkpointing):
 @pytest.mark.parametrize("kinds", [["mixed"] * 3, ["linear", "linear", "softmax"]])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_largest_moment_of_a_step_on_cuda(kinds, checkpointing, precision):
-    """Forward and backward of three layers of the 1.3B model at 480p: never less than counted, 15% more at most."""
-    with mock.patch.dict(KNOWN, {"three layers": KNOWN["wan2.1-1.3b"] | {"num_layers": 3}}):
+@pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.1-i2v-14b"])
+def test_largest_moment_of_a_step_on_cuda(name, kinds, checkpointing, precision):
+    """Forward and backward of three layers of a real model at 480p: never less than counted, 15% more at most."""
+    with mock.patch.dict(KNOWN, {"three layers": KNOWN[name] | {"num_layers": 3}}):
         sizes = read_sizes("three layers", TrajectoryConfig())
         model = meta_model(KNOWN["three layers"], kinds)
     stage = "mixed stage" if "mixed" in kinds else "fine-tuning"
@@ -221,7 +246,7 @@ def test_largest_moment_of_a_step_on_cuda(kinds, checkpointing, precision):
             weight.grad = torch.empty_like(weight)
         with Live(model) as live:
             with torch.autocast("cpu", torch.bfloat16, enabled=layout.autocast):
-                loss = velocity(model, sizes.latents).square().mean()
+                loss = velocity(model, sizes).square().mean()
             loss.backward()
     training, _ = split(memory.moments(sizes, config, layout, stage))
     assert 1 <= max(sum(moment.values()) for moment in training) / live.peak < 1.15
@@ -239,8 +264,9 @@ def moments_of(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("stage", memory.STAGES[:3])
-def test_largest_moment_before_training_on_cuda(stage, autocast):
-    with mock.patch.dict(KNOWN, {"three layers": KNOWN["wan2.1-1.3b"] | {"num_layers": 3}}):
+@pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.1-14b", "wan2.1-i2v-14b"])
+def test_largest_moment_before_training_on_cuda(name, stage, autocast):
+    with mock.patch.dict(KNOWN, {"three layers": KNOWN[name] | {"num_layers": 3}}):
         sizes = read_sizes("three layers", TrajectoryConfig())
         kind = {"trajectories": "softmax", "sensitivity": "linear"}.get(stage, "mixed")
         model = meta_model(KNOWN["three layers"], [kind] * 3)
@@ -248,18 +274,38 @@ def test_largest_moment_before_training_on_cuda(stage, autocast):
         model = without_data(model)
         for weight in model.parameters():
             weight.grad = torch.empty_like(weight)
-        x, words = torch.empty(1, *sizes.latents), torch.empty(1, TEXT, 4096)
-        batch = StateBatch(x, x, torch.full((1,), 500.0), Conditions(words), torch.zeros(1), torch.zeros(1))
+        x = torch.empty(1, *sizes.latents)
+        batch = StateBatch(x, x, torch.full((1,), 500.0), conditions(sizes), torch.zeros(1), torch.zeros(1))
         with Live(model) as live, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             if stage == "warm-up":
                 attention_output_errors(model, batch, backward=True)
             else:
                 with torch.no_grad():
-                    velocity(model, sizes.latents)
+                    velocity(model, sizes)
     largest = memory.moments(sizes, TrainConfig("run"), Layout(autocast=autocast), stage)[0]
     # a bf16 teacher has no copies of its weights; this one stands for it and has
     copies = 2 * sizes.cast if autocast and stage == "trajectories" else 0
-    assert 0.99 < (sum(largest.values()) + copies) / live.peak < 1.15
+    # what is left out are a video's conditions
+    assert 0.985 < (sum(largest.values()) + copies) / live.peak < 1.15
+
+
+@pytest.mark.parametrize("height, width", [(480, 832), (720, 1280)])
+def test_encoding_an_image_on_cuda(height, width):
+    """By the pipeline's VAE, from the third chunk of frames on as for every later one."""
+    video = TrajectoryConfig(height=height, width=width, num_frames=9)
+    sizes = read_sizes("wan2.1-i2v-14b", video)
+    with torch.device("meta"):
+        vae = AutoencoderKLWan().requires_grad_(False)
+    pipeline = WanImageToVideoPipeline(**dict.fromkeys(("tokenizer", "text_encoder", "scheduler")), vae=vae)
+    with like_cuda(), torch.no_grad(), Live(without_data(vae)) as live:
+        settings = {"latents": torch.zeros(()), "dtype": torch.float32, "device": torch.device("cpu")}
+        pipeline.prepare_latents(torch.empty(1, 3, height, width), 1, 16, height, width, 9, **settings)
+    needed = memory.encoding_working(sizes, video)
+    assert 1 <= needed / live.peak < 1.15
+    config = TrainConfig("run", trajectories=video)
+    assert {memory.WORKING: needed} in memory.moments(sizes, config, Layout(), "trajectories")
+    text_to_video = memory.moments(read_sizes("wan2.1-14b", video), config, Layout(), "trajectories")
+    assert len(text_to_video) == 1 and memory.COPIES in text_to_video[0]
 
 
 @pytest.mark.parametrize("stage", memory.TRAINING)
@@ -296,21 +342,30 @@ def feature_maps_and_r(student: torch.nn.Module) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_teacher_and_encoders_as_the_trainer_loads_them(folder, precision):
-    config = tiny_config("run", mixed_precision=precision, pretrained_model_name_or_path=str(folder), device="cpu")
+@pytest.mark.parametrize("name", ["text", "image"])
+def test_teacher_and_encoders_as_the_trainer_loads_them(folders, name, precision):
+    folder = str(folders[name])
+    config = tiny_config("run", mixed_precision=precision, pretrained_model_name_or_path=folder, device="cpu")
     pipeline = run_folder.load_teacher(config, torch.device("cpu"))
-    parts, _ = memory.held(read_sizes(str(folder), SMALL), config, Layout(autocast=precision == "bf16"), "trajectories")
+    parts, _ = memory.held(read_sizes(folder, SMALL), config, Layout(autocast=precision == "bf16"), "trajectories")
     assert len(parts) == 2 and parts["frozen teacher"] == nbytes(pipeline.transformer.parameters())
-    assert parts["text encoder and VAE"] == nbytes((*pipeline.text_encoder.parameters(), *pipeline.vae.parameters()))
+    others = [getattr(pipeline, part, None) for part in ("text_encoder", "image_encoder", "vae")]
+    found = [list(part.parameters()) for part in others if part is not None]
+    assert len(found) == (3 if name == "image" else 2) and parts["encoders and VAE"] == sum(map(nbytes, found))
 
 
 def test_the_published_models():
-    """1.419 B and 14.288 B parameters, UMT5-XXL 5.681 B, the VAE 0.127 B."""
-    small, large, expert = (read_sizes(name, TrajectoryConfig()) for name in KNOWN)
+    """1.419 B and 14.288 B parameters, UMT5-XXL 5.681 B, the VAE 0.127 B; with image tokens 16.395 B, CLIP 0.631 B."""
+    small, large, expert, image, image_expert = (read_sizes(name, TrajectoryConfig()) for name in KNOWN)
     assert (small.parameters, large.parameters) == (1_418_996_800, 14_288_491_584)
     assert (small.experts, large.experts, expert.experts) == (1, 1, 2) and expert.parameters == large.parameters
     assert (small.text_encoder, small.vae) == (large.text_encoder, large.vae) == (5_680_910_336, 126_892_531)
-    assert small.tokens == large.tokens == 32_760
+    assert small.tokens == large.tokens == image.tokens == 32_760
+    assert (image.parameters, image.image_encoder, image.image_tokens) == (16_394_878_784, 630_766_080, 257)
+    assert image_expert.parameters == large.parameters + 20 * 4 * 5120 and image_expert.experts == 2
+    assert image_expert.image_encoder == image_expert.image_tokens == 0 and image.latents == large.latents
+    hub = "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"
+    assert read_sizes(hub, TrajectoryConfig()) == image
 
 
 def test_adapters():
@@ -336,6 +391,18 @@ def test_the_store(tmp_path, dtype, stride):
     written = sum(file.stat().st_size for file in files) - sum(headers)
     assert written == memory.store_bytes(config, read_sizes(str(tmp_path / "teacher"), config.trajectories))
     assert len(files) == 3 and max(headers) < 1000
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("clip", [False, True])
+def test_the_image_conditions(tmp_path, clip, autocast):
+    pipeline = tiny_image_pipeline(tiny_image_transformer(clip=clip).to(torch.bfloat16 if autocast else torch.float32))
+    pipeline.save_pretrained(tmp_path / "teacher")
+    encode_images(pipeline, [tiny_image(0), tiny_image(1)], SMALL, tmp_path / "images.safetensors")
+    written, header = (tmp_path / "images.safetensors").read_bytes(), 8
+    header += int.from_bytes(written[:8], "little")
+    sizes = read_sizes(str(tmp_path / "teacher"), SMALL)
+    assert len(written) - header == 2 * memory.condition_bytes(sizes, Layout(autocast=autocast))
 
 
 def test_the_mixed_model_is_judged_while_its_optimizer_lives():

@@ -16,7 +16,6 @@ from tiny import (
 )
 from tiny_run import PROMPTS, tiny_config, tiny_teacher
 
-from linvideo.evaluation.check import check_pipeline
 from linvideo.models import describe, load_pipeline
 from linvideo.training import Trainer, read_metrics, read_prompts
 from linvideo.training.conditions import Conditions
@@ -234,8 +233,3 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, pipel
     with pytest.raises(ValueError, match=message) as error:
         Trainer(tiny_config(tmp_path / "run"), pipeline(), PROMPTS, images).train()
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
-
-
-def test_check_refuses_image_pipelines(tmp_path):
-    with pytest.raises(ValueError, match="needs an image"):
-        next(check_pipeline(wan21(), tmp_path / "video.mp4"))
