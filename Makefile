@@ -10,7 +10,7 @@ PYTHON := $(VENV)/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2
 INSTALLED := $(VENV)/.linvideo-installed
 
-.PHONY: help install demo test test-all gates bench lint clean
+.PHONY: help install demo test test-all test-gpu gates bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -37,6 +37,12 @@ test-all: $(INSTALLED)  ## the same with many more cases, and with torchao (abou
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 	$(PYTEST) tests/aot
 	$(PYTEST) tests --ignore tests/kernels --ignore tests/aot
+
+# The workers take the tests of a file one by one, the largest first: compiling is most of it.
+test-gpu: $(INSTALLED)  ## run the kernels' tests on this machine's GPU (a few minutes; memory for 8 processes)
+	$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu needs a CUDA GPU")'
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 8 --maxschedchunk 1 -m "not full" \
+		tests/kernels/test_many_tiles.py tests/kernels
 
 gates: $(INSTALLED)  ## compile every kernel of the tile table for five GPU generations and check it (an hour, no GPU)
 	$(PYTHON) -m benchmarks.static_gates --all

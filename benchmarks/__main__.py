@@ -14,18 +14,26 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure, op, report, results, tables
+from benchmarks.peers import PEERS
 from benchmarks.shapes import SHAPES, TINY, TINY_SHAPE, WAN
 
 SUITES = tuple(results.COLUMNS)
 Job = tuple[str, Callable[[], Iterator[dict]]]  # what to say, what to do
 
 
-def jobs(suites: list[str], names: list[str] | None, dtype: torch.dtype, device: str, tiny: bool) -> list[Job]:
+def jobs(
+    suites: list[str],
+    names: list[str] | None,
+    dtype: torch.dtype,
+    device: str,
+    tiny: bool,
+    peers: list[str] | None = None,
+) -> list[Job]:
     """Each makes the rows of one shape, or of one model eager or compiled."""
     made: list[Job] = []
     if "op" in suites:
         shapes = [TINY_SHAPE] if tiny else names or op.default_shapes(device)
-        made += [(f"op {n}", lambda n=n: op.rows_of(n, dtype, device)) for n in shapes if n in SHAPES]
+        made += [(f"op {n}", lambda n=n: op.rows_of(n, dtype, device, peers)) for n in shapes if n in SHAPES]
     models = {"tiny": TINY} if tiny else {name: wan for name, wan in WAN.items() if not names or name in names}
     if parts := set(suites) & {"block", "model"}:
         from benchmarks import wan as blocks
@@ -69,6 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--suite", default="op", help=f"comma-separated, of {', '.join(SUITES)}")
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, *WAN], help="only these shapes and models")
+    parser.add_argument("--peers", nargs="+", metavar="WORD", help="op: only rows whose names hold one of these words")
     parser.add_argument("--part", default="1/1", help="i/n: only the i-th of n parts of the work, to fit a time limit")
     dtypes = ["bfloat16", "float16", "float32"]
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16" if cuda else "float32")
@@ -88,7 +97,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.tiny:
         measure.SECONDS = 0.01
     dtype, device = getattr(torch, args.dtype), "cuda" if cuda else "cpu"
-    todo = jobs(suites, args.shapes, dtype, device, args.tiny)[int(part) - 1 :: int(parts)]
+    if unmatched := [word for word in args.peers or () if not any(word.lower() in name.lower() for name in PEERS)]:
+        parser.error(f"expected --peers to be words of {', '.join(PEERS)}; got {', '.join(unmatched)}")
+    todo = jobs(suites, args.shapes, dtype, device, args.tiny, args.peers)[int(part) - 1 :: int(parts)]
     if not todo:
         parser.error("nothing to measure: expected --shapes and --part that leave some of the suite")
     environment = results.environment({args.dtype: measure.rates(device, dtype)})

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from linvideo.evaluation.latency import time_call
+from linvideo.evaluation.latency import time_call, time_call_and_host
 
 PASSES = ("forward", "backward", "forward+backward")
 SECONDS = 0.3  # of repetitions for one figure
@@ -33,21 +33,23 @@ def measure(
 
 
 def timed(run: Callable, device: str, before: Callable[[], object] | None = None) -> dict:
-    """{"ms": [median, p20, p80]} and on CUDA "held_mib", what was allocated before the call, weights and saved tensors
-    included, and "peak_mib", what it took beside that."""
+    """{"ms": [median, p20, p80]} and on CUDA "host_ms", the host's median until the call returns, "held_mib", what was
+    allocated before the call, weights and saved tensors included, and "peak_mib", what it took beside that."""
+    timing, host = time_call_and_host(run, device, SECONDS, before)
     if device != "cuda":
-        return {"ms": list(time_call(run, device, SECONDS, before))}
-    for _ in range(2):  # the first one compiles
-        arguments = () if before is None else (before(),)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        run(*arguments)
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-    del arguments
-    memory = {"held_mib": round(held / 2**20, 1), "peak_mib": round((peak - held) / 2**20, 1)}
-    return {"ms": list(time_call(run, device, SECONDS, before))} | memory
+        return {"ms": list(timing)}
+    arguments = () if before is None else (before(),)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    run(*arguments)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - held
+    return {"ms": list(timing), "host_ms": host, "held_mib": _mib(held), "peak_mib": _mib(peak)}
+
+
+def _mib(size: int) -> float:
+    return round(size / 2**20, 1)
 
 
 def attempt(row: dict, action: Callable[[], dict]) -> dict:

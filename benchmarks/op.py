@@ -17,11 +17,13 @@ def default_shapes(device: str) -> list[str]:
     return list(MODELS | TOKENS | DIMS if device == "cuda" else CPU)
 
 
-def rows_of(shape_name: str, dtype: torch.dtype, device: str) -> Iterator[dict]:
-    """A row for each peer and pass."""
+def rows_of(shape_name: str, dtype: torch.dtype, device: str, words: list[str] | None = None) -> Iterator[dict]:
+    """A row for each peer, of those whose names hold one of `words`, and pass."""
     torch._dynamo.reset()  # compiled peers are compiled for this shape
     inputs = Inputs.random(SHAPES[shape_name], dtype, device)
     for name in SWEEP if shape_name in TOKENS else PEERS:
+        if words and not any(word.lower() in name.lower() for word in words):
+            continue
         if device == "cuda" or not PEERS[name].cuda_only:
             yield from _peer_rows(shape_name, name, PEERS[name], inputs)
 

@@ -15,12 +15,13 @@ DOCS = Path(__file__).parents[1] / "docs"
 HEAD = """# Benchmarks
 
 Written by `python -m benchmarks.report` from [benchmarks/results](../benchmarks/results); `make bench` measures. Times
-are medians in milliseconds with the 20th to 80th percentile behind; on CUDA by events, the L2 cache flushed before each
-run. GB/s counts the bytes that must move (q, k, v, o; in a backward 7 rows), TFLOP/s the useful operations (hedgehog:
-12 D² a row and head, 28 D² in a backward; softmax: 4 N D and 10 N D); per cent are of a plain copy and a plain matrix
-product on the same device. Memory is the peak beside the inputs (and, in a backward, beside what the forward saved);
-for blocks, models and training steps it is written as held + peak, weights and optimizer being held. Times include the
-launch of the kernels: at a few thousand tokens that is most of them on a GPU.
+are medians in milliseconds with the 20th to 80th percentile behind; on CUDA the device's, by events, the L2 cache
+flushed before each run. GB/s counts the bytes that must move (q, k, v, o; in a backward 7 rows), TFLOP/s the useful
+operations (hedgehog: 12 D² a row and head, 28 D² in a backward; softmax: 4 N D and 10 N D); per cent are of a plain
+copy and a plain matrix product on the same device. Memory is the peak beside the inputs (and, in a backward, beside
+what the forward saved); for blocks, models and training steps it is written as held + peak, weights and optimizer being
+held. "host" is how long the host takes to launch a call's kernels. A model's host runs ahead of its GPU; of a call on
+its own the larger of the two times counts.
 """
 
 

@@ -22,13 +22,13 @@ FORMAT = 1
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "diffusers", "flash-linear-attention", "flash-attn", "sageattention", "flash_bla")
 ENVIRONMENT = ("device", "driver", "cuda", "python", "packages", "commit", "time", "rates")
-_MEMORY = ("held_mib", "peak_mib")
+_CUDA = ("host_ms", "held_mib", "peak_mib")
 # suite -> the keys that tell its rows apart, and further keys
 COLUMNS = {
-    "op": (("shape", "dtype", "name", "pass"), ("sizes", "gbytes", "tflops", *_MEMORY)),
-    "block": (("model", "dtype", "attention", "compiled"), ("tokens", "layers", *_MEMORY)),
-    "model": (("model", "dtype", "backend", "linear_layers", "compiled", "how"), ("tokens", "layers", *_MEMORY)),
-    "train": (("model", "dtype", "step", "attention"), ("tokens", "layers", "planned_mib", *_MEMORY)),
+    "op": (("shape", "dtype", "name", "pass"), ("sizes", "gbytes", "tflops", *_CUDA)),
+    "block": (("model", "dtype", "attention", "compiled"), ("tokens", "layers", *_CUDA)),
+    "model": (("model", "dtype", "backend", "linear_layers", "compiled", "how"), ("tokens", "layers", *_CUDA)),
+    "train": (("model", "dtype", "step", "attention"), ("tokens", "layers", "planned_mib", *_CUDA)),
 }
 
 
@@ -59,11 +59,8 @@ class ResultFile:
         self.folder.mkdir(parents=True, exist_ok=True)
         aside = self.folder / f".{row['suite']}.{os.getpid()}"
         aside.write_text(json.dumps(document, indent=1) + "\n")
-        if self.path is None:
-            self.path = claim(aside, self.folder, self.environment, row["suite"])
-            aside.unlink()  # a second name of the same file now: replacing would do nothing
-        else:
-            os.replace(aside, self.path)
+        self.path = self.path or claim(self.folder, self.environment, row["suite"])
+        os.replace(aside, self.path)
         self.rows.append(row)
 
 
@@ -76,20 +73,20 @@ def keep(document: dict, folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f".{name}.{os.getpid()}"
     aside.write_text(json.dumps(document, indent=1) + "\n")
-    path = claim(aside, folder, document["environment"], name)
-    aside.unlink()
+    path = claim(folder, document["environment"], name)
+    os.replace(aside, path)
     return path
 
 
-def claim(aside: Path, folder: Path, environment: dict, suite: str) -> Path:
-    """Give `aside` a second name in `folder` that no file has: a number is added where there is one already."""
+def claim(folder: Path, environment: dict, suite: str) -> Path:
+    """An empty new file in `folder`: a number is added to its name where there is one already."""
     name = slug(environment["device"]).removeprefix("nvidia-")
     device = "cpu" if environment["cuda"] is None else name
     stem = f"{device}-{environment['time'][:10]}-{suite}"
     for number in range(1, 1000):
         path = folder / f"{stem}{'' if number == 1 else f'-{number}'}.json"
         try:
-            os.link(aside, path)  # fails where the name is taken
+            path.touch(exist_ok=False)
         except FileExistsError:
             continue
         return path

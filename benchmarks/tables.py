@@ -57,7 +57,7 @@ def _op_table(pairs: list) -> list[str]:
         w: min(times[w] for times in softmax if w in times) for w in FORWARD_AND_BOTH if any(w in t for t in softmax)
     }
     memory = any("peak_mib" in row for passes in peers.values() for row in passes.values())
-    columns = ["", "forward", "backward", "both", "GB/s", "TFLOP/s", *(["peak MiB"] if memory else [])]
+    columns = ["", "forward", "backward", "both", "GB/s", "TFLOP/s", *(["peak MiB", "host"] if memory else [])]
     lines = _header([*columns, "fastest softmax", "eager", "compiled"], texts=1)
     for name, passes in peers.items():
         forward = passes.get("forward")
@@ -66,6 +66,7 @@ def _op_table(pairs: list) -> list[str]:
         if memory:
             shown = [passes[w] for w in FORWARD_AND_BOTH if w in passes]
             cells.append(" / ".join(f"{row['peak_mib']:,.0f}" for row in shown if "peak_mib" in row))
+            cells.append(" / ".join(_short(row["host_ms"]) for row in shown if "host_ms" in row))
         for other in (fastest, medians.get(EAGER, {}), medians.get(COMPILED, {})):
             shared = [w for w in FORWARD_AND_BOTH if w in passes and w in other]
             cells.append(" / ".join(f"{other[w] / medians[name][w]:.2f}" for w in shared))

@@ -1,4 +1,4 @@
-"""Search a kernel's tiles and print rows for the table: `python -m benchmarks.tune --kernel apply_state [...]`.
+"""Search kernels' tiles and print rows for the table: `python -m benchmarks.tune --kernel apply_state [...]`.
 
 Compiles every candidate ahead of time and drops those that fail a static gate. On a CUDA device the rest are checked
 against the shipped tile and timed inside the pass that holds the kernel; without one they are ranked by instructions.
@@ -15,6 +15,7 @@ from linvideo_kernels.linear_attn import configs, passes
 from linvideo_kernels.linear_attn.aot import OPTIONS, compile_jobs
 
 from benchmarks import static_gates
+from benchmarks.measure import reason
 from benchmarks.shapes import SHAPES
 from linvideo.evaluation.latency import time_call
 
@@ -102,7 +103,8 @@ def difference(a, b) -> torch.Tensor:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", required=True, choices=PASS)
+    parser.add_argument("--kernel", required=True, nargs="+", choices=PASS)
+    parser.add_argument("--top", type=int, help="time only so many tiles of a kernel, those of fewest instructions")
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--feature_map", default="hedgehog", choices=static_gates.MAPS[:-1])
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
@@ -123,28 +125,38 @@ def main() -> None:
     if capability is None:
         parser.error("there is no CUDA device; name an architecture with --arch")
     dtype = DTYPES[args.dtype]
+    for kernel in args.kernel:
+        search(kernel, args, dtype, capability, timed=capability == here)
+
+
+def search(kernel: str, args: argparse.Namespace, dtype: torch.dtype, capability: int, timed: bool) -> None:
+    """Print the tiles that pass, and the times of the best of them."""
     good = compiled(
-        args.kernel,
-        candidates(args.kernel, capability, args.options),
+        kernel,
+        candidates(kernel, capability, args.options),
         {"head_dim": args.head_dim, "feature_map": args.feature_map, "dtype": dtype, "capability": capability,
          "options": tuple(args.options), "precision": args.fp32_precision},
     )  # fmt: skip
     options = frozenset([*args.options, *({"tf32x3"} & {args.fp32_precision})])
-    shipped = configs.tile(args.kernel, args.head_dim, dtype, capability, args.feature_map, options)
-    print(f"{len(good)} tiles pass the gates; instructions per row and scheduler")
+    shipped = configs.tile(kernel, args.head_dim, dtype, capability, args.feature_map, options)
+    print(f"{kernel}: {len(good)} tiles pass the gates; instructions per row and scheduler")
     for tile, cost in good:
         mark = "  <- shipped" if tile._replace(resident=0) == shipped._replace(resident=0) else ""
         print(f"  {cost:6.1f}  {tile}{mark}")
-    if capability != here:
+    if not timed:
         return
     batch, length, heads, _ = SHAPES[args.shape]
     made = calls((batch, length, heads, args.head_dim), dtype, args.feature_map, args.fp32_precision)
-    expected = {name: made[name]() for name in PASS[args.kernel]}
-    print(f"milliseconds of {' and '.join(PASS[args.kernel])} at {args.shape} (median), difference from shipped")
-    for tile in [shipped, *(tile for tile, _ in good)]:
-        with using(args.kernel, tile):
-            times = [time_call(made[name], "cuda").median for name in PASS[args.kernel]]
-            off = torch.stack([difference(made[name](), expected[name]) for name in PASS[args.kernel]]).max().item()
+    expected = {name: made[name]() for name in PASS[kernel]}
+    print(f"milliseconds of {' and '.join(PASS[kernel])} at {args.shape} (median), difference from shipped")
+    for tile in [shipped, *(tile for tile, _ in good[: args.top])]:
+        try:
+            with using(kernel, tile):
+                times = [time_call(made[name], "cuda").median for name in PASS[kernel]]
+                off = torch.stack([difference(made[name](), expected[name]) for name in PASS[kernel]]).max().item()
+        except Exception as error:  # one tile that does not launch ends no search
+            print(f"  {reason(error)}  {tile}", flush=True)
+            continue
         print(f"  {sum(times):8.3f} = {' + '.join(f'{t:.3f}' for t in times)}  {off:.1e}  {tile}", flush=True)
 
 

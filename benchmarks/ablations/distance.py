@@ -54,7 +54,7 @@ def train_network(world: World, device: str, steps: int = 1000, batch: int = 64)
     for _ in range(steps):
         scenes = world.sample_scenes(batch, draws)
         video, colour, shape, direction = labels(scenes).to(device).T
-        there, shapes, directions = net.logits(world.render(scenes).to(device))
+        there, shapes, directions = net.logits(world.render(scenes.to(device)))
         present = torch.zeros_like(there)
         present[video, colour] = 1.0
         loss = nn.functional.binary_cross_entropy_with_logits(there, present)
@@ -67,7 +67,7 @@ def train_network(world: World, device: str, steps: int = 1000, batch: int = 64)
     net.eval().requires_grad_(False)
     scenes = world.sample_scenes(500, draws)
     video, colour, shape, direction = labels(scenes).to(device).T
-    _, shapes, directions = net.logits(world.render(scenes).to(device))
+    _, shapes, directions = net.logits(world.render(scenes.to(device)))
     right = (shapes[video, colour].argmax(-1) == shape) & (directions[video, colour].argmax(-1) == direction)
     return net, right.float().mean().item()
 

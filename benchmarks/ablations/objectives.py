@@ -43,7 +43,7 @@ class AblationStep(GradientStep):
         super().__init__(student, teacher, store, prompts, grid, *arguments)
         self.kind, self.sigmas = kind, grid[1]
         if kind in SCORE_NETS:
-            self.score_net = copy.deepcopy(self.teacher).requires_grad_(True)
+            self.score_net = copy.deepcopy(self.teacher).float().requires_grad_(True)  # of bf16, steps would be lost
             self.score_optimizer = torch.optim.AdamW(
                 self.score_net.parameters(), lr=self.config.optimizer.learning_rate, weight_decay=0.0
             )
@@ -106,6 +106,7 @@ class AblationStep(GradientStep):
 
     def _fit_score_net(self, clean: torch.Tensor, conditions: Conditions, draws: torch.Generator) -> None:
         """One step of flow matching on samples of the student."""
+        torch.clear_autocast_cache()  # without gradients, the network's weights may have been cast just before
         loss = critic_loss(self.score_net, clean, *self._t_and_noise(clean, draws), conditions)
         self.score_optimizer.zero_grad()
         loss.backward()

@@ -211,7 +211,8 @@ class TeacherRun:
         self.transformer.eval()
         captions = self.world.evaluation_captions(num_videos)
         noise = start_noise(self.world, num_videos).to(self.device)
-        videos = sample_videos(self.pipeline, captions, noise, self.world)
+        with torch.compiler.set_stance("force_eager"):  # a few calls of other shapes: compiling takes longer
+            videos = sample_videos(self.pipeline, captions, noise, self.world)
         outcome = metrics.judge(videos, captions, self.world) | {
             "videos": num_videos,
             "run": self.identity | {"steps": self.step},

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from linvideo.ops import linear_attn
 
+CYCLES = 2e6  # of a GPU's clock in a millisecond, or more
+
 
 class Timing(NamedTuple):
     """Milliseconds of one call: the median and the 20th and 80th percentile."""
@@ -24,37 +26,53 @@ def time_call(
 ) -> Timing:
     """Time a call without arguments, or with what `before` returns; `before` runs ahead of each call, untimed.
 
-    After one warm-up, for about `seconds`, at least three runs and at most 200. On CUDA by events, with the L2 cache
-    flushed before every run; elsewhere by the wall clock.
+    After one warm-up, for about `seconds`, at least three runs and at most 200. On CUDA it is the device's time, by
+    events, with the L2 cache flushed before every run, and does not contain what the host takes to launch kernels (see
+    `time_call_and_host`); elsewhere by the wall clock.
     """
-    cuda = torch.device(device).type == "cuda"
-    run = _run_cuda(device) if cuda else _run_cpu
+    return time_call_and_host(call, device, seconds, before)[0]
+
+
+def time_call_and_host(
+    call: Callable, device: torch.device | str, seconds: float = 0.3, before: Callable[[], object] | None = None
+) -> tuple[Timing, float]:
+    """`time_call`, and the host's median milliseconds until the call returns. Where they are more than the device's,
+    and nothing else keeps the GPU busy, they are what a call takes."""
+    run = _run_cuda(device) if torch.device(device).type == "cuda" else _run_cpu
     arguments = (lambda: ()) if before is None else (lambda: (before(),))
-    call(*arguments())
+    run(call, arguments())
     times = [run(call, arguments())]
-    for _ in range(min(200, max(3, int(1000 * seconds / times[0]))) - 1):
+    for _ in range(min(200, max(3, int(1000 * seconds / times[0][0]))) - 1):
         times.append(run(call, arguments()))
-    quantiles = torch.tensor(times).quantile(torch.tensor([0.5, 0.2, 0.8]))
-    return Timing(*quantiles.tolist())
+    device_times, host_times = torch.tensor(times, dtype=torch.float64).T
+    quantiles = device_times.quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
+    return Timing(*quantiles.tolist()), host_times.median().item()
 
 
-def _run_cpu(call: Callable, arguments: tuple) -> float:
+def _run_cpu(call: Callable, arguments: tuple) -> tuple[float, float]:
     start = time.perf_counter()
     call(*arguments)
-    return 1000 * (time.perf_counter() - start)
+    took = 1000 * (time.perf_counter() - start)
+    return took, took
 
 
-def _run_cuda(device) -> Callable[[Callable, tuple], float]:
+def _run_cuda(device) -> Callable[[Callable, tuple], tuple[float, float]]:
     cache = torch.empty(256 << 20, dtype=torch.uint8, device=device)  # larger than any L2
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    wait = 0.0  # milliseconds that the GPU is kept from starting: as long as the host took to launch everything before
 
-    def run(call: Callable, arguments: tuple) -> float:
+    def run(call: Callable, arguments: tuple) -> tuple[float, float]:
+        nonlocal wait
         cache.zero_()
+        torch.cuda._sleep(1 + int(CYCLES * wait))
         start.record()
+        begun = time.perf_counter()
         call(*arguments)
+        host = 1000 * (time.perf_counter() - begun)
         end.record()
         torch.cuda.synchronize(device)
-        return start.elapsed_time(end)
+        wait = min(1.25 * host, 10.0)  # also of a call that waits for the GPU itself
+        return start.elapsed_time(end), host
 
     return run
 

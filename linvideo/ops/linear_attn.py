@@ -200,7 +200,8 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 def _autocast(a: Tensor, b: Tensor | None = None, c: Tensor | None = None, mix=None):
     """The rows in torch.autocast's dtype where it is on."""
     kind = a.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    # torch.amp.is_autocast_available would say it of meta too, but Dynamo of PyTorch 2.11 cannot trace it
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return a, b, c, mix
     dtype = torch.get_autocast_dtype(kind)
     a, b, c = (x.to(dtype) if x is not None and x.dtype in checks.DTYPES else x for x in (a, b, c))

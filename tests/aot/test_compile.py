@@ -46,6 +46,36 @@ def test_the_sample_is_small_and_holds_every_kernel_option_and_map():
     assert all(any(f"-{feature_map}-" in job.name for job in SAMPLE) for feature_map in static_gates.MAPS)
 
 
+class Gpu:
+    """A driver of no device: Triton binds a launch's arguments for sm_90 and compiles."""
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.mark.parametrize("options", [(), ("rope", "mix"), ("key_mask", "packed")], ids="-".join)
+def test_a_launch_finds_what_was_compiled_here(options, monkeypatch):
+    """The same source and options, so the same entry of Triton's cache; and the gates hold for what runs."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", Gpu())
+    backend = triton.compiler.make_backend(Gpu().get_current_target())
+    for job in compile_jobs(128, "hedgehog", torch.bfloat16, 90, options=options):
+        kernel, tile, args, constexprs = job.launch
+        monkeypatch.setattr(kernel, "device_caches", {0: kernel.create_binder()})  # of this driver
+        compiled = []
+        monkeypatch.setattr(kernel, "compile", lambda *source, compiled=compiled, **how: compiled.append((source, how)))
+        kernel.run(*args, grid=(1,), warmup=True, **constexprs, **tile.options)
+        (((source, *_), how),) = compiled
+        assert source.hash() == job.source().hash(), job.name
+        ours, launched = (backend.parse_options(dict(given)) for given in (tile.options, how["options"]))
+        assert ours.hash() == launched.hash(), job.name
+
+
 def test_kernels_use_no_atomics():
     """Sums have a fixed order: the same input gives the same bits."""
     for job in SAMPLE:

@@ -26,6 +26,7 @@ def op_row(name: str, ms: float, which: str = "forward", shape: str = "n1k", tok
         "ms": [ms, ms, ms],
         "gbytes": 1.0,
         "tflops": 0.7,
+        "host_ms": 0.25,
         "held_mib": 5.0,
         "peak_mib": 10.0,
     }
@@ -114,7 +115,7 @@ def test_tables_hold_the_figures(tmp_path):
     text = written[0].read_text()
     ours = line_of(text.split("**n2k**")[0], OURS)
     assert "1.000 (1.000–1.000)" in ours and "1,000 (25%)" in ours and "700 (100%)" in ours
-    assert ours.endswith("| 5.00 | 3.00 | 2.00 |")  # cuDNN is the fastest softmax that ran
+    assert ours.endswith("| 10 | 0.25 | 5.00 | 3.00 | 2.00 |")  # memory, host; cuDNN is the fastest softmax that ran
     assert "absent: softmax flash-attn 3, forward (ModuleNotFoundError: x)" in text
     linear = line_of(text, "SDPA flash (FlashAttention-2)", "eager", "16")
     assert "1.50x" in linear and "610.0" in linear and "| 60 |" in linear

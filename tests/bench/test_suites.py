@@ -47,6 +47,11 @@ def test_op_rows(measured):
     assert all(row["gbytes"] > 0 and row["tflops"] > 0 for row in rows)
 
 
+def test_only_the_peers_that_are_asked_for():
+    rows = list(op.rows_of("tiny", torch.float32, "cpu", ["elu", "sdpa Flash"]))
+    assert {row["name"] for row in rows} == {"linvideo elu", "linvideo relu", "softmax SDPA flash"}
+
+
 def test_composed_and_whole_models_have_the_same_counts(measured):
     rows = measured[0]["model"]
     settings = [(row["how"], row["compiled"], row["linear_layers"]) for row in rows]
@@ -104,6 +109,7 @@ def test_parts_cover_the_work_once():
         (["--part", "3/2"], "expected --part i/n with 1 <= i <= n, got 3/2"),
         (["--part", "half"], "expected --part i/n with 1 <= i <= n, got half"),
         (["--tiny", "--part", "2/2"], "nothing to measure"),
+        (["--peers", "hedgehog", "flesh"], "expected --peers to be words of linvideo hedgehog"),
     ],
 )
 def test_bad_arguments(arguments, message, monkeypatch, capsys):

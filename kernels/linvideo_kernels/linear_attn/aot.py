@@ -30,19 +30,30 @@ class CompileJob(NamedTuple):
         return self.capability, kernel.__name__, tile, types, *constexprs.items()
 
     def compile(self):
-        """Triton's compiled kernel (.metadata.shared, .asm["cubin"]). Not in a process with TRITON_INTERPRET=1."""
-        kernel, tile, args, constexprs = self.launch
+        """Triton's compiled kernel (.metadata.shared, .asm["cubin"]). Not in a process with TRITON_INTERPRET=1.
+
+        It stands in Triton's cache then, where a launch finds it: many processes can compile what one will launch.
+        """
+        target = GPUTarget("cuda", self.capability, 32)
+        return triton.compile(self.source(), target=target, options=self.launch.tile.options)
+
+    def source(self) -> ASTSource:
+        """As a launch makes it, to what is empty in it and the order of the parameters: the cache's key has both."""
+        kernel, _, args, constexprs = self.launch
         signature = dict.fromkeys(kernel.arg_names, "constexpr")
         constants, attrs = dict(constexprs), {}
-        for parameter, value in zip(kernel.params, args, strict=False):  # the constexprs follow the arguments
-            if value is None:
+        given = dict(zip((parameter.name for parameter in kernel.params), args, strict=False)) | constexprs
+        for parameter in kernel.params:
+            value = given[parameter.name]
+            if value is None or parameter.name in constexprs:
                 constants[parameter.name] = value
+                if isinstance(value, str) or not triton.__version__.startswith("3.6."):
+                    attrs[(parameter.num,)] = []
                 continue
             signature[parameter.name] = _type(value)
             if _divisible(value) and not parameter.do_not_specialize:
                 attrs[(parameter.num,)] = [["tt.divisibility", 16]]
-        source = ASTSource(kernel, signature, constants, attrs)
-        return triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=tile.options)
+        return ASTSource(kernel, signature, constants, attrs)
 
 
 def compile_jobs(
@@ -111,7 +122,7 @@ def _divisible(value) -> bool:
 
 def _type(value) -> str:
     if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, torch.Tensor):
         return "*" + TYPES[value.dtype]
     if isinstance(value, int):
