@@ -133,10 +133,24 @@ def backward_working(sizes: Sizes, batch: int, tokens: int, e: int) -> int:
     return FP32 * rows + max(4 * FP32 * rows, e * inner + FP32 * rows)
 
 
+def text_working(sizes: Sizes, batch: int, text: int, e: int) -> int:
+    """While the text encoder works: about three tensors of attention scores, the mask with the bias of positions among
+    them, and that bias alone."""
+    return e * sizes.text_heads * text**2 * (3 * batch + 1)
+
+
 def encoding_working(sizes: Sizes, video: TrajectoryConfig) -> int:
     """While the VAE encodes an image: the video that is grey after it, and about ten tensors of four frames at its
     first level, those of a residual block and the last frames of the chunk before, which every convolution keeps."""
-    return FP32 * video.height * video.width * (3 * video.num_frames + 10 * 4 * sizes.vae_width)
+    return FP32 * video.height * video.width * (3 * video.num_frames + 10 * 4 * sizes.vae_config.base_dim)
+
+
+def decoding_working(sizes: Sizes, video: TrajectoryConfig) -> int:
+    """While the VAE decodes: the video, and about thirteen tensors of four frames at its last level, of the same kinds;
+    of Wan 2.2 TI2V's VAE, whose pixels are patches and whose levels have shortcuts, 22."""
+    vae = sizes.vae_config
+    channels = (22 if vae.is_residual else 13) * 4 * (vae.decoder_base_dim or vae.base_dim)
+    return FP32 * video.height * video.width * (3 * video.num_frames + channels // (vae.patch_size or 1) ** 2)
 
 
 def lora_parameters(sizes: Sizes, rank: int, target_modules: list[str]) -> int:
@@ -176,11 +190,10 @@ def stage_memory(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) 
 def held(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> tuple[dict[str, float], float]:
     """(part -> bytes that are there throughout the stage, parameters that AdamW steps), on each GPU."""
     e = BF16 if layout.autocast else FP32
-    # a model loaded as bf16 keeps its norms and the time embedding in fp32; so are VAE and image encoder
+    # a model loaded as bf16 keeps its norms and the time embedding in fp32
     base = e * sizes.parameters + (FP32 - e) * sizes.kept
     if stage == "trajectories":  # every GPU samples on its own
-        encoders = e * sizes.text_encoder + FP32 * (sizes.vae + sizes.image_encoder)
-        return {"frozen teacher": base * sizes.experts, "encoders and VAE": encoders}, 0
+        return {"frozen teacher": base * sizes.experts}, 0
     parts, tuning = {}, stage == "fine-tuning"
     if layout.lora is not None:
         parts["frozen base, also the teacher"] = base / layout.shard
@@ -210,7 +223,7 @@ def moments(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> li
     """Part -> bytes of what comes and goes, at each moment of the stage that may be its largest."""
     e, training = BF16 if layout.autocast else FP32, stage in TRAINING
     batch = layout.micro_batch if training else layout.forward_batch[STAGES.index(stage)]
-    tokens = ceil(sizes.tokens / layout.context_parallel)
+    tokens = sizes.tokens if stage == "trajectories" else ceil(sizes.tokens / layout.context_parallel)
     text = config.prompts.max_sequence_length or TEXT_TOKENS
     # FSDP2 gathers each model's next block while one runs, and a block's gradient before it is scattered; without it
     # autocast keeps a copy of every fp32 weight that it casts, in the backward those of the block at hand.
@@ -220,8 +233,7 @@ def moments(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> li
         copies, block_copies = BF16 * sizes.cast, BF16 * sizes.block_cast
     forward = (fitting_working if stage == "warm-up" else forward_working)(sizes, batch, tokens, e)
     if not training:
-        encodes = stage == "trajectories" and sizes.config.in_channels > sizes.config.out_channels
-        encoding = [{WORKING: encoding_working(sizes, config.trajectories)}] if encodes else []
+        encoding = _encoding(sizes, config, text, e) if stage == "trajectories" else []
         return [{COPIES: copies, WORKING: forward}, *encoding]
 
     arguments, weighted = (batch, tokens, text, layout.autocast), config.feature_map in WEIGHTED_MAPS
@@ -229,10 +241,12 @@ def moments(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> li
     blocks = {kind: block_activations(sizes, kind, *arguments, weighted) for kind in kinds}
     outer, backward = outer_activations(sizes, *arguments), backward_working(sizes, batch, tokens, e)
     others = []  # AdamW steps in place, a checkpoint leaves tensor by tensor
-    if config.validation.steps:  # one video at a time, with the other expert, whole
+    if config.validation.steps:  # one video at a time, sampled with the other expert, whole, and decoded without
         idle = (e * sizes.parameters + (FP32 - e) * sizes.kept) * (sizes.experts - 1)
         video = forward_working(sizes, 1, sizes.tokens if idle else tokens, e)
         others.append({"gradients": 0, "the other expert": idle, COPIES: copies, WORKING: video})
+        decoding = decoding_working(sizes, config.trajectories)
+        others.append({"gradients": 0, "VAE": FP32 * sizes.vae, WORKING: decoding})
     if stage == "mixed stage" and config.sensitivity.num_states:
         # the mixed model is judged as the sensitivity pass judges
         judged = forward_working(sizes, layout.forward_batch[2], tokens, e)
@@ -247,6 +261,16 @@ def moments(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> li
         {ACTIVATIONS: inputs + max(blocks.values()), COPIES: block_copies, WORKING: backward},
         *others,
     ]
+
+
+def _encoding(sizes: Sizes, config: TrainConfig, text: int, e: int) -> list[dict[str, float]]:
+    """While prompts, and then images, are encoded, before the transformers come."""
+    working = text_working(sizes, config.prompts.encode_batch_size, text, e)
+    found = [{"frozen teacher": 0, "encoders": e * sizes.text_encoder, WORKING: working}]
+    if sizes.config.in_channels > sizes.config.out_channels:
+        encoders = FP32 * (sizes.vae + sizes.image_encoder)  # whatever the precision
+        found.append({"frozen teacher": 0, "encoders": encoders, WORKING: encoding_working(sizes, config.trajectories)})
+    return found
 
 
 def saved(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> int:

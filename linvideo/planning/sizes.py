@@ -37,8 +37,8 @@ class Sizes:
         kept: those that stay fp32 when the model is loaded as bf16. whole: those that training does not shard.
         block, block_cast: `parameters` and `cast` of one block. block_linears: name -> (in, out) of its Linear layers.
         text_encoder, vae, image_encoder: of these. experts: transformers in the pipeline.
-        image_tokens: that the image encoder makes of an image; 0 without one. vae_width: channels of the VAE's first
-            level, at the size of the video.
+        text_heads: of the text encoder's attention. vae_config: the VAE's. image_tokens: that the image encoder makes
+            of an image; 0 without one.
     """
 
     name: str
@@ -53,8 +53,9 @@ class Sizes:
     block_cast: int
     block_linears: dict[str, tuple[int, int]]
     text_encoder: int
+    text_heads: int
     vae: int
-    vae_width: int
+    vae_config: SimpleNamespace
     image_encoder: int
     image_tokens: int
     experts: int
@@ -104,8 +105,9 @@ def read_sizes(model: str, video: TrajectoryConfig) -> Sizes:
             if isinstance(part, torch.nn.Linear)
         },
         text_encoder=_count(pipeline.text_encoder),
+        text_heads=pipeline.text_encoder.config.num_heads,
         vae=_count(pipeline.vae),
-        vae_width=pipeline.vae.config.base_dim,
+        vae_config=SimpleNamespace(**pipeline.vae.config),
         image_encoder=0 if clip is None else _count(clip),
         image_tokens=0 if clip is None else (clip.config.image_size // clip.config.patch_size) ** 2 + 1,
         experts=1 + (pipeline.transformer_2 is not None),

@@ -1,4 +1,7 @@
-"""Whether a device asked for is there, before anything slow starts."""
+"""Whether a device asked for is there, before anything slow starts; and models that go to one for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -19,3 +22,16 @@ def check_device(name: str | None) -> None:
         raise ValueError(f"device {name!r} asked for, but PyTorch sees no {kind} here")
     if device.type != "cpu" and device.index is not None and device.index >= backend.device_count():
         raise ValueError(f"device {name!r} asked for, but PyTorch sees only {backend.device_count()} {kind}(s) here")
+
+
+@contextmanager
+def on_device(device: torch.device | None, *models: torch.nn.Module | None) -> Iterator[None]:
+    """The models on `device` meanwhile, and back where they were; nothing moves where one or the device is None."""
+    homes = [(model, model.device) for model in models if model is not None and device is not None]
+    try:
+        for model, _ in homes:
+            model.to(device)
+        yield
+    finally:
+        for model, home in homes:
+            model.to(home)

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from linvideo.training.devices import on_device
 from linvideo.training.files import read_cached, write_safetensors
 from linvideo.training.fingerprint import fingerprint
 from linvideo.training.prompts import PromptEmbeddings
@@ -80,10 +81,11 @@ def add_images(
     images: Sequence[str | Path | Image.Image | None],
     video: TrajectoryConfig,
     cache: str | Path | None = None,
+    device: torch.device | None = None,
 ) -> None:
     """Give the prompts what `encode_images` makes of their images; nothing where the pipeline takes none."""
     if takes_images(pipeline):
-        prompts.latents, prompts.image_embeds = encode_images(pipeline, images, video, cache)
+        prompts.latents, prompts.image_embeds = encode_images(pipeline, images, video, cache, device)
 
 
 def encode_images(
@@ -91,6 +93,7 @@ def encode_images(
     images: Sequence[str | Path | Image.Image],
     video: TrajectoryConfig,
     cache: str | Path | None = None,
+    device: torch.device | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(latents [P, C, F, H, W], image_embeds [P, N, D] or None) of Conditions, on the CPU in the transformer's dtype.
 
@@ -98,6 +101,7 @@ def encode_images(
 
     Args:
         images: in memory or files; each is resized to the size of `video`, as by the pipeline.
+        device: where VAE and image encoder are meanwhile; None is where they are.
 
     Raises:
         ValueError: a file that is no image, or a size that does not fit the pipeline.
@@ -112,7 +116,8 @@ def encode_images(
         return found["latents"], found.get("image_embeds")
 
     # one at a time: opened, they may be large
-    parts = [_encode(pipeline, image, *size, embeds) for image in map(_load, images)]
+    with on_device(device, pipeline.vae, pipeline.image_encoder):
+        parts = [_encode(pipeline, image, *size, embeds) for image in map(_load, images)]
     result = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if cache is not None:
         write_safetensors(cache, result, {"key": key})

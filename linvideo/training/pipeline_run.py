@@ -33,7 +33,7 @@ from linvideo.training.trajectories import (
 )
 from linvideo.training.validator import Validator
 
-PARTS = ("text_encoder", "image_encoder", "vae", "transformer", "transformer_2")
+ENCODERS, TRANSFORMERS = ("text_encoder", "image_encoder", "vae"), ("transformer", "transformer_2")
 
 
 class PipelineRun(ResumableRun):
@@ -65,7 +65,7 @@ class PipelineRun(ResumableRun):
         ranks = Ranks.connected(config.parallel, device)
         super().__init__(config, ranks, checkpoints=ranks.on_first(lambda: run_folder.check(config)))
         self.captions, self.images = choose_prompts(config.prompts.prompts_file, prompts, images)
-        pipeline = run_folder.load_teacher(config, device) if teacher is None else teacher_pipeline
+        pipeline = run_folder.load_teacher(config) if teacher is None else teacher_pipeline
         self.pipeline = with_flow_shift(pipeline, config.trajectories.flow_shift)
         self.expert = self._choose_expert()
         self.teacher = wan_transformer(self.pipeline, self.expert.component)
@@ -105,6 +105,7 @@ class PipelineRun(ResumableRun):
         with self._stoppable():
             self._open_data()
             shards = range(worker, self.store.num_shards, workers)
+            self._bring_transformers()
             collect(self.store, self.pipeline, self.prompts, self.config.progress, shards)
         return self.store
 
@@ -120,19 +121,23 @@ class PipelineRun(ResumableRun):
         with self._timed("trajectories"):
             self._open_data()
             self.validator = Validator(config, self.pipeline, self.prompts, self.request, ranks, self.student_scheduler)
+            encoders = self._parts(ENCODERS)
+            for part in encoders:
+                # the first rank's text encoder is exported
+                part.to("meta" if part is self.pipeline.text_encoder and not ranks.first else "cpu")
+            self._bring_transformers()
             if self.store is not None:
                 self._collect_together()
-        idle = self._idle_parts()
-        for part in idle:
-            # the first rank's text encoder is exported
-            part.to("meta" if part is self.pipeline.text_encoder and not ranks.first else "cpu")
+        others = [part for part in self._parts(TRANSFORMERS) if part is not self.teacher]
+        for part in others:
+            part.to("cpu")
         self._make_models()
         if saved is not None:
             self._restore(saved)
             ranks.on_first(lambda: remove_newer(self.output_dir, self.global_step))
         ranks.on_first(lambda: self.validator.take_back(self.global_step))
         self._run_stages()
-        for part in idle if ranks.size == 1 else ():
+        for part in (*encoders, *others) if ranks.size == 1 else ():
             part.to(self.device)
 
     def _open_data(self) -> None:
@@ -166,14 +171,19 @@ class PipelineRun(ResumableRun):
 
     def _encode(self) -> PromptEmbeddings:
         config, folder = self.config, self.output_dir
-        prompts = encode_prompts(self.pipeline, self.captions, config.prompts, folder / run_folder.PROMPT_CACHE)
-        add_images(prompts, self.pipeline, self.images, config.trajectories, folder / run_folder.IMAGE_CACHE)
+        caches, device = (folder / run_folder.PROMPT_CACHE, folder / run_folder.IMAGE_CACHE), self.device
+        prompts = encode_prompts(self.pipeline, self.captions, config.prompts, caches[0], device)
+        add_images(prompts, self.pipeline, self.images, config.trajectories, caches[1], device)
         return prompts
 
-    def _idle_parts(self) -> list[torch.nn.Module]:
-        """What training does not need; Wan's text encoder alone is 11 GB."""
-        parts = [getattr(self.pipeline, name, None) for name in PARTS]
-        return [part for part in parts if part is not None and part is not self.teacher]
+    def _parts(self, names: Sequence[str]) -> list[torch.nn.Module]:
+        parts = [getattr(self.pipeline, name, None) for name in names]
+        return [part for part in parts if part is not None]
+
+    def _bring_transformers(self) -> None:
+        """After the encoders' work: Wan's text encoder is 11 GB, its two experts are 57, and a VAE needs room."""
+        for part in self._parts(TRANSFORMERS):
+            part.to(self.device)
 
     def _damage_in_store(self) -> str | None:
         try:
@@ -229,13 +239,5 @@ class PipelineRun(ResumableRun):
         if self.validator.done(self.global_step):
             return
         where = {"step": self.global_step, "stage": self.stage, "stage_step": self.stage_step}
-        other = "transformer" if self.expert.component == "transformer_2" else "transformer_2"
-        idle = getattr(self.pipeline, other, None)  # the other expert samples its part
-        if idle is not None:
-            idle.to(self.device)
-        try:
-            models, stop = (self.student, self.teacher), lambda: self.ranks.any(self.stop)
-            self.validator(*models, where, self.trackers, self.components.get("ema"), stop)
-        finally:
-            if idle is not None:
-                idle.to("cpu")
+        models, stop = (self.student, self.teacher), lambda: self.ranks.any(self.stop)
+        self.validator(*models, where, self.trackers, self.components.get("ema"), stop)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from linvideo.training.conditions import Conditions
+from linvideo.training.devices import on_device
 from linvideo.training.files import read_cached, write_safetensors
 from linvideo.training.fingerprint import fingerprint
 
@@ -171,10 +172,17 @@ def check_length(length: int, model: Any) -> None:
 
 
 def encode_prompts(
-    pipeline, prompts: list[str], config: PromptConfig | None = None, cache: str | Path | None = None
+    pipeline,
+    prompts: list[str],
+    config: PromptConfig | None = None,
+    cache: str | Path | None = None,
+    device: torch.device | None = None,
 ) -> PromptEmbeddings:
     """Embeddings by `pipeline.encode_prompt`, read from the file `cache` when it holds exactly these, else written
     there.
+
+    Args:
+        device: where the text encoder is meanwhile; None is where it is.
 
     Raises:
         ValueError: no prompts, or a max_sequence_length beyond the tokenizer's or not the model's.
@@ -196,13 +204,14 @@ def encode_prompts(
 
     batches = []
     negative = None
-    with torch.no_grad():
+    with on_device(device, pipeline.text_encoder), torch.no_grad():
         for start in range(0, len(prompts), config.encode_batch_size):
             embeds, negatives = pipeline.encode_prompt(
                 prompt=prompts[start : start + config.encode_batch_size],
                 negative_prompt=config.negative_prompt,
                 do_classifier_free_guidance=negative is None,
                 max_sequence_length=length,
+                device=device,
             )
             batches.append(embeds.cpu())
             negative = negatives[:1].cpu() if negative is None else negative

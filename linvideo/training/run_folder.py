@@ -74,10 +74,10 @@ def clear(folder: str | Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load_teacher(config: RunConfig, device: torch.device) -> Any:
-    """The pipeline config.pretrained_model_name_or_path names, on `device`."""
+def load_teacher(config: RunConfig) -> Any:
+    """The pipeline config.pretrained_model_name_or_path names, in CPU memory."""
     if config.pretrained_model_name_or_path is None:
         raise ValueError("pretrained_model_name_or_path must name the teacher, got None")
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     dtypes = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}  # as Wan's are published
-    return load_pipeline(config.pretrained_model_name_or_path, torch_dtype=dtypes).to(device)
+    return load_pipeline(config.pretrained_model_name_or_path, torch_dtype=dtypes)

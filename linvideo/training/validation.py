@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from linvideo.training.conditions import Conditions
+from linvideo.training.devices import on_device
 from linvideo.training.experts import low_noise_sampler
 from linvideo.training.flow import sample_steps
 
@@ -73,14 +74,11 @@ def sample(
 @torch.no_grad()
 def decode(pipeline: Any, latents: torch.Tensor) -> list:
     """The frames of one video's latents [1, C, F, H, W], as PIL images; the VAE comes to the latents' device for it."""
-    vae, home = pipeline.vae, pipeline.vae.device
+    vae = pipeline.vae
     mean, std = (
         torch.tensor(vae.config[name], device=latents.device).view(1, -1, 1, 1, 1)
         for name in ("latents_mean", "latents_std")
     )
-    vae.to(latents.device)
-    try:
+    with on_device(latents.device, vae):
         video = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
-    finally:
-        vae.to(home)
     return pipeline.video_processor.postprocess_video(video.float(), output_type="pil")[0]

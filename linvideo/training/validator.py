@@ -22,6 +22,7 @@ from diffusers.training_utils import EMAModel
 
 from linvideo.models import FewStepScheduler
 from linvideo.models.generate import save_video
+from linvideo.training.devices import on_device
 from linvideo.training.experts import stored_expert
 from linvideo.training.files import read_cached, write_safetensors
 from linvideo.training.fingerprint import fingerprint
@@ -40,7 +41,8 @@ class Validator:
     """Validates a student whenever it is called.
 
     Args:
-        pipeline: the teacher's. Its text encoder is used here and now, if at all.
+        pipeline: the teacher's. Its text encoder is used here and now, if at all; of two experts the one that is not
+            trained comes to the ranks' device to sample its part, and has left it when videos are decoded.
         prompts: of the run, used where config.validation has none.
         request: of the run's trajectory store.
         student_scheduler: what a distilled student is sampled with, unguided; None is as the trajectories.
@@ -66,7 +68,7 @@ class Validator:
             if prompts.latents is not None:
                 raise ValueError("validation.prompts must be None for an image-to-video model, whose own have images")
             cache = self.folder / "prompt_embeds.safetensors"
-            self.prompts = ranks.on_first(lambda: encode_prompts(pipeline, own, config.prompts, cache))
+            self.prompts = ranks.on_first(lambda: encode_prompts(pipeline, own, config.prompts, cache, ranks.device))
 
     def take_back(self, last_step: int) -> None:
         """Delete what an interrupted run has made after `last_step`; for the first rank."""
@@ -113,25 +115,26 @@ class Validator:
     ) -> list[torch.Tensor] | None:
         """Latents of all videos, by the pipeline with `model` in place of the transformer that is trained."""
         config, device = self.config.validation, self.ranks.device
-        models = SimpleNamespace(
-            transformer=self.pipeline.transformer, transformer_2=getattr(self.pipeline, "transformer_2", None)
-        )
-        setattr(models, stored_expert(self.request).component, model)
+        component = stored_expert(self.request).component
+        other = "transformer" if component == "transformer_2" else "transformer_2"
+        idle = getattr(self.pipeline, other, None)
+        models = SimpleNamespace(**{component: model, other: idle})
         steps = config.num_inference_steps or self.config.trajectories.num_inference_steps
         scheduler, request = self.pipeline.scheduler, self.request
         if few_steps is not None:
             scheduler, request, steps = few_steps, request | {"guidance_scale": 1.0}, few_steps.num_steps
         videos = []
-        for number in range(config.num_videos):
-            prompt = torch.tensor([number % len(self.prompts)])
-            noise = draw_noise((1, *self.request["latent_shape"]), config.seed, "validation", number).to(device)
-            conditions = [
-                self.prompts.conditions(prompt, torch.tensor([negative]), device) for negative in (False, True)
-            ]
-            video = sample(models, scheduler, request, steps, noise, *conditions, stop)
-            if video is None:
-                return None
-            videos.append(video)
+        with on_device(device, idle):  # and away before videos are decoded, which takes as much
+            for number in range(config.num_videos):
+                prompt = torch.tensor([number % len(self.prompts)])
+                noise = draw_noise((1, *self.request["latent_shape"]), config.seed, "validation", number).to(device)
+                conditions = [
+                    self.prompts.conditions(prompt, torch.tensor([negative]), device) for negative in (False, True)
+                ]
+                video = sample(models, scheduler, request, steps, noise, *conditions, stop)
+                if video is None:
+                    return None
+                videos.append(video)
         return videos
 
     def _prepare_teacher(self, teacher: Callable, stop: Callable[[], bool]) -> bool:

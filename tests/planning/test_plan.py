@@ -8,11 +8,11 @@ from tiny import tiny_image_pipeline, tiny_image_transformer, tiny_pipeline, tin
 
 from linvideo import cli
 from linvideo.planning import plan
-from linvideo.planning.memory import TRAINING, Layout
+from linvideo.planning.memory import TRAINING, Layout, held
 from linvideo.planning.pace import read_results
 from linvideo.planning.report import text
 from linvideo.planning.sizes import read_sizes
-from linvideo.training import load_config
+from linvideo.training import TrainConfig, load_config
 from linvideo.training.trajectories import TrajectoryConfig
 
 SMALL, LARGE, IMAGE = (read_sizes(name, TrajectoryConfig()) for name in ("wan2.1-1.3b", "wan2.1-14b", "wan2.1-i2v-14b"))
@@ -85,8 +85,10 @@ def test_two_experts(tmp_path, folder):
     tiny_pipeline(transformer_2=tiny_transformer(), boundary_ratio=0.9).save_pretrained(tmp_path / "two")
     video = TrajectoryConfig(height=32, width=32, num_frames=5)
     for one, two in (("wan2.1-14b", "wan2.2-a14b"), (str(folder), str(tmp_path / "two"))):
-        one, two = (make(read_sizes(name, video), USUAL)["layouts"]["as configured"]["stages"] for name in (one, two))
-        assert two["trajectories"]["frozen teacher"] == 2 * one["trajectories"]["frozen teacher"]
+        sizes = [read_sizes(name, video) for name in (one, two)]
+        sampled = [held(each, TrainConfig("run"), Layout(), "trajectories")[0]["frozen teacher"] for each in sizes]
+        assert sampled[1] == 2 * sampled[0]
+        one, two = (make(each, USUAL)["layouts"]["as configured"]["stages"] for each in sizes)
         assert two["fine-tuning"] == one["fine-tuning"]
 
 
@@ -95,8 +97,6 @@ def test_image_to_video(tmp_path):
     options = f"{USUAL} --parallel.shard_degree 8 --gradient_accumulation_steps 1"
     text_to_video, image = (make(sizes, options, gpus=8) for sizes in (LARGE, IMAGE))
     stages = [plan["layouts"]["as configured"]["stages"] for plan in (text_to_video, image)]
-    encoders = [each["trajectories"]["encoders and VAE"] for each in stages]
-    assert encoders[1] - encoders[0] == 4 * 630_766_080  # CLIP, in fp32
     more = IMAGE.parameters - LARGE.parameters
     assert stages[1]["fine-tuning"]["AdamW state"] - stages[0]["fine-tuning"]["AdamW state"] == pytest.approx(
         more, 0.01

@@ -7,7 +7,10 @@ operators describe themselves. What a real GPU keeps is not checked here.
 """
 
 import contextlib
+import functools
 import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -19,13 +22,14 @@ from tiny_run import PROMPTS, tiny_config, tiny_teacher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import UMT5Config, UMT5EncoderModel
 
 from linvideo.models import convert, finalize, load_pipeline
 from linvideo.models.wan import LinVideoWanTransformer3DModel
 from linvideo.planning import memory
 from linvideo.planning.known import KNOWN
 from linvideo.planning.memory import Layout
-from linvideo.planning.sizes import Sizes, read_sizes
+from linvideo.planning.sizes import UMT5_XXL, Sizes, read_sizes
 from linvideo.training import run_folder
 from linvideo.training.adapters import AdapterConfig, add_adapters
 from linvideo.training.conditions import Conditions
@@ -36,6 +40,7 @@ from linvideo.training.optimizer import StudentOptimizer
 from linvideo.training.prompts import encode_prompts
 from linvideo.training.store import StateBatch
 from linvideo.training.trajectories import TrajectoryConfig, collect, open_store
+from linvideo.training.validation import ValidationConfig, decode
 from linvideo.training.warmup import attention_output_errors
 
 TEXT = 512
@@ -55,6 +60,14 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(folders):
     return folders["text"]
+
+
+@functools.cache
+def known(name: str, layers: int | None = None) -> Sizes:
+    """Of a known model at 480p, or of one that has only so many layers."""
+    config = KNOWN[name] if layers is None else KNOWN[name] | {"num_layers": layers}
+    with mock.patch.dict(KNOWN, {name: config}):
+        return read_sizes(name, TrajectoryConfig())
 
 
 def nbytes(tensors) -> int:
@@ -184,7 +197,7 @@ def velocity(model, sizes: Sizes, batch: int = 1, text: int = TEXT):
 )
 def test_activations_of_wan_on_cuda(name, batch, kind, autocast):
     """A block of a real model at 480p: exactly what is counted, but for the text, which all blocks share."""
-    sizes = read_sizes(name, TrajectoryConfig())
+    sizes = known(name)
     arguments = (batch, sizes.tokens, TEXT, autocast)
     model = meta_model(KNOWN[name] | {"num_layers": 1}, [kind])
     with like_cuda(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -232,9 +245,7 @@ def test_activations_on_this_cpu(folders, name, text, kind, checkpointing):
 @pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.1-i2v-14b"])
 def test_largest_moment_of_a_step_on_cuda(name, kinds, checkpointing, precision):
     """Forward and backward of three layers of a real model at 480p: never less than counted, 15% more at most."""
-    with mock.patch.dict(KNOWN, {"three layers": KNOWN[name] | {"num_layers": 3}}):
-        sizes = read_sizes("three layers", TrajectoryConfig())
-        model = meta_model(KNOWN["three layers"], kinds)
+    sizes, model = known(name, 3), meta_model(KNOWN[name] | {"num_layers": 3}, kinds)
     stage = "mixed stage" if "mixed" in kinds else "fine-tuning"
     config = from_dict({"output_dir": "run", "selection": {"num_linear_layers": 2}})
     layout = Layout(gradient_checkpointing=checkpointing, autocast=precision == "bf16")
@@ -266,10 +277,8 @@ def moments_of(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
 @pytest.mark.parametrize("stage", memory.STAGES[:3])
 @pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.1-14b", "wan2.1-i2v-14b"])
 def test_largest_moment_before_training_on_cuda(name, stage, autocast):
-    with mock.patch.dict(KNOWN, {"three layers": KNOWN[name] | {"num_layers": 3}}):
-        sizes = read_sizes("three layers", TrajectoryConfig())
-        kind = {"trajectories": "softmax", "sensitivity": "linear"}.get(stage, "mixed")
-        model = meta_model(KNOWN["three layers"], [kind] * 3)
+    kind = {"trajectories": "softmax", "sensitivity": "linear"}.get(stage, "mixed")
+    sizes, model = known(name, 3), meta_model(KNOWN[name] | {"num_layers": 3}, [kind] * 3)
     with like_cuda():
         model = without_data(model)
         for weight in model.parameters():
@@ -292,8 +301,7 @@ def test_largest_moment_before_training_on_cuda(name, stage, autocast):
 @pytest.mark.parametrize("height, width", [(480, 832), (720, 1280)])
 def test_encoding_an_image_on_cuda(height, width):
     """By the pipeline's VAE, from the third chunk of frames on as for every later one."""
-    video = TrajectoryConfig(height=height, width=width, num_frames=9)
-    sizes = read_sizes("wan2.1-i2v-14b", video)
+    video, sizes = TrajectoryConfig(height=height, width=width, num_frames=9), known("wan2.1-i2v-14b")
     with torch.device("meta"):
         vae = AutoencoderKLWan().requires_grad_(False)
     pipeline = WanImageToVideoPipeline(**dict.fromkeys(("tokenizer", "text_encoder", "scheduler")), vae=vae)
@@ -302,10 +310,66 @@ def test_encoding_an_image_on_cuda(height, width):
         pipeline.prepare_latents(torch.empty(1, 3, height, width), 1, 16, height, width, 9, **settings)
     needed = memory.encoding_working(sizes, video)
     assert 1 <= needed / live.peak < 1.15
-    config = TrainConfig("run", trajectories=video)
-    assert {memory.WORKING: needed} in memory.moments(sizes, config, Layout(), "trajectories")
-    text_to_video = memory.moments(read_sizes("wan2.1-14b", video), config, Layout(), "trajectories")
-    assert len(text_to_video) == 1 and memory.COPIES in text_to_video[0]
+    moments = memory.moments(sizes, TrainConfig("run", trajectories=video), Layout(), "trajectories")
+    assert moments[2:] == [moments[2] | {"frozen teacher": 0, memory.WORKING: needed}]
+    text_to_video = memory.moments(known("wan2.1-14b"), TrainConfig("run"), Layout(), "trajectories")
+    assert len(text_to_video) == 2
+
+
+@pytest.mark.parametrize("batch, dtype", [(1, torch.float32), (8, torch.bfloat16)])
+def test_encoding_prompts_on_cuda(batch, dtype):
+    with torch.device("meta"):
+        encoder = UMT5EncoderModel(UMT5Config(**UMT5_XXL)).to(dtype).requires_grad_(False)
+    with like_cuda(), torch.no_grad(), Live(without_data(encoder)) as live:
+        encoder(*(torch.empty(batch, TEXT, dtype=torch.long) for _ in range(2)))  # ids and mask
+    config = from_dict({"output_dir": "run", "prompts": {"encode_batch_size": batch}})
+    moment = memory.moments(known("wan2.1-1.3b"), config, Layout(autocast=dtype == torch.bfloat16), "trajectories")[1]
+    assert moment["frozen teacher"] == 0 and 1 <= moment[memory.WORKING] / live.peak < 1.15
+
+
+TI2V = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "patch_size": 2}
+TI2V |= {"in_channels": 12, "out_channels": 12, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}
+
+
+@pytest.mark.parametrize("height, width", [(480, 832), (704, 1280)])
+@pytest.mark.parametrize("settings, scale", [({}, 8), (TI2V, 16)], ids=["Wan", "TI2V"])
+def test_decoding_a_video_on_cuda(height, width, settings, scale):
+    """By what validation decodes with, from the third chunk of frames on as for every later one."""
+    video = TrajectoryConfig(height=height, width=width, num_frames=9)
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(**settings).requires_grad_(False)
+    vae.to = lambda device: vae  # fake weights cannot move
+    frames = SimpleNamespace(postprocess_video=lambda video, **_: [video.shape])
+    with like_cuda(), torch.no_grad(), Live(without_data(vae)) as live:
+        latents = torch.empty(1, vae.config.z_dim, 3, height // scale, width // scale)
+        assert decode(SimpleNamespace(vae=vae, video_processor=frames), latents) == (1, 3, 9, height, width)
+    sizes = replace(known("wan2.1-14b"), vae_config=SimpleNamespace(**vae.config))
+    assert 1 <= memory.decoding_working(sizes, video) / live.peak < 1.15
+
+
+@pytest.mark.parametrize("stage", memory.TRAINING)
+@pytest.mark.parametrize("name", ["wan2.1-14b", "wan2.2-a14b"])
+def test_the_moments_of_a_validation(name, stage):
+    """Two more, without gradients: a video is sampled, with the other expert, and decoded, without. Of 720p decoding is
+    the largest one where eight GPUs share the tokens."""
+    sizes, layout = known(name), Layout(8, 8, 8, gradient_checkpointing=True, autocast=True)
+    configs = [TrainConfig("run", validation=ValidationConfig(steps=steps)) for steps in (0, 1)]
+    for config in configs:
+        config.trajectories.height, config.trajectories.width = 720, 1280
+    without, validated = (memory.moments(sizes, config, layout, stage) for config in configs)
+    sampled, decoded = [moment for moment in validated if moment not in without]
+    both, _ = memory.held(sizes, configs[1], layout, "trajectories")
+    expert = both["frozen teacher"] / 2 if sizes.experts == 2 else 0
+    assert sampled["gradients"] == 0 and sampled["the other expert"] == expert
+    decoding = memory.decoding_working(sizes, configs[1].trajectories)
+    assert decoded == {"gradients": 0, "VAE": 4 * 126_892_531, memory.WORKING: decoding}
+    assert ("VAE" in memory.stage_memory(sizes, configs[1], layout, stage)) is (sizes.experts == 1)
+
+
+def test_every_gpu_samples_trajectories_of_all_tokens():
+    sizes, config = known("wan2.1-14b"), TrainConfig("run")
+    alone, shared = (memory.moments(sizes, config, Layout(n, n, n), "trajectories")[0] for n in (1, 8))
+    assert alone == shared and alone[memory.WORKING] == memory.forward_working(sizes, 1, sizes.tokens, 4)
 
 
 @pytest.mark.parametrize("stage", memory.TRAINING)
@@ -346,17 +410,18 @@ def feature_maps_and_r(student: torch.nn.Module) -> list[torch.Tensor]:
 def test_teacher_and_encoders_as_the_trainer_loads_them(folders, name, precision):
     folder = str(folders[name])
     config = tiny_config("run", mixed_precision=precision, pretrained_model_name_or_path=folder, device="cpu")
-    pipeline = run_folder.load_teacher(config, torch.device("cpu"))
-    parts, _ = memory.held(read_sizes(folder, SMALL), config, Layout(autocast=precision == "bf16"), "trajectories")
-    assert len(parts) == 2 and parts["frozen teacher"] == nbytes(pipeline.transformer.parameters())
-    others = [getattr(pipeline, part, None) for part in ("text_encoder", "image_encoder", "vae")]
-    found = [list(part.parameters()) for part in others if part is not None]
-    assert len(found) == (3 if name == "image" else 2) and parts["encoders and VAE"] == sum(map(nbytes, found))
+    pipeline = run_folder.load_teacher(config)
+    arguments = (read_sizes(folder, SMALL), config, Layout(autocast=precision == "bf16"), "trajectories")
+    assert memory.held(*arguments)[0] == {"frozen teacher": nbytes(pipeline.transformer.parameters())}
+    encoders = [moment["encoders"] for moment in memory.moments(*arguments)[1:]]
+    assert encoders[0] == nbytes(pipeline.text_encoder.parameters())
+    images = [pipeline.vae, pipeline.image_encoder] if name == "image" else []
+    assert encoders[1:] == ([sum(nbytes(part.parameters()) for part in images)] if images else [])
 
 
 def test_the_published_models():
     """1.419 B and 14.288 B parameters, UMT5-XXL 5.681 B, the VAE 0.127 B; with image tokens 16.395 B, CLIP 0.631 B."""
-    small, large, expert, image, image_expert = (read_sizes(name, TrajectoryConfig()) for name in KNOWN)
+    small, large, expert, image, image_expert = (known(name) for name in KNOWN)
     assert (small.parameters, large.parameters) == (1_418_996_800, 14_288_491_584)
     assert (small.experts, large.experts, expert.experts) == (1, 1, 2) and expert.parameters == large.parameters
     assert (small.text_encoder, small.vae) == (large.text_encoder, large.vae) == (5_680_910_336, 126_892_531)
@@ -407,7 +472,7 @@ def test_the_image_conditions(tmp_path, clip, autocast):
 
 def test_the_mixed_model_is_judged_while_its_optimizer_lives():
     """Right after the mixed stage, with the sensitivity pass's batch: no gradients, but AdamW's state."""
-    sizes = read_sizes("wan2.1-1.3b", TrajectoryConfig())
+    sizes = known("wan2.1-1.3b")
     config = from_dict({"output_dir": "run", "sensitivity": {"batch_size": 32}})
     layout = Layout(gradient_checkpointing=True, autocast=True, forward_batch=(1, 1, 32))
     parts = memory.stage_memory(sizes, config, layout, "mixed stage")
@@ -416,7 +481,7 @@ def test_the_mixed_model_is_judged_while_its_optimizer_lives():
 
 
 def test_fsdp_shards_all_but_the_branches_and_lanes():
-    sizes, config = read_sizes("wan2.1-1.3b", TrainConfig("run").trajectories), TrainConfig("run", use_ema=True)
+    sizes, config = known("wan2.1-1.3b"), TrainConfig("run", use_ema=True)
     alone, _ = memory.held(sizes, config, Layout(critic=True), "fine-tuning")
     shared, _ = memory.held(sizes, config, Layout(gpus=8, shard=8, critic=True), "fine-tuning")
     branches = shared.pop("feature maps and r")

@@ -17,7 +17,10 @@ from linvideo.training.run_config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.name.removesuffix(".yaml") for path in RECIPES.iterdir())
-STAND_INS = {"high-noise/pipeline": "wan2.2-a14b"}  # the other expert's run exports it
+STAND_INS = {  # for what the other expert's run exports
+    "wan2.2-a14b-480p-low-noise-8x80gb": "wan2.2-a14b",
+    "wan2.2-i2v-a14b-480p-low-noise-8x80gb": "wan2.2-i2v-a14b",
+}
 
 
 def test_there_is_one_for_every_setting():
@@ -42,8 +45,8 @@ def test_it_fits(name, tmp_path):
     gpus, memory = map(int, re.match(r"# (\d+) x (\d+) GB", head).groups())
     assert f"--config {name} " in head and (critic or "--output_dir run" in head)
     assert ("torchrun" in head) == (gpus > 1) and (gpus == 1 or f"--nproc_per_node={min(gpus, 8)} " in head)
-    model = config.pretrained_model_name_or_path
-    plan = make_plan(read_sizes(STAND_INS.get(model, model), config.trajectories), config, gpus, memory, critic)
+    sizes = read_sizes(STAND_INS.get(name, config.pretrained_model_name_or_path), config.trajectories)
+    plan = make_plan(sizes, config, gpus, memory, critic)
     column = plan["layouts"]["as configured"]
     # of a distillation the fine-tuning with a critic is what counts
     assert column["totals"]["fine-tuning"] <= plan["usable_memory"] if critic else column["fits"], column["totals"]

@@ -16,7 +16,7 @@ from tiny_run import ENVIRONMENT, PROMPTS, ROOT, run, tiny_config, tiny_experts,
 from toy import AffineFlow, toy_prompts, toy_store
 
 from linvideo.models import convert, describe, load_pipeline
-from linvideo.training import Trainer, objectives, read_metrics
+from linvideo.training import Trainer, objectives, read_metrics, validator
 from linvideo.training.experts import Expert, choose_expert
 from linvideo.training.flow import predict_velocity, sampler_grid
 from linvideo.training.lanes import StudentLanes
@@ -198,6 +198,21 @@ def test_every_model_call_of_a_run_is_in_range(tmp_path, monkeypatch, name, obje
     assert own.min() >= BOUNDARY if name == "high_noise" else own.max() < BOUNDARY
     if name == "low_noise":  # the other expert is asked for trajectories only
         assert torch.cat(calls[id(teacher.transformer)]).min() >= BOUNDARY
+
+
+@pytest.mark.parametrize("name, other", [("high_noise", "transformer_2"), ("low_noise", "transformer")])
+def test_the_other_expert_samples_validations_and_has_left_before_they_are_decoded(tmp_path, monkeypatch, name, other):
+    events, teacher = [], tiny_experts()
+    idle = getattr(teacher, other)
+    move, sample, decode = idle.to, validator.sample, validator.decode
+    idle.to = lambda device: (events.append("move"), move(device))[1]
+    monkeypatch.setattr(validator, "sample", lambda *a: (events.append("sample"), sample(*a))[1])
+    monkeypatch.setattr(validator, "decode", lambda *a: (events.append("decode"), decode(*a))[1])
+    settings = {"expert": name, "max_train_steps": 1, "selection": {"method": "layers", "layers": [0]}}
+    validation = {"steps": 100, "num_videos": 2, "num_inference_steps": 4}
+    Trainer(tiny_config(tmp_path / "run", **settings, validation=validation), teacher, PROMPTS).train()
+    once = ["move", "sample", "sample", "move", "decode", "decode"]
+    assert events == ["move", "move", *once, *once, "move"]  # for trajectories, teacher and student, in the end
 
 
 def test_two_runs_convert_both_experts(tmp_path):

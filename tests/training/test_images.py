@@ -1,11 +1,12 @@
 """Image-to-video: states, conditions and whole runs of WanImageToVideoPipeline."""
 
+import itertools
 import json
 from collections import defaultdict
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from tiny import (
     sampled_states,
     tiny_image,
@@ -15,6 +16,7 @@ from tiny import (
     tiny_transformer,
 )
 from tiny_run import PROMPTS, tiny_config, tiny_teacher
+from transformers import UMT5EncoderModel
 
 from linvideo.models import describe, load_pipeline
 from linvideo.training import Trainer, read_metrics, read_prompts
@@ -175,6 +177,34 @@ def test_a_run_goes_on_with_the_cached_conditions(tmp_path, monkeypatch):
         patch.setattr("linvideo.training.images._encode", lambda *_: 1 / 0)
         resumed = run("b", resume_from_checkpoint="latest").pipeline.transformer.state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_encoders_work_before_the_transformers_come_to_the_device(tmp_path, monkeypatch):
+    wan22().save_pretrained(tmp_path / "teacher")
+    works, events = {UMT5EncoderModel: "forward", AutoencoderKLWan: "encode", WanTransformer3DModel: "forward"}, []
+
+    def record(kind, name):
+        original = getattr(kind, name)
+
+        def call(self, *arguments, **keywords):
+            given = (*arguments, *keywords.values())
+            if type(self) in works and (name != "to" or any(isinstance(x, str | torch.device) for x in given)):
+                events.append((type(self), name))
+            return original(self, *arguments, **keywords)
+
+        monkeypatch.setattr(kind, name, call)
+
+    for kind, name in ((torch.nn.Module, "to"), *works.items()):
+        record(kind, name)
+    monkeypatch.setattr(Trainer, "_make_models", lambda trainer: 1 / 0)
+    settings = {"expert": "high_noise", "pretrained_model_name_or_path": str(tmp_path / "teacher"), "device": "cpu"}
+    with pytest.raises(ZeroDivisionError):
+        Trainer(tiny_config(tmp_path / "run", **settings), None, PROMPTS, IMAGES).train()
+    text, vae, experts = works
+    expected = [(kind, name) for kind in (text, vae) for name in ("to", works[kind], "to")]  # comes, works, leaves
+    expected += [(kind, "to") for kind in works]  # the encoders of a pipeline in memory leave here
+    expected += [(experts, "forward"), (experts, "to")]
+    assert [event for event, _ in itertools.groupby(events)] == expected
 
 
 def test_prompts_files_with_images(tmp_path):
