@@ -42,7 +42,7 @@ test-all: $(INSTALLED)  ## the same with many more cases, and with torchao (abou
 test-gpu: $(INSTALLED)  ## run the kernels' tests on this machine's GPU (a few minutes; memory for 8 processes)
 	$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu needs a CUDA GPU")'
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 8 --maxschedchunk 1 -m "not full" \
-		tests/kernels/test_many_tiles.py tests/kernels
+		tests/kernels/test_many_tiles.py $(filter-out %/test_many_tiles.py,$(wildcard tests/kernels/test_*.py))
 
 gates: $(INSTALLED)  ## compile every kernel of the tile table for five GPU generations and check it (an hour, no GPU)
 	$(PYTHON) -m benchmarks.static_gates --all

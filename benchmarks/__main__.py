@@ -99,6 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
     dtype, device = getattr(torch, args.dtype), "cuda" if cuda else "cpu"
     if unmatched := [word for word in args.peers or () if not any(word.lower() in name.lower() for name in PEERS)]:
         parser.error(f"expected --peers to be words of {', '.join(PEERS)}; got {', '.join(unmatched)}")
+    if args.peers and "op" not in suites:
+        parser.error(f"--peers belongs to --suite op, got --suite {args.suite}")
     todo = jobs(suites, args.shapes, dtype, device, args.tiny, args.peers)[int(part) - 1 :: int(parts)]
     if not todo:
         parser.error("nothing to measure: expected --shapes and --part that leave some of the suite")

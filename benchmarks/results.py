@@ -59,8 +59,10 @@ class ResultFile:
         self.folder.mkdir(parents=True, exist_ok=True)
         aside = self.folder / f".{row['suite']}.{os.getpid()}"
         aside.write_text(json.dumps(document, indent=1) + "\n")
-        self.path = self.path or claim(self.folder, self.environment, row["suite"])
-        os.replace(aside, self.path)
+        if self.path is None:
+            self.path = claim(aside, self.folder, self.environment, row["suite"])
+        else:
+            os.replace(aside, self.path)
         self.rows.append(row)
 
 
@@ -73,24 +75,34 @@ def keep(document: dict, folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f".{name}.{os.getpid()}"
     aside.write_text(json.dumps(document, indent=1) + "\n")
-    path = claim(folder, document["environment"], name)
-    os.replace(aside, path)
-    return path
+    return claim(aside, folder, document["environment"], name)
 
 
-def claim(folder: Path, environment: dict, suite: str) -> Path:
-    """An empty new file in `folder`: a number is added to its name where there is one already."""
+def claim(aside: Path, folder: Path, environment: dict, suite: str) -> Path:
+    """Give `aside` a name in `folder` that no file has: a number is added where there is one already."""
     name = slug(environment["device"]).removeprefix("nvidia-")
     device = "cpu" if environment["cuda"] is None else name
     stem = f"{device}-{environment['time'][:10]}-{suite}"
     for number in range(1, 1000):
         path = folder / f"{stem}{'' if number == 1 else f'-{number}'}.json"
         try:
-            path.touch(exist_ok=False)
+            _link(aside, path)
         except FileExistsError:
             continue
+        aside.unlink()
         return path
     raise ValueError(f"expected fewer than 1,000 results named {stem} in {folder}")
+
+
+def _link(aside: Path, path: Path) -> None:
+    """FileExistsError where the name is taken."""
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        with path.open("xb") as file:
+            file.write(aside.read_bytes())
 
 
 def load(folder: Path = FOLDER) -> list[dict]:

@@ -321,7 +321,8 @@ def load(args: argparse.Namespace, **components):
     pipeline = models.load_pipeline(args.model, torch_dtype=dtype, **components)
     parts = [getattr(pipeline, name, None) for name in ("vae", "image_encoder")]
     for part in filter(None, parts) if type(parts[0]).__name__ != "AutoencoderKLWan" else ():
-        part.to(dtype["default"])  # only Wan's are meant for fp32
+        if part.dtype != dtype["default"]:  # only Wan's are meant for fp32
+            part.to(dtype["default"])
     return pipeline
 
 

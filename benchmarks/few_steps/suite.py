@@ -20,8 +20,8 @@ def run(scale: Scale, seeds: int, teacher: Path, folder: Path, processes: int) -
     done = {(row["model"], row["steps"], row["seed"]) for row in work.rows}
     bases = [("base_rows", seed) for seed in range(seeds) if ("converted", "full", seed) not in done]
     distilled = [(name, steps, seed) for name, counts in DISTILLED.items() for seed in range(seeds) for steps in counts]
-    # the first of all also trains the network of the distance, for all
-    rounds = [bases[:1], bases[1:], [("distilled_rows", *job) for job in distilled if job not in done]]
+    first = 0 if work.rows else 1  # it also trains the network of the distance, for all
+    rounds = [bases[:first], bases[first:], [("distilled_rows", *job) for job in distilled if job not in done]]
     commit = results.commit()
     with closing(side_by_side(FewStepBench, (scale, teacher, folder), rounds, processes)) as groups:
         for group in groups:

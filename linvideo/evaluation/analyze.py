@@ -156,8 +156,8 @@ def analyze(
     work = WorkFolder(output_dir, request)
 
     texts = PromptConfig(negative_prompt=negative_prompt)
-    prompts = encode_prompts(pipeline, captions, texts, work.path / PROMPT_CACHE)
-    add_images(prompts, pipeline, images, trajectories, work.path / IMAGE_CACHE)
+    prompts = encode_prompts(pipeline, captions, texts, work.path / PROMPT_CACHE, base.device)
+    add_images(prompts, pipeline, images, trajectories, work.path / IMAGE_CACHE, base.device)
     for part in (pipeline.text_encoder, getattr(pipeline, "image_encoder", None)):
         if part is not None:
             part.to("cpu")  # Wan's text encoder is 11 GB

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from linvideo.ops import linear_attn
 
-CYCLES = 2e6  # of a GPU's clock in a millisecond, or more
+CYCLES = 3e6  # of a GPU's clock in a millisecond, or more
 
 
 class Timing(NamedTuple):
@@ -46,7 +46,7 @@ def time_call_and_host(
         times.append(run(call, arguments()))
     device_times, host_times = torch.tensor(times, dtype=torch.float64).T
     quantiles = device_times.quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
-    return Timing(*quantiles.tolist()), host_times.median().item()
+    return Timing(*quantiles.tolist()), host_times.quantile(0.5).item()
 
 
 def _run_cpu(call: Callable, arguments: tuple) -> tuple[float, float]:
@@ -63,14 +63,15 @@ def _run_cuda(device) -> Callable[[Callable, tuple], tuple[float, float]]:
 
     def run(call: Callable, arguments: tuple) -> tuple[float, float]:
         nonlocal wait
-        cache.zero_()
-        torch.cuda._sleep(1 + int(CYCLES * wait))
-        start.record()
-        begun = time.perf_counter()
-        call(*arguments)
-        host = 1000 * (time.perf_counter() - begun)
-        end.record()
-        torch.cuda.synchronize(device)
+        with torch.cuda.device(device):  # the wait and the events are the current device's
+            cache.zero_()
+            torch.cuda._sleep(1 + int(CYCLES * wait))
+            start.record()
+            begun = time.perf_counter()
+            call(*arguments)
+            host = 1000 * (time.perf_counter() - begun)
+            end.record()
+            torch.cuda.synchronize()
         wait = min(1.25 * host, 10.0)  # also of a call that waits for the GPU itself
         return start.elapsed_time(end), host
 

@@ -125,12 +125,12 @@ class PipelineRun(ResumableRun):
             for part in encoders:
                 # the first rank's text encoder is exported
                 part.to("meta" if part is self.pipeline.text_encoder and not ranks.first else "cpu")
-            self._bring_transformers()
             if self.store is not None:
                 self._collect_together()
         others = [part for part in self._parts(TRANSFORMERS) if part is not self.teacher]
         for part in others:
             part.to("cpu")
+        self.teacher.to(self.device)
         self._make_models()
         if saved is not None:
             self._restore(saved)
@@ -164,7 +164,10 @@ class PipelineRun(ResumableRun):
     def _collect_together(self) -> None:
         """Every process is a worker of its own, with a whole teacher."""
         config, ranks = self.config, self.ranks
-        shards = ranks.on_first(self.store.missing_shards)[ranks.rank :: ranks.size]
+        missing = ranks.on_first(self.store.missing_shards)
+        if missing:
+            self._bring_transformers()
+        shards = missing[ranks.rank :: ranks.size]
         collect(self.store, self.pipeline, self.prompts, config.progress and ranks.first, shards)
         while not self.store.complete:  # others may take hours longer, which no collective would wait for
             time.sleep(1)

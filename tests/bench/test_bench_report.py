@@ -1,6 +1,7 @@
 """Result files and the report that is made of them."""
 
 import copy
+import os
 
 import pytest
 
@@ -66,7 +67,13 @@ def save(rows: list[dict], environment: dict, folder):
     return next(iter(files.values())).path
 
 
-def test_saved_and_read_again(tmp_path):
+@pytest.mark.parametrize("links", [True, False])
+def test_saved_and_read_again(links, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
     first, second = (save(ROWS[:7], ENVIRONMENT, tmp_path) for _ in range(2))
     assert first.name == "h200-2026-01-02-op.json" and second.name == "h200-2026-01-02-op-2.json"
     assert [document["rows"] for document in results.load(tmp_path)] == [ROWS[:7]] * 2
