@@ -15,8 +15,10 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
 from diffusers.training_utils import EMAModel
+from packaging.version import Version
 from tiny import tiny_image, tiny_image_pipeline, tiny_image_transformer, tiny_pipeline, tiny_transformer
 from tiny_run import PROMPTS, tiny_config, tiny_teacher
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -324,7 +326,8 @@ def test_encoding_prompts_on_cuda(batch, dtype):
         encoder(*(torch.empty(batch, TEXT, dtype=torch.long) for _ in range(2)))  # ids and mask
     config = from_dict({"output_dir": "run", "prompts": {"encode_batch_size": batch}})
     moment = memory.moments(known("wan2.1-1.3b"), config, Layout(autocast=dtype == torch.bfloat16), "trajectories")[1]
-    assert moment["frozen teacher"] == 0 and 1 <= moment[memory.WORKING] / live.peak < 1.15
+    most = 1.15 if Version(transformers.__version__) >= Version("5.23") else 1.6  # older ones need less
+    assert moment["frozen teacher"] == 0 and 1 <= moment[memory.WORKING] / live.peak < most
 
 
 TI2V = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "patch_size": 2}
