@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure, op, report, results, tables
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, named
 from benchmarks.shapes import SHAPES, TINY, TINY_SHAPE, WAN
 
 SUITES = tuple(results.COLUMNS)
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.tiny:
         measure.SECONDS = 0.01
     dtype, device = getattr(torch, args.dtype), "cuda" if cuda else "cpu"
-    if unmatched := [word for word in args.peers or () if not any(word.lower() in name.lower() for name in PEERS)]:
+    if unmatched := [word for word in args.peers or () if not named([word])]:
         parser.error(f"expected --peers to be words of {', '.join(PEERS)}; got {', '.join(unmatched)}")
     if args.peers and "op" not in suites:
         parser.error(f"--peers belongs to --suite op, got --suite {args.suite}")

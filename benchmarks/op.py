@@ -6,7 +6,7 @@ import torch
 import torch._dynamo
 
 from benchmarks.measure import PASSES, attempt, dtype_name, measure
-from benchmarks.peers import PEERS, SWEEP, Inputs, Peer, gbytes, tflops
+from benchmarks.peers import PEERS, SWEEP, Inputs, Peer, gbytes, named, tflops
 from benchmarks.shapes import CPU, DIMS, MODELS, SHAPES, TOKENS
 from linvideo.ops.reference import linear_attn_reference
 
@@ -21,10 +21,9 @@ def rows_of(shape_name: str, dtype: torch.dtype, device: str, words: list[str] |
     """A row for each peer, of those whose names hold one of `words`, and pass."""
     torch._dynamo.reset()  # compiled peers are compiled for this shape
     inputs = Inputs.random(SHAPES[shape_name], dtype, device)
+    wanted = named(words)
     for name in SWEEP if shape_name in TOKENS else PEERS:
-        if words and not any(word.lower() in name.lower() for word in words):
-            continue
-        if device == "cuda" or not PEERS[name].cuda_only:
+        if name in wanted and (device == "cuda" or not PEERS[name].cuda_only):
             yield from _peer_rows(shape_name, name, PEERS[name], inputs)
 
 

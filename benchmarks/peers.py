@@ -215,6 +215,13 @@ PEERS = {
     # the last: it tries 159 configurations first, for minutes
     "fla chunk_linear_attn (causal, no map)": Peer(_fla, "plain", cuda_only=True),
 }
+
+
+def named(words: list[str] | None) -> list[str]:
+    """The peers whose names hold one of the words; all of them without words."""
+    return [name for name in PEERS if not words or any(word.lower() in name.lower() for word in words)]
+
+
 # The sweeps' lines: the rest of the field is measured at the models' shapes.
 SWEEP = (
     OURS,

@@ -98,9 +98,7 @@ def _link(aside: Path, path: Path) -> None:
     """FileExistsError where the name is taken."""
     try:
         os.link(aside, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
+    except OSError:  # a file system without hard links, or the name is taken, which opening finds too
         with path.open("xb") as file:
             file.write(aside.read_bytes())
 

@@ -316,13 +316,14 @@ def load(args: argparse.Namespace, **components):
     import torch
 
     from linvideo import models
+    from linvideo.models.pipelines import wan_dtypes
 
-    dtype = {"default": getattr(torch, args.dtype), "vae": torch.float32, "image_encoder": torch.float32}
-    pipeline = models.load_pipeline(args.model, torch_dtype=dtype, **components)
-    parts = [getattr(pipeline, name, None) for name in ("vae", "image_encoder")]
-    for part in filter(None, parts) if type(parts[0]).__name__ != "AutoencoderKLWan" else ():
-        if part.dtype != dtype["default"]:  # only Wan's are meant for fp32
-            part.to(dtype["default"])
+    dtype = getattr(torch, args.dtype)
+    pipeline = models.load_pipeline(args.model, torch_dtype=wan_dtypes(dtype), **components)
+    if type(getattr(pipeline, "vae", None)).__name__ != "AutoencoderKLWan":  # of another family all are meant for dtype
+        for part in (getattr(pipeline, name, None) for name in ("vae", "image_encoder")):
+            if part is not None and part.dtype != dtype:
+                part.to(dtype)
     return pipeline
 
 

@@ -4,7 +4,7 @@ A setting shares with its seed's default run all stages before the one it change
 objective whose step costs twice as much takes half as many steps (COST).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -183,6 +183,11 @@ class Suite:
     learning_rate: float = 1e-3
     mixed_precision: str = "no"
     videos: int = 168
+
+    @property
+    def scale(self) -> dict[str, Any]:
+        """All but the settings, which a folder of work may be continued with others of."""
+        return {name: value for name, value in asdict(self).items() if name != "settings"}
 
 
 _GPU = {"budget": 1000, "selection_steps": 300, "warmup_steps": 200, "num_trajectories": 512, "batch_size": 16}

@@ -1,7 +1,6 @@
 """A suite's runs, each to a row of a folder that can be continued."""
 
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import results
@@ -22,8 +21,7 @@ def run(suite: Suite, settings: list[str], seeds: int, teacher: Path, folder: Pa
     Raises:
         ValueError: the folder holds other work, or the teacher is too poor for its students to be compared.
     """
-    scale = {key: value for key, value in asdict(suite).items() if key != "settings"}
-    work = WorkFolder(folder, {"suite": scale, "teacher": identity(load_pipeline(teacher))})
+    work = WorkFolder(folder, {"suite": suite.scale, "teacher": identity(load_pipeline(teacher))})
     for row in work.rows:
         check_teacher(row)
     done = {(row["setting"], row["seed"]) for row in work.rows}

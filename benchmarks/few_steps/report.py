@@ -1,7 +1,6 @@
 """All committed few-step results as tables: `python -m benchmarks.few_steps.report` writes docs/few_steps.md."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import results
@@ -41,8 +40,8 @@ def one_line(row: dict) -> str:
 def save(rows: list[dict], world: str, scale: Scale) -> Path:
     """A new file benchmarks/results/few_steps/<device>-<date>-<world>.json; the one that is there, if it holds the same
     rows."""
-    numbers = asdict(scale) | {"transfer": {k: v for k, v in asdict(scale.transfer).items() if k != "settings"}}
-    document = {"format": 1, "environment": results.environment({}), "world": world, "scale": numbers, "rows": rows}
+    environment = results.environment({})
+    document = {"format": 1, "environment": environment, "world": world, "scale": scale.numbers, "rows": rows}
     return results.keep(document, FOLDER, world)
 
 

@@ -3,7 +3,7 @@
 import gc
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ class Scale:
     regression_learning_rate: float
     learning_rate: float
     critic_learning_rate: float
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """For files: what the results depend on."""
+        return asdict(self) | {"transfer": self.transfer.scale}
 
 
 SCALES = {

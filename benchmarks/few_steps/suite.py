@@ -1,7 +1,6 @@
 """All rows of a world, in a folder that can be continued."""
 
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import results
@@ -14,9 +13,7 @@ from linvideo.models import load_pipeline
 
 def run(scale: Scale, seeds: int, teacher: Path, folder: Path, processes: int) -> list[dict]:
     """All rows, those included that were there already."""
-    numbers = {key: value for key, value in asdict(scale).items() if key != "transfer"}
-    numbers["transfer"] = {key: value for key, value in asdict(scale.transfer).items() if key != "settings"}
-    work = WorkFolder(folder, {"scale": numbers, "teacher": identity(load_pipeline(teacher))})
+    work = WorkFolder(folder, {"scale": scale.numbers, "teacher": identity(load_pipeline(teacher))})
     done = {(row["model"], row["steps"], row["seed"]) for row in work.rows}
     bases = [("base_rows", seed) for seed in range(seeds) if ("converted", "full", seed) not in done]
     distilled = [(name, steps, seed) for name, counts in DISTILLED.items() for seed in range(seeds) for steps in counts]

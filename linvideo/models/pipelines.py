@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 from safetensors import SafetensorError
 
@@ -18,6 +19,11 @@ _INDEX = "model_index.json"
 ONLY_WAN = (
     "training knows Wan's rectified flow only, other families just convert (CogVideoX, for one, predicts v of a DDPM)"
 )
+
+
+def wan_dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """torch_dtype for `load_pipeline`: all in `dtype` but Wan's VAE and image encoder, which are published in fp32."""
+    return {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
 
 
 def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipeline:

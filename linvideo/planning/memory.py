@@ -187,11 +187,15 @@ def stage_memory(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) 
     return {name: ceil(size) for name, size in largest.items()}
 
 
+def loaded(sizes: Sizes, e: int) -> int:
+    """A frozen transformer: loaded as bf16 it keeps its norms and the time embedding in fp32."""
+    return e * sizes.parameters + (FP32 - e) * sizes.kept
+
+
 def held(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> tuple[dict[str, float], float]:
     """(part -> bytes that are there throughout the stage, parameters that AdamW steps), on each GPU."""
     e = BF16 if layout.autocast else FP32
-    # a model loaded as bf16 keeps its norms and the time embedding in fp32
-    base = e * sizes.parameters + (FP32 - e) * sizes.kept
+    base = loaded(sizes, e)
     if stage == "trajectories":  # every GPU samples on its own
         return {"frozen teacher": base * sizes.experts}, 0
     parts, tuning = {}, stage == "fine-tuning"
@@ -242,7 +246,7 @@ def moments(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> li
     outer, backward = outer_activations(sizes, *arguments), backward_working(sizes, batch, tokens, e)
     others = []  # AdamW steps in place, a checkpoint leaves tensor by tensor
     if config.validation.steps:  # one video at a time, sampled with the other expert, whole, and decoded without
-        idle = (e * sizes.parameters + (FP32 - e) * sizes.kept) * (sizes.experts - 1)
+        idle = loaded(sizes, e) * (sizes.experts - 1)
         video = forward_working(sizes, 1, sizes.tokens if idle else tokens, e)
         others.append({"gradients": 0, "the other expert": idle, COPIES: copies, WORKING: video})
         decoding = decoding_working(sizes, config.trajectories)
@@ -267,7 +271,7 @@ def _encoding(sizes: Sizes, config: TrainConfig, text: int, e: int) -> list[dict
     """While prompts, and then images, are encoded, before the transformers come."""
     working = text_working(sizes, config.prompts.encode_batch_size, text, e)
     found = [{"frozen teacher": 0, "encoders": e * sizes.text_encoder, WORKING: working}]
-    if sizes.config.in_channels > sizes.config.out_channels:
+    if sizes.condition_channels:
         encoders = FP32 * (sizes.vae + sizes.image_encoder)  # whatever the precision
         found.append({"frozen teacher": 0, "encoders": encoders, WORKING: encoding_working(sizes, config.trajectories)})
     return found
@@ -289,6 +293,5 @@ def store_bytes(config: TrainConfig, sizes: Sizes) -> int:
 
 def condition_bytes(sizes: Sizes, layout: Layout) -> int:
     """Of each prompt's image conditions, on disk and in the CPU memory of every process; 0 for text-to-video models."""
-    channels = sizes.config.in_channels - sizes.config.out_channels
-    numbers = channels * prod(sizes.latents[1:]) + sizes.image_tokens * (sizes.config.image_dim or 0)
+    numbers = sizes.condition_channels * prod(sizes.latents[1:]) + sizes.image_tokens * (sizes.config.image_dim or 0)
     return (BF16 if layout.autocast else FP32) * numbers

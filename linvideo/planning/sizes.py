@@ -64,6 +64,11 @@ class Sizes:
     def width(self) -> int:
         return self.config.num_attention_heads * self.config.attention_head_dim
 
+    @property
+    def condition_channels(self) -> int:
+        """Of an image-to-video model's input, beside the latents'; 0 for text-to-video."""
+        return self.config.in_channels - self.config.out_channels
+
     def branch(self, feature_map: str, mixed: bool = True) -> int:
         """Parameters of one layer's linear branch: the feature map's and, when mixed, r."""
         with torch.device("meta"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 
-from linvideo.models import FewStepScheduler, Training, save_pipeline, wan_transformer
+from linvideo.models import FewStepScheduler, Training, save_pipeline, video_transformers, wan_transformer
 from linvideo.training import run_folder
 from linvideo.training.checkpoint import remove_newer
 from linvideo.training.experts import Expert
@@ -33,7 +33,7 @@ from linvideo.training.trajectories import (
 )
 from linvideo.training.validator import Validator
 
-ENCODERS, TRANSFORMERS = ("text_encoder", "image_encoder", "vae"), ("transformer", "transformer_2")
+ENCODERS = ("text_encoder", "image_encoder", "vae")
 
 
 class PipelineRun(ResumableRun):
@@ -121,13 +121,13 @@ class PipelineRun(ResumableRun):
         with self._timed("trajectories"):
             self._open_data()
             self.validator = Validator(config, self.pipeline, self.prompts, self.request, ranks, self.student_scheduler)
-            encoders = self._parts(ENCODERS)
+            encoders = [part for name in ENCODERS if (part := getattr(self.pipeline, name, None)) is not None]
             for part in encoders:
                 # the first rank's text encoder is exported
                 part.to("meta" if part is self.pipeline.text_encoder and not ranks.first else "cpu")
             if self.store is not None:
                 self._collect_together()
-        others = [part for part in self._parts(TRANSFORMERS) if part is not self.teacher]
+        others = [part for part in video_transformers(self.pipeline).values() if part is not self.teacher]
         for part in others:
             part.to("cpu")
         self.teacher.to(self.device)
@@ -179,13 +179,9 @@ class PipelineRun(ResumableRun):
         add_images(prompts, self.pipeline, self.images, config.trajectories, caches[1], device)
         return prompts
 
-    def _parts(self, names: Sequence[str]) -> list[torch.nn.Module]:
-        parts = [getattr(self.pipeline, name, None) for name in names]
-        return [part for part in parts if part is not None]
-
     def _bring_transformers(self) -> None:
         """After the encoders' work: Wan's text encoder is 11 GB, its two experts are 57, and a VAE needs room."""
-        for part in self._parts(TRANSFORMERS):
+        for part in video_transformers(self.pipeline).values():
             part.to(self.device)
 
     def _damage_in_store(self) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from linvideo.models import load_pipeline
-from linvideo.models.pipelines import remove_unfinished
+from linvideo.models.pipelines import remove_unfinished, wan_dtypes
 from linvideo.training.checkpoint import list_checkpoints, remove_leftovers
 from linvideo.training.files import TEMPORARY, remove_dead
 from linvideo.training.run_config import RunConfig
@@ -79,5 +79,4 @@ def load_teacher(config: RunConfig) -> Any:
     if config.pretrained_model_name_or_path is None:
         raise ValueError("pretrained_model_name_or_path must name the teacher, got None")
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    dtypes = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}  # as Wan's are published
-    return load_pipeline(config.pretrained_model_name_or_path, torch_dtype=dtypes)
+    return load_pipeline(config.pretrained_model_name_or_path, torch_dtype=wan_dtypes(dtype))
