@@ -1,6 +1,6 @@
 """The op suite: one attention call, forward and backward, against every peer that can run here."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch._dynamo
@@ -17,17 +17,19 @@ def default_shapes(device: str) -> list[str]:
     return list(MODELS | TOKENS | DIMS if device == "cuda" else CPU)
 
 
-def rows_of(shape_name: str, dtype: torch.dtype, device: str, words: list[str] | None = None) -> Iterator[dict]:
-    """A row for each peer, of those whose names hold one of `words`, and pass."""
+def rows_of(
+    shape_name: str, dtype: torch.dtype, device: str, words: list[str] | None = None, attempt: Callable = attempt
+) -> Iterator[dict]:
+    """A row for each pass of each peer whose name holds one of `words`; `attempt` measures it (measure.attempt)."""
     torch._dynamo.reset()  # compiled peers are compiled for this shape
     inputs = Inputs.random(SHAPES[shape_name], dtype, device)
     wanted = named(words)
     for name in SWEEP if shape_name in TOKENS else PEERS:
         if name in wanted and (device == "cuda" or not PEERS[name].cuda_only):
-            yield from _peer_rows(shape_name, name, PEERS[name], inputs)
+            yield from _peer_rows(shape_name, name, PEERS[name], inputs, attempt)
 
 
-def _peer_rows(shape_name: str, name: str, peer: Peer, inputs: Inputs) -> Iterator[dict]:
+def _peer_rows(shape_name: str, name: str, peer: Peer, inputs: Inputs, attempt: Callable = attempt) -> Iterator[dict]:
     shape, dtype, device = SHAPES[shape_name], inputs.q.dtype, inputs.q.device.type
     leaves, calls = peer.leaves(inputs), []
     for which in PASSES if leaves else PASSES[:1]:

@@ -172,6 +172,13 @@ def _flash_attn_3(x: Inputs):
     return lambda: _first(flash_attn_func(x.q, x.k, x.v))
 
 
+def _flash_attn_3_forward(x: Inputs):
+    """FlashAttention-3 as the wheel fa3-fwd has it: bf16, without a backward."""
+    from fa3_fwd_interface import flash_attn_func
+
+    return lambda: _first(flash_attn_func(x.q, x.k, x.v))
+
+
 def _flash_attn_4(x: Inputs):
     from flash_attn.cute import flash_attn_func
 
@@ -208,6 +215,7 @@ PEERS = {
     ),
     "softmax flash-attn 2": Peer(_flash_attn_2, "softmax", cuda_only=True),
     "softmax flash-attn 3": Peer(_flash_attn_3, "softmax", cuda_only=True),
+    "softmax flash-attn 3 (fa3-fwd, forward)": Peer(_flash_attn_3_forward, "softmax", (), cuda_only=True),
     "softmax flash-attn 4": Peer(_flash_attn_4, "softmax", cuda_only=True),
     "softmax SageAttention (8 bit, forward)": Peer(_sage, "softmax", (), cuda_only=True),
     f"FlexAttention, {SPARSITY:.0%} of blocks left out": Peer(_flex_sparse, "sparse", cuda_only=True, heads_first=True),

@@ -30,7 +30,7 @@ def write(folder: Path = results.FOLDER, docs: Path = DOCS) -> list[Path]:
     devices: dict[str, dict] = defaultdict(dict)
     for document in results.load(folder):
         for row in document["rows"]:
-            key = row["suite"], *(row[key] for key in results.COLUMNS[row["suite"]][0])
+            key = results.key(row)
             found = devices[document["environment"]["device"]]
             if "ms" in row or "ms" not in found.get(key, ({},))[0]:
                 found[key] = (row, document["environment"])

@@ -1,4 +1,4 @@
-"""Result files: benchmarks/results/<device>-<date>-<suite>.json, written row by row and never over another.
+"""Result files: benchmarks/results/<device>-<date>-<name>.json, written row by row and never over another.
 
 A file is {"format", "environment", "rows"}. Every row has a "suite" and either "ms", [median, 20th, 80th percentile],
 or "absent", the reason why there is no figure; COLUMNS says which other keys a suite's rows have.
@@ -20,7 +20,9 @@ from linvideo.evaluation.latency import device_name
 
 FORMAT = 1
 FOLDER = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "diffusers", "flash-linear-attention", "flash-attn", "sageattention", "flash_bla")
+PACKAGES = (
+    "torch", "triton", "diffusers", "flash-linear-attention", "flash-attn", "fa3-fwd", "sageattention", "flash_bla"
+)  # fmt: skip
 ENVIRONMENT = ("device", "driver", "cuda", "python", "packages", "commit", "time", "rates")
 _CUDA = ("host_ms", "held_mib", "peak_mib")
 # suite -> the keys that tell its rows apart, and further keys
@@ -29,7 +31,14 @@ COLUMNS = {
     "block": (("model", "dtype", "attention", "compiled"), ("tokens", "layers", *_CUDA)),
     "model": (("model", "dtype", "backend", "linear_layers", "compiled", "how"), ("tokens", "layers", *_CUDA)),
     "train": (("model", "dtype", "step", "attention"), ("tokens", "layers", "planned_mib", *_CUDA)),
+    "kernel": (("shape", "dtype", "name", "position"), ("kernel",)),
+    "tile": (("shape", "dtype", "kernel", "tile"), ("shipped", "passes", "difference")),
 }
+
+
+def key(row: dict) -> tuple:
+    """What tells the row apart from all others."""
+    return row["suite"], *(row[name] for name in COLUMNS[row["suite"]][0])
 
 
 def environment(rates: dict) -> dict:
@@ -48,19 +57,23 @@ def environment(rates: dict) -> dict:
 
 
 class ResultFile:
-    """One suite's rows; each is on disk once it is added, so that a run that is killed loses nothing it measured."""
+    """Rows of one run; each is on disk once it is added, so that a run that is killed loses nothing it measured.
 
-    def __init__(self, environment: dict, folder: Path = FOLDER):
-        self.environment, self.folder, self.rows, self.path = environment, folder, [], None
+    name: the end of the file's name; by default the suite of the first row.
+    """
+
+    def __init__(self, environment: dict, folder: Path = FOLDER, name: str | None = None):
+        self.environment, self.folder, self.name, self.rows, self.path = environment, folder, name, [], None
 
     def add(self, row: dict) -> None:
         document = {"format": FORMAT, "environment": self.environment, "rows": [*self.rows, row]}
         check(document)
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.folder / f".{row['suite']}.{os.getpid()}"
+        name = self.name or row["suite"]
+        aside = self.folder / f".{name}.{os.getpid()}"
         aside.write_text(json.dumps(document, indent=1) + "\n")
         if self.path is None:
-            self.path = claim(aside, self.folder, self.environment, row["suite"])
+            self.path = claim(aside, self.folder, self.environment, name)
         else:
             os.replace(aside, self.path)
         self.rows.append(row)
@@ -78,11 +91,11 @@ def keep(document: dict, folder: Path, name: str) -> Path:
     return claim(aside, folder, document["environment"], name)
 
 
-def claim(aside: Path, folder: Path, environment: dict, suite: str) -> Path:
+def claim(aside: Path, folder: Path, environment: dict, name: str) -> Path:
     """Give `aside` a name in `folder` that no file has: a number is added where there is one already."""
-    name = slug(environment["device"]).removeprefix("nvidia-")
-    device = "cpu" if environment["cuda"] is None else name
-    stem = f"{device}-{environment['time'][:10]}-{suite}"
+    gpu = slug(environment["device"]).removeprefix("nvidia-")
+    device = "cpu" if environment["cuda"] is None else gpu
+    stem = f"{device}-{environment['time'][:10]}-{name}"
     for number in range(1, 1000):
         path = folder / f"{stem}{'' if number == 1 else f'-{number}'}.json"
         try:

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 import triton
 from linvideo_kernels.linear_attn.aot import OPTIONS, CompileJob, compile_jobs
+from linvideo_kernels.linear_attn.configs import Tile
 
 
 class Architecture(NamedTuple):
@@ -258,10 +259,15 @@ def line(job: CompileJob, code: Code | None, found: dict[str, str]) -> str:
         f"{code.registers:4}{code.stack:6}{code.local:6}{code.shared / 1024:7.1f}{code.resident:4}{code.matrix:5}"
         f"{code.loop:6}{code.exponentials:6.2f}{code.shuffles:5}{code.wide:5}{code.narrow:4}"
     )  # fmt: skip
-    tile, why = job.launch.tile, {gate: excused(gate, job.name) for gate in found}
+    why = {gate: excused(gate, job.name) for gate in found}
     notes = [f"({gate}: {what}; {why[gate]})" if why[gate] else f"{gate}: {what}" for gate, what in found.items()]
-    shape = f"{tile.block}/{tile.warps}/{tile.stages}{'T' if tile.tma else ''}{'' if tile.keeps else 'R'}"
-    return f"{figures:58}  {shape:9} {job.name} {' '.join(notes)}".rstrip()
+    return f"{figures:58}  {tile_name(job.launch.tile):9} {job.name} {' '.join(notes)}".rstrip()
+
+
+def tile_name(tile: Tile) -> str:
+    """Rows/warps/stages, T: read through TMA, R: the state is read again for each tile, P: phi comes first."""
+    flags = (tile.tma, "T"), (not tile.keeps, "R"), (not tile.value_first, "P")
+    return f"{tile.block}/{tile.warps}/{tile.stages}{''.join(letter for is_set, letter in flags if is_set)}"
 
 
 HEADER = (

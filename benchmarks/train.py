@@ -1,6 +1,7 @@
 """The train suite: one step of selective transfer and one of ADM as the trainer makes them, with the fused kernels and
 with linear attention in PyTorch operations. Weights, states and prompts are random, the code is the trainer's own."""
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,7 +34,7 @@ ATTENTION = ("fused", "eager")
 NUM_INFERENCE_STEPS = 50
 
 
-def rows_of(name: str, device: str, dtype: torch.dtype, wan: WanModel) -> Iterator[dict]:
+def rows_of(name: str, device: str, dtype: torch.dtype, wan: WanModel, attempt: Callable = attempt) -> Iterator[dict]:
     """Rows for each step with fused and with eager linear attention, in autocast to `dtype`."""
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
@@ -43,12 +44,11 @@ def rows_of(name: str, device: str, dtype: torch.dtype, wan: WanModel) -> Iterat
             gradient_checkpointing=True,
             mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
         )
-        for step in STEPS:
-            planned = planned_mib(step, wan, config) if device == "cuda" else {}
-            for attention in ATTENTION:
-                row = {"suite": "train", "model": name, "dtype": dtype_name(dtype), "step": step}
-                row |= {"attention": attention, "tokens": wan.tokens, "layers": wan.layers, **planned}
-                yield attempt(row, lambda s=step, a=attention: _time_step(s, a, wan, config, device, dtype))
+        for attention, step in itertools.product(ATTENTION, STEPS):
+            row = {"suite": "train", "model": name, "dtype": dtype_name(dtype), "step": step}
+            row |= {"attention": attention, "tokens": wan.tokens, "layers": wan.layers}
+            row |= planned_mib(step, wan, config) if device == "cuda" else {}
+            yield attempt(row, lambda s=step, a=attention: _time_step(s, a, wan, config, device, dtype))
 
 
 def _time_step(step: str, attention: str, wan: WanModel, config: TrainConfig, device: str, dtype: torch.dtype) -> dict:

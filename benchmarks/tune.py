@@ -7,15 +7,16 @@ Shipped code never tunes: a row becomes a line of linvideo_kernels/linear_attn/c
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from linvideo_kernels.linear_attn import configs, passes
 from linvideo_kernels.linear_attn.aot import OPTIONS, compile_jobs
+from linvideo_kernels.linear_attn.launch import target_of
 
-from benchmarks import static_gates
-from benchmarks.measure import reason
+from benchmarks import measure, static_gates
+from benchmarks.measure import attempt, dtype_name, reason
 from benchmarks.shapes import SHAPES
 from linvideo.evaluation.latency import time_call
 
@@ -24,6 +25,21 @@ PASS = {
     "apply_state": ("apply", "state_backward"),
     "map_grad": ("state_backward", "apply_backward"),
     "project_grad": ("state_backward", "apply_backward"),
+}
+# Next to the table's tiles for hedgehog on sm_90, D = 128, 16 bits: what might be faster, each for a reason of its own.
+RIVALS = {
+    "accumulate_state": (
+        configs.Tile(128, 8, 2, tma=True, value_first=False),
+        configs.Tile(128, 8, 1, tma=True),
+        configs.Tile(64, 4, 3),
+    ),
+    "apply_state": (
+        configs.Tile(128, 8, 3, tma=True),
+        configs.Tile(128, 8, 1, tma=True),
+        configs.Tile(64, 4, 1, resident=2),
+    ),
+    "map_grad": (configs.Tile(64, 8, 3), configs.Tile(64, 8, 1)),
+    "project_grad": (configs.Tile(64, 4, 1, resident=2), configs.Tile(128, 8, 2), configs.Tile(64, 8, 3)),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -75,14 +91,14 @@ def compiled(kernel: str, tiles, compile_options: dict) -> list[tuple[configs.Ti
     return sorted(good, key=lambda row: row[1])
 
 
-def calls(shape, dtype: torch.dtype, feature_map: str, precision: str) -> dict:
+def calls(shape, dtype: torch.dtype, feature_map: str, precision: str, device: str = "cuda") -> dict:
     """The four passes at a shape, on random rows; rope and mix are left to the static part."""
     batch, length, heads, dim = shape
     torch.manual_seed(0)
-    q, k, v, do = (torch.randn(batch, length, heads, dim, device="cuda", dtype=dtype) for _ in range(4))
+    q, k, v, do = (torch.randn(batch, length, heads, dim, device=device, dtype=dtype) for _ in range(4))
     weight = None
     if configs.signs(feature_map) == 2:
-        weight = (torch.eye(dim, device="cuda") + 0.02 * torch.randn(heads, dim, dim, device="cuda")).to(dtype)
+        weight = (torch.eye(dim, device=device) + 0.02 * torch.randn(heads, dim, dim, device=device)).to(dtype)
     keys, settings = (weight, None, None, None), (feature_map, 1.0, True, 1e-6, precision)
     state, z, _ = passes.state(k, v, *keys, feature_map, precision, False)
     dstate, dz = torch.randn_like(state), torch.randn_like(z)
@@ -99,6 +115,35 @@ def difference(a, b) -> torch.Tensor:
     """Largest relative difference of two tuples of results; NaN if one of them is."""
     pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if x is not None]
     return torch.stack([(x - y).norm() / y.norm().clamp(min=1e-300) for x, y in pairs]).max()
+
+
+def rows_of(shape_name: str, dtype: torch.dtype, device: str, attempt: Callable = attempt) -> Iterator[dict]:
+    """Rows of the suite "tile": each main kernel of hedgehog with the table's tile and with its RIVALS."""
+    made = calls(SHAPES[shape_name], dtype, "hedgehog", "ieee", device)
+    capability = target_of(torch.empty(0, device=device)).capability
+    for kernel, rivals in RIVALS.items():
+        shipped = configs.tile(kernel, SHAPES[shape_name].head_dim, dtype, capability, "hedgehog")
+        expected = {name: made[name]() for name in PASS[kernel]}
+        for tile in dict.fromkeys((shipped, *rivals)):
+            row = {"suite": "tile", "shape": shape_name, "dtype": dtype_name(dtype), "kernel": kernel}
+            row |= {"tile": static_gates.tile_name(tile), "shipped": tile == shipped}
+            yield attempt(
+                row, lambda k=kernel, t=tile, e=expected: time_tile(k, t, made, e, device, measure.SECONDS / 2)
+            )
+
+
+def time_tile(
+    kernel: str, tile: configs.Tile, made: dict, expected: dict, device: str = "cuda", seconds: float = 0.3
+) -> dict:
+    """{"ms": of the passes that hold the kernel, together; "passes": their medians; "difference" from `expected`}."""
+    with using(kernel, tile):
+        times = [time_call(made[name], device, seconds) for name in PASS[kernel]]
+        off = torch.stack([difference(made[name](), expected[name]) for name in PASS[kernel]]).max().item()
+    return {
+        "ms": [sum(percentile) for percentile in zip(*times, strict=True)],
+        "passes": [timing.median for timing in times],
+        "difference": off,
+    }
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -151,13 +196,12 @@ def search(kernel: str, args: argparse.Namespace, dtype: torch.dtype, capability
     print(f"milliseconds of {' and '.join(PASS[kernel])} at {args.shape} (median), difference from shipped")
     for tile in [shipped, *(tile for tile, _ in good[: args.top])]:
         try:
-            with using(kernel, tile):
-                times = [time_call(made[name], "cuda").median for name in PASS[kernel]]
-                off = torch.stack([difference(made[name](), expected[name]) for name in PASS[kernel]]).max().item()
+            timed_tile = time_tile(kernel, tile, made, expected)
         except Exception as error:  # one tile that does not launch ends no search
             print(f"  {reason(error)}  {tile}", flush=True)
             continue
-        print(f"  {sum(times):8.3f} = {' + '.join(f'{t:.3f}' for t in times)}  {off:.1e}  {tile}", flush=True)
+        sum_of_passes = " + ".join(f"{t:.3f}" for t in timed_tile["passes"])
+        print(f"  {timed_tile['ms'][0]:8.3f} = {sum_of_passes}  {timed_tile['difference']:.1e}  {tile}", flush=True)
 
 
 if __name__ == "__main__":

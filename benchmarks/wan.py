@@ -53,8 +53,8 @@ def latents(wan: WanModel, device: str, dtype: torch.dtype) -> dict:
 class Parts:
     """One Wan model and what its forward is made of."""
 
-    def __init__(self, name: str, device: str, dtype: torch.dtype, wan: WanModel):
-        self.wan, self.device = wan, device
+    def __init__(self, name: str, device: str, dtype: torch.dtype, wan: WanModel, attempt: Callable = attempt):
+        self.wan, self.device, self.attempt = wan, device, attempt
         self.model = build(self.wan, device, dtype)
         self.arguments = latents(self.wan, device, dtype)
         self.backends = [b for b in BACKENDS if device == "cuda" or b == "_native_flash"]
@@ -65,11 +65,11 @@ class Parts:
         """Softmax with each backend, linear (its cross-attention with the first backend), the model without blocks."""
         for attention in (*self.backends, "linear", "rest"):
             row = {"suite": "block", **self.base, "attention": attention, "compiled": compiled}
-            yield attempt(row, lambda a=attention: self._time_part(a, compiled))
+            yield self.attempt(row, lambda a=attention: self._time_part(a, compiled))
 
     def whole_row(self, backend: str, linear_layers: int, compiled: bool) -> dict:
         row = self._model_row(backend, linear_layers, compiled, "whole")
-        return attempt(row, lambda: self._time_whole(backend, linear_layers, compiled))
+        return self.attempt(row, lambda: self._time_whole(backend, linear_layers, compiled))
 
     def composed_rows(self, block_rows: list[dict]) -> list[dict]:
         """Of each backend and count, from block_rows; a percentile is the sum of the parts' percentiles."""
@@ -137,11 +137,17 @@ def _no_grad(call: Callable, *args, **kwargs):
 
 
 def rows_of(
-    name: str, suites: set[str], compiled: bool, device: str, dtype: torch.dtype, wan: WanModel
+    name: str,
+    suites: set[str],
+    compiled: bool,
+    device: str,
+    dtype: torch.dtype,
+    wan: WanModel,
+    attempt: Callable = attempt,
 ) -> Iterator[dict]:
     """Rows of the suites "block" and "model" for one Wan model, eager or compiled."""
     torch._dynamo.reset()
-    parts = Parts(name, device, dtype, wan)
+    parts = Parts(name, device, dtype, wan, attempt)
     blocks = []
     for row in parts.block_rows(compiled):
         blocks.append(row)

@@ -1,0 +1,160 @@
+"""The measurements of the drill, in a process of their own: after a crash of the GPU's context another one goes on.
+
+`python -m benchmarks.evidence.rows --seconds S --output_dir DIR` begins no row after S seconds. Rows that DIR holds
+from a run on the same card are not measured again.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import launches, measure, op, results
+from benchmarks.peers import OURS
+from benchmarks.shapes import INTERPRETED_SHAPE, TINY, TINY_SHAPE, TOKENS, WAN
+
+TILES = "tiles"
+LOST = 3  # exit status: the process can use the GPU no more
+SMALL, LARGE = "wan2.1-1.3b-480p", "wan2.1-14b-720p"
+ROPE = f"{OURS}, RoPE"
+HEADLINE = ["linvideo hedgehog", "linvideo elu", "SDPA flash", "SDPA cuDNN", "flash-attn"]
+REST = ["relu", "softmax map", "identity", "Flex", "SLA", "Sage", "flash_bla"]
+
+
+class Part(NamedTuple):
+    name: str
+    seconds: float  # after which none of its rows is begun
+    rows: Callable[[], Iterator[dict]]
+
+
+def parts(device: str, dtype: torch.dtype, dry_run: bool, attempt: Callable = measure.attempt) -> list[Part]:
+    """What is measured, the most valuable first. dry_run: everything at tiny sizes."""
+    small, large = (TINY_SHAPE, TINY_SHAPE) if dry_run else (SMALL, LARGE)
+    sweep = [TINY_SHAPE] if dry_run else list(TOKENS)
+
+    def ops(shapes: list[str], words: list[str]) -> Iterator[dict]:
+        return itertools.chain.from_iterable(op.rows_of(name, dtype, device, words, attempt) for name in shapes)
+
+    def tiles() -> Iterator[dict]:
+        from benchmarks import tune
+
+        return tune.rows_of(INTERPRETED_SHAPE if dry_run else small, dtype, device, attempt)
+
+    def models() -> Iterator[dict]:
+        from benchmarks import wan
+
+        # Whole forwards of the large model would take a minute each; its blocks tell what they take.
+        chosen = {"1.3b-480p": WAN["1.3b-480p"], "14b-720p": WAN["14b-720p"]._replace(linear_layers=())}
+        for name, model in ({"tiny": TINY} if dry_run else chosen).items():
+            for compiled in (False, True):
+                yield from wan.rows_of(name, {"block", "model"}, compiled, device, dtype, model, attempt)
+
+    def training() -> Iterator[dict]:
+        from benchmarks import train
+
+        name, model = ("tiny", TINY) if dry_run else ("1.3b-480p", WAN["1.3b-480p"])
+        return train.rows_of(name, device, dtype, model, attempt)
+
+    return [
+        Part("headline", 100, lambda: ops([small, large], HEADLINE)),
+        Part("kernel by kernel", 20, lambda: launches.rows_of(small, dtype, device, (OURS, ROPE))),
+        Part("eager and compiled", 60, lambda: ops([small, large], ["eager", "compiled"])),
+        Part(TILES, 90, tiles),
+        Part("blocks and models", 150, models),
+        Part("training", 90, training),
+        Part("over the number of tokens", 60, lambda: ops(sweep, [OURS, "SDPA"])),
+        Part("other maps and peers", 60, lambda: ops([small], REST)),
+        Part("fla", 120, lambda: ops([small], ["fla "])),
+    ]
+
+
+def run(seconds: float, folder: Path, dry_run: bool, skip_absent: bool, only: str | None = None) -> int:
+    """Measure what `folder` lacks; returns the exit status.
+
+    skip_absent: leave alone what failed before, too. only: the name of the one part to measure.
+    """
+    begun = time.monotonic()
+    device = "cpu" if dry_run else "cuda"
+    dtype = torch.float32 if dry_run else torch.bfloat16
+    environment = results.environment({measure.dtype_name(dtype): measure.rates(device, dtype)})
+    print(f"{environment['device']}: {environment['rates']}", flush=True)
+    known = known_rows(folder, environment["device"], skip_absent)
+    file = results.ResultFile(environment, folder, "evidence")
+
+    def attempt(row: dict, action: Callable[[], dict]) -> dict:
+        return known.get(results.key(row)) or measure.attempt(row, action)
+
+    for part in parts(device, dtype, dry_run, attempt):
+        if only not in (None, part.name):
+            continue
+        end = min(time.monotonic() + part.seconds, begun + seconds)
+        print(f"{part.name}: {max(0.0, end - time.monotonic()):.0f} s at most", flush=True)
+        try:
+            rows = part.rows()
+            while time.monotonic() < end and (row := next(rows, None)) is not None:
+                if known.get(results.key(row)) != row:
+                    file.add(row)
+                    known[results.key(row)] = row
+                    print(f"  {describe(row)}", flush=True)
+                if lost(device):
+                    return LOST
+        except Exception as error:  # a package that is not installed, a model that does not fit
+            print(f"  ended by {measure.reason(error)}", flush=True)
+            if lost(device):
+                return LOST
+        finally:
+            torch._dynamo.reset()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    return 0
+
+
+def known_rows(folder: Path, device: str, with_absent: bool) -> dict[tuple, dict]:
+    """The rows of earlier runs on such a device that have a figure, by results.key."""
+    documents = [d for d in results.load(folder) if d["environment"]["device"] == device]
+    rows = [row for document in documents for row in document["rows"]]
+    return {results.key(row): row for row in rows if "ms" in row or with_absent}
+
+
+def lost(device: str) -> bool:
+    """Whether an error has ended this process's use of the GPU, as an illegal memory access does."""
+    if device == "cpu":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"  the GPU's context is lost: {measure.reason(error)}", flush=True)
+        return True
+    return False
+
+
+def describe(row: dict) -> str:
+    """The row in one line."""
+    name = " ".join(str(part) for part in results.key(row)[1:])
+    if "absent" in row:
+        return f"{name}: absent, {row['absent']}"
+    host = f", host {row['host_ms']:.3f}" if "host_ms" in row else ""
+    kernel = f" {row['kernel'][:60]}" if row["suite"] == "kernel" else ""
+    return f"{row['suite']} {name}{kernel}: {' '.join(f'{ms:.4f}' for ms in row['ms'])} ms{host}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, required=True, help="after which no row is begun")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--dry_run", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--only", metavar="PART", help="one part, by its name")
+    parser.add_argument("--skip_absent", action="store_true", help="do not try again what has failed")
+    args = parser.parse_args()
+    if args.dry_run:
+        measure.SECONDS = 0.01
+    sys.exit(run(args.seconds, args.output_dir, args.dry_run, args.skip_absent, args.only))
+
+
+if __name__ == "__main__":
+    main()
