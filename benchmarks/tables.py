@@ -21,12 +21,18 @@ MODEL_NOTE = """Random weights: the time does not depend on them. A forward is c
 (Blocks); the column "whole" shows forwards that were timed as they are. Seconds are the denoising of one video at 50 or
 4 steps with two forwards a step (guidance) or one, without text encoder and VAE, by arithmetic from one forward."""
 TRAIN_NOTE = "One optimizer step: batch 1, gradient checkpointing, AdamW over all weights."
+KERNEL_NOTE = (
+    "What one forward and backward launches, in order: the time of each kernel on the device, by PyTorch's profiler."
+)
+TILE_NOTE = """Rows / warps / stages (T: rows read through TMA, R: state read again for each tile, P: phi comes first).
+The time is that of the two passes that launch the kernel; the difference is from what the shipped tile computes."""
 FORWARD_AND_BOTH = ("forward", "forward+backward")
 
 
 def sections(pairs: list[tuple[dict, dict]]) -> list[str]:
     lines = []
-    for suite, table in (("op", _op), ("model", _model), ("block", _block), ("train", _train)):
+    tables = {"op": _op, "kernel": _kernel, "tile": _tile, "model": _model, "block": _block, "train": _train}
+    for suite, table in tables.items():
         chosen = [(row, environment) for row, environment in pairs if row["suite"] == suite]
         lines += table(chosen) if chosen else []
     return lines
@@ -148,6 +154,30 @@ def _train(pairs: list) -> list[str]:
     for row, _ in pairs:
         planned = f"{row['planned_mib']:,.0f}" if "planned_mib" in row else ""
         lines.append(_line([row["model"], row["step"], row["attention"], _ms(row), _memory(row), planned]))
+    return [*lines, ""]
+
+
+def _kernel(pairs: list) -> list[str]:
+    lines = ["### Kernels", "", KERNEL_NOTE, ""]
+    calls = defaultdict(list)
+    for row, _ in pairs:
+        if "ms" in row:
+            calls[row["name"], row["shape"], row["dtype"]].append(row)
+    for (name, shape, dtype), rows in calls.items():
+        lines += [f"**{name}**, {shape}, {dtype}", "", *_header(["", "kernel", "ms"], texts=2)]
+        for row in sorted(rows, key=lambda row: row["position"]):
+            lines.append(_line([str(row["position"] + 1), row["kernel"].split("(")[0][:80], _ms(row)]))
+        lines.append(_line(["", "together", f"{sum(row['ms'][0] for row in rows):.3f}"]) + "\n")
+    return lines
+
+
+def _tile(pairs: list) -> list[str]:
+    columns = ["shape", "kernel", "tile", "", "the passes that hold it, ms", "difference of the results"]
+    lines = ["### Tiles", "", TILE_NOTE, "", *_header(columns, texts=4)]
+    for row, _ in pairs:
+        shipped = "shipped" if row["shipped"] else ""
+        difference = f"{row['difference']:.0e}" if "difference" in row else ""
+        lines.append(_line([row["shape"], row["kernel"], row["tile"], shipped, _ms(row), difference]))
     return [*lines, ""]
 
 

@@ -17,6 +17,7 @@ import torch
 from benchmarks import launches, measure, op, results
 from benchmarks.peers import OURS
 from benchmarks.shapes import INTERPRETED_SHAPE, TINY, TINY_SHAPE, TOKENS, WAN
+from linvideo.ops.library import uses_kernels
 
 TILES = "tiles"
 LOST = 3  # exit status: the process can use the GPU no more
@@ -60,11 +61,12 @@ def parts(device: str, dtype: torch.dtype, dry_run: bool, attempt: Callable = me
         name, model = ("tiny", TINY) if dry_run else ("1.3b-480p", WAN["1.3b-480p"])
         return train.rows_of(name, device, dtype, model, attempt)
 
+    runs_kernels = uses_kernels(torch.empty(0, device=device))  # on a CPU only in Triton's interpreter
     return [
         Part("headline", 100, lambda: ops([small, large], HEADLINE)),
         Part("kernel by kernel", 20, lambda: launches.rows_of(small, dtype, device, (OURS, ROPE))),
         Part("eager and compiled", 60, lambda: ops([small, large], ["eager", "compiled"])),
-        Part(TILES, 90, tiles),
+        *([Part(TILES, 90, tiles)] if runs_kernels else []),
         Part("blocks and models", 150, models),
         Part("training", 90, training),
         Part("over the number of tokens", 60, lambda: ops(sweep, [OURS, "SDPA"])),

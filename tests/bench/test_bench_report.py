@@ -85,7 +85,7 @@ def test_saved_and_read_again(links, tmp_path, monkeypatch):
         (lambda d: d.update(format=0), "expected format 1, got 0"),
         (lambda d: d["environment"].pop("commit"), "expected the environment to have commit"),
         (lambda d: d["rows"].clear(), "expected at least one row, got none"),
-        (lambda d: d["rows"][0].update(suite="x"), "suite to be one of op, block, model, train, got 'x'"),
+        (lambda d: d["rows"][0].update(suite="x"), "suite to be one of op, block, model, train, kernel, tile, got 'x'"),
         (lambda d: d["rows"][0].pop("ms"), "either ms or absent"),
         (lambda d: d["rows"][0].update(absent="why"), "either ms or absent"),
         (lambda d: d["rows"][0].pop("pass"), "expected the keys shape, dtype, name, pass"),
