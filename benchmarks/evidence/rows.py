@@ -99,7 +99,8 @@ def run(seconds: float, folder: Path, dry_run: bool, skip_absent: bool, only: st
         try:
             rows = part.rows()
             while time.monotonic() < end and (row := next(rows, None)) is not None:
-                if known.get(results.key(row)) != row:
+                found = known.get(results.key(row), {})
+                if found != row and "ms" not in found:
                     file.add(row)
                     known[results.key(row)] = row
                     print(f"  {describe(row)}", flush=True)

@@ -101,7 +101,7 @@ def test_a_second_call_measures_nothing_again(dry_run, tmp_path, monkeypatch, ca
     before = {path: path.read_text() for path in tmp_path.glob("*.json")}
     monkeypatch.setattr(results, "environment", lambda rates: ENVIRONMENT | {"device": "this one"})
     monkeypatch.setattr(rows.measure, "attempt", lambda row, _: pytest.fail(f"measured {row} again"))
-    only = ("headline", "eager and compiled", "blocks and models")
+    only = ("headline", "kernel by kernel", "eager and compiled", "blocks and models")
     assert [rows.run(60, tmp_path, True, False, name) for name in only] == [0] * len(only)
     assert {path: path.read_text() for path in tmp_path.glob("*.json")} == before
 
