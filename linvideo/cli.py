@@ -394,7 +394,7 @@ def make_parser() -> argparse.ArgumentParser:
                 f"--{name}", type=type(value), help=f"default: the pipeline's own, {value} with Wan{fixed}"
             )
         sub.add_argument("--seed", type=int, default=0)
-        sub.add_argument("--fps", type=int, default=16)
+        sub.add_argument("--fps", type=int, help="of the mp4 files; default: the model's own, 16 with Wan 2.1")
         sub.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
 
     def add_output_dir(sub: argparse.ArgumentParser) -> None:

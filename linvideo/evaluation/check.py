@@ -11,7 +11,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from PIL import Image
 
-from linvideo.models import convert, wan_transformer
+from linvideo.models import convert, default_fps, wan_transformer
 from linvideo.models.generate import generate_video, save_video
 from linvideo.training.branches import feature_weights, gates
 from linvideo.training.config import TrainConfig
@@ -163,6 +163,6 @@ def _video(run: _Run) -> tuple[bool, str]:
         video = generate_video(pipeline, PROMPT, **settings)
     finally:
         pipeline.transformer = run.base
-    save_video(video, run.output)
+    save_video(video, run.output, default_fps(pipeline))
     video = torch.as_tensor(video)
     return bool(video.isfinite().all()) and video.std().item() > 0, f"{len(video)} frames in {run.output}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from linvideo.evaluation.work_folder import WorkFolder, identity
-from linvideo.models import own_settings
+from linvideo.models import default_fps, own_settings
 from linvideo.models.generate import generate_video, save_video
 from linvideo.training.video_metrics import compare
 
@@ -17,7 +17,13 @@ METRICS = ("psnr", "ssim", "lpips", "flicker", "teacher_flicker")
 
 
 def fidelity(
-    student: Any, teacher: Any, prompts: list[str], folder: str | Path, seed: int = 0, fps: int = 16, **settings
+    student: Any,
+    teacher: Any,
+    prompts: list[str],
+    folder: str | Path,
+    seed: int = 0,
+    fps: int | None = None,
+    **settings,
 ) -> Iterator[dict]:
     """Yields a row for each prompt as it is finished, those of an interrupted run first.
 
@@ -26,6 +32,7 @@ def fidelity(
         folder: gets rows.json and for each prompt NNNN-student.mp4 and NNNN-teacher.mp4. A run that was interrupted is
             continued by the same call.
         seed: prompt number i starts from noise of seed + i.
+        fps: frames per second of the files; None is the student's own, see `default_fps`.
         settings: height, width, num_frames, num_inference_steps, guidance_scale, negative_prompt of `generate_video`; a
             distilled student has steps and guidance of its own.
 
@@ -38,7 +45,7 @@ def fidelity(
     if not prompts:
         raise ValueError("expected at least one prompt, got none")
     perceptual = _lpips(student.device)
-    request = {"suite": "fidelity", "prompts": prompts, "seed": seed, "fps": fps, **settings}
+    request = {"suite": "fidelity", "prompts": prompts, "seed": seed, "fps": fps or default_fps(student), **settings}
     request |= {"student": identity(student), "teacher": identity(teacher), "lpips": perceptual is not None}
     work = WorkFolder(folder, request)
     yield from work.rows
@@ -48,7 +55,7 @@ def fidelity(
             generator = torch.Generator("cpu").manual_seed(seed + number)
             own = settings | own_settings(pipeline)
             video = generate_video(pipeline, prompts[number], generator=generator, **own)
-            save_video(video, work.path / f"{number:04d}-{who}.mp4", fps=fps)
+            save_video(video, work.path / f"{number:04d}-{who}.mp4", request["fps"])
             videos[who] = torch.as_tensor(video, device=student.device).permute(0, 3, 1, 2)
         row = {"prompt": prompts[number], "seed": seed + number} | compare(**videos, perceptual=perceptual)
         work.add(row)

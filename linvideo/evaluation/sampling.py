@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from linvideo.models import video_transformers
+from linvideo.models import default_fps, video_transformers
 from linvideo.models.generate import generate_video, save_video
 from linvideo.training.prompts import Prompt
 from linvideo.training.video_metrics import compare
@@ -59,7 +59,7 @@ def make_videos(
     settings: dict[str, Any],
     teacher: Any = None,
     teacher_settings: dict[str, Any] | None = None,
-    fps: int = 16,
+    fps: int | None = None,
 ) -> Iterator[Made]:
     """Make the videos one after another; each is written when it is whole, then yielded.
 
@@ -69,6 +69,7 @@ def make_videos(
         teacher: the pipeline that it was converted from; its video stands at the left of each file then, from the same
             noise.
         teacher_settings: its own, where they differ from `settings`.
+        fps: frames per second of the files; None is the pipeline's own, see `default_fps`.
 
     Raises:
         ValueError: before the first video: a teacher of another kind, or images where the pipeline takes none, or the
@@ -77,6 +78,7 @@ def make_videos(
     if teacher is not None and type(teacher) is not type(pipeline):
         raise ValueError(f"expected a {type(pipeline).__name__} to compare with, got a {type(teacher).__name__}")
     images = [_image(pipeline, job.prompt) for job in jobs]
+    fps = fps or default_fps(pipeline)
     for number, (job, image) in enumerate(zip(jobs, images, strict=True), 1):
         arguments = {} if image is None else {"image": image}
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from linvideo.evaluation.work_folder import WorkFolder, identity
+from linvideo.models import default_fps
 from linvideo.models.generate import generate_video, save_video
 from linvideo.training.files import read_json
 
@@ -58,26 +59,33 @@ def generate_videos(
     prompts: list[str],
     folder: str | Path,
     per_prompt: int = VIDEOS_PER_PROMPT,
-    fps: int = 16,
+    fps: int | None = None,
     **settings,
 ) -> Iterator[tuple[int, int]]:
     """Makes the videos `{prompt}-{i}.mp4` in folder/videos as VBench wants them named; those there are kept.
 
-    Video i of a prompt starts from noise of seed i. Yields (finished, all) after each. settings: of `generate_video`.
+    Video i of a prompt starts from noise of seed i. Yields (finished, all) after each. fps: of the files, None is the
+    pipeline's own. settings: of `generate_video`.
 
     Raises:
         ValueError: no prompts, sizes that do not fit, or a folder with other work.
     """
     if not prompts or any("/" in prompt for prompt in prompts):
         raise ValueError(f"expected at least one prompt, none with a slash (they name files), got {prompts[:3]}")
-    request = {"suite": "vbench", "prompts": prompts, "per_prompt": per_prompt, "fps": fps, **settings}
+    request = {
+        "suite": "vbench",
+        "prompts": prompts,
+        "per_prompt": per_prompt,
+        "fps": fps or default_fps(pipeline),
+        **settings,
+    }
     work = WorkFolder(folder, request | {"model": identity(pipeline)})
     todo = [(prompt, seed) for prompt in prompts for seed in range(per_prompt)]
     for finished, (prompt, seed) in enumerate(todo, 1):
         path = work.path / "videos" / f"{prompt}-{seed}.mp4"
         if not path.exists():
             generator = torch.Generator("cpu").manual_seed(seed)
-            save_video(generate_video(pipeline, prompt, generator=generator, **settings), path, fps=fps)
+            save_video(generate_video(pipeline, prompt, generator=generator, **settings), path, request["fps"])
         yield finished, len(todo)
 
 

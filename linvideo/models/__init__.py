@@ -2,7 +2,13 @@
 
 from diffusers import ModelMixin, SchedulerMixin
 
-from linvideo.models.attention import ATTENTION_TYPES, attention_types, set_attention_types, video_transformers
+from linvideo.models.attention import (
+    ATTENTION_TYPES,
+    attention_types,
+    default_fps,
+    set_attention_types,
+    video_transformers,
+)
 from linvideo.models.card import Training
 from linvideo.models.cogvideox import LinVideoCogVideoXTransformer3DModel
 from linvideo.models.convert import convert, finalize
@@ -37,6 +43,7 @@ __all__ = [
     "Training",
     "attention_types",
     "convert",
+    "default_fps",
     "describe",
     "finalize",
     "load_pipeline",

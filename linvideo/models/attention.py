@@ -65,6 +65,11 @@ class LinearAttentionMixin:
     def check_convertible(cls, model: ModelMixin) -> None:
         """Raise ValueError when a model of the base class is in a state that linear attention cannot take over."""
 
+    @classmethod
+    def fps(cls, pipeline: DiffusionPipeline) -> int:
+        """Frames per second of the videos that a pipeline of this family was trained on; see `default_fps`."""
+        return 16
+
     def register_attention_config(self, feature_map: str) -> None:
         """Write the layers as they are into the config; call it after any change of structure."""
         own = {
@@ -179,6 +184,19 @@ def video_transformers(pipeline: DiffusionPipeline) -> dict[str, ModelMixin]:
     for transformer in found.values():
         family(transformer)
     return found
+
+
+def default_fps(pipeline: DiffusionPipeline) -> int:
+    """Frames per second that the pipeline's videos are meant to be played at: the default of its call, where the call
+    takes a frame rate, else that of its family.
+
+    Raises:
+        ValueError: the pipeline has no transformer of a family of ours.
+    """
+    transformer = next(iter(video_transformers(pipeline).values()))
+    arguments = inspect.signature(pipeline.__call__).parameters
+    stated = (arguments[name].default for name in ("frame_rate", "fps") if name in arguments)
+    return next(stated, None) or family(transformer).fps(pipeline)
 
 
 def attend(

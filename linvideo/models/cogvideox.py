@@ -2,7 +2,7 @@
 and linvideo's training objectives are those of rectified flow."""
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
 
@@ -65,6 +65,10 @@ class LinVideoCogVideoXTransformer3DModel(LinearAttentionMixin, CogVideoXTransfo
     processor_class = LinVideoCogVideoXAttnProcessor
     stock_processors = (CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0)
     _repeated_blocks = ["CogVideoXBlock"]  # for compile_repeated_blocks; diffusers names none
+
+    @classmethod
+    def fps(cls, pipeline: DiffusionPipeline) -> int:
+        return 8 if pipeline.transformer.config.patch_size_t is None else 16  # CogVideoX, CogVideoX 1.5
 
     def fuse_qkv_projections(self) -> None:
         """One projection for q, k and v; diffusers' own would exchange the processors."""

@@ -53,7 +53,7 @@ def generate_video(
     return videos[0] if isinstance(prompt, str) else videos
 
 
-def save_video(frames, output: str | Path, fps: int = 16) -> None:
+def save_video(frames, output: str | Path, fps: int) -> None:
     """An mp4 of what `generate_video` returned for one prompt; written aside, then moved, replacing what is there."""
     from diffusers.utils import export_to_video
 

@@ -4,7 +4,7 @@ In linear layers a padding token's own row is computed like any other; softmax l
 """
 
 import torch
-from diffusers import HunyuanVideo15Transformer3DModel
+from diffusers import DiffusionPipeline, HunyuanVideo15Transformer3DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from torch.nn.functional import pad
@@ -58,3 +58,7 @@ class LinVideoHunyuanVideo15Transformer3DModel(LinearAttentionMixin, HunyuanVide
     attention_paths = (("transformer_blocks", "attn"),)
     processor_class = LinVideoHunyuanVideo15AttnProcessor
     stock_processors = (HunyuanVideo15AttnProcessor2_0,)
+
+    @classmethod
+    def fps(cls, pipeline: DiffusionPipeline) -> int:
+        return 24

@@ -1,7 +1,7 @@
 """LTX-Video: text comes in by cross-attention; RoPE turns q and k over all heads at once, before they are split."""
 
 import torch
-from diffusers import LTXVideoTransformer3DModel
+from diffusers import DiffusionPipeline, LTXVideoTransformer3DModel
 from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor, apply_rotary_emb
 
 from linvideo.models.attention import LinearAttentionMixin, attend
@@ -49,3 +49,7 @@ class LinVideoLTXVideoTransformer3DModel(LinearAttentionMixin, LTXVideoTransform
     attention_paths = (("transformer_blocks", "attn1"),)
     processor_class = LinVideoLTXAttnProcessor
     stock_processors = (LTXVideoAttnProcessor,)
+
+    @classmethod
+    def fps(cls, pipeline: DiffusionPipeline) -> int:
+        return 25

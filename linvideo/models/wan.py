@@ -3,6 +3,7 @@
 import torch
 from diffusers import (
     ChronoEditTransformer3DModel,
+    DiffusionPipeline,
     SkyReelsV2Transformer3DModel,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
@@ -80,6 +81,10 @@ class LinVideoWanTransformer3DModel(LinearAttentionMixin, WanTransformer3DModel)
     processor_class = LinVideoWanAttnProcessor
     stock_processors = (WanAttnProcessor,)
 
+    @classmethod
+    def fps(cls, pipeline: DiffusionPipeline) -> int:
+        return 24 if pipeline.config.get("expand_timesteps") else 16  # Wan 2.2 TI2V 5B, all others
+
 
 class LinVideoWanVACETransformer3DModel(LinearAttentionMixin, WanVACETransformer3DModel):
     """Wan VACE; the control blocks' layers count after the main ones."""
@@ -95,6 +100,10 @@ class LinVideoSkyReelsV2Transformer3DModel(LinearAttentionMixin, SkyReelsV2Trans
     attention_paths = (("blocks", "attn1"),)
     processor_class = LinVideoWanAttnProcessor
     stock_processors = (transformer_skyreels_v2.SkyReelsV2AttnProcessor,)
+
+    @classmethod
+    def fps(cls, pipeline: DiffusionPipeline) -> int:
+        return 24
 
     @classmethod
     def check_convertible(cls, model: SkyReelsV2Transformer3DModel) -> None:

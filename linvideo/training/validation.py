@@ -24,7 +24,7 @@ class ValidationConfig:
         prompts: of the videos, in turn; None is the first captions of the run.
         num_videos: made each time, one after another.
         num_inference_steps: of the sampler; None is that of the trajectories.
-        fps: of the mp4 files.
+        fps: of the mp4 files; None is the pipeline's own.
         seed: of the noise, which is the same each time.
     """
 
@@ -32,7 +32,7 @@ class ValidationConfig:
     prompts: list[str] | None = None
     num_videos: int = 4
     num_inference_steps: int | None = None
-    fps: int = 16
+    fps: int | None = None
     seed: int = 0
 
     def __post_init__(self):

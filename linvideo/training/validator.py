@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 
-from linvideo.models import FewStepScheduler
+from linvideo.models import FewStepScheduler, default_fps
 from linvideo.models.generate import save_video
 from linvideo.training.devices import on_device
 from linvideo.training.experts import stored_expert
@@ -59,6 +59,7 @@ class Validator:
     ):
         self.config, self.pipeline, self.prompts, self.ranks = config, pipeline, prompts, ranks
         self.request, self.student_scheduler = request, student_scheduler
+        self.fps = config.validation.fps or default_fps(pipeline)
         self.folder = Path(config.output_dir) / "validation"
         self.rows = Path(config.output_dir) / "validation.jsonl"
         self.teacher_ready = False
@@ -167,7 +168,7 @@ class Validator:
     def _write(self, latents: torch.Tensor, path: Path) -> np.ndarray:
         """Decode a video and write it; returns its frames, uint8 [F, H, W, 3]."""
         frames = decode(self.pipeline, latents)
-        save_video(frames, path, fps=self.config.validation.fps)
+        save_video(frames, path, fps=self.fps)
         return np.stack([np.asarray(frame) for frame in frames])
 
     def _compare(self, latents: list[torch.Tensor], where: dict[str, Any], trackers: Trackers | None) -> None:
