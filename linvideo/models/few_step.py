@@ -15,8 +15,9 @@ from diffusers.utils.torch_utils import randn_tensor
 class FewStepScheduler(FlowMatchEulerDiscreteScheduler):
     """x' = (1 - t') (x - t u) + t' eps at `timesteps` (1000 t, falling); the last step returns its x_0.
 
-    Its noise comes from a generator seeded by the first sample, so that the `generator` or `latents` a pipeline is
-    called with decide the whole video; pipelines pass a scheduler none of their own.
+    Every row of a batch has a generator of its own, seeded by its first sample. So the row's `generator` or `latents`
+    that a pipeline is called with decide its whole video, whatever else is in the batch; pipelines pass a scheduler no
+    generator.
 
     Raises:
         ValueError: timesteps that do not fall inside (0, 1000]; sampling with another number of steps.
@@ -31,7 +32,7 @@ class FewStepScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError(f"{expected}, got {timesteps}")
         super().__init__(num_train_timesteps=num_train_timesteps, stochastic_sampling=True)
         self.register_to_config(timesteps=timesteps)
-        self._generator: torch.Generator | None = None
+        self._generators: list[torch.Generator] | None = None  # one per row
 
     def to_json_string(self) -> str:
         """Of what this class is made from; what the base has beside it would be reported as unknown on loading."""
@@ -49,24 +50,25 @@ class FewStepScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError(f"this model was distilled to {self.num_steps} steps, got {num_inference_steps}")
         sigmas = [t / self.config.num_train_timesteps for t in self.config.timesteps]
         super().set_timesteps(sigmas=sigmas, device=device)
-        self._generator = None
+        self._generators = None
 
     def step(
         self,
         model_output: torch.Tensor,
         timestep: float | torch.Tensor,
         sample: torch.Tensor,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[torch.Tensor]:
         """One step; computed in fp32, returned in model_output's dtype."""
         if self.step_index is None:
             self._init_step_index(timestep)
-        if self._generator is None:
-            self._generator = torch.Generator().manual_seed(zlib.crc32(sample.detach().float().cpu().numpy().tobytes()))
+        if self._generators is None:
+            rows = sample.detach().float().cpu().numpy()
+            self._generators = [torch.Generator().manual_seed(zlib.crc32(row.tobytes())) for row in rows]
         sigma, sigma_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
         clean = sample.float() - sigma * model_output.float()
-        noise = randn_tensor(clean.shape, generator or self._generator, clean.device, torch.float32)
+        noise = randn_tensor(clean.shape, generator or self._generators, clean.device, torch.float32)
         result = ((1 - sigma_next) * clean + sigma_next * noise).to(model_output.dtype)
         self._step_index += 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=result) if return_dict else (result,)

@@ -45,6 +45,20 @@ def test_the_first_sample_decides_the_noise():
     assert sample(one.bfloat16()).dtype == torch.bfloat16
 
 
+def test_a_row_does_not_depend_on_its_neighbours():
+    def sample(x):
+        scheduler = FewStepScheduler([1000, 600, 300])
+        scheduler.set_timesteps(device="cpu")
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.tanh(x), t, x, return_dict=False)[0]
+        return x
+
+    rows = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    together = sample(rows)
+    for order in ([0], [2, 1], [1, 0, 2]):
+        torch.testing.assert_close(sample(rows[order]), together[order])
+
+
 @pytest.mark.parametrize("timesteps", [[], [500, 500], [250, 500], [1001], [500, 0], [10, -1]])
 def test_timesteps_have_to_fall(timesteps):
     with pytest.raises(ValueError, match="must fall from at most 1000 to more than 0"):
@@ -84,6 +98,11 @@ def test_a_pipeline_folder_keeps_it(folder):
     assert type(pipeline.scheduler) is FewStepScheduler and pipeline.scheduler.config.timesteps == [1000.0, 500.0]
     first, second = (generate(pipeline, seed=4) for _ in range(2))
     assert np.array_equal(first, second) and not np.array_equal(first, generate(pipeline, seed=5))
+    generators = [torch.Generator().manual_seed(seed) for seed in (9, 4)]
+    size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "max_sequence_length": 16}
+    prompts = ["two boats", "a red circle moves left"]
+    pair = pipeline(prompts, generator=generators, guidance_scale=3.0, negative_prompt="", output_type="np", **size)
+    np.testing.assert_allclose(pair.frames[1], first, atol=1e-4)
     with pytest.raises(ValueError, match="distilled to 2 steps"):
         generate(pipeline, num_inference_steps=3)
 
