@@ -11,6 +11,7 @@ objective.name=adm_step.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 from linvideo.nn import FEATURE_MAPS
 from linvideo.training.adapters import AdapterConfig
+from linvideo.training.bounded_yaml import MOST_CHARACTERS, read_yaml
 from linvideo.training.experts import EXPERTS
 from linvideo.training.objectives import ObjectiveConfig
 from linvideo.training.run_config import RunConfig
@@ -25,6 +27,7 @@ from linvideo.training.selection import SelectionConfig
 from linvideo.training.sensitivity import SensitivityConfig
 from linvideo.training.warmup import WarmupConfig
 
+LONGEST = 400  # characters of a message
 RECIPES = resources.files("linvideo") / "recipes"
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -65,12 +68,25 @@ class TrainConfig(RunConfig):
 
 def make_parser(kind: type[RunConfig] = TrainConfig, command: str = "train"):
     """The jsonargparse parser of a `linvideo` command: one option per field, with the docstrings as help."""
-    from jsonargparse import ArgumentParser
+    import yaml
+    from jsonargparse import ArgumentParser, set_loader
 
-    parser = ArgumentParser(prog=f"linvideo {command}", exit_on_error=False)
+    set_loader("bounded_yaml", read_yaml, exceptions=(yaml.YAMLError,))
+    parser = ArgumentParser(prog=f"linvideo {command}", exit_on_error=False, parser_mode="bounded_yaml")
     parser.add_argument("--config", action="config", help="YAML file with any of the options below, or a recipe's name")
-    parser.add_class_arguments(kind, as_group=False)
+    # Each section's options are added on their own. An option whose type is the section's class would take a
+    # class_path too, and jsonargparse would import whatever module a config names there.
+    sections = _sections(kind)
+    parser.add_class_arguments(kind, as_group=False, skip=set(sections))
+    for name, default in sections.items():
+        group = parser.add_argument_group(name)
+        group.add_class_arguments(type(default()), name, as_group=False, default=default())
     return parser
+
+
+def _sections(kind: type[RunConfig]) -> dict[str, Callable[[], Any]]:
+    """Name -> what makes the section's default."""
+    return {f.name: f.default_factory for f in dataclasses.fields(kind) if dataclasses.is_dataclass(f.type)}
 
 
 def load_config(argv: list[str], kind: type[Config] = TrainConfig, command: str = "train") -> Config:
@@ -84,9 +100,12 @@ def load_config(argv: list[str], kind: type[Config] = TrainConfig, command: str 
     from jsonargparse import ArgumentError
 
     names = {path.name.removesuffix(".yaml"): str(path) for path in RECIPES.iterdir()}
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     for place, word in enumerate(argv):
         if place and argv[place - 1] == "--config" and not Path(word).exists():
             argv = [*argv[:place], names.get(word, word), *argv[place + 1 :]]
+        elif place and argv[place - 1] == "--config" and Path(word).stat().st_size > MOST_CHARACTERS:
+            raise ValueError(f"expected a config of at most {MOST_CHARACTERS} characters, got the file {word}")
     try:
         values = make_parser(kind, command).parse_args(argv)
         values = values.as_dict()
@@ -98,7 +117,10 @@ def load_config(argv: list[str], kind: type[Config] = TrainConfig, command: str 
 
 def from_dict(values: dict[str, Any], kind: type[Config] = TrainConfig) -> Config:
     """A config from nested plain values, the inverse of `to_dict`."""
-    sections = {f.name: f.default_factory for f in dataclasses.fields(kind) if dataclasses.is_dataclass(f.type)}
+    sections = _sections(kind)
+    for name in sections.keys() & values.keys():
+        if not isinstance(values[name], dict):
+            raise ValueError(f"{name} must be a section of options, got {values[name]!r:.200}")
     try:
         parts = {n: dataclasses.replace(default(), **values[n]) for n, default in sections.items() if n in values}
         return kind(**{**values, **parts})
@@ -108,4 +130,5 @@ def from_dict(values: dict[str, Any], kind: type[Config] = TrainConfig) -> Confi
 
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines) or type(error).__name__
+    text = " ".join(lines) or type(error).__name__
+    return text if len(text) <= LONGEST else text[:LONGEST] + " ..."

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+import sys
 
 import pytest
 import torch
@@ -114,6 +115,79 @@ def test_bad_files_give_one_clear_line(tmp_path, content, expected):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="missing.yaml"):
         load_config(["--config", str(tmp_path / "missing.yaml")])
+
+
+HOSTILE = [
+    ("selection: {class_path: foreign.Thing}", "selection.class_path"),
+    ("selection: {class_path: foreign.Thing, init_args: {method: layers}}", "selection."),
+    ("selection: foreign.Thing", "must be a section of options, got 'foreign.Thing'"),
+    ("selection: other.yaml", "must be a section of options, got 'other.yaml'"),
+    ("config: other.yaml", "selection.class_path"),
+    ("x: &x {class_path: foreign.Thing}\nselection: {<<: *x}", "selection.class_path"),
+    ("seed: {class_path: foreign.Thing}", "seed"),
+    ("expert: {class_path: foreign.Thing}", "expert"),
+    ("validation: {prompts: [{class_path: foreign.Thing}]}", "validation.prompts"),
+    ("class_path: foreign.Thing", "class_path"),
+    ("seed: !!python/object/apply:foreign.Thing []", "could not determine a constructor"),
+]
+
+
+@pytest.mark.parametrize("line, expected", HOSTILE)
+@pytest.mark.parametrize("place", ["file", "command line"])
+def test_a_config_imports_no_module(tmp_path, monkeypatch, line, expected, place):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "foreign.py").write_text("open('ran', 'w').close()\nclass Thing: pass\n")
+    (tmp_path / "other.yaml").write_text("selection: {class_path: foreign.Thing}\n")
+    (tmp_path / "run.yaml").write_text(f"output_dir: a\n{line}\n")
+    config = "run.yaml" if place == "file" else (tmp_path / "run.yaml").read_text()
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        load_config(["--config", config])
+    assert not (tmp_path / "ran").exists() and "foreign" not in sys.modules
+
+
+@pytest.mark.parametrize("value", ["foreign.Thing", '{"class_path": "foreign.Thing"}'])
+def test_a_section_is_given_by_its_options_alone(tmp_path, monkeypatch, value):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "foreign.py").write_text("class Thing: pass\n")
+    for name in ("selection", "selection.class_path"):
+        with pytest.raises(ValueError, match=f"--{name}"):
+            load_config(["--output_dir", "a", f"--{name}", value])
+    assert "foreign" not in sys.modules
+
+
+def aliases(levels: int) -> str:
+    """YAML whose last line stands for 9 ** levels values."""
+    lines = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]" for n in range(levels)]
+    return "\n".join([*lines, f"output_dir: *a{levels - 1}"])
+
+
+MERGES = "m0: &m0 {x: 1}\n" + "\n".join(f"m{n}: &m{n} {{<<: [*m{n - 1}, *m{n - 1}]}}" for n in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        aliases(9),
+        MERGES,
+        "output_dir: " + "[" * 5000 + "]" * 5000,
+        "output_dir: &x [*x]",
+        "output_dir: " + "x" * 300_000,
+    ],
+    ids=["aliases", "merges", "deep", "itself", "long"],
+)
+def test_a_config_that_would_take_all_memory_is_refused(tmp_path, content):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(ValueError, match="expected .*at most .*, got") as error:
+        load_config([f"--config={tmp_path / 'run.yaml'}"])
+    assert len(str(error.value)) < 500
+    with pytest.raises(ValueError, match="a is not accepted|must be|at most"):
+        load_config(["--config", "a: &x 1\noutput_dir: [*x, " + "[" * 100 + "]" * 100 + "]"])
+
+
+def test_aliases_within_reason_are_read():
+    config = load_config(["--config", "output_dir: &name a\ntracker_project_name: *name\noptimizer: {adam_beta1: 0.5}"])
+    assert (config.output_dir, config.tracker_project_name, config.optimizer.adam_beta1) == ("a", "a", 0.5)
 
 
 def test_every_option_has_a_description(monkeypatch):

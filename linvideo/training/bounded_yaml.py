@@ -1,0 +1,48 @@
+"""YAML that is refused, by its events, before it can take much time or memory to build."""
+
+from typing import Any
+
+# a config of ours has about a hundred values, in three levels
+MOST_CHARACTERS, MOST_VALUES, DEEPEST = 200_000, 10_000, 20
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML document, as jsonargparse reads it.
+
+    Raises:
+        yaml.YAMLError: not YAML, or a document that is too long or too deep, or whose aliases repeat too much.
+    """
+    from jsonargparse import get_loader
+
+    check_size(text)
+    return get_loader("yaml")(text)
+
+
+def check_size(text: str) -> None:
+    """Raise yaml.YAMLError where the document, with every alias written out, is too large or too deep."""
+    import yaml
+
+    if len(text) > MOST_CHARACTERS:
+        raise yaml.YAMLError(f"expected at most {MOST_CHARACTERS} characters, got {len(text)}")
+    # the parser in Python takes time quadratic in the depth
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    sizes: dict[str, int] = {}  # anchor -> values below it
+    open_parts: list[tuple[str | None, int]] = [(None, 0)]
+    for event in yaml.parse(text, Loader=loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_parts.append((event.anchor, 0))
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_parts.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            anchor, size = None, sizes.get(event.anchor, MOST_VALUES)  # an alias of what it lies in never ends
+        elif isinstance(event, yaml.ScalarEvent):
+            anchor, size = event.anchor, 0
+        else:
+            continue
+        if anchor is not None:
+            sizes[anchor] = size + 1
+        outer, before = open_parts[-1]
+        open_parts[-1] = (outer, before + size + 1)
+        if before + size >= MOST_VALUES or len(open_parts) > DEEPEST:
+            raise yaml.YAMLError(f"expected at most {MOST_VALUES} values in {DEEPEST} levels, got more")
