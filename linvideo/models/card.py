@@ -122,7 +122,14 @@ def _history(model: DiffusionPipeline | ModelMixin, training: Training | None) -
         if text is not None and MARK in text and TRAINING in text:
             section = text.split(TRAINING)[1].split("\n#")[0]
             lines += [line[2:] for line in section.splitlines() if line.startswith("- ")]
-    return [*dict.fromkeys(lines), *([] if training is None else [str(training)])]
+    return [*dict.fromkeys(map(_plain, lines)), *([] if training is None else [_plain(str(training))])]
+
+
+def _plain(text: str) -> str:
+    """One line of Markdown without HTML, links, images, headings or code, whoever wrote it. Our own bold stays, and a
+    line that has been through here stays as it is."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return re.sub(r"\\*([<>\[\]`#|~])", r"\\\1", printable)
 
 
 def _metrics(row: dict[str, Any]) -> str:

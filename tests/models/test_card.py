@@ -1,6 +1,7 @@
 """The model card: what is known and no more, through every way of saving; and pushes, to a Hub of folders."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,26 @@ def test_history_and_base_model_are_carried_on(tmp_path):
     ]
     distilled = Training("distillation", {"DMD": 5}, earlier=tmp_path / "run")
     assert card(tiny_pipeline(), distilled).count("\n- ") == 4  # two tags and two of training
+
+
+def test_foreign_lines_are_text_and_nothing_else(tmp_path):
+    save_pipeline(converted(), tmp_path / "a", training=Training("a <b>method</b>", settings={"seed": "![](http://x)"}))
+    hostile = [
+        "<script>alert(1)</script>",
+        r"![pixel](http://evil/1.png) \[link](javascript:alert(1)) \\[link](x)",
+        "# heading `code` ~~~ | a",
+        "\x1b[31mred\u202e",
+    ]
+    path = tmp_path / "a" / "README.md"
+    path.write_text(
+        path.read_text().replace("## Training\n", "## Training\n" + "".join(f"- {x}\n" for x in hostile), 1)
+    )
+    save_pipeline(load_pipeline(tmp_path / "a"), tmp_path / "b", training=UNTRAINED)
+    save_pipeline(load_pipeline(tmp_path / "b"), tmp_path / "c")
+    first, second = (read(tmp_path / name).text.split("## Training")[1].split("## Use")[0] for name in "bc")
+    assert first == second  # not escaped twice
+    assert not re.search(r"(?<!\\)(\\\\)*[<>\[\]`#|~]|[\x1b\u202e]", first) and "**untrained**" in first
+    assert r"\<script\>alert(1)\</script\>" in first and r"a \<b\>method\</b\>" in first
 
 
 def test_overwriting_keeps_a_text_of_the_users_own(tmp_path):
