@@ -319,7 +319,7 @@ def load(args: argparse.Namespace, **components):
     from linvideo.models.pipelines import wan_dtypes
 
     dtype = getattr(torch, args.dtype)
-    pipeline = models.load_pipeline(args.model, torch_dtype=wan_dtypes(dtype), **components)
+    pipeline = models.load_pipeline(args.model, dtype=wan_dtypes(dtype), **components)
     if type(getattr(pipeline, "vae", None)).__name__ != "AutoencoderKLWan":  # of another family all are meant for dtype
         for part in (getattr(pipeline, name, None) for name in ("vae", "image_encoder")):
             if part is not None and part.dtype != dtype:

@@ -39,7 +39,7 @@ class Bench:
         self.suite, self.folder, self.device = suite, folder, device
         self.world, self.sampler = WORLDS[suite.world], teacher.SETTINGS[suite.world]
         dtype = torch.bfloat16 if suite.mixed_precision == "bf16" else torch.float32
-        self.pipeline = load_pipeline(teacher_folder, torch_dtype=dtype).to(device)
+        self.pipeline = load_pipeline(teacher_folder, dtype=dtype).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.prompts = self.world.training_captions()
         self.start = lru_cache(maxsize=1)(self._start)  # every point of a curve begins from it

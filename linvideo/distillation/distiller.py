@@ -197,7 +197,7 @@ class Distiller(PipelineRun):
         if path is None:
             raise ValueError("student_model_name_or_path must name the converted model, got None")
         # without the parts that the teacher's pipeline has; its shards go to the GPU block by block
-        return wan_transformer(load_pipeline(path, text_encoder=None, vae=None, torch_dtype=torch.float32))
+        return wan_transformer(load_pipeline(path, text_encoder=None, vae=None, dtype=torch.float32))
 
 
 def check_student(student: WanTransformer3DModel, teacher: WanTransformer3DModel) -> None:

@@ -7,8 +7,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, WanTransformer3DModel
+from packaging.version import Version
 from safetensors import SafetensorError
 
 from linvideo import _diffusers_hook
@@ -16,13 +18,14 @@ from linvideo.models.attention import FAMILIES
 from linvideo.models.card import Training, write_card
 
 _INDEX = "model_index.json"
+_DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40.0") else "torch_dtype"  # as diffusers calls it
 ONLY_WAN = (
     "training knows Wan's rectified flow only, other families just convert (CogVideoX, for one, predicts v of a DDPM)"
 )
 
 
 def wan_dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """torch_dtype for `load_pipeline`: all in `dtype` but Wan's VAE and image encoder, which are published in fp32."""
+    """dtype for `load_pipeline`: all in `dtype` but Wan's VAE and image encoder, which are published in fp32."""
     return {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
 
 
@@ -31,7 +34,8 @@ def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipelin
 
     Args:
         path_or_repo: a folder with model_index.json, or a repository id "owner/name".
-        kwargs: passed to `DiffusionPipeline.from_pretrained`, for instance `torch_dtype`.
+        kwargs: passed to `DiffusionPipeline.from_pretrained`, for instance `dtype`, which diffusers below 0.40 calls
+            `torch_dtype`; either name does with every version.
 
     Files from others are data: weights come from safetensors only, and code in the folder is run only with
     trust_remote_code=True.
@@ -42,6 +46,9 @@ def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipelin
     """
     if not kwargs.pop("use_safetensors", True):
         raise ValueError("weights are read from safetensors only, got use_safetensors=False")
+    if "dtype" in kwargs and "torch_dtype" in kwargs:
+        raise ValueError("expected dtype or torch_dtype, two names for the same, got both")
+    kwargs = {_DTYPE if name in ("dtype", "torch_dtype") else name: value for name, value in kwargs.items()}
     if not isinstance(path_or_repo, str | os.PathLike):
         raise ValueError(f"expected a path or a repository id, got {path_or_repo!r}")
     location = os.fspath(path_or_repo)

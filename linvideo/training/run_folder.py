@@ -79,4 +79,4 @@ def load_teacher(config: RunConfig) -> Any:
     if config.pretrained_model_name_or_path is None:
         raise ValueError("pretrained_model_name_or_path must name the teacher, got None")
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    return load_pipeline(config.pretrained_model_name_or_path, torch_dtype=wan_dtypes(dtype))
+    return load_pipeline(config.pretrained_model_name_or_path, dtype=wan_dtypes(dtype))

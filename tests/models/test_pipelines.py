@@ -41,11 +41,15 @@ def test_conversion_matters_in_the_pipeline(converted):
     np.testing.assert_array_equal(generate(convert(stock, r_init=1.0)), generate(stock))
 
 
-def test_stock_folder_loads_and_kwargs_pass(tmp_path):
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_stock_folder_loads_and_kwargs_pass(tmp_path, name):
     tiny_pipeline().save_pretrained(tmp_path)
-    pipeline = load_pipeline(tmp_path, torch_dtype=torch.bfloat16)
+    pipeline = load_pipeline(tmp_path, **{name: torch.bfloat16})
     assert type(pipeline.transformer).__name__ == "WanTransformer3DModel"
     assert pipeline.transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="expected dtype or torch_dtype, .* got both"):
+        load_pipeline(tmp_path, dtype=torch.bfloat16, torch_dtype=torch.bfloat16)
 
 
 def test_two_transformers_round_trip(tmp_path):
