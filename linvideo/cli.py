@@ -4,6 +4,7 @@ Bad input ends with one line on standard error and exit status 2.
 """
 
 import argparse
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -111,10 +112,12 @@ def plan(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> None:
     from linvideo import models
     from linvideo.evaluation.sampling import make_videos, summary
+    from linvideo.models.video_file import check_output
 
     jobs = video_jobs(args)
     if args.cpu_offload is not None and (args.device == "cpu" or args.compare):
         raise ValueError("--cpu_offload needs a GPU and goes without --compare, whose two pipelines share parts")
+    check_output(jobs[0].path)  # before a long load
     pipeline = load(args)
     models.video_transformers(pipeline)  # before a long load of the teacher
     asked, own = given(args), models.own_settings(pipeline)
@@ -137,8 +140,6 @@ def video_jobs(args: argparse.Namespace) -> list:
     from linvideo.evaluation.sampling import Job
     from linvideo.training.prompts import Prompt, read_prompts_with_images
 
-    if args.num_videos_per_prompt < 1:
-        raise ValueError(f"--num_videos_per_prompt must be at least 1, got {args.num_videos_per_prompt}")
     if args.prompts_file is None:
         prompts = [Prompt(args.prompt, args.image)]
     elif args.image is None:
@@ -241,8 +242,10 @@ def given(args: argparse.Namespace) -> dict:
 
 def check(args: argparse.Namespace) -> int:
     from linvideo.evaluation.check import check_pipeline
+    from linvideo.models.video_file import check_output
 
     refuse_existing_video(args)
+    check_output(args.output)  # before a long load
     pipeline = load(args).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     size = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
@@ -369,6 +372,36 @@ def layer_number(text: str) -> int | str:
     return text if text == "all" else int(text)
 
 
+def whole_number(least: int, most: int = 2**63 - 1):
+    """A type for argparse: the whole numbers in this range."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if not least <= value <= most:
+            limit = f"at least {least}" if value < least else f"at most {most}"
+            raise argparse.ArgumentTypeError(f"must be {limit}, got {value}")
+        return value
+
+    return parse
+
+
+def number(text: str) -> float:
+    """A type for argparse: finite numbers from 0 up."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be finite and not negative, got {text}")
+    return value
+
+
+positive, natural = whole_number(1), whole_number(0)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="linvideo", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -391,10 +424,12 @@ def make_parser() -> argparse.ArgumentParser:
                 else ""
             )
             sub.add_argument(
-                f"--{name}", type=type(value), help=f"default: the pipeline's own, {value} with Wan{fixed}"
+                f"--{name}",
+                type=number if isinstance(value, float) else positive,
+                help=f"default: the pipeline's own, {value} with Wan{fixed}",
             )
-        sub.add_argument("--seed", type=int, default=0)
-        sub.add_argument("--fps", type=int, help="of the mp4 files; default: the model's own, 16 with Wan 2.1")
+        sub.add_argument("--seed", type=natural, default=0)
+        sub.add_argument("--fps", type=positive, help="of the mp4 files; default: the model's own, 16 with Wan 2.1")
         sub.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
 
     def add_output_dir(sub: argparse.ArgumentParser) -> None:
@@ -404,8 +439,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command("demo", demo, "convert the embedded model, compare it with its teacher and write a report")
     add_output_dir(sub)
     sub.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--videos", type=int, default=48, help="videos per model that the metrics are taken over")
+    sub.add_argument("--seed", type=natural, default=0)
+    sub.add_argument("--videos", type=positive, default=48, help="videos per model that the metrics are taken over")
     what = "transfer,adm,distill or a part of it with transfer; distill takes about five minutes more"
     sub.add_argument("--stages", default="transfer", help=what)
 
@@ -436,12 +471,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="a known name such as wan2.1-14b or wan2.1-i2v-14b, a stock pipeline folder or a Hub id; default: the"
         " config's",
     )
-    sub.add_argument("--gpus", type=int, default=1)
-    sub.add_argument("--gpu_memory", type=float, default=80.0, help="of one GPU, in GB of 10^9 bytes")
+    sub.add_argument("--gpus", type=positive, default=1)
+    sub.add_argument("--gpu_memory", type=number, default=80.0, help="of one GPU, in GB of 10^9 bytes")
     for name in ("height", "width", "num_frames"):
-        sub.add_argument(f"--{name}", type=int, help="default: the config's")
+        sub.add_argument(f"--{name}", type=positive, help="default: the config's")
     sub.add_argument("--critic", action="store_true", help="with a fake-score network, as linvideo distill has")
-    sub.add_argument("--forward_seconds", type=float, help="of the teacher with one video on one GPU, as measured")
+    sub.add_argument("--forward_seconds", type=number, help="of the teacher with one video on one GPU, as measured")
     sub.add_argument("--json", action="store_true", help="print the plan as JSON")
 
     sub = command("generate", generate, "make videos with a pipeline, converted or stock, and say what they cost")
@@ -454,7 +489,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--image", type=Path, help="with --prompt, for a pipeline that takes one")
     sub.add_argument(
         "--num_videos_per_prompt",
-        type=int,
+        type=positive,
         default=1,
         help="from noise of --seed, --seed + 1, ...; --output is a folder",
     )
@@ -475,7 +510,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--output_dir", type=Path, required=True)
     sub.add_argument("--teacher", help="fidelity: the stock pipeline folder or Hub id")
     sub.add_argument("--prompts_file", type=Path, help="fidelity: one caption a line; default: linvideo's own captions")
-    sub.add_argument("--num_prompts", type=int, help="only the first ones (vbench: of each dimension)")
+    sub.add_argument("--num_prompts", type=positive, help="only the first ones (vbench: of each dimension)")
     sub.add_argument(
         "--full_info", type=Path, help="vbench: its VBench_full_info.json; default: the installed package's"
     )
@@ -485,9 +520,9 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command("check", check, "try every part of a training run once with the real weights, in minutes")
     sub.add_argument("model", help="stock pipeline folder or Hub id")
     sub.add_argument("--dtype", choices=DTYPES, default="float32")
-    sub.add_argument("--height", type=int, default=256)
-    sub.add_argument("--width", type=int, default=256)
-    sub.add_argument("--num_frames", type=int, default=17)
+    sub.add_argument("--height", type=positive, default=256)
+    sub.add_argument("--width", type=positive, default=256)
+    sub.add_argument("--num_frames", type=positive, default=17)
     sub.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     sub.add_argument("--output", type=Path, default=Path("check.mp4"), help="the mp4 file of a short video")
     sub.add_argument("--overwrite", action="store_true")
@@ -502,18 +537,20 @@ def make_parser() -> argparse.ArgumentParser:
     what = "one caption a line, or .jsonl with caption and image; default: linvideo's own captions"
     sub.add_argument("--prompts_file", type=Path, help=what)
     sub.add_argument("--negative_prompt", default="", help="the one you generate with")
-    sub.add_argument("--num_trajectories", type=int, default=4, help="videos sampled, each for another prompt")
-    sub.add_argument("--num_inference_steps", type=int, default=DEFAULTS["num_inference_steps"])
-    sub.add_argument("--guidance_scale", type=float, default=DEFAULTS["guidance_scale"])
-    sub.add_argument("--flow_shift", type=float, help="of the scheduler; default: the pipeline's own")
+    sub.add_argument("--num_trajectories", type=positive, default=4, help="videos sampled, each for another prompt")
+    sub.add_argument("--num_inference_steps", type=positive, default=DEFAULTS["num_inference_steps"])
+    sub.add_argument("--guidance_scale", type=number, default=DEFAULTS["guidance_scale"])
+    sub.add_argument("--flow_shift", type=number, help="of the scheduler; default: the pipeline's own")
     for name in ("height", "width", "num_frames"):
-        sub.add_argument(f"--{name}", type=int, default=DEFAULTS[name])
+        sub.add_argument(f"--{name}", type=positive, default=DEFAULTS[name])
     size = ("HEIGHT", "WIDTH", "NUM_FRAMES")
-    sub.add_argument("--timed_size", type=int, nargs=3, metavar=size, help="of the timed video; default: as sampled")
-    sub.add_argument("--warmup_steps", type=int, default=80, help="of the feature maps")
-    sub.add_argument("--num_states", type=int, default=24, help="of the videos, that errors are measured on")
-    sub.add_argument("--batch_size", type=int, default=1, help="videos sampled at once, states a forward")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--timed_size", type=positive, nargs=3, metavar=size, help="of the timed video; default: as sampled"
+    )
+    sub.add_argument("--warmup_steps", type=natural, default=80, help="of the feature maps")
+    sub.add_argument("--num_states", type=positive, default=24, help="of the videos, that errors are measured on")
+    sub.add_argument("--batch_size", type=positive, default=1, help="videos sampled at once, states a forward")
+    sub.add_argument("--seed", type=natural, default=0)
 
     sub = command("info", info, "say what a pipeline's attention layers are")
     add_model(sub)

@@ -205,6 +205,14 @@ def test_a_folder_that_is_no_pipeline(tmp_path, capsys):
         (["--height", "30"], "multiple of 16"),
         (["--num_frames", "10"], "num_frames"),
         (["--num_inference_steps", "0"], "num_inference_steps"),
+        (["--fps", "0"], "--fps: must be at least 1, got 0"),
+        (["--fps", "-1"], "--fps"),
+        (["--fps", "16.5"], "--fps: expected a whole number"),
+        (["--guidance_scale", "nan"], "--guidance_scale: must be finite and not negative, got nan"),
+        (["--guidance_scale", "-1"], "--guidance_scale"),
+        (["--guidance_scale", "inf"], "--guidance_scale"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", str(2**64)], "--seed: must be at most"),
         (["--device", "nowhere"], "nowhere"),
         (["--output", "video.xyz"], ".mp4"),
         (["--num_videos_per_prompt", "0"], "at least 1"),
@@ -220,6 +228,23 @@ def test_bad_sizes_are_refused(folder, tmp_path, capsys, flags, words):
         capsys, "generate", "--model", folder, "--prompt", "x", "--output", tmp_path / "v.mp4", *flags
     )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_video_that_cannot_be_written_is_found_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, status):
+    ffmpeg, output = tmp_path / "ffmpeg", tmp_path / "v.mp4"
+    ffmpeg.write_text(f"#!/bin/sh\ncat > /dev/null\necho No space left on device >&2\nexit {status}\n")
+    ffmpeg.chmod(0o700)
+    output.write_text("mine")
+    monkeypatch.setattr(cli, "load", None)
+    wrong = tmp_path / "v.mp4" / "w.mp4"
+    for command in (["generate", "--model", "m", "--prompt", "x"], ["check", "m"]):
+        assert f"cannot write the video {wrong}" in refused(capsys, *command, "--output", wrong)
+        with monkeypatch.context() as patch:
+            patch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+            line = refused(capsys, *command, "--output", output, "--overwrite")
+        assert ("No space left" if status else "No such file") in line
+    assert output.read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_target_larger_than_the_model(folder, tmp_path, capsys):

@@ -22,6 +22,7 @@ from linvideo.demo.world import WORLDS
 from linvideo.evaluation import report
 from linvideo.evaluation.latency import attention_latency, device_name
 from linvideo.models import convert, load_pipeline, new_folder
+from linvideo.models.video_file import check_output, save_video
 from linvideo.training import TrainConfig, Trainer, load_config
 from linvideo.training.devices import check_device
 
@@ -82,6 +83,7 @@ def run_demo(
 
 def write_demo(folder: Path, device: str, seed: int, videos: int, stages: Sequence[str]) -> dict:
     started = time.time()
+    check_output(folder / "side_by_side.mp4")
     print(f"loading the embedded teacher from {teacher.FOLDER}")
     pipeline = load_pipeline(teacher.FOLDER).to(device)
     pipeline.set_progress_bar_config(disable=True)
@@ -133,7 +135,8 @@ def write_demo(folder: Path, device: str, seed: int, videos: int, stages: Sequen
             "python": platform.python_version(),
         },
     }
-    report.write_video(report.side_by_side([film[:SHOWN] for film in films.values()]), folder / "side_by_side.mp4")
+    film = report.side_by_side([film[:SHOWN] for film in films.values()])
+    save_video(film, folder / "side_by_side.mp4", fps=8, crf=5)
     (folder / "metrics.json").write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
     write_report(folder, outcome, films, WORLD.evaluation_captions(videos), few_films)
     return outcome

@@ -12,7 +12,8 @@ from diffusers import WanTransformer3DModel
 from PIL import Image
 
 from linvideo.models import convert, default_fps, wan_transformer
-from linvideo.models.generate import generate_video, save_video
+from linvideo.models.generate import generate_video
+from linvideo.models.video_file import check_output, save_video
 from linvideo.training.branches import feature_weights, gates
 from linvideo.training.config import TrainConfig
 from linvideo.training.flow import predict_velocity, sampler_grid
@@ -59,11 +60,13 @@ def check_pipeline(
 
     Raises:
         ValueError: the pipeline is converted already or no such one, or the sizes do not fit it.
+        OSError: the video cannot be written.
     """
     base = wan_transformer(pipeline)
     if type(base) is not WanTransformer3DModel:
         raise ValueError(f"expected a stock Wan pipeline, which is converted here, got a {type(base).__name__}")
     check_images(pipeline, [])
+    check_output(output)
     base.requires_grad_(False)
     size = {"height": height, "width": width, "num_frames": num_frames}
     parts = (_trajectory, _equality, _warmup, _adm, _video)

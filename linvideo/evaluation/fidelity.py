@@ -10,7 +10,8 @@ import torch
 
 from linvideo.evaluation.work_folder import WorkFolder, identity
 from linvideo.models import default_fps, own_settings
-from linvideo.models.generate import generate_video, save_video
+from linvideo.models.generate import generate_video
+from linvideo.models.video_file import check_output, save_video
 from linvideo.training.video_metrics import compare
 
 METRICS = ("psnr", "ssim", "lpips", "flicker", "teacher_flicker")
@@ -41,13 +42,21 @@ def fidelity(
 
     Raises:
         ValueError: no prompts, sizes that do not fit, or a folder with other work.
+        OSError: a video cannot be written; whether they can be is tried before anything is sampled.
     """
     if not prompts:
         raise ValueError("expected at least one prompt, got none")
     perceptual = _lpips(student.device)
-    request = {"suite": "fidelity", "prompts": prompts, "seed": seed, "fps": fps or default_fps(student), **settings}
+    request = {
+        "suite": "fidelity",
+        "prompts": prompts,
+        "seed": seed,
+        "fps": default_fps(student) if fps is None else fps,
+        **settings,
+    }
     request |= {"student": identity(student), "teacher": identity(teacher), "lpips": perceptual is not None}
     work = WorkFolder(folder, request)
+    check_output(work.path / "0000-student.mp4", request["fps"])
     yield from work.rows
     for number in range(len(work.rows), len(prompts)):
         videos = {}

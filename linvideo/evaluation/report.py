@@ -3,8 +3,6 @@
 import base64
 import html
 import io
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -102,12 +100,3 @@ def side_by_side(videos: list[torch.Tensor], scale: int = 6) -> np.ndarray:
     """One film: a column for each tensor [B, 3, F, H, W], a row for each video of it: uint8 [F, H', W', 3]."""
     columns = [np.concatenate(list(to_pixels(batch, scale)), axis=1) for batch in videos]
     return np.concatenate(columns, axis=2)
-
-
-def write_video(frames: np.ndarray, path: Path, fps: int = 8) -> None:
-    """An mp4 (h264) of uint8 frames [F, H, W, 3], height and width multiples of 16; written aside, then moved."""
-    import imageio
-
-    aside = path.with_name(path.stem + ".writing" + path.suffix)
-    imageio.mimwrite(aside, list(frames), fps=fps, quality=9)
-    os.replace(aside, path)

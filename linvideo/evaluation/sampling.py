@@ -15,7 +15,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from linvideo.models import default_fps, video_transformers
-from linvideo.models.generate import generate_video, save_video
+from linvideo.models.generate import generate_video
+from linvideo.models.video_file import check_output, save_video
 from linvideo.training.prompts import Prompt
 from linvideo.training.video_metrics import compare
 
@@ -74,11 +75,14 @@ def make_videos(
     Raises:
         ValueError: before the first video: a teacher of another kind, or images where the pipeline takes none, or the
             other way round. Then as `generate_video`.
+        OSError: a video cannot be written; that the first one can be is tried before it is sampled.
     """
     if teacher is not None and type(teacher) is not type(pipeline):
         raise ValueError(f"expected a {type(pipeline).__name__} to compare with, got a {type(teacher).__name__}")
     images = [_image(pipeline, job.prompt) for job in jobs]
-    fps = fps or default_fps(pipeline)
+    fps = default_fps(pipeline) if fps is None else fps
+    for job in jobs[:1]:
+        check_output(job.path, fps)
     for number, (job, image) in enumerate(zip(jobs, images, strict=True), 1):
         arguments = {} if image is None else {"image": image}
 

@@ -1,6 +1,7 @@
 """VBench (arXiv 2311.17982): its prompts, a pipeline's videos, its package's scores beside those of the paper."""
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import torch
 
 from linvideo.evaluation.work_folder import WorkFolder, identity
 from linvideo.models import default_fps
-from linvideo.models.generate import generate_video, save_video
+from linvideo.models.generate import generate_video
+from linvideo.models.video_file import check_output, save_video
 from linvideo.training.files import read_json
 
 VIDEOS_PER_PROMPT = 5  # VBench's standard
@@ -69,6 +71,7 @@ def generate_videos(
 
     Raises:
         ValueError: no prompts, sizes that do not fit, or a folder with other work.
+        OSError: a video cannot be written; that the one with the longest name can be is tried first.
     """
     if not prompts or any("/" in prompt for prompt in prompts):
         raise ValueError(f"expected at least one prompt, none with a slash (they name files), got {prompts[:3]}")
@@ -76,13 +79,14 @@ def generate_videos(
         "suite": "vbench",
         "prompts": prompts,
         "per_prompt": per_prompt,
-        "fps": fps or default_fps(pipeline),
+        "fps": default_fps(pipeline) if fps is None else fps,
         **settings,
     }
     work = WorkFolder(folder, request | {"model": identity(pipeline)})
     todo = [(prompt, seed) for prompt in prompts for seed in range(per_prompt)]
-    for finished, (prompt, seed) in enumerate(todo, 1):
-        path = work.path / "videos" / f"{prompt}-{seed}.mp4"
+    paths = [work.path / "videos" / f"{prompt}-{seed}.mp4" for prompt, seed in todo]
+    check_output(max(paths, key=lambda path: len(os.fsencode(path))), request["fps"])
+    for finished, ((prompt, seed), path) in enumerate(zip(todo, paths, strict=True), 1):
         if not path.exists():
             generator = torch.Generator("cpu").manual_seed(seed)
             save_video(generate_video(pipeline, prompt, generator=generator, **settings), path, request["fps"])

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from pathlib import Path
+import math
 
 import torch
 
@@ -36,6 +36,9 @@ def generate_video(
     for side in ("height", "width"):
         if kwargs.get(side, 16) % 16 or kwargs.get(side, 16) < 16:
             raise ValueError(f"{side} must be a positive multiple of 16, got {kwargs[side]}")
+    for name, value in kwargs.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
     if kwargs.get("num_inference_steps", 1) < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {kwargs['num_inference_steps']}")
     if temporal == 1 and num_frames is not None:
@@ -51,17 +54,3 @@ def generate_video(
     with torch.no_grad():
         videos = pipeline(prompt=prompt, output_type=output_type, **kwargs).frames
     return videos[0] if isinstance(prompt, str) else videos
-
-
-def save_video(frames, output: str | Path, fps: int) -> None:
-    """An mp4 of what `generate_video` returned for one prompt; written aside, then moved, replacing what is there."""
-    from diffusers.utils import export_to_video
-
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.stem}.writing.mp4")
-    try:
-        export_to_video(frames, str(aside), fps=fps)
-        aside.replace(output)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -94,6 +94,9 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self):
+        for name, _, value in _leaves(self.to_dict(), self.to_dict()):
+            if value != value:
+                raise ValueError(f"{name} must be a number, got nan")
         if not self.output_dir:
             raise ValueError("output_dir must name a folder, got nothing")
         if self.overwrite_output_dir and self.resume_from_checkpoint:

@@ -9,6 +9,7 @@ Trajectory i depends on (seed, i) alone: noise, prompt, kept steps and condition
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +83,12 @@ class TrajectoryConfig:
         if not 0.0 <= self.negative_probability <= 1.0:
             raise ValueError(f"trajectories.negative_probability must lie in [0, 1], got {self.negative_probability}")
         for name in ("guidance_scale", "guidance_scale_2"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"trajectories.{name} must not be negative, got {getattr(self, name)}")
-        if self.flow_shift is not None and self.flow_shift <= 0:
-            raise ValueError(f"trajectories.flow_shift must be positive, got {self.flow_shift}")
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
+                raise ValueError(
+                    f"trajectories.{name} must not be negative, and must be finite, got {getattr(self, name)}"
+                )
+        if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
+            raise ValueError(f"trajectories.flow_shift must be positive and finite, got {self.flow_shift}")
         if self.dtype not in DTYPES:
             raise ValueError(f"trajectories.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 

@@ -21,7 +21,7 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from linvideo.models import FewStepScheduler, default_fps
-from linvideo.models.generate import save_video
+from linvideo.models.video_file import check_output, save_video
 from linvideo.training.devices import on_device
 from linvideo.training.experts import stored_expert
 from linvideo.training.files import read_cached, write_safetensors
@@ -59,11 +59,13 @@ class Validator:
     ):
         self.config, self.pipeline, self.prompts, self.ranks = config, pipeline, prompts, ranks
         self.request, self.student_scheduler = request, student_scheduler
-        self.fps = config.validation.fps or default_fps(pipeline)
+        self.fps = default_fps(pipeline) if config.validation.fps is None else config.validation.fps
         self.folder = Path(config.output_dir) / "validation"
         self.rows = Path(config.output_dir) / "validation.jsonl"
         self.teacher_ready = False
         self.teacher: list[np.ndarray] = []  # its videos, on the first rank
+        if config.validation.steps:
+            ranks.on_first(lambda: check_output(self.folder / "0.mp4", self.fps))
         own = config.validation.prompts
         if config.validation.steps and own is not None:
             if prompts.latents is not None:

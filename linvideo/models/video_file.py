@@ -1,0 +1,88 @@
+"""Writing mp4 files that are whole or not there."""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+
+def save_video(frames: np.ndarray | Sequence, output: str | Path, fps: int, crf: int = 25) -> None:
+    """An mp4 (H.264) of one video. It is encoded to a temporary folder next to `output`, read back, and only then moved
+    there, replacing what is there.
+
+    Args:
+        frames: [F, H, W, 3] with H and W even, floats in [0, 1] or uint8; an array, or a list of arrays or PIL images.
+        fps: frames per second, at least 1.
+        crf: constant rate factor of the encoder, from 0 (lossless) to 51.
+
+    Raises:
+        ValueError: frames of another shape, or with values that are not finite; fps below 1.
+        OSError: the file could not be written, or does not hold the frames. What was at `output` is unchanged then.
+    """
+    output, pixels = Path(output), _pixels(frames)
+    with _temporary(output, output.parent) as new:
+        _encode(pixels, new, fps, crf)
+        os.replace(new, output)
+
+
+def check_output(output: str | Path, fps: int = 16) -> None:
+    """Encode a small video where `output` is to be, and delete it: what is wrong with the place, the encoder or fps is
+    found before hours of sampling. Folders that are not there yet are not made.
+
+    Raises:
+        ValueError, OSError: as `save_video`.
+    """
+    output = Path(output).absolute()
+    with _temporary(output, next(parent for parent in output.parents if parent.exists())) as new:
+        _encode(np.zeros((2, 16, 16, 3), np.uint8), new, fps)
+
+
+@contextmanager
+def _temporary(output: Path, parent: Path) -> Iterator[Path]:
+    """A name to write to in a temporary folder in `parent`; on any system error the message names `output`."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".linvideo-", dir=parent) as folder:
+            yield Path(folder) / output.name
+    except OSError as error:
+        raise OSError(f"cannot write the video {output}: {error.strerror or error}") from error
+
+
+def _pixels(frames: np.ndarray | Sequence) -> np.ndarray:
+    """uint8 [F, H, W, 3], contiguous."""
+    pixels = np.stack([np.asarray(frame) for frame in frames]) if len(frames) else np.empty(0)
+    if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.shape[1] % 2 or pixels.shape[2] % 2:
+        raise ValueError(f"expected frames [F, H, W, 3] with H and W even, got {list(pixels.shape)}")
+    if pixels.dtype != np.uint8:
+        if not np.isfinite(pixels).all():
+            raise ValueError("expected a video of finite values, got NaN or infinity; nothing was written")
+        pixels = (255 * pixels.clip(0, 1)).round().astype(np.uint8)
+    return np.ascontiguousarray(pixels)
+
+
+def _encode(pixels: np.ndarray, path: Path, fps: int, crf: int = 25) -> None:
+    """Raises OSError with ffmpeg's reason, or when the file cannot be read back."""
+    from imageio_ffmpeg import count_frames_and_secs, get_ffmpeg_exe
+
+    if not fps >= 1:
+        raise ValueError(f"fps must be at least 1, got {fps}")
+    frames, height, width, _ = pixels.shape
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+    result = ["-an", "-pix_fmt", "yuv420p", "-crf", str(crf), str(path)]
+    try:
+        command = [get_ffmpeg_exe(), "-v", "error", *source, *result]
+        done = subprocess.run(command, input=memoryview(pixels).cast("B"), capture_output=True)
+        if done.returncode:
+            reason = done.stderr.decode(errors="replace").strip().splitlines()
+            raise OSError(f"ffmpeg ended with status {done.returncode}{': ' + reason[-1] if reason else ''}")
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        found = count_frames_and_secs(str(path))[0]
+    except RuntimeError as error:  # there is no ffmpeg, or it cannot read the file
+        raise OSError(str(error).strip().splitlines()[-1]) from None
+    if found != frames:
+        raise OSError(f"the file holds {found} of {frames} frames")
