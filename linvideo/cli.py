@@ -5,9 +5,14 @@ Bad input ends with one line on standard error and exit status 2.
 
 import argparse
 import math
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+
+# Before PyTorch is imported: OpenMP's threads wait for each other by spinning, which takes many times the processor
+# time, and the wall time too, where other programs want the same cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}  # Wan's

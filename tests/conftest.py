@@ -5,6 +5,10 @@ its own. Tests marked `full` are whole products of axes; without them (`-m "not 
 sample remain.
 """
 
-import torch
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as in linvideo/cli.py
+
+import torch  # noqa: E402
 
 torch.set_num_threads(1)  # tests run side by side under pytest-xdist

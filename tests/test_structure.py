@@ -117,6 +117,17 @@ def test_import_is_light():
     assert run_python(f"import sys, linvideo; dir(linvideo); print(*sorted({HEAVY!r} & set(sys.modules)))") == ""
 
 
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_commands_make_openmp_wait_without_spinning(given, monkeypatch):
+    """The policy is read when torch is loaded: it stands before that, and what the user set stays."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    for module in ("linvideo.cli", "benchmarks"):
+        code = f"import os, sys, {module}; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+        assert run_python(code) == f"{given or 'PASSIVE'} False"
+
+
 def test_every_lazy_export_exists():
     pytest.importorskip("diffusers")
     code = "import linvideo; print(*(name for name in linvideo.__all__ if getattr(linvideo, name, None) is None))"
