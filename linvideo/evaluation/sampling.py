@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from linvideo.models import default_fps, video_transformers
 from linvideo.models.generate import generate_video
 from linvideo.models.video_file import check_output, save_video
+from linvideo.training.images import read_image
 from linvideo.training.prompts import Prompt
 from linvideo.training.video_metrics import compare
 
@@ -165,10 +166,7 @@ def _image(pipeline: Any, prompt: Prompt) -> Image.Image | None:
         expected = "no image" if parameter is None else "an image with each prompt"
         got = prompt.image or f"none with {prompt.caption[:60]!r}"
         raise ValueError(f"{name} takes {expected}, got {got}")
-    try:
-        return None if prompt.image is None else Image.open(prompt.image).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"cannot read the image {prompt.image}: {error}") from None
+    return None if prompt.image is None else read_image(prompt.image)
 
 
 def _resident() -> int | None:

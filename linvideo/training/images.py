@@ -5,11 +5,13 @@ the first frame) and, for Wan 2.1, embeddings by CLIP. The negative prompt goes 
 """
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import load_image
 from PIL import Image
 
 from linvideo.training.devices import on_device
@@ -69,9 +71,9 @@ def digest(image: str | Path | Image.Image) -> str:
     """32 hex digits of the image's size and pixels.
 
     Raises:
-        ValueError: a file that is no image.
+        ValueError: as `read_image`.
     """
-    image = _load(image)
+    image = read_image(image)
     return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).hexdigest()
 
 
@@ -104,7 +106,7 @@ def encode_images(
         device: where VAE and image encoder are meanwhile; None is where they are.
 
     Raises:
-        ValueError: a file that is no image, or a size that does not fit the pipeline.
+        ValueError: a file that is no image (see `read_image`), or a size that does not fit the pipeline.
     """
     latent_shape(pipeline, video)
     embeds = pipeline.transformer.config.image_dim is not None
@@ -117,7 +119,7 @@ def encode_images(
 
     # one at a time: opened, they may be large
     with on_device(device, pipeline.vae, pipeline.image_encoder):
-        parts = [_encode(pipeline, image, *size, embeds) for image in map(_load, images)]
+        parts = [_encode(pipeline, image, *size, embeds) for image in map(read_image, images)]
     result = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if cache is not None:
         write_safetensors(cache, result, {"key": key})
@@ -136,8 +138,22 @@ def _encode(pipeline, image: Image.Image, height: int, width: int, num_frames: i
     return {name: value.to("cpu", dtype) for name, value in result.items()}
 
 
-def _load(image: str | Path | Image.Image) -> Image.Image:
+def read_image(image: str | Path | Image.Image) -> Image.Image:
+    """An RGB image; of a file, upright as its EXIF orientation says, as diffusers' load_image reads it. An image in
+    memory is taken as it is, as pipelines take it.
+
+    Raises:
+        ValueError: no such file, or one that is no image, is damaged, or has more than 178 million pixels.
+    """
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if not Path(image).is_file():  # opening a pipe would wait for ever
+        raise ValueError(f"cannot read the image {image}: there is no such file")
     try:
-        return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
-    except (OSError, ValueError) as error:
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(image) as file,
+        ):
+            return load_image(file)
+    except Exception as error:  # Pillow's readers raise almost anything when a file is damaged
         raise ValueError(f"cannot read the image {image}: {error}") from None

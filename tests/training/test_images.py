@@ -2,11 +2,15 @@
 
 import itertools
 import json
+import os
 from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.utils import load_image
+from PIL import Image
 from tiny import (
     sampled_states,
     tiny_image,
@@ -18,13 +22,14 @@ from tiny import (
 from tiny_run import PROMPTS, tiny_config, tiny_teacher
 from transformers import UMT5EncoderModel
 
+from linvideo.evaluation import sampling
 from linvideo.models import describe, load_pipeline
 from linvideo.training import Trainer, read_metrics, read_prompts
 from linvideo.training.conditions import Conditions
 from linvideo.training.experts import choose_expert
 from linvideo.training.flow import predict_velocity
-from linvideo.training.images import encode_images
-from linvideo.training.prompts import choose_prompts, encode_prompts
+from linvideo.training.images import digest, encode_images, read_image
+from linvideo.training.prompts import Prompt, choose_prompts, encode_prompts
 from linvideo.training.seeding import draw_noise, stable_hash
 from linvideo.training.trajectories import TrajectoryConfig, collect, latent_shape, open_store
 
@@ -205,6 +210,53 @@ def test_encoders_work_before_the_transformers_come_to_the_device(tmp_path, monk
     expected += [(kind, "to") for kind in works]  # the encoders of a pipeline in memory leave here
     expected += [(experts, "forward"), (experts, "to")]
     assert [event for event, _ in itertools.groupby(events)] == expected
+
+
+def rotated_file(folder):
+    """A file whose EXIF orientation says that its picture is to be rotated: 50 x 40 pixels become 40 x 50."""
+    path, exif = folder / "rotated.png", Image.Exif()
+    exif[0x0112] = 6
+    tiny_image().save(path, exif=exif)
+    return path
+
+
+def test_files_are_read_upright(tmp_path, monkeypatch):
+    path, pipeline = rotated_file(tmp_path), wan21()
+    assert read_image(path).size == (40, 50)
+    assert np.array_equal(read_image(path), load_image(str(path))) and digest(path) == digest(load_image(str(path)))
+    latents, embeds = encode_images(pipeline, [path], VIDEO)
+    upright = encode_images(pipeline, [load_image(str(path))], VIDEO)
+    assert torch.equal(latents, upright[0]) and torch.equal(embeds, upright[1])
+
+    pipeline.set_progress_bar_config(disable=True)
+    seen = []
+    monkeypatch.setattr(
+        sampling, "generate_video", lambda *_, image, **more: seen.append(image) or np.zeros((1, 16, 16, 3))
+    )
+    list(sampling.make_videos(pipeline, [sampling.Job(Prompt("a fox", path), 0, tmp_path / "v.mp4")], {}))
+    assert np.array_equal(seen[0], load_image(str(path)))
+
+
+def test_large_and_damaged_files_are_one_line(tmp_path, monkeypatch, recwarn):
+    for name in ("i.png", "i.jpg", "i.webp"):
+        tiny_image().save(tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        for end in (len(content) - 40, 60, 12, 0):
+            (tmp_path / name).write_bytes(content[:end])
+            with pytest.raises(ValueError, match=f"cannot read the image .*{name}") as error:
+                read_image(tmp_path / name)
+            assert "\n" not in str(error.value)
+    tiny_image().save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)
+    assert read_image(tmp_path / "large.png").size == (50, 40)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(ValueError, match="cannot read the image .*decompression bomb"):
+        read_image(tmp_path / "large.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", tmp_path):
+        with pytest.raises(ValueError, match="cannot read the image .*no such file"):
+            read_image(path)
+    assert not recwarn.list
 
 
 def test_prompts_files_with_images(tmp_path):
