@@ -5,6 +5,9 @@ import logging
 import math
 
 import torch
+from diffusers import AutoencoderKLCogVideoX, ChronoEditPipeline
+
+from linvideo.models.attention import video_transformers
 
 
 def generate_video(
@@ -15,27 +18,34 @@ def generate_video(
     Args:
         pipeline: a diffusers pipeline for video, stock or converted.
         prompt: one caption or several; None with prompt_embeds.
-        num_frames: frames of the result, exactly; None is the pipeline's own default.
+        num_frames: frames of the result; None is the pipeline's own default. Numbers and sizes that the pipeline would
+            round are refused.
         kwargs: height, width (pixels), num_inference_steps, guidance_scale, negative_prompt, generator, latents,
             prompt_embeds, ... as the pipeline takes them.
 
     Raises:
         ValueError: num_frames does not fit the VAE's temporal compression (it must be 1 plus a multiple of it), height
-            or width is no multiple of 16, or the pipeline has no such argument.
+            or width is no multiple of 16 or of what the VAE and the patches take, or the pipeline has no such argument.
     """
     arguments = inspect.signature(pipeline.__call__).parameters
     if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values()):
         if unknown := sorted(set(kwargs) - set(arguments)):
             raise ValueError(f"{type(pipeline).__name__} takes no {' and no '.join(unknown)}")
+    if isinstance(pipeline, ChronoEditPipeline) and not kwargs.get("enable_temporal_reasoning"):
+        if num_frames not in (None, 5):
+            raise ValueError(f"num_frames must be 5 for ChronoEdit without enable_temporal_reasoning, got {num_frames}")
+        num_frames = 5
     if num_frames is None and "num_frames" in arguments:
         num_frames = arguments["num_frames"].default
     names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
     temporal = next(getattr(pipeline, name) for name in names if hasattr(pipeline, name))
+    if isinstance(pipeline.vae, AutoencoderKLCogVideoX):
+        temporal *= 2  # it decodes pairs of latent frames: of an even number comes a longer video
     if num_frames is not None and (num_frames < 1 or (num_frames - 1) % temporal):
         raise ValueError(f"num_frames must be 1 plus a multiple of {temporal} for this VAE, got {num_frames}")
-    for side in ("height", "width"):
-        if kwargs.get(side, 16) % 16 or kwargs.get(side, 16) < 16:
-            raise ValueError(f"{side} must be a positive multiple of 16, got {kwargs[side]}")
+    for side, step in zip(("height", "width"), _steps(pipeline), strict=True):
+        if side in kwargs and (kwargs[side] % step or kwargs[side] < step):
+            raise ValueError(f"{side} must be a positive multiple of {step}, got {kwargs[side]}")
     for name, value in kwargs.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
@@ -54,3 +64,13 @@ def generate_video(
     with torch.no_grad():
         videos = pipeline(prompt=prompt, output_type=output_type, **kwargs).frames
     return videos[0] if isinstance(prompt, str) else videos
+
+
+def _steps(pipeline) -> list[int]:
+    """What height and width have to be multiples of: 16, and a patch of latents."""
+    patch = next(iter(video_transformers(pipeline).values())).config.patch_size
+    names = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+    spatial = next(getattr(pipeline, name) for name in names if hasattr(pipeline, name))
+    return [
+        math.lcm(16, spatial * side) for side in (patch[-2:] if isinstance(patch, list | tuple) else (patch, patch))
+    ]

@@ -1,8 +1,10 @@
 """Prompts: captions, with images or without, from a file, and the captions' embeddings, computed once by the pipeline's
 own text encoder."""
 
+import codecs
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -58,15 +60,20 @@ def read_prompts_with_images(path: str | Path | None = None) -> list[Prompt]:
     has one, "image". Empty lines and, in text, lines that start with '#' are skipped.
 
     Raises:
-        ValueError: no such file, not UTF-8, no caption in it, a line that is no such object, or an image that is not
-            there.
+        ValueError: no such file, not UTF-8 (a byte order mark is skipped), no caption in it, a line that is no such
+            object, or an image that is not there.
     """
     source = resources.files("linvideo") / "data" / "captions.txt" if path is None else Path(path)
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        content = source.read_bytes()
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+            raise ValueError("expected UTF-8, got UTF-16, or no text")
+        text = content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the prompts file {source}: {error}") from None
-    if source.name.endswith(".jsonl"):
+    # not splitlines, which also splits at characters that a caption may hold, such as U+2028
+    lines = re.split("\r\n|\r|\n", text)
+    if source.name.lower().endswith(".jsonl"):
         numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
         prompts = [_parse(f"{source}, line {number}", line, source.parent) for number, line in numbered]
     else:
@@ -100,7 +107,8 @@ def _parse(place: str, line: str, folder: Path) -> Prompt:
     try:
         prompt = Prompt(**json.loads(line))
         caption, image = prompt.caption.strip(), None if prompt.image is None else folder / prompt.image
-    except (json.JSONDecodeError, TypeError, AttributeError):
+        caption.encode()  # "\\ud800" is valid JSON and no text
+    except (ValueError, TypeError, AttributeError, RecursionError):
         expected = '{"caption": text, "image": path}, the image where there is one'
         raise ValueError(f"{place}: expected {expected}, got {line[:200]}") from None
     if not caption:

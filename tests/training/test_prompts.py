@@ -21,6 +21,31 @@ def test_read_prompts_skips_comments_and_empty_lines(tmp_path):
     assert read_prompts(path) == ["a fox", "two boats"]
 
 
+def test_lines_end_where_editors_end_them(tmp_path):
+    for name, written in (("p.txt", "{}"), ("p.jsonl", '{{"caption": "{}"}}'), ("p.JSONL", '{{"caption": "{}"}}')):
+        captions = ["# a fox" if name != "p.txt" else "a fox", "two\u2028boats", "rain\x0b\x85 and sun"]
+        for end, mark in (("\n", ""), ("\r\n", "\ufeff"), ("\r", "")):
+            lines = (written.format(caption) for caption in captions if name == "p.txt" or "\x0b" not in caption)
+            (tmp_path / name).write_bytes((mark + end.join(lines)).encode())
+            assert read_prompts(tmp_path / name) == captions[: 3 if name == "p.txt" else 2]
+    (tmp_path / "p.txt").write_bytes("\ufeff# a comment\na fox".encode())
+    assert read_prompts(tmp_path / "p.txt") == ["a fox"]
+
+
+@pytest.mark.parametrize("line", ['{"caption": "\\ud800"}', "[" * 100000, '{"caption": ' + "1" * 5000 + "}"])
+def test_lines_that_are_no_captions_are_refused(tmp_path, line):
+    (tmp_path / "p.jsonl").write_text(line)
+    with pytest.raises(ValueError, match="p.jsonl, line 1: expected .*caption"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_named(tmp_path, encoding):
+    (tmp_path / "p.txt").write_bytes("a fox".encode(encoding))
+    with pytest.raises(ValueError, match="cannot read the prompts file .*p.txt: expected UTF-8, got UTF-16"):
+        read_prompts(tmp_path / "p.txt")
+
+
 @pytest.mark.parametrize("content", [None, b"", b"# nothing\n", b"\xff\xfe\x00"])
 def test_read_prompts_refuses_what_holds_no_caption(tmp_path, content):
     path = tmp_path / "prompts.txt"
