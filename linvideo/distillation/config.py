@@ -117,6 +117,9 @@ class DistillConfig(RunConfig):
         steps = [NUM_TRAIN_TIMESTEPS * (self.num_steps - k) / self.num_steps for k in range(self.num_steps)]
         return FewStepScheduler(steps if self.timesteps is None else self.timesteps)
 
+    def schedules(self) -> dict[str, str]:
+        return super().schedules() | {"critic_optimizer.lr_scheduler": self.critic_optimizer.lr_scheduler}
+
     @property
     def needs_trajectories(self) -> bool:
         return self.regression.max_train_steps > 0 or (self.max_train_steps > 0 and self.dmd.adversarial_weight > 0)

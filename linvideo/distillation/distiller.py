@@ -105,6 +105,12 @@ class Distiller(PipelineRun):
     def _needs_trajectories(self) -> bool:
         return self.config.needs_trajectories
 
+    def _check_continues(self, saved: Any, free: tuple[str, ...] = ()) -> None:
+        super()._check_continues(saved, free)
+        earlier, now = saved["config"]["max_train_steps"], self.config.max_train_steps
+        if saved["stage"] != "regression" and (earlier == 0) != (now == 0):  # with one of them there is no critic
+            raise ValueError(f"max_train_steps cannot change from {earlier} to {now} after the regression")
+
     def _make_models(self) -> None:
         config, ranks = self.config, self.ranks
         self.student = trainable(self._copy(self.source), config, ranks)

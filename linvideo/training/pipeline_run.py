@@ -87,8 +87,19 @@ class PipelineRun(ResumableRun):
     def _needs_trajectories(self) -> bool:
         return True
 
-    def _check_continues(self, saved: Any) -> None:
-        self.config.check_continues(saved["config"], self.ranks.size, saved["processes"])
+    def _check_continues(self, saved: Any, free: tuple[str, ...] = ()) -> None:
+        """Raise ValueError when the run of the checkpoint `saved` cannot be continued; free: see check_continues."""
+        self.config.check_continues(saved["config"], self.ranks.size, saved["processes"], free)
+        earlier, stage = saved["config"]["max_train_steps"], saved["stage"]
+        if stage == self.main_stage:
+            self.config.check_length(earlier, saved["stage_step"])
+        elif stage == self.stages[-1]:
+            self.config.check_length(earlier, earlier)
+            if self.config.max_train_steps != earlier:
+                raise ValueError(
+                    f"{saved.path} was made after the last step and cannot be extended: it has no optimizer state;"
+                    " continue from an earlier checkpoint, --resume_from_checkpoint FOLDER"
+                )
 
     def _make_models(self) -> None:
         """Set `student`, and whatever trains beside it; the teacher may be changed now."""

@@ -61,6 +61,15 @@ class ResumableRun:
         self.components: dict[str, Any] = {}  # what the current stage adds to a checkpoint
         self.restored: Checkpoint | None = None  # has the state of the components of the stage it was made in
 
+    @property
+    def main_stage(self) -> str:
+        """The last that trains; its steps are config.max_train_steps."""
+        return self.stages[-2]
+
+    def _keeps_end(self) -> bool:
+        """Whether the stage's last step gets a checkpoint with its components, from which it can be extended."""
+        return self.stage == self.main_stage and self.config.can_be_extended
+
     def _run_stages(self) -> None:
         try:
             if self.ranks.first:
@@ -96,7 +105,8 @@ class ResumableRun:
             self.stage_step = step + 1
             self.pace.start()
             yield step
-            due = self.global_step % self.config.checkpointing_steps == 0 and self.stage_step < count
+            last = self.stage_step == count
+            due = self._keeps_end() if last else self.global_step % self.config.checkpointing_steps == 0
             if due:
                 self._save()
             self._validate_if_due(count)
@@ -152,9 +162,9 @@ class ResumableRun:
         self.restored = None
 
     def _end_stage(self) -> None:
-        self.components, self.stage_step, self.restored = {}, 0, None
-        if self.stage != self.stages[-1]:
-            self.stage = self.stages[self.stages.index(self.stage) + 1]
+        self.components, self.restored = {}, None
+        if self.stage != self.stages[-1] and not self._keeps_end():
+            self.stage_step, self.stage = 0, self.stages[self.stages.index(self.stage) + 1]
             self._save()
         if self.ranks.any(self.stop):
             raise TrainingStopped("at the end of a stage, which is saved")

@@ -27,6 +27,8 @@ FREE = (
 )
 FREE += ("report_to", "tracker_project_name", "device", "progress", "parallel", "validation")
 FREE += ("compile", "attention_backend", "offload_teacher", "trajectories.path")
+FREE += ("max_train_steps",)  # within limits: see check_length
+SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 
 
 @dataclass
@@ -53,7 +55,9 @@ class RunConfig:
         train_batch_size: samples per forward on each data rank.
         gradient_accumulation_steps: forwards per optimizer step. The product of both and the number of data ranks is
             the global batch; it may not change when a run is continued, its factors may.
-        max_train_steps: of the main stage; the others have their own.
+        max_train_steps: of the main stage; the others have their own. It may change when a run is continued, before
+            that stage has made a step, or where every lr_scheduler is "constant" or "constant_with_warmup": so a
+            finished run is extended.
         use_ema: export an exponential moving average of the weights that the last stage trains.
         ema_decay: of that average; after n steps at most (1 + n) / (10 + n).
         checkpointing_steps: a checkpoint each so many steps of the whole run, and at the end of each stage.
@@ -122,6 +126,28 @@ class RunConfig:
                 "parallel.ring_degree needs an attention_backend that returns log-sum-exps, say _native_cudnn or flash,"
                 f" got {self.attention_backend}"
             )
+
+    def schedules(self) -> dict[str, str]:
+        """Option -> the learning rate's schedule in the main stage."""
+        return {"optimizer.lr_scheduler": self.optimizer.lr_scheduler}
+
+    @property
+    def can_be_extended(self) -> bool:
+        """Whether the main stage's steps don't depend on how many there will be."""
+        return all(name in SCHEDULES_WITHOUT_END for name in self.schedules().values())
+
+    def check_length(self, earlier: int, made: int) -> None:
+        """Raise ValueError when a run with max_train_steps `earlier`, of which it has made so many, cannot be continued
+        to this config's."""
+        now = self.max_train_steps
+        if now == earlier or not made:
+            return
+        change = f"max_train_steps cannot change from {earlier} to {now} after step {made} of its stage"
+        if not self.can_be_extended:
+            names = ", ".join(f"{option} {name}" for option, name in self.schedules().items())
+            raise ValueError(f"{change}: {names} depends on it, only {' and '.join(SCHEDULES_WITHOUT_END)} do not")
+        if now < made:
+            raise ValueError(f"{change}: continue from an earlier checkpoint, --resume_from_checkpoint FOLDER")
 
     def check_choice(self, name: str, allowed: tuple) -> None:
         """Raise ValueError when the field `name` has none of these values."""

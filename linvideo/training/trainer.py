@@ -92,10 +92,10 @@ class Trainer(PipelineRun):
             seconds=self.results["seconds"],
         )
 
-    def _check_continues(self, saved: Any) -> None:
+    def _check_continues(self, saved: Any, free: tuple[str, ...] = ()) -> None:
         # until layers are selected nothing has depended on how that is done
-        free = () if "linear_layers" in saved["results"] else ("selection.rounding",)
-        self.config.check_continues(saved["config"], self.ranks.size, saved["processes"], free)
+        free += () if "linear_layers" in saved["results"] else ("selection.rounding",)
+        super()._check_continues(saved, free)
 
     def warmed_up(self, layers: list[int]) -> torch.nn.Module:
         """A copy of the teacher's transformer with `layers` linear after warm-up only: what fine-tuning starts from.

@@ -150,11 +150,24 @@ def test_without_the_first_stage_and_average(tmp_path):
     assert_same_run(folder, tmp_path / "whole")
 
 
+def test_a_finished_distillation_is_extended(tmp_path):
+    rate = {"lr_scheduler": "constant", "lr_warmup_steps": 0}
+    settings, folder = {"optimizer": rate, "critic_optimizer": rate}, tmp_path / "run"
+    run(folder, **settings, max_train_steps=4)
+    run(tmp_path / "whole", **settings)
+    run(folder, **settings, resume_from_checkpoint="latest")
+    assert_equal(weights(folder), weights(tmp_path / "whole"))
+    assert read_metrics(folder / "metrics.jsonl") == read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    with pytest.raises(ValueError, match="max_train_steps cannot change from 7 to 0 after"):
+        run(folder, **settings, resume_from_checkpoint="latest", max_train_steps=0)
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [
         ({"dmd": {"student_every": 2, "adversarial_weight": 0.1}}, r"dmd\.student_every 3 \(now 2\)"),
         ({"dmd": {"student_every": 3}}, r"dmd\.adversarial_weight 0\.1 \(now 0\.0\)"),
+        ({"max_train_steps": 8}, "from 7 to 8 .*: optimizer.lr_scheduler cosine, critic_optimizer.lr_scheduler poly"),
         ({"num_steps": 4}, r"num_steps 2 \(now 4\)"),
         ({"critic_optimizer": {"learning_rate": 1.0}}, r"critic_optimizer\.learning_rate 0\.0004 \(now 1\.0\)"),
         ({"train_batch_size": 3}, r"train_batch_size 2 \(now 3\)"),

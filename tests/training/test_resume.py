@@ -124,6 +124,36 @@ def test_a_finished_run_resumes_to_itself(tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+CONSTANT = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1}
+
+
+def test_a_finished_run_is_extended(tmp_path):
+    """To what a run of that length would have been."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    run(folder, max_train_steps=4, optimizer=CONSTANT)
+    run(whole, optimizer=CONSTANT)
+    assert max(row["step"] for row in read_metrics(folder / "metrics.jsonl")) == 13
+    run(folder, optimizer=CONSTANT, resume_from_checkpoint="latest")
+    assert_same_run(folder, whole)
+    with pytest.raises(ValueError, match="max_train_steps cannot change from 6 to 5 after step 6 of its stage: continue"):
+        run(folder, optimizer=CONSTANT, resume_from_checkpoint="latest", max_train_steps=5)
+    assert_same_run(folder, whole)
+
+
+def test_a_schedule_with_an_end_is_not_extended(tmp_path, uninterrupted):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    message = "max_train_steps cannot change from 6 to 8 after step {} of its stage: optimizer.lr_scheduler cosine depends"
+    for step, made in ((14, 5), (15, 6)):
+        with pytest.raises(ValueError, match=message.format(made)):
+            run(folder, max_train_steps=8, resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    assert_same_run(folder, uninterrupted)
+    # until the last stage begins nothing has depended on its length
+    run(folder, max_train_steps=5, resume_from_checkpoint=str(folder / "checkpoint-9"))
+    run(tmp_path / "short", max_train_steps=5)
+    assert_same_run(folder, tmp_path / "short")
+
+
 def test_checkpoints_total_limit(tmp_path):
     run(tmp_path / "run", checkpoints_total_limit=2)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-14", "checkpoint-15"]
