@@ -195,11 +195,11 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def evaluate_fidelity(args: argparse.Namespace) -> None:
     from linvideo.evaluation.fidelity import fidelity, summary
-    from linvideo.training.prompts import read_prompts
+    from linvideo.training.prompts import read_prompts, some_of
 
     if args.teacher is None:
         raise ValueError("--suite fidelity needs --teacher, the pipeline that the model was converted from")
-    prompts = read_prompts(args.prompts_file)[: args.num_prompts]
+    prompts = some_of(read_prompts(args.prompts_file), args.num_prompts)
     student = load(args).to(args.device)
     teacher = load_teacher(args.teacher, args, student).to(args.device)
     rows = []
@@ -265,7 +265,7 @@ def check(args: argparse.Namespace) -> int:
 def analyze(args: argparse.Namespace) -> None:
     from linvideo.evaluation.analysis_report import text, write_report
     from linvideo.evaluation.analyze import analyze
-    from linvideo.training.prompts import read_prompts_with_images
+    from linvideo.training.prompts import read_prompts_with_images, some_of
     from linvideo.training.sensitivity import SensitivityConfig
     from linvideo.training.trajectories import TrajectoryConfig
     from linvideo.training.warmup import WarmupConfig
@@ -275,8 +275,7 @@ def analyze(args: argparse.Namespace) -> None:
     trajectories = TrajectoryConfig(**settings, batch_size=args.batch_size, shard_size=args.batch_size)
     warmup = WarmupConfig(max_train_steps=args.warmup_steps, batch_size=args.batch_size)
     sensitivity = SensitivityConfig(num_states=args.num_states, batch_size=args.batch_size)
-    prompts = read_prompts_with_images(args.prompts_file)
-    prompts = prompts[:: max(1, len(prompts) // args.num_trajectories)][: args.num_trajectories]  # of a sorted list
+    prompts = some_of(read_prompts_with_images(args.prompts_file), args.num_trajectories)
     captions, images = (list(each) for each in zip(*prompts, strict=True))
     timed_size = None if args.timed_size is None else tuple(args.timed_size)
     analysis = analyze(
@@ -515,7 +514,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--output_dir", type=Path, required=True)
     sub.add_argument("--teacher", help="fidelity: the stock pipeline folder or Hub id")
     sub.add_argument("--prompts_file", type=Path, help="fidelity: one caption a line; default: linvideo's own captions")
-    sub.add_argument("--num_prompts", type=positive, help="only the first ones (vbench: of each dimension)")
+    what = "only so many, from all over the file (vbench: of each dimension)"
+    sub.add_argument("--num_prompts", type=positive, help=what)
     sub.add_argument(
         "--full_info", type=Path, help="vbench: its VBench_full_info.json; default: the installed package's"
     )

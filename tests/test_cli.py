@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 
 import numpy as np
 import pytest
@@ -259,10 +260,13 @@ def test_no_command_is_one_line(capsys):
     assert "COMMAND" in refused(capsys)
 
 
-def test_train_from_yaml_then_generate(folder, tmp_path, capsys):
+def test_train_from_yaml_then_generate(folder, tmp_path, capsys, monkeypatch):
     run, config = tmp_path / "run", tmp_path / "run.yaml"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "captions.txt").write_text("a cat\na dog\n")
     config.write_text(
-        f"pretrained_model_name_or_path: {folder}\noutput_dir: {run}\nmax_train_steps: 1\nprogress: false\n"
+        f"pretrained_model_name_or_path: {os.path.relpath(folder)}\noutput_dir: run\nmax_train_steps: 1\n"
+        "progress: false\noverwrite_output_dir: true\nprompts: {prompts_file: captions.txt}\n"
         "trajectories: {num_trajectories: 2, num_inference_steps: 2, height: 32, width: 32, num_frames: 9}\n"
         "warmup: {max_train_steps: 1}\nsensitivity: {num_states: 2}\nselection: {num_linear_layers: 1}\n"
         "validation: {steps: 9, num_videos: 1, num_inference_steps: 1}\n"
@@ -279,6 +283,14 @@ def test_train_from_yaml_then_generate(folder, tmp_path, capsys):
     words = ["--model", str(run / "pipeline"), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4")]
     assert cli.main(["generate", *words, *size]) == 0
     assert (tmp_path / "v.mp4").stat().st_size > 0
+
+    (tmp_path / "elsewhere").mkdir()  # the recorded config does the same again, in any folder
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "is not empty" in refused(capsys, "train", "--config", run / "config.yaml", "--output_dir", run)
+    for words in (["--output_dir", "again"], ["--output_dir", run, "--resume_from_checkpoint", "latest"]):
+        assert cli.main(["train", "--config", str(run / "config.yaml"), *map(str, words)]) == 0
+    weights = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    assert (run / weights).read_bytes() == (tmp_path / "elsewhere" / "again" / weights).read_bytes()
 
 
 def test_a_pipeline_of_another_family(tmp_path, capsys):

@@ -13,6 +13,7 @@ from linvideo.models import default_fps
 from linvideo.models.generate import generate_video
 from linvideo.models.video_file import check_output, save_video
 from linvideo.training.files import read_json
+from linvideo.training.prompts import some_of
 
 VIDEOS_PER_PROMPT = 5  # VBench's standard
 # Per cent; arXiv 2510.08318, Wan 1.3B: dense, LinVideo (16 of 30 layers linear), and that distilled to 4 steps.
@@ -37,7 +38,8 @@ def full_info_path() -> Path:
 
 
 def prompts_of(full_info: str | Path, dimensions: list[str], most: int | None = None) -> list[str]:
-    """The prompts that these dimensions are measured on, each once, in the file's order; the first `most` of each.
+    """The prompts that these dimensions are measured on, each once, in the file's order; `most` of each, from all over
+    the file.
 
     Raises:
         ValueError: the file is not VBench's, or a dimension has no prompt in it.
@@ -52,8 +54,9 @@ def prompts_of(full_info: str | Path, dimensions: list[str], most: int | None = 
     known = set().union(*of_prompt.values())
     if unknown := sorted(set(dimensions) - known):
         raise ValueError(f"expected dimensions of {', '.join(sorted(known))}, got {', '.join(unknown)}")
-    chosen = [[prompt for prompt, of in of_prompt.items() if name in of][:most] for name in dimensions]
-    return [prompt for prompt in of_prompt if any(prompt in some for some in chosen)]
+    measured = [[prompt for prompt, of in of_prompt.items() if name in of] for name in dimensions]
+    chosen = {prompt for prompts in measured for prompt in some_of(prompts, most)}
+    return [prompt for prompt in of_prompt if prompt in chosen]
 
 
 def generate_videos(

@@ -17,7 +17,7 @@ from linvideo.models.few_step import FewStepScheduler, own_settings
 from linvideo.models.hub import push_to_hub
 from linvideo.models.hunyuan_video15 import LinVideoHunyuanVideo15Transformer3DModel
 from linvideo.models.ltx import LinVideoLTXVideoTransformer3DModel
-from linvideo.models.pipelines import load_pipeline, new_folder, save_pipeline, wan_transformer
+from linvideo.models.pipelines import load_pipeline, new_folder, packaged, save_pipeline, wan_transformer
 from linvideo.models.wan import (
     LinVideoChronoEditTransformer3DModel,
     LinVideoSkyReelsV2Transformer3DModel,
@@ -48,6 +48,7 @@ __all__ = [
     "finalize",
     "load_pipeline",
     "own_settings",
+    "packaged",
     "new_folder",
     "push_to_hub",
     "save_pipeline",

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 
 import diffusers
@@ -29,11 +30,18 @@ def wan_dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
 
 
+def packaged(path: str) -> str:
+    """Where "linvideo/..." is in the installed package, unless the current folder has it; any other path as it is."""
+    inside = str(resources.files("linvideo").joinpath(path.removeprefix("linvideo/")))
+    return inside if path.startswith("linvideo/") and not os.path.exists(path) and os.path.exists(inside) else path
+
+
 def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipeline:
     """Load a diffusers pipeline, converted or stock, from a local folder or a Hugging Face Hub repository.
 
     Args:
-        path_or_repo: a folder with model_index.json, or a repository id "owner/name".
+        path_or_repo: a folder with model_index.json, a repository id "owner/name", or a folder of the package; see
+            `packaged`.
         kwargs: passed to `DiffusionPipeline.from_pretrained`, for instance `dtype`, which diffusers below 0.40 calls
             `torch_dtype`; either name does with every version.
 
@@ -51,7 +59,7 @@ def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipelin
     kwargs = {_DTYPE if name in ("dtype", "torch_dtype") else name: value for name, value in kwargs.items()}
     if not isinstance(path_or_repo, str | os.PathLike):
         raise ValueError(f"expected a path or a repository id, got {path_or_repo!r}")
-    location = os.fspath(path_or_repo)
+    location = packaged(os.fspath(path_or_repo))
     if os.path.exists(location) and not os.path.isfile(os.path.join(location, _INDEX)):
         raise ValueError(f"expected a pipeline folder with {_INDEX}, got {location} without one")
     if not os.path.exists(location) and (location.count("/") != 1 or location.startswith((".", "/", "~"))):

@@ -37,9 +37,7 @@ def read_results(folder: Path, sizes: Sizes) -> dict[str, dict]:
 def collection_hours(config: TrainConfig, measured: dict[str, dict]) -> float | None:
     """Of one GPU, for all trajectories; None when a forward is not measured."""
     wanted = config.trajectories
-    # guided: two forwards a step; unguided: states kept under the negative prompt take a second one
-    more = wanted.negative_probability * wanted.states_per_trajectory
-    forwards = wanted.num_inference_steps + (wanted.num_inference_steps if wanted.guidance_scale > 1 else more)
+    forwards = wanted.num_inference_steps * (2 if wanted.guidance_scale > 1 else 1)
     return wanted.num_trajectories * forwards * measured["forward"]["seconds"] / 3600 if "forward" in measured else None
 
 

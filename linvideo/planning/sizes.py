@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline, WanTransformer3DModel
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
+from linvideo.models import packaged
 from linvideo.models.pipelines import ONLY_WAN
 from linvideo.nn import LinearAttentionBranch
 from linvideo.planning.known import HUB, KNOWN
@@ -82,7 +83,7 @@ def read_sizes(model: str, video: TrajectoryConfig) -> Sizes:
     Raises:
         ValueError: no such pipeline, one that `linvideo train` does not take, or a video that does not fit it.
     """
-    model = HUB.get(model, model)
+    model = packaged(HUB.get(model, model))
     try:
         pipeline = _pipeline(model)
     except (OSError, TypeError, LookupError, AttributeError, RuntimeError) as error:

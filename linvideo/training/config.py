@@ -103,6 +103,9 @@ def load_config(argv: list[str], kind: type[Config] = TrainConfig, command: str 
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     for place, word in enumerate(argv):
         if place and argv[place - 1] == "--config" and not Path(word).exists():
+            if word not in names and ":" not in word:  # with one it may be the YAML itself
+                known = ", ".join(sorted(names))
+                raise ValueError(f"--config must be a YAML file or the name of a recipe, got {word}; recipes: {known}")
             argv = [*argv[:place], names.get(word, word), *argv[place + 1 :]]
         elif place and argv[place - 1] == "--config" and Path(word).stat().st_size > MOST_CHARACTERS:
             raise ValueError(f"expected a config of at most {MOST_CHARACTERS} characters, got the file {word}")

@@ -9,14 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from linvideo.models import packaged
 from linvideo.training.conditions import Conditions
 from linvideo.training.devices import on_device
 from linvideo.training.files import read_cached, write_safetensors
 from linvideo.training.fingerprint import fingerprint
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -63,7 +66,7 @@ def read_prompts_with_images(path: str | Path | None = None) -> list[Prompt]:
         ValueError: no such file, not UTF-8 (a byte order mark is skipped), no caption in it, a line that is no such
             object, or an image that is not there.
     """
-    source = resources.files("linvideo") / "data" / "captions.txt" if path is None else Path(path)
+    source = resources.files("linvideo") / "data" / "captions.txt" if path is None else Path(packaged(str(path)))
     try:
         content = source.read_bytes()
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
@@ -81,6 +84,24 @@ def read_prompts_with_images(path: str | Path | None = None) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"the prompts file {source} holds no caption, expected one a line")
     return prompts
+
+
+def spread(length: int, count: int) -> list[int]:
+    """`count` indices of a list of so many items, from all over it; all of them, in turn, where there are fewer.
+
+    One from each of `count` equal parts, at a place that differs from part to part: a list of captions is often sorted
+    by one word and periodic in another, so that the first ones of all parts would be alike.
+    """
+    if count >= length:
+        return [number % length for number in range(count)]
+    bounds = [number * length // count for number in range(count + 1)]
+    parts = enumerate(zip(bounds, bounds[1:], strict=False))
+    return [start + int(number * 0.618 % 1 * (end - start)) for number, (start, end) in parts]
+
+
+def some_of(items: Sequence[Item], most: int | None) -> list[Item]:
+    """At most so many of the items, from all over the list and in its order; None is all of them."""
+    return [items[i] for i in spread(len(items), len(items) if most is None else min(most, len(items)))]
 
 
 def choose_prompts(

@@ -171,7 +171,7 @@ class ResumableRun:
 
     def _save(self) -> None:
         state = {
-            "config": self.config.to_dict(),
+            "config": self.config.record(),
             "processes": self.ranks.size,
             "stage": self.stage,
             "stage_step": self.stage_step,

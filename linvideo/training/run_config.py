@@ -1,12 +1,14 @@
 """What every run of training is configured by, whatever it learns; the sections are defined beside their parts."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from linvideo.models import packaged
 from linvideo.training.devices import check_device
 from linvideo.training.files import write_text
 from linvideo.training.optimizer import OptimizerConfig
@@ -28,6 +30,9 @@ FREE = (
 FREE += ("report_to", "tracker_project_name", "device", "progress", "parallel", "validation")
 FREE += ("compile", "attention_backend", "offload_teacher", "trajectories.path")
 FREE += ("max_train_steps",)  # within limits: see check_length
+# of the call, not of the run
+OF_THE_CALL = {"overwrite_output_dir": False, "resume_from_checkpoint": None}
+PATHS = ("pretrained_model_name_or_path", "student_model_name_or_path", "prompts.prompts_file", "trajectories.path")
 SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 
 
@@ -157,9 +162,20 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def record(self) -> dict[str, Any]:
+        """`to_dict` for the run's folder, to be read in any other: local paths are absolute, and what this call was to
+        do with a folder that is there is left out."""
+        values = self.to_dict() | OF_THE_CALL
+        for name in PATHS:
+            section, _, key = name.rpartition(".")
+            holder = values[section] if section else values
+            if key in holder:
+                holder[key] = _absolute(holder[key])
+        return values
+
     def save(self, path: str | Path) -> None:
-        """Write YAML that `load_config(["--config", path])` reads back."""
-        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+        """Write its record as YAML for `load_config(["--config", path])`."""
+        write_text(path, yaml.safe_dump(self.record(), sort_keys=False))
 
     def global_batch(self, processes: int) -> int:
         """Samples of an optimizer step on so many processes."""
@@ -182,12 +198,19 @@ class RunConfig:
         differences = [
             f"{name} {old!r} (now {new!r})"
             for name, old, new in _leaves(earlier, self.to_dict())
-            if old != new and not {name, name.split(".")[0]} & may_differ
+            if not {name, name.split(".")[0]} & may_differ
+            and (_absolute(old) != _absolute(new) if name in PATHS else old != new)
         ]
         if before != now and not differences:
             differences = [f"a global batch of {before} (now {now}, on {processes} processes)"]
         if differences:
             raise ValueError(f"the checkpoint was made with {', '.join(differences)}; continue with the same values")
+
+
+def _absolute(path: str | None) -> str | None:
+    """A file or folder of this machine by its absolute path; a Hub id, or what is not there, as it is."""
+    found = None if path is None else packaged(path)
+    return os.path.abspath(found) if found is not None and os.path.exists(found) else path
 
 
 def _leaves(old: dict, new: dict, prefix: str = ""):

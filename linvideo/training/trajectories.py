@@ -3,7 +3,8 @@ section on data: 50K pairs).
 
 States come from the guided sampler, as at inference. The stored velocity is the teacher's under one condition, chosen
 per state: the prompt, or with `negative_probability` the negative prompt, because guidance needs the student under
-both. A student trained towards the guided velocity and sampled with guidance again would be guided twice.
+both; without guidance it is always the prompt. A student trained towards the guided velocity and sampled with guidance
+again would be guided twice.
 
 Trajectory i depends on (seed, i) alone: noise, prompt, kept steps and conditions are drawn by hash.
 """
@@ -18,9 +19,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from linvideo.training.experts import Expert, low_noise_sampler, stored_expert
+from linvideo.training.experts import Expert, low_noise_sampler, stored_expert, stored_guidance
 from linvideo.training.fingerprint import fingerprint
-from linvideo.training.flow import predict_velocity, sample_steps, sampler_grid
+from linvideo.training.flow import sample_steps, sampler_grid
 from linvideo.training.prompts import PromptEmbeddings
 from linvideo.training.seeding import draw_noise, generator, stable_hash
 from linvideo.training.store import TrajectoryStore
@@ -50,7 +51,7 @@ class TrajectoryConfig:
         width: of the video in pixels.
         num_frames: of the video, before the VAE.
         stride: keep every stride-th sampler step, from an offset drawn per trajectory; the size on disk falls with it.
-        negative_probability: share of states used with the negative prompt.
+        negative_probability: share of states used with the negative prompt; without guidance there are none.
         batch_size: videos sampled at once.
         shard_size: videos per file.
         dtype: of stored states, "float16" (default), "bfloat16" or "float32".
@@ -192,6 +193,8 @@ def store_request(
         request |= {"expert": expert.name, "boundary_timestep": expert.boundary_timestep, "guidance_scale_2": scale}
     if expert.name == "low_noise":  # the states there were reached by the other expert; the reverse is not so
         request["model_high_noise"] = fingerprint(pipeline.transformer)
+    if stored_guidance(request) == 1:  # the sampler never asks for the negative prompt
+        request["negative_probability"] = 0.0
     return request
 
 
@@ -250,11 +253,8 @@ def _collect_batch(
         rows, columns = (keep == step.index).nonzero(as_tuple=True)
         flagged = rows[negative[rows, step.index]]
         u_step = step.u.clone()
-        if step.u_negative is not None:
+        if len(flagged):  # only of a guided sampler
             u_step[flagged] = step.u_negative[flagged]
-        elif len(flagged):  # an unguided sampler has not computed it
-            with torch.no_grad():
-                u_step[flagged] = predict_velocity(model, step.x[flagged], step.timestep, conditions_negative[flagged])
         x[rows, columns] = step.x[rows].to(dtype).cpu()
         u[rows, columns] = u_step[rows].to(dtype).cpu()
         timestep[rows, columns] = float(step.timestep)

@@ -21,7 +21,7 @@ class ValidationConfig:
 
     Args:
         steps: validate each so many steps of the whole run, and at the end of both stages; 0 is never.
-        prompts: of the videos, in turn; None is the first captions of the run.
+        prompts: of the videos; None is captions from all over the run's list.
         num_videos: made each time, one after another.
         num_inference_steps: of the sampler; None is that of the trajectories.
         fps: of the mp4 files; None is the pipeline's own.

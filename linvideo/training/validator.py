@@ -28,7 +28,7 @@ from linvideo.training.files import read_cached, write_safetensors
 from linvideo.training.fingerprint import fingerprint
 from linvideo.training.metrics import MetricsLog, read_metrics, take_back
 from linvideo.training.parallel import Ranks
-from linvideo.training.prompts import PromptEmbeddings, encode_prompts
+from linvideo.training.prompts import PromptEmbeddings, encode_prompts, spread
 from linvideo.training.run_config import RunConfig
 from linvideo.training.seeding import draw_noise
 from linvideo.training.step import autocast
@@ -128,8 +128,8 @@ class Validator:
             scheduler, request, steps = few_steps, request | {"guidance_scale": 1.0}, few_steps.num_steps
         videos = []
         with on_device(device, idle):  # and away before videos are decoded, which takes as much
-            for number in range(config.num_videos):
-                prompt = torch.tensor([number % len(self.prompts)])
+            for number, index in enumerate(spread(len(self.prompts), config.num_videos)):
+                prompt = torch.tensor([index])
                 noise = draw_noise((1, *self.request["latent_shape"]), config.seed, "validation", number).to(device)
                 conditions = [
                     self.prompts.conditions(prompt, torch.tensor([negative]), device) for negative in (False, True)
@@ -152,6 +152,7 @@ class Validator:
 
     def _key(self) -> str:
         config = {**vars(self.config.validation), "steps": None, "fps": None, "prompts": self.prompts.digest()}
+        config["captions"] = spread(len(self.prompts), self.config.validation.num_videos)
         request = repr((config, self.request, fingerprint(self.pipeline.vae)))
         return hashlib.blake2b(request.encode(), digest_size=16).hexdigest()
 

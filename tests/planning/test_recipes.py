@@ -9,10 +9,12 @@ import pytest
 from linvideo.demo.run import WORLD
 from linvideo.demo.teacher import SETTINGS
 from linvideo.distillation import DistillConfig
+from linvideo.models import load_pipeline
 from linvideo.planning.plan import make_plan
 from linvideo.planning.sizes import read_sizes
 from linvideo.training import TrainConfig, load_config
 from linvideo.training.config import RECIPES
+from linvideo.training.prompts import read_prompts
 from linvideo.training.run_config import RunConfig
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +63,15 @@ def test_the_demo_is_sampled_as_its_teacher_is_meant_to_be(tmp_path):
     assert (sampler.height, sampler.width, sampler.num_frames) == (WORLD.size, WORLD.size, WORLD.frames)
 
 
+def test_the_demo_works_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "distill-demo"):
+        config, _ = load(name, tmp_path)
+        assert read_prompts(config.prompts.prompts_file) == WORLD.training_captions()
+        assert read_sizes(config.pretrained_model_name_or_path, config.trajectories).config.num_layers == 8
+        assert load_pipeline(config.pretrained_model_name_or_path).transformer.config.num_layers == 8
+
+
 def test_distillations_take_the_trajectories_of_the_transfer(tmp_path):
     for name in (name for name in NAMES if name.startswith("distill")):
         config, _ = load(name, tmp_path)
@@ -75,8 +86,9 @@ def test_the_guide_names_every_recipe():
 
 
 def test_an_unknown_recipe_is_named(tmp_path):
-    with pytest.raises(ValueError, match="wan9"):
-        load_config(["--config", "wan9", "--output_dir", str(tmp_path)])
+    for words in (["--config", "wan9"], ["--config=wan9"]):
+        with pytest.raises(ValueError, match="or the name of a recipe, got wan9; recipes: demo, distill-demo"):
+            load_config([*words, "--output_dir", str(tmp_path)])
 
 
 def test_only_config_takes_a_recipes_name(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 
-from linvideo.training.prompts import PromptConfig, PromptEmbeddings, encode_prompts, read_prompts
+from linvideo.training.prompts import PromptConfig, PromptEmbeddings, encode_prompts, read_prompts, some_of, spread
 
 PROMPTS = ["a fox", "two boats race across a lake", "rain"]
 
@@ -53,6 +53,20 @@ def test_read_prompts_refuses_what_holds_no_caption(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(ValueError, match="prompts.txt"):
         read_prompts(path)
+
+
+def test_some_captions_are_from_all_over_a_sorted_list():
+    captions = [(colour, shape, way) for colour in range(4) for shape in range(4) for way in range(4)]
+    chosen = some_of(captions, 4)
+    assert sorted(set(chosen)) == chosen and len(chosen) == 4
+    assert [colour for colour, _, _ in chosen] == [0, 1, 2, 3]  # sorted by it
+    assert all(len({caption[word] for caption in chosen}) > 1 for word in (1, 2))  # what repeats in every part
+    for length in (1, 5, 7):
+        for count in range(1, length + 1):
+            indices = spread(length, count)
+            assert sorted(set(indices)) == indices and len(indices) == count and indices[-1] < length
+    assert spread(2, 5) == [0, 1, 0, 1, 0]
+    assert some_of(captions, None) == some_of(captions, 99) == captions
 
 
 @pytest.fixture(scope="module")

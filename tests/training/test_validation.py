@@ -15,7 +15,7 @@ from tiny_run import PROMPTS, run, tiny_config, tiny_teacher
 from linvideo.models import load_pipeline
 from linvideo.training import Trainer, read_metrics, validator
 from linvideo.training.checkpoint import list_checkpoints, load_checkpoint
-from linvideo.training.prompts import encode_prompts
+from linvideo.training.prompts import encode_prompts, spread
 from linvideo.training.resumable import TrainingStopped
 from linvideo.training.seeding import draw_noise
 from linvideo.training.validation import decode, sample
@@ -81,7 +81,7 @@ def test_the_last_row_is_of_the_exported_weights(validated):
             pipeline.set_progress_bar_config(disable=True)
             frames = pipeline(
                 latents=draw_noise((1, 16, 2, 4, 4), 0, "validation", number),
-                prompt_embeds=prompts.take(torch.tensor([number])),
+                prompt_embeds=prompts.take(torch.tensor([spread(3, 2)[number]])),
                 negative_prompt_embeds=prompts.take(torch.tensor([0]), torch.tensor([True])),
                 output_type="pil",
                 **SIZE,
