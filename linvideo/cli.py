@@ -583,7 +583,7 @@ def main(argv: list[str] | None = None) -> int:
         if type(error).__module__.split(".")[0] != "linvideo":
             raise
         print(f"linvideo: error: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_status", 1)
     except ModuleNotFoundError as error:
         print(f"linvideo: error: {error.name} is missing; pip install 'linvideo[train]'", file=sys.stderr)
         return 2

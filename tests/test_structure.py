@@ -19,6 +19,7 @@ TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".cfg"
 RANK = {
     "linvideo_kernels": 0,
     "linvideo._diffusers_hook": 0,  # standard library only
+    "linvideo.workspace": 0,  # the same
     "linvideo.ops": 1,
     "linvideo.nn": 2,
     "linvideo.models": 3,

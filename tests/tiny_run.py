@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tiny import tiny_pipeline, tiny_transformer
 
-from linvideo.training import Trainer, TrainResult, checkpoint, store
+from linvideo.training import Trainer, TrainResult, checkpoint, files, store
 from linvideo.training.config import TrainConfig, from_dict
 from linvideo.training.resumable import ResumableRun
 
@@ -79,9 +79,18 @@ def die(*_):
 
 def die_at(stage: str, step: int) -> None:
     """Kill this process when the run reaches `step` of `stage`, at the worst moment we know of."""
-    if stage == "trajectories":  # shard `step` is on disk, the manifest does not know it yet
-        original, calls = store.crc32, []
-        store.crc32 = lambda path: die() if len(calls) == step else (calls.append(path), original(path))[1]
+    if stage == "trajectories":  # shard `step` is on disk, its entry is not yet
+        write_json = store.write_json
+        store.write_json = lambda path, *rest, **options: (
+            die() if path.name == f"shard-{step:06d}.json" else write_json(path, *rest, **options)
+        )
+    elif stage == "prompts":  # half of their file is written
+
+        def half(_, path, *__):
+            Path(path).write_bytes(b"half")
+            die()
+
+        files.save_file = half
     elif stage == "checkpoint":  # the `step`-th checkpoint has its tensors but not its state.json
         original_text, written = checkpoint.write_text, []
         checkpoint.write_text = lambda path, text: (

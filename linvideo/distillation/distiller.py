@@ -81,12 +81,13 @@ class Distiller(PipelineRun):
         """Run, or finish, all stages.
 
         Raises:
-            ValueError: the trajectories there belong to another request, or the checkpoint to another config.
+            ValueError: another run writes into the folder, the trajectories there belong to another request, or the
+                checkpoint to another config.
             TrainingDiverged: see config.max_nonfinite_steps.
-            TrainingStopped: SIGTERM came; between two optimizer steps a checkpoint was saved first.
+            TrainingStopped: SIGTERM or Ctrl-C came; between two optimizer steps a checkpoint was saved first.
             OSError: a checkpoint could not be written, say on a full disk; the earlier ones are untouched.
         """
-        with self._stoppable():
+        with self._only_writer():
             self._run()
         return DistillResult(
             pipeline=self._with_student(self.exported) if self.ranks.first else None,

@@ -9,10 +9,9 @@ only, never code. state.json also has the other files' checksums.
 import json
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,18 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from linvideo.training.files import TEMPORARY, crc32, read_json, write_text
+from linvideo.training.files import crc32, read_json, write_text
 from linvideo.training.parallel import Ranks
+from linvideo.workspace import discard, move_into_place, workspace
 
 FORMAT = 3
 MODEL, STATE = "model/", "state"
-_OLD = TEMPORARY + "old-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Complete checkpoint folders, oldest step first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
 
 
@@ -51,59 +50,53 @@ def save_checkpoint(
 
     Raises:
         OSError: it cannot be written (a full disk); the earlier ones are as they were.
+        KeyboardInterrupt: as it came; the same holds.
     """
     ranks = Ranks.alone() if ranks is None else ranks
     target = Path(output_dir) / f"checkpoint-{step}"
-    new, old = target.with_name(TEMPORARY + target.name), target.with_name(_OLD + target.name)
     tensors = {MODEL + name: tensor.detach() for name, tensor in model.items()}
     plain = _strip(state, STATE, tensors)
+    with ExitStack() as stack:
 
-    def prepare() -> None:
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        new.mkdir(parents=True)
+        def prepare() -> Path:
+            space = stack.enter_context(workspace(target))
+            (space / target.name).mkdir()
+            return space
 
-    def finish() -> None:
-        content = {"format": FORMAT, "step": step, "checksums": checksums, "state": plain}
-        write_text(new / "state.json", json.dumps(content))
-        if target.exists():
-            os.rename(target, old)
-        os.rename(new, target)
-        shutil.rmtree(old, ignore_errors=True)
-        if limit is not None:
-            for path in list_checkpoints(output_dir)[:-limit]:
-                shutil.rmtree(path)
+        def finish() -> None:
+            content = {"format": FORMAT, "step": step, "checksums": checksums, "state": plain}
+            write_text(new / "state.json", json.dumps(content))
+            if target.is_dir() and not _is_ours(target):  # it is in the way, but it is not lost
+                os.rename(target, target.with_name(f"{target.name}-moved-{space.name.split('-')[1]}"))
+            move_into_place(new, target, space)
+            if limit is not None:
+                for path in [path for path in list_checkpoints(output_dir) if _is_ours(path)][:-limit]:
+                    discard(path)
 
-    try:
-        ranks.on_first(prepare)
-        writer = HuggingFaceStorageWriter(str(new), save_distributed=True)
-        with _quiet():
-            dcp.save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
-        mine = {path.name: crc32(path) for path in new.glob(f"shard-{ranks.rank + 1:05d}-*")}
-        checksums = {name: value for part in ranks.gather_objects(mine) for name, value in part.items()}
-        ranks.on_first(finish)
-    except (CheckpointException, OSError, SafetensorError) as error:
-        if ranks.first:
-            shutil.rmtree(new, ignore_errors=True)
-        raise OSError(f"cannot write {target}, the earlier checkpoints are untouched: {_reason(error)}") from error
+        try:
+            space = ranks.on_first(prepare)
+            new = space / target.name
+            writer = HuggingFaceStorageWriter(str(new), save_distributed=True)
+            with _quiet():
+                dcp.save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
+            mine = {path.name: crc32(path) for path in new.glob(f"shard-{ranks.rank + 1:05d}-*")}
+            checksums = {name: value for part in ranks.gather_objects(mine) for name, value in part.items()}
+            ranks.on_first(finish)
+        except (CheckpointException, OSError, SafetensorError) as error:
+            raise OSError(f"cannot write {target}, the earlier checkpoints are untouched: {_reason(error)}") from error
     return target
 
 
 def remove_newer(output_dir: str | Path, step: int) -> None:
     """Delete the checkpoints after `step`, which a run taken back to it would otherwise count as its newest."""
     for path in list_checkpoints(output_dir):
-        if int(_NAME.fullmatch(path.name)[1]) > step:
-            shutil.rmtree(path)
+        if int(_NAME.fullmatch(path.name)[1]) > step and _is_ours(path):
+            discard(path)
 
 
-def remove_leftovers(output_dir: str | Path) -> None:
-    """Tidy up after a kill in `save_checkpoint`: a checkpoint that was moved aside goes back, or away if replaced."""
-    for path in Path(output_dir).glob(TEMPORARY + "*checkpoint-*"):
-        target = path.with_name(path.name.removeprefix(_OLD))
-        if path.name.startswith(_OLD) and not target.exists():
-            os.rename(path, target)
-        else:
-            shutil.rmtree(path)
+def _is_ours(path: Path) -> bool:
+    """Not a link, or a folder that only has the name of a checkpoint."""
+    return (path / "state.json").is_file() and not path.is_symlink()
 
 
 class Checkpoint:
@@ -221,9 +214,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong on the first rank where something did."""
+    """What went wrong on the first rank where something did; an interruption, which is no fault, is raised again."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        raise error from None
     return str(error) or type(error).__name__
 
 

@@ -1,8 +1,8 @@
-"""Atomic files: written beside their place and moved there, so that a killed run leaves the old file or the new one."""
+"""Atomic files: written in a workspace next to their place and moved there, so that a killed run leaves the old file
+or the new one."""
 
 import json
 import os
-import socket
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,41 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-TEMPORARY = ".tmp-"  # prefix of what an interrupted write may leave behind
-_HOST = socket.gethostname()
+from linvideo.workspace import workspace
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, replace: bool = True) -> None:
+    """replace: False leaves a file that is there, or comes there meanwhile, as it is."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # else the name could outlive a power cut without the content
-    os.replace(temporary, path)
+    with workspace(path) as space:
+        new = space / "new"
+        with new.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else the name could outlive a power cut without the content
+        if replace:
+            os.replace(new, path)
+        else:
+            move_unless_there(new, path)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def move_unless_there(new: Path, path: Path) -> bool:
+    """Move a file to `path` where there is none; False, and nothing done, where there is one."""
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if path.exists():
+            return False
+        os.replace(new, path)
+        return True
+    new.unlink()
+    return True
+
+
+def write_json(path: str | Path, value: Any, replace: bool = True) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n", replace)
 
 
 def read_json(path: str | Path) -> Any:
@@ -42,15 +60,14 @@ def write_safetensors(
     path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    # contiguous().clone() only where needed: safetensors refuses views that share storage
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-    except SafetensorError as error:  # a full disk, for one
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}") from error
-    os.replace(temporary, path)
+    with workspace(path) as space:
+        # contiguous().clone() only where needed: safetensors refuses views that share storage
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(content, space / "new", metadata)
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"cannot write {path}: {error}") from error
+        os.replace(space / "new", path)
 
 
 def read_cached(path: str | Path, key: str) -> dict[str, torch.Tensor] | None:
@@ -63,29 +80,6 @@ def read_cached(path: str | Path, key: str) -> dict[str, torch.Tensor] | None:
     except (FileNotFoundError, SafetensorError):
         pass
     return None
-
-
-def _temporary(path: Path) -> Path:
-    """A name that no other process uses: several workers may write into one folder, even the same file."""
-    return path.with_name(f"{TEMPORARY}{_HOST}-{os.getpid()}-{path.name}")
-
-
-def remove_dead(folder: str | Path) -> None:
-    """Delete temporary files in `folder` of this machine's processes that are no longer there."""
-    for path in Path(folder).glob(f"{TEMPORARY}{_HOST}-*"):
-        process = path.name.removeprefix(f"{TEMPORARY}{_HOST}-").split("-")[0]
-        if path.is_file() and process.isdecimal() and not _alive(int(process)):
-            path.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def crc32(path: str | Path) -> int:

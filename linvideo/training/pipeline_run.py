@@ -4,7 +4,9 @@ parts of the pipeline leave the GPU meanwhile. Trainer and Distiller have the mo
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from linvideo.training.trajectories import (
     with_flow_shift,
 )
 from linvideo.training.validator import Validator
+from linvideo.workspace import locked
 
 ENCODERS = ("text_encoder", "image_encoder", "vae")
 
@@ -108,7 +111,8 @@ class PipelineRun(ResumableRun):
     # The run.
 
     def collect(self, worker: int = 0, workers: int = 1) -> TrajectoryStore:
-        """Only make trajectories: of several workers that share the store, on whatever machines, this one's part.
+        """Only make trajectories: of several workers that share the store, on whatever machines, this one's part, also
+        next to a run that trains in the folder.
 
         Raises:
             ValueError: as `train`.
@@ -119,6 +123,24 @@ class PipelineRun(ResumableRun):
             self._bring_transformers()
             collect(self.store, self.pipeline, self.prompts, self.config.progress, shards)
         return self.store
+
+    @contextmanager
+    def _only_writer(self) -> Iterator[None]:
+        """Hold the folder's lock, on the first rank, and stop at a signal.
+
+        Raises:
+            ValueError: another run writes there, or has done so since this one was made.
+        """
+        with ExitStack() as stack:
+
+            def enter() -> list[Path]:
+                stack.enter_context(locked(self.output_dir))
+                run_folder.tidy(self.output_dir)
+                return run_folder.check(self.config)
+
+            self.checkpoints = self.ranks.on_first(enter)
+            with self._stoppable():
+                yield
 
     def _run(self) -> None:
         """All stages, or what is left of them."""
@@ -131,6 +153,7 @@ class PipelineRun(ResumableRun):
             ranks.on_first(lambda: run_folder.clear(self.output_dir))
         with self._timed("trajectories"):
             self._open_data()
+            ranks.on_first(lambda: config.save(self.output_dir / "config.yaml"))
             self.validator = Validator(config, self.pipeline, self.prompts, self.request, ranks, self.student_scheduler)
             encoders = [part for name in ENCODERS if (part := getattr(self.pipeline, name, None)) is not None]
             for part in encoders:
@@ -161,11 +184,7 @@ class PipelineRun(ResumableRun):
             self.request = store_request(self.pipeline, self.prompts, config.trajectories, config.seed, self.expert)
             self.store = TrajectoryStore(path, self.request) if self._needs_trajectories() else None
 
-        def prepare() -> None:
-            read()
-            config.save(self.output_dir / "config.yaml")
-
-        ranks.on_first(prepare)
+        ranks.on_first(read)
         if not ranks.first:  # what the first has computed is read back
             read()
         damage = ranks.gather_objects(self._damage_in_store())

@@ -6,6 +6,7 @@ an uninterrupted one would have done, on any number of processes.
 """
 
 import math
+import os
 import signal
 import sys
 import threading
@@ -33,10 +34,15 @@ class TrainingDiverged(RuntimeError):
 
 
 class TrainingStopped(RuntimeError):
-    """SIGTERM came, as schedulers send it before they take a machine away."""
+    """SIGTERM came, as schedulers send it before they take a machine away, or Ctrl-C (SIGINT).
 
-    def __init__(self, when: str):
-        super().__init__(f"stopped by SIGTERM {when}; continue with --resume_from_checkpoint latest")
+    Attributes:
+        exit_status: of the command.
+    """
+
+    def __init__(self, when: str, number: int = signal.SIGTERM):
+        name, self.exit_status = ("Ctrl-C", 130) if number == signal.SIGINT else ("SIGTERM", 1)
+        super().__init__(f"stopped by {name} {when}; continue with --resume_from_checkpoint latest")
 
 
 class ResumableRun:
@@ -56,7 +62,8 @@ class ResumableRun:
         self.log: MetricsLog | None = None  # on the first rank, as are the trackers
         self.trackers: Trackers | None = None
         self.stage, self.stage_step, self.global_step, self.nonfinite = self.stages[0], 0, 0, 0
-        self.in_step = self.stop = False
+        self.unsaved = self.stop = False
+        self.signal = signal.SIGTERM  # the one that has set `stop`
         self.results: dict[str, Any] = {"seconds": {}}  # of finished stages; plain values
         self.components: dict[str, Any] = {}  # what the current stage adds to a checkpoint
         self.restored: Checkpoint | None = None  # has the state of the components of the stage it was made in
@@ -99,7 +106,7 @@ class ResumableRun:
         first, show = self.stage_step, self.config.progress and self.ranks.first
         self.bar = tqdm(range(first, count), desc=self.stage, initial=first, total=count, disable=not show)
         self._validate_if_due(count)
-        self.in_step = True
+        self.unsaved = True
         for step in self.bar:
             self.global_step += 1
             self.stage_step = step + 1
@@ -114,9 +121,8 @@ class ResumableRun:
             if stop and not due:
                 self._save()
             if stop:
-                self.in_step = False
-                raise TrainingStopped(f"after step {self.stage_step} of {self.stage}, which is saved")
-        self.in_step = False
+                self.unsaved = False
+                raise TrainingStopped(f"after step {self.stage_step} of {self.stage}, which is saved", self.signal)
 
     def _validate_if_due(self, count: int) -> None:
         every = self.config.validation.steps
@@ -166,8 +172,9 @@ class ResumableRun:
         if self.stage != self.stages[-1] and not self._keeps_end():
             self.stage_step, self.stage = 0, self.stages[self.stages.index(self.stage) + 1]
             self._save()
+        self.unsaved = False
         if self.ranks.any(self.stop):
-            raise TrainingStopped("at the end of a stage, which is saved")
+            raise TrainingStopped("at the end of a stage, which is saved", self.signal)
 
     def _save(self) -> None:
         state = {
@@ -181,8 +188,10 @@ class ResumableRun:
             "components": {name: component.state_dict() for name, component in self.components.items()},
             "random": random_state(self.device),
         }
-        limit = self.config.checkpoints_total_limit
+        limit, before = self.config.checkpoints_total_limit, self.unsaved
+        self.unsaved = True  # a signal waits for the end of the checkpoint
         save_checkpoint(self.output_dir, self.global_step, self._trained(), state, limit, self.ranks)
+        self.unsaved = before
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         """What training changes of the model."""
@@ -213,21 +222,31 @@ class ResumableRun:
 
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
-        """SIGTERM waits for the end of an optimizer step; elsewhere everything worth keeping is on disk already."""
+        """SIGTERM and Ctrl-C wait for the end of an optimizer step, and in the rest of a stage with steps for its end;
+        elsewhere everything worth keeping is on disk already. A second Ctrl-C does not wait."""
 
-        def terminate(*_):
-            self.stop = True
-            if not self.in_step:
-                raise TrainingStopped("between the steps")
+        def terminate(number: int, _: Any) -> None:
+            # under torchrun one Ctrl-C comes twice, from the terminal and from torchrun
+            if number == signal.SIGINT and self.stop and self.ranks.size == 1:
+                raise KeyboardInterrupt
+            self.stop, self.signal = True, number
+            if not self.unsaved:
+                raise TrainingStopped("between the steps", number)
+            if number == signal.SIGINT and self.ranks.first:  # print may be interrupted in itself
+                os.write(2, b"\nstopping once this step is saved; Ctrl-C again stops at once and loses it\n")
 
         if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
             yield
             return
-        before = signal.signal(signal.SIGTERM, terminate)
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        heard = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+        for number in heard:
+            signal.signal(number, terminate)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number in heard:
+                signal.signal(number, before[number])
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -1,17 +1,17 @@
 """The folder of a run: what may be there before it starts, and what an earlier run leaves that can be deleted."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from linvideo.models import load_pipeline
 from linvideo.models.pipelines import remove_unfinished, wan_dtypes
-from linvideo.training.checkpoint import list_checkpoints, remove_leftovers
-from linvideo.training.files import TEMPORARY, remove_dead
+from linvideo.training.checkpoint import list_checkpoints, remove_newer
 from linvideo.training.run_config import RunConfig
 from linvideo.training.trackers import WANDB_ID
+from linvideo.workspace import LOCK, TEMPORARY, discard, remove_dead
 
 PROMPT_CACHE = "prompt_embeds.safetensors"
 IMAGE_CACHE = "image_conditions.safetensors"
@@ -22,44 +22,40 @@ FOLDERS = ("trajectories", "pipeline", "logs", "wandb", "validation")
 
 
 def check(config: RunConfig) -> list[Path]:
-    """The checkpoints to continue from, the first that is whole; nothing is written, but leftovers of a kill are tidied
-    up.
+    """The checkpoints to continue from, the first that is whole; nothing is written.
 
     Raises:
-        ValueError: output_dir is in use, or there is nothing to continue.
+        ValueError: output_dir is not empty, or no run's when it is to be overwritten, or holds nothing to continue.
     """
     folder, resume = Path(config.output_dir), config.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir must be a folder, {folder} is a file")
     content = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     # a run killed while it encoded its prompts has left no more than these
-    caches = (PROMPT_CACHE, IMAGE_CACHE)
-    content = [name for name in content if name not in caches and not name.startswith(TEMPORARY)]
+    early = (PROMPT_CACHE, IMAGE_CACHE, LOCK)
+    content = [name for name in content if name not in early and not name.startswith(TEMPORARY)]
     if resume is None:
         if content and not config.overwrite_output_dir:
             raise ValueError(
                 f"output_dir {folder} is not empty; choose another folder, --overwrite_output_dir true or"
                 " --resume_from_checkpoint latest"
             )
-        if not content:
-            tidy(folder)
+        if content and not _is_run(folder):
+            raise ValueError(f"refusing to overwrite {folder}: it is not empty and holds no training run")
         return []
     if resume != "latest":
         if not (Path(resume) / "state.json").is_file():
             raise ValueError(f"resume_from_checkpoint must be latest or a checkpoint folder, got {resume}")
         if Path(resume).resolve().parent != folder.resolve():
             raise ValueError(f"resume_from_checkpoint must be a checkpoint in output_dir {folder}, got {resume}")
-        tidy(folder)
         return [Path(resume)]
     if content and not {"config.yaml", "trajectories"} & set(content):
         raise ValueError(f"output_dir {folder} holds no training run to continue")
-    tidy(folder)
     return list_checkpoints(folder)[::-1]
 
 
 def tidy(folder: Path) -> None:
-    """Away with what kills have left half-written."""
-    remove_leftovers(folder)
+    """Away with what kills have left half-written; for the process that holds the folder's lock."""
     remove_unfinished(folder / "pipeline")  # exported anew
     remove_dead(folder)
 
@@ -67,11 +63,26 @@ def tidy(folder: Path) -> None:
 def clear(folder: str | Path) -> None:
     """Delete what a run writes into its folder, and nothing else."""
     folder = Path(folder)
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
     tidy(folder)
-    for path in (*(folder / name for name in FOLDERS), *list_checkpoints(folder)):
-        shutil.rmtree(path, ignore_errors=True)
+    remove_newer(folder, -1)
+    for path in (folder / name for name in FOLDERS):
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir():
+            discard(path)
+    for name in reversed(FILES):  # config.yaml last: killed in between, the folder can still be overwritten
+        (folder / name).unlink(missing_ok=True)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run has written into the folder."""
+    if (folder / "trajectories" / "manifest.json").is_file():
+        return True
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(config, dict) and {"output_dir", "trajectories"} <= config.keys()
 
 
 def load_teacher(config: RunConfig) -> Any:

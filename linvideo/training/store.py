@@ -12,6 +12,7 @@ store, because what a shard holds depends on its number alone. u is stored, not 
 give it with an error of several per cent.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,10 +23,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from linvideo.training.conditions import Conditions
-from linvideo.training.files import TEMPORARY, crc32, read_json, remove_dead, write_json, write_safetensors
+from linvideo.training.files import crc32, read_json, write_json, write_safetensors
 from linvideo.training.flow import NUM_TRAIN_TIMESTEPS
 from linvideo.training.prompts import PromptEmbeddings
 from linvideo.training.seeding import draw_indices
+from linvideo.workspace import TEMPORARY, in_turn, remove_dead, workspace
 
 FORMAT = 3
 OF_STATES = ("x", "u", "timestep", "negative", "prompt")
@@ -68,24 +70,22 @@ class TrajectoryStore:
         self.path = Path(path)
         remove_dead(self.path)
         manifest_path = self.path / "manifest.json"
-        if manifest_path.is_file():
-            manifest = read_json(manifest_path)
-            if not isinstance(manifest, dict) or not {"format", "request"} <= set(manifest):
-                raise ValueError(f"{manifest_path} is not the manifest of a trajectory store")
-            if manifest["format"] != FORMAT:
-                raise ValueError(f"{manifest_path} has format {manifest['format']!r}, expected {FORMAT}")
-            if request is not None and manifest["request"] != request:
-                raise ValueError(
-                    f"the trajectories in {self.path} were made {_difference(manifest['request'], request)}"
-                )
-            self.request = manifest["request"]
-        elif request is None:
-            raise ValueError(f"{self.path} holds no trajectory store (no manifest.json)")
-        elif self.path.is_dir() and any(not path.name.startswith(TEMPORARY) for path in self.path.iterdir()):
-            raise ValueError(f"{self.path} is not empty and holds no trajectory store")
-        else:
-            self.request = request
-            write_json(manifest_path, {"format": FORMAT, "request": request})
+        if not manifest_path.is_file():
+            if request is None:
+                raise ValueError(f"{self.path} holds no trajectory store (no manifest.json)")
+            there = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+            if manifest_path.name not in there and any(not name.startswith(TEMPORARY) for name in there):
+                raise ValueError(f"{self.path} is not empty and holds no trajectory store")
+            # another worker may be first; then its manifest stays, and is compared with ours
+            write_json(manifest_path, {"format": FORMAT, "request": request}, replace=False)
+        manifest = read_json(manifest_path)
+        if not isinstance(manifest, dict) or not {"format", "request"} <= set(manifest):
+            raise ValueError(f"{manifest_path} is not the manifest of a trajectory store")
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"{manifest_path} has format {manifest['format']!r}, expected {FORMAT}")
+        if request is not None and manifest["request"] != request:
+            raise ValueError(f"the trajectories in {self.path} were made {_difference(manifest['request'], request)}")
+        self.request = manifest["request"]
         for number in range(self.num_shards):
             if self.has_shard(number) and (size := self._file(number).stat().st_size) != self._entry(number)["bytes"]:
                 raise ValueError(f"{self._damaged(number)} {size} bytes, expected {self._entry(number)['bytes']}")
@@ -117,9 +117,18 @@ class TrajectoryStore:
         return [number for number in range(self.num_shards) if not self.has_shard(number)]
 
     def write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
+        """The first of several workers with the same shard wins."""
         file = self._file(number)
-        write_safetensors(file, {key: tensors[key] for key in KEYS})
-        write_json(file.with_suffix(".json"), {"bytes": file.stat().st_size, "crc32": crc32(file)})
+        entry = file.with_suffix(".json")
+        with workspace(file) as space:
+            new = space / file.name
+            write_safetensors(new, {key: tensors[key] for key in KEYS})
+            content = {"bytes": new.stat().st_size, "crc32": crc32(new)}
+            with in_turn(self.path / "manifest.json"):
+                if not self.has_shard(number):
+                    entry.unlink(missing_ok=True)  # of a shard that was deleted
+                    os.replace(new, file)
+                    write_json(entry, content)
 
     def verify(self, worker: int = 0, workers: int = 1) -> None:
         """Read the shards that are there, of several workers every one its part, and compare checksums.

@@ -74,13 +74,14 @@ class Trainer(PipelineRun):
         """Run, or finish, all stages.
 
         Raises:
-            ValueError: the trajectories there belong to another request, or the checkpoint to another config; or no
-            learned r fell below 0.5 with selection.rounding "threshold".
+            ValueError: another run writes into the folder, the trajectories there belong to another request, or the
+                checkpoint to another config; or no
+                learned r fell below 0.5 with selection.rounding "threshold".
             TrainingDiverged: see config.max_nonfinite_steps.
-            TrainingStopped: SIGTERM came; between two optimizer steps a checkpoint was saved first.
+            TrainingStopped: SIGTERM or Ctrl-C came; between two optimizer steps a checkpoint was saved first.
             OSError: a checkpoint could not be written, say on a full disk; the earlier ones are untouched.
         """
-        with self._stoppable():
+        with self._only_writer():
             self._run()
         return TrainResult(
             pipeline=self._with_student(self.exported) if self.ranks.first else None,

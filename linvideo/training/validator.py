@@ -8,9 +8,9 @@ Every rank makes the same forwards, because each may hold a part of the weights;
 """
 
 import hashlib
-import shutil
+import re
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -76,9 +76,12 @@ class Validator:
     def take_back(self, last_step: int) -> None:
         """Delete what an interrupted run has made after `last_step`; for the first rank."""
         take_back(self.rows, last_step)
-        for path in self.folder.glob("step-*"):
-            if int(path.name.removeprefix("step-")) > last_step:
-                shutil.rmtree(path)
+        for video in self.folder.glob("step-*/*.mp4"):
+            step = re.fullmatch(r"step-(\d+)", video.parent.name)
+            if step and int(step[1]) > last_step and video.stem.isdecimal():
+                video.unlink()
+                with suppress(OSError):  # something else is in it
+                    video.parent.rmdir()
 
     def done(self, step: int) -> bool:
         """Whether there is a validation of `step`."""

@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +12,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_run import ENVIRONMENT, ROOT, run
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from tiny_run import ENVIRONMENT, PROMPTS, ROOT, run, tiny_config, tiny_teacher
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from linvideo.training import Trainer, metrics, pipeline_run, read_metrics
-from linvideo.training.checkpoint import list_checkpoints, load_checkpoint
+from linvideo.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from linvideo.training.resumable import TrainingStopped
+from linvideo.workspace import locked, workspace
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +40,18 @@ def assert_same_run(folder: Path, reference: Path) -> None:
     assert (folder / "selection.json").read_text() == (reference / "selection.json").read_text()
 
 
+def kill(folder: Path, stage: str, step: int) -> None:
+    command = [sys.executable, str(ROOT / "tests" / "tiny_run.py"), str(folder), "{}", stage, str(step)]
+    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
 @pytest.mark.parametrize(
     "stage, step", [("trajectories", 1), ("warmup", 3), ("selection", 3), ("finetune", 5), ("checkpoint", 4)]
 )
 def test_killed_and_resumed(stage, step, tmp_path, uninterrupted):
     folder = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "tests" / "tiny_run.py"), str(folder), "{}", stage, str(step)]
-    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill(folder, stage, step)
     assert not (folder / "pipeline").exists()
 
     run(folder, resume_from_checkpoint="latest")
@@ -58,9 +62,8 @@ def test_killed_and_resumed(stage, step, tmp_path, uninterrupted):
 @pytest.mark.parametrize("resume", [None, "latest"])
 def test_killed_while_the_prompts_are_written(resume, tmp_path, uninterrupted):
     folder = tmp_path / "run"
-    folder.mkdir()
-    dead = 2**22 + 1  # beyond any process number
-    (folder / f".tmp-{socket.gethostname()}-{dead}-prompt_embeds.safetensors").write_bytes(b"half")
+    kill(folder, "prompts", 0)
+    assert list(folder.glob(".tmp-*"))
     run(folder, resume_from_checkpoint=resume)
     assert_same_run(folder, uninterrupted)
     assert not list(folder.glob(".*"))
@@ -168,21 +171,27 @@ def test_resume_refuses_another_config(tmp_path, uninterrupted):
     assert yaml.safe_load((uninterrupted / "config.yaml").read_text())["optimizer"]["learning_rate"] == 1e-3
 
 
-@pytest.mark.parametrize("stage, step", [("warmup", 1), ("selection", 5), ("finetune", 3), ("finetune", 6)])
-def test_sigterm_saves_the_step_and_ends_the_run(stage, step, tmp_path, uninterrupted, monkeypatch):
+TERM, INT = signal.SIGTERM, signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    "stage, step, number", [("warmup", 1, INT), ("selection", 5, TERM), ("finetune", 3, TERM), ("finetune", 6, INT)]
+)
+def test_a_signal_saves_the_step_and_ends_the_run(stage, step, number, tmp_path, uninterrupted, monkeypatch):
     write = metrics.MetricsLog.write
 
     def write_and_terminate(log, row):
         write(log, row)
         if (row["stage"], row["stage_step"]) == (stage, step):
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
 
-    folder, before = tmp_path / "run", signal.getsignal(signal.SIGTERM)
+    folder, before = tmp_path / "run", signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(metrics.MetricsLog, "write", write_and_terminate)
-        with pytest.raises(TrainingStopped, match=f"after step {step} of {stage}, which is saved"):
+        with pytest.raises(TrainingStopped, match=f"after step {step} of {stage}, which is saved") as stopped:
             run(folder)
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert stopped.value.exit_status == (130 if number == INT else 1)
+    assert signal.getsignal(number) == before
     state = load_checkpoint(list_checkpoints(folder)[-1])[1]
     assert (state["stage"], state["stage_step"]) == (stage, step)
     run(folder, resume_from_checkpoint="latest")
@@ -197,6 +206,113 @@ def test_sigterm_outside_of_steps_ends_the_run_at_once(tmp_path, uninterrupted, 
             run(folder)
     run(folder, resume_from_checkpoint="latest")
     assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [INT, TERM])
+def test_a_signal_during_a_checkpoint_waits_for_its_end(number, tmp_path, monkeypatch):
+    write = HuggingFaceStorageWriter.write_data
+
+    def signalled(writer, plan, planner):
+        signal.raise_signal(number)
+        return write(writer, plan, planner)
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", signalled)
+    with pytest.raises(TrainingStopped, match="at the end of a stage, which is saved"):
+        run(tmp_path / "run", checkpointing_steps=100)
+    assert load_checkpoint(tmp_path / "run" / "checkpoint-4")[1]["stage"] == "sensitivity"
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
+    write = metrics.MetricsLog.write
+
+    def write_and_interrupt(log, row):
+        write(log, row)
+        signal.raise_signal(signal.SIGINT)
+        if row["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(metrics.MetricsLog, "write", write_and_interrupt)
+    with pytest.raises(TrainingStopped, match="after step 1 of warmup"):
+        run(tmp_path / "run")
+    with pytest.raises(TrainingStopped, match="after step 2 of warmup"):
+        run(tmp_path / "run", resume_from_checkpoint="latest")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize("call", ["write_data", "read_data"])
+def test_ctrl_c_without_a_run_is_no_failure_to_write_or_read(call, tmp_path, monkeypatch):
+    kind = HuggingFaceStorageWriter if call == "write_data" else HuggingFaceStorageReader
+    save_checkpoint(tmp_path, 1, {"x": torch.ones(2)}, {})
+    monkeypatch.setattr(kind, call, lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 2, {"x": torch.ones(2)}, {})
+        load_checkpoint(tmp_path / "checkpoint-2")
+    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in list_checkpoints(tmp_path)][0] == "checkpoint-1"
+
+
+def test_one_run_at_a_time_writes_into_a_folder(tmp_path, uninterrupted):
+    first, second = (Trainer(tiny_config(tmp_path / "run"), tiny_teacher(), PROMPTS) for _ in range(2))
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match=f"is in use: process {os.getpid()} on "):
+        first.train()
+    first.train()
+    with pytest.raises(ValueError, match="is not empty"):
+        second.train()
+    assert_same_run(tmp_path / "run", uninterrupted)
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match="is in use"):
+        run(tmp_path / "run", resume_from_checkpoint="latest")
+
+
+def test_workers_collect_next_to_a_run_and_each_other(tmp_path, uninterrupted):
+    folder = tmp_path / "run"
+    workers = [Trainer(tiny_config(folder, resume_from_checkpoint="latest"), tiny_teacher(), PROMPTS) for _ in range(2)]
+    with locked(folder), workspace(folder / "checkpoint-4") as live:
+        (live / "checkpoint-4").mkdir()
+        for number, worker in enumerate(workers):
+            assert len(worker.collect(number, 3).missing_shards()) == 2 - number
+        assert (live / "checkpoint-4").is_dir()
+    assert sorted(path.name for path in folder.iterdir()) == ["prompt_embeds.safetensors", "trajectories"]
+    run(folder, resume_from_checkpoint="latest")
+    assert_same_run(folder, uninterrupted)
+
+
+def test_a_folder_in_a_checkpoints_place_is_moved_aside(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "notes.txt").write_text("mine")
+    save_checkpoint(tmp_path, 2, {"x": torch.ones(2)}, {}, limit=1)
+    assert load_checkpoint(tmp_path / "checkpoint-2")
+    assert [path.read_text() for path in tmp_path.glob("checkpoint-2-moved-*/notes.txt")] == ["mine"]
+
+
+def test_only_what_a_run_has_written_is_deleted(tmp_path):
+    folder = tmp_path / "run"
+    mine = ["elsewhere", "run/checkpoint-99", "run/.tmp-mycheckpoint-notes"]
+    mine += ["run/.tmp-old-checkpoint-7", "run/validation/step-final", "run/validation/step-99"]
+
+    def make() -> None:
+        for name in mine:
+            (tmp_path / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / "notes.txt").write_text("mine")
+
+    def lost() -> list[str]:
+        return [name for name in mine if not (tmp_path / name / "notes.txt").is_file()]
+
+    make()
+    (folder / "checkpoint-98").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="refusing to overwrite .*: it is not empty and holds no training run"):
+        run(folder, overwrite_output_dir=True)
+    assert not lost()
+    shutil.move(folder, tmp_path / "kept")
+    validation = {"steps": 4, "num_videos": 1, "num_inference_steps": 1}
+    run(folder, validation=validation, max_train_steps=1)
+    shutil.copytree(tmp_path / "kept", folder, symlinks=True, dirs_exist_ok=True)
+    first = list_checkpoints(folder)[0]
+    run(folder, validation=validation, resume_from_checkpoint=str(first), checkpoints_total_limit=1, max_train_steps=1)
+    assert lost() == []
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-10", "checkpoint-98", "checkpoint-99"]
+    run(folder, overwrite_output_dir=True, max_train_steps=1)
+    assert all("validation" in name for name in lost())
 
 
 def damage(path: Path, how: str) -> None:

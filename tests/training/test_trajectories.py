@@ -3,10 +3,12 @@ import json
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from safetensors.torch import load_file
 from tiny import sampled_states, tiny_pipeline
 from tiny_run import PROMPTS, tiny_config, tiny_teacher
 from toy import toy_prompts, toy_store
 
+from linvideo.training import store
 from linvideo.training.flow import predict_velocity, sampler_grid
 from linvideo.training.prompts import encode_prompts
 from linvideo.training.seeding import draw_noise, generator, stable_hash
@@ -148,6 +150,32 @@ def test_damage_is_found(tmp_path):
         TrajectoryStore(tmp_path / "s")
     shard.unlink()  # what the message advises
     assert TrajectoryStore(tmp_path / "s").missing_shards() == [1]
+
+
+def test_of_two_stores_begun_at_once_the_first_stays(tmp_path, monkeypatch):
+    path, write = tmp_path / "s", store.write_json
+    request = {"num_trajectories": 1, "shard_size": 1, "states_per_trajectory": 1}
+
+    def late(*arguments, **options):
+        monkeypatch.setattr(store, "write_json", write)
+        TrajectoryStore(path, request | {"seed": 1})
+        write(*arguments, **options)
+
+    monkeypatch.setattr(store, "write_json", late)
+    with pytest.raises(ValueError, match=r"were made with seed 1 \(now 2\)"):
+        TrajectoryStore(path, request | {"seed": 2})
+    monkeypatch.setattr(store, "write_json", late)
+    assert TrajectoryStore(path, request | {"seed": 1}).missing_shards() == [0]
+
+
+def test_of_two_workers_with_one_shard_the_first_wins(tmp_path):
+    filled = toy_store(tmp_path / "s", torch.tensor([900.0, 100.0]))
+    tensors = load_file(tmp_path / "s" / "shard-000000.safetensors")
+    filled.write_shard(0, tensors | {"x": tensors["x"] + 1})
+    assert torch.equal(load_file(tmp_path / "s" / "shard-000000.safetensors")["x"], tensors["x"])
+    (tmp_path / "s" / "shard-000000.safetensors").unlink()  # its entry is still there
+    filled.write_shard(0, tensors | {"x": tensors["x"] + 1})
+    filled.verify()
 
 
 def test_what_is_no_store_is_refused(tmp_path):
