@@ -129,10 +129,11 @@ def generate(args: argparse.Namespace) -> None:
     # of a distilled model both options are the teacher's, with --compare
     settings = asked | own if args.compare else own | asked
     teacher = None if args.compare is None else load_teacher(args.compare, args, pipeline)
+    teacher_settings = asked if teacher is None else asked | models.own_settings(teacher)
     for part in filter(None, (pipeline, teacher)):
         place(part, args)
     made = []
-    for video in make_videos(pipeline, jobs, settings, teacher, asked, args.fps):
+    for video in make_videos(pipeline, jobs, settings, teacher, teacher_settings, args.fps):
         made.append(video)
         beside = "" if video.psnr is None else f", PSNR {video.psnr:.2f} dB and SSIM {video.ssim:.4f} to the teacher"
         print(f"wrote {video.job.path}, seed {video.job.seed}{beside}", flush=True)
@@ -190,6 +191,9 @@ def place(pipeline, args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    from linvideo.models.video_file import check_output
+
+    check_output(args.output_dir / "video.mp4")  # before a long load
     {"fidelity": evaluate_fidelity, "vbench": evaluate_vbench}[args.suite](args)
 
 

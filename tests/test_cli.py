@@ -151,6 +151,10 @@ def test_a_distilled_model_and_its_teacher_keep_their_own_settings(folder, tmp_p
     assert (settings["num_inference_steps"], settings["guidance_scale"]) == (2, 1.0)
     assert teacher_settings == {"negative_prompt": "", "num_inference_steps": 30}
     assert type(teacher.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    words[2] = str(folder)
+    assert cli.main([*words, "--compare", str(tmp_path / "few"), "--guidance_scale", "3"]) == 0
+    assert seen[1][2]["guidance_scale"] == 3.0 and seen[1][4]["guidance_scale"] == 1.0
+    assert "num_inference_steps" not in seen[1][2] and seen[1][4]["num_inference_steps"] == 2
 
 
 def test_a_pipeline_that_takes_an_image(folder, tmp_path, capsys):
@@ -239,8 +243,10 @@ def test_a_video_that_cannot_be_written_is_found_before_the_model_is_loaded(tmp_
     output.write_text("mine")
     monkeypatch.setattr(cli, "load", None)
     wrong = tmp_path / "v.mp4" / "w.mp4"
+    assert "Not a directory" in refused(capsys, "evaluate", "m", "--suite", "vbench", "--output_dir", output)
     for command in (["generate", "--model", "m", "--prompt", "x"], ["check", "m"]):
-        assert f"cannot write the video {wrong}" in refused(capsys, *command, "--output", wrong)
+        line = refused(capsys, *command, "--output", wrong)
+        assert f"cannot write the video {wrong}: Not a directory" in line
         with monkeypatch.context() as patch:
             patch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
             line = refused(capsys, *command, "--output", output, "--overwrite")

@@ -45,7 +45,8 @@ def check_output(output: str | Path, fps: int = 16) -> None:
 def _temporary(output: Path, parent: Path) -> Iterator[Path]:
     """A name to write to in a temporary folder in `parent`; on any system error the message names `output`."""
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        if not parent.exists():
+            parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".linvideo-", dir=parent) as folder:
             yield Path(folder) / output.name
     except OSError as error:
