@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX, ChronoEditPipeline
 
@@ -25,7 +26,8 @@ def generate_video(
 
     Raises:
         ValueError: num_frames does not fit the VAE's temporal compression (it must be 1 plus a multiple of it), height
-            or width is no multiple of 16 or of what the VAE and the patches take, or the pipeline has no such argument.
+            or width is no multiple of 16 or of what the VAE and the patches take, the pipeline has no such argument,
+            or the video is not finite.
     """
     arguments = inspect.signature(pipeline.__call__).parameters
     if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values()):
@@ -63,6 +65,11 @@ def generate_video(
         )
     with torch.no_grad():
         videos = pipeline(prompt=prompt, output_type=output_type, **kwargs).frames
+    if isinstance(videos, torch.Tensor | np.ndarray) and not (finite := torch.as_tensor(videos).isfinite()).all():
+        raise ValueError(
+            f"the sampled video is not finite ({(~finite).sum():,} of {finite.numel():,} values): look for NaN in the"
+            f" weights, or use a dtype with more range than {pipeline.dtype}"
+        )
     return videos[0] if isinstance(prompt, str) else videos
 
 

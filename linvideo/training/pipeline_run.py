@@ -4,6 +4,7 @@ parts of the pipeline leave the GPU meanwhile. Trainer and Distiller have the mo
 import copy
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from linvideo.training.metrics import read_metrics
 from linvideo.training.optimizer import StudentOptimizer
 from linvideo.training.parallel import Ranks, check_divisible, connect
 from linvideo.training.prompts import PromptEmbeddings, choose_prompts, encode_prompts
-from linvideo.training.resumable import ResumableRun
+from linvideo.training.resumable import ResumableRun, TrainingDiverged
 from linvideo.training.run_config import RunConfig
 from linvideo.training.sharding import gather
 from linvideo.training.store import TrajectoryStore
@@ -36,6 +37,7 @@ from linvideo.training.trajectories import (
 from linvideo.training.validator import Validator
 from linvideo.workspace import locked
 
+MOST_SKIPPED = 0.5  # share of steps without a finite loss and gradient, above which a run is not exported
 ENCODERS = ("text_encoder", "image_encoder", "vae")
 
 
@@ -230,6 +232,16 @@ class PipelineRun(ResumableRun):
         return norm
 
     def _export(self) -> None:
+        """Write the pipeline.
+
+        Raises:
+            TrainingDiverged: more than MOST_SKIPPED of the steps were skipped; the checkpoints stay.
+        """
+        if self.nonfinite:
+            skipped = f"{self.nonfinite} of {self.global_step} steps had a non-finite loss or gradient"
+            if self.nonfinite > MOST_SKIPPED * self.global_step:
+                raise TrainingDiverged(f"{skipped}: no pipeline is written; lower the learning rate")
+            self.ranks.on_first(lambda: warnings.warn(f"{skipped} and were skipped", stacklevel=2))
         self.student.eval().requires_grad_(False)
         self.exported = gather(self.student, self.ranks)
         path = self.output_dir / "pipeline"

@@ -5,6 +5,7 @@ A baseline of ours beside the paper's learned selection: at small scale the laye
 choice as any learned one.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -63,6 +64,9 @@ def layer_sensitivity(
     Args:
         student: with mixed or linear layers; its r and parameters are not touched.
         batches: gives the same teacher states on every call; of several `ranks` each gives its own.
+
+    Raises:
+        ValueError: an error is not finite.
     """
     layers = list(linear_branches(student))
     errors = {}
@@ -71,4 +75,9 @@ def layer_sensitivity(
         for layer in tqdm(layers, desc="sensitivity", unit="layer", disable=not progress):
             with attention_types(student, {layer: "linear"}):
                 errors[layer] = velocity_error(student, batches(), ranks)
+    for what, error in {"no layer": floor, **{f"layer {layer} alone": x for layer, x in errors.items()}}.items():
+        if not math.isfinite(error):
+            raise ValueError(
+                f"the velocity error with {what} linear is {error}: the states or the model are not finite"
+            )
     return errors, floor

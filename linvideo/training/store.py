@@ -1,7 +1,8 @@
 """The trajectory store: a folder of safetensors shards, each with its checksum, and manifest.json that says what
 they are.
 
-    x, u [n, S, C, F, H, W]              state, and the teacher's velocity there under the state's condition
+    x, u [n, S, C, F, H, W]              state, and the teacher's velocity there under the state's condition; in the
+                                         request's dtype, in fp32 in shards that would overflow it
     timestep [n, S] fp32                 what the teacher was given (1000 t)
     negative [n, S] bool, prompt [n]     the condition: the negative prompt, or prompt number `prompt`
     sample [n, C, F, H, W]               where sampling ended: x_0, or the end of a high-noise expert's range

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from linvideo.training.experts import Expert, low_noise_sampler, stored_expert, stored_guidance
 from linvideo.training.fingerprint import fingerprint
-from linvideo.training.flow import sample_steps, sampler_grid
+from linvideo.training.flow import SamplerStep, sample_steps, sampler_grid
 from linvideo.training.prompts import PromptEmbeddings
 from linvideo.training.seeding import draw_noise, generator, stable_hash
 from linvideo.training.store import TrajectoryStore
@@ -255,11 +255,36 @@ def _collect_batch(
         u_step = step.u.clone()
         if len(flagged):  # only of a guided sampler
             u_step[flagged] = step.u_negative[flagged]
-        x[rows, columns] = step.x[rows].to(dtype).cpu()
-        u[rows, columns] = u_step[rows].to(dtype).cpu()
+        _check_finite(step, u_step, prompt, steps)
+        x, u = _put(x, rows, columns, step.x), _put(u, rows, columns, u_step)
         timestep[rows, columns] = float(step.timestep)
         if step.index == in_range[-1]:  # the low-noise expert's steps are of no use to the other
             break
-    sample = step.x_next.to(dtype).cpu()
+    sample = _fitting(step.x_next, dtype).cpu()
     states = {"x": x, "u": u, "timestep": timestep, "negative": negative.gather(1, keep)}
     return states | {"prompt": prompt, "sample": sample}
+
+
+def _check_finite(step: SamplerStep, u: torch.Tensor, prompt: torch.Tensor, steps: int) -> None:
+    """ValueError where a state or its velocity is not finite, before hours of training rest on it."""
+    finite = torch.stack([x.isfinite().flatten(1).all(1) for x in (step.x, u, step.x_next)]).all(0).cpu()
+    if not finite.all():
+        numbers = ", ".join(str(1 + number) for number in prompt[~finite].unique().tolist())
+        raise ValueError(
+            f"the teacher's velocity is not finite at sampler step {step.index + 1} of {steps}, prompt number"
+            f" {numbers}: look for NaN in its weights, or use a dtype with more range"
+        )
+
+
+def _fitting(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in dtype, or in fp32 where it would overflow."""
+    return x.to(dtype) if x.abs().max() <= torch.finfo(dtype).max else x.float()
+
+
+def _put(kept: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`kept` with values[rows] at [rows, columns], in fp32 where they would overflow its dtype."""
+    if len(rows):
+        chosen = _fitting(values[rows], kept.dtype).cpu()
+        kept = kept.to(chosen.dtype)
+        kept[rows, columns] = chosen
+    return kept

@@ -6,7 +6,8 @@ import torch
 def compare(student: torch.Tensor, teacher: torch.Tensor, perceptual=None) -> dict[str, float]:
     """psnr, ssim, with `perceptual` lpips, flicker and teacher_flicker of two videos [F, 3, H, W] in [0, 1].
 
-    PSNR is of the whole video, at most 100 dB; SSIM (11 x 11 Gaussian window) and LPIPS are means over frames.
+    PSNR is of the whole video, at most 100 dB, and NaN where a pixel is NaN; SSIM (11 x 11 Gaussian window) and LPIPS
+    are means over frames.
 
     Args:
         perceptual: a function of image batches in [-1, 1], as of lpips.
@@ -16,7 +17,7 @@ def compare(student: torch.Tensor, teacher: torch.Tensor, perceptual=None) -> di
 
     pairs = list(zip(student.split(8), teacher.split(8), strict=True))  # SSIM of a whole video takes tens of GB
     similar = [structural_similarity_index_measure(a, b, data_range=1.0, reduction="none") for a, b in pairs]
-    row = {"psnr": min(100.0, float(peak_signal_noise_ratio(student, teacher, data_range=1.0)))}
+    row = {"psnr": float(peak_signal_noise_ratio(student, teacher, data_range=1.0).clamp(max=100.0))}
     row["ssim"] = float(torch.cat([x.flatten() for x in similar]).mean())
     if perceptual is not None:
         row["lpips"] = float(torch.cat([perceptual(2 * a - 1, 2 * b - 1).flatten() for a, b in pairs]).mean())

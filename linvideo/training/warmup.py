@@ -108,7 +108,8 @@ def load_feature_maps(model: torch.nn.Module, path: str | Path) -> torch.nn.Modu
     feature_maps.safetensors.
 
     Raises:
-        ValueError: the file is not there or has none for a layer that is linear here.
+        ValueError: the file is not there or has none for a layer that is linear here, or one of another shape, or one
+            that is not finite.
     """
     try:
         tensors = load_file(path)
@@ -118,5 +119,10 @@ def load_feature_maps(model: torch.nn.Module, path: str | Path) -> torch.nn.Modu
         for name, weight in feature_weights(model).items():
             if name not in tensors:
                 raise ValueError(f"{path} has no {name}: that layer was not warmed up")
+            if tensors[name].shape != weight.shape:
+                got = list(tensors[name].shape)
+                raise ValueError(f"expected {name} of shape {list(weight.shape)} in {path}, got {got}")
+            if not tensors[name].isfinite().all():
+                raise ValueError(f"{name} in {path} is not finite")
             weight.copy_(tensors[name])
     return model

@@ -49,6 +49,8 @@ def test_metrics_of_known_videos():
     seen = compare(blinking, still, perceptual=lambda a, b: (a - b).abs().mean((1, 2, 3)))
     assert seen["lpips"] == pytest.approx(0.1, rel=1e-5)  # half of the frames are off by 0.1, which is 0.2 in [-1, 1]
     assert flicker(still[:1]) == 0
+    blinking[0, 0, 0, 0] = float("nan")
+    assert np.isnan(compare(blinking, still)["psnr"])
 
 
 def test_a_pipeline_is_true_to_itself(pipelines, tmp_path):

@@ -54,3 +54,11 @@ def test_sizes_that_the_pipeline_would_round_are_refused():
     pipeline.vae_scale_factor_spatial = 16  # as of Wan 2.2 TI2V, whose patches have 32 pixels then
     with pytest.raises(ValueError, match="height must be a positive multiple of 32, got 720"):
         generate_video(pipeline, "a fox", height=720, width=1280)
+
+
+def test_a_video_that_is_not_finite_is_refused():
+    pipeline = tiny_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.transformer.proj_out.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the sampled video is not finite"):
+        generate_video(pipeline, "a fox", num_inference_steps=1, num_frames=5, height=32, width=32)

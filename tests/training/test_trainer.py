@@ -159,6 +159,26 @@ def test_not_finite_steps_are_skipped_and_too_many_end_the_run(tmp_path, monkeyp
         run(tmp_path / "b", max_nonfinite_steps=1, **settings)
 
 
+def test_a_run_that_skipped_most_of_its_steps_is_not_exported(tmp_path, monkeypatch):
+    original, calls = objectives.teacher_state_mse, []
+
+    def mostly_nan(student, batch):
+        calls.append(0)
+        return original(student, batch) * (1.0 if len(calls) <= finite else float("nan"))
+
+    monkeypatch.setattr(objectives, "teacher_state_mse", mostly_nan)
+    settings = {"gradient_accumulation_steps": 1, "objective": {"name": "mse"}, "warmup": {"max_train_steps": 0}}
+    settings["selection"] = {"method": "layers", "layers": [0]}
+    finite = 3
+    with pytest.warns(UserWarning, match="3 of 6 steps had a non-finite loss or gradient and were skipped"):
+        run(tmp_path / "half", **settings)
+    calls.clear()
+    finite = 2
+    with pytest.raises(TrainingDiverged, match="4 of 6 steps .* no pipeline is written"):
+        run(tmp_path / "most", **settings)
+    assert not (tmp_path / "most" / "pipeline").exists()
+
+
 def refused(match, output_dir, teacher=None, prompts=PROMPTS, **settings):
     """Trainer(...) or .train() raises ValueError, and output_dir is as it was."""
     before = sorted(str(path) for path in output_dir.rglob("*")) if output_dir.exists() else None

@@ -222,3 +222,26 @@ def test_flow_shift_replaces_the_schedulers(pipeline, scheduler, name):
     other.scheduler = DDIMScheduler()
     with pytest.raises(ValueError, match="flow_shift needs a scheduler with one, got DDIMScheduler"):
         with_flow_shift(other, 5.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_teacher_that_is_not_finite_is_found_at_once(tmp_path, prompts, value):
+    pipeline = tiny_teacher()
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias[0] = value
+    with pytest.raises(ValueError, match=r"not finite at sampler step 1 of 4, prompt number [123], [123]:"):
+        make(tmp_path / "s", pipeline, prompts, batch_size=2)
+    assert not list((tmp_path / "s").glob("*.safetensors"))
+
+
+def test_what_overflows_fp16_is_stored_in_fp32(tmp_path, prompts):
+    pipeline = tiny_teacher()
+    small = make(tmp_path / "small", pipeline, prompts, dtype="float16")
+    assert small._open(0).get_tensor("u").dtype == torch.float16
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias += 1e5
+    store = make(tmp_path / "large", pipeline, prompts, dtype="float16")
+    batch = states(store, prompts)
+    assert store._open(0).get_tensor("u").dtype == torch.float32
+    assert batch.u.isfinite().all() and batch.x.isfinite().all() and batch.u.abs().max() > 65504
+    assert store.samples([0], prompts)[0].isfinite().all()

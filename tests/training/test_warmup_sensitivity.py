@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import tiny_inputs, tiny_transformer
 
 from linvideo.models import attention_types, convert
@@ -108,3 +109,20 @@ def test_feature_maps_without_weights_have_nothing_to_warm_up(teacher):
 def test_load_feature_maps_refuses_other_files(teacher, tmp_path):
     with pytest.raises(ValueError, match="cannot read feature maps"):
         load_feature_maps(convert(teacher), tmp_path / "missing.safetensors")
+    weights = {name: x.detach().clone() for name, x in feature_weights(convert(teacher)).items()}
+    name = next(iter(weights))
+    for change, message in (
+        (weights[name][:, :1], "expected .* of shape .* got"),  # would be repeated
+        (weights[name] * float("nan"), "is not finite"),
+    ):
+        save_file(weights | {name: change.contiguous()}, tmp_path / "feature_maps.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load_feature_maps(convert(teacher), tmp_path / "feature_maps.safetensors")
+
+
+def test_sensitivities_that_are_not_finite_choose_no_layers(teacher):
+    student, batch = convert(teacher), make_batch(teacher)
+    with torch.no_grad():
+        student.blocks[1].attn1.linear_attn.q_weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the velocity error with layer 1 alone linear is nan"):
+        layer_sensitivity(student, lambda: [batch], progress=False)
