@@ -35,9 +35,12 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     """Be the only process that writes into `folder`, which is made where there is none.
 
     Raises:
-        ValueError: another process is, or another call in this one; the message has its host and process number.
+        ValueError: another process is, or another call in this one; the message has its host and process number. Or
+            `folder` is a file.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"expected a folder, {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     while True:

@@ -32,6 +32,7 @@ from linvideo.training.sensitivity import SensitivityConfig, velocity_error
 from linvideo.training.store import StateBatch
 from linvideo.training.trajectories import TrajectoryConfig, collect, latent_shape, open_store, with_flow_shift
 from linvideo.training.warmup import WarmupConfig, attention_output_errors, fit_feature_maps, load_feature_maps
+from linvideo.workspace import locked
 
 SUITE = "analyze"  # in request.json
 FILES = ("rows.json", "analysis.json", "report.html", FEATURE_MAPS, PROMPT_CACHE, IMAGE_CACHE)
@@ -131,8 +132,8 @@ def analyze(
 
     Raises:
         ValueError: another kind of pipeline, images that do not go with it or cannot be read, sizes that do not fit
-            it, a speedup of 1 or less, an output_dir with other content; or an error that is not finite, as float16
-            may give.
+            it, a speedup of 1 or less, an output_dir with other content or in use; or an error that is not finite, as
+            float16 may give.
     """
     warmup, sensitivity = warmup or WarmupConfig(), sensitivity or SensitivityConfig()
     captions, images = choose_prompts(None, captions, images)
@@ -151,70 +152,71 @@ def analyze(
     request |= {"seed": seed, "timed_size": list(size), **environment}
     if takes_images(pipeline):
         request["images"] = [digest(image) for image in images]
-    if overwrite:
-        _start_anew(Path(output_dir), request)
-    work = WorkFolder(output_dir, request)
+    with locked(output_dir):
+        if overwrite:
+            _start_anew(Path(output_dir), request)
+        work = WorkFolder(output_dir, request)
 
-    texts = PromptConfig(negative_prompt=negative_prompt)
-    prompts = encode_prompts(pipeline, captions, texts, work.path / PROMPT_CACHE, base.device)
-    add_images(prompts, pipeline, images, trajectories, work.path / IMAGE_CACHE, base.device)
-    for part in (pipeline.text_encoder, getattr(pipeline, "image_encoder", None)):
-        if part is not None:
-            part.to("cpu")  # Wan's text encoder is 11 GB
-    store = open_store(trajectories.path or work.path / "trajectories", pipeline, prompts, trajectories, seed)
-    collect(store, pipeline, prompts, progress)
+        texts = PromptConfig(negative_prompt=negative_prompt)
+        prompts = encode_prompts(pipeline, captions, texts, work.path / PROMPT_CACHE, base.device)
+        add_images(prompts, pipeline, images, trajectories, work.path / IMAGE_CACHE, base.device)
+        for part in (pipeline.text_encoder, getattr(pipeline, "image_encoder", None)):
+            if part is not None:
+                part.to("cpu")  # Wan's text encoder is 11 GB
+        store = open_store(trajectories.path or work.path / "trajectories", pipeline, prompts, trajectories, seed)
+        collect(store, pipeline, prompts, progress)
 
-    def draw(positions: range, *name: int | str) -> StateBatch:
-        return store.draw(positions, seed, *name, prompts=prompts, device=base.device)
+        def draw(positions: range, *name: int | str) -> StateBatch:
+            return store.draw(positions, seed, *name, prompts=prompts, device=base.device)
 
-    def states() -> Iterator[StateBatch]:
-        count, size = sensitivity.num_states, sensitivity.batch_size
-        return (draw(range(start, min(start + size, count)), "held") for start in range(0, count, size))
+        def states() -> Iterator[StateBatch]:
+            count, size = sensitivity.num_states, sensitivity.batch_size
+            return (draw(range(start, min(start + size, count)), "held") for start in range(0, count, size))
 
-    maps = work.path / FEATURE_MAPS
-    if maps.exists():
-        load_feature_maps(student, maps)
-    else:
-        steps = tqdm(range(warmup.max_train_steps), desc="warm-up", disable=not progress)
-        batches = (draw(range(warmup.batch_size), "warmup", step) for step in steps)
-        fit_feature_maps(student, batches, warmup.learning_rate)
-        write_safetensors(maps, feature_weights(student))
+        maps = work.path / FEATURE_MAPS
+        if maps.exists():
+            load_feature_maps(student, maps)
+        else:
+            steps = tqdm(range(warmup.max_train_steps), desc="warm-up", disable=not progress)
+            batches = (draw(range(warmup.batch_size), "warmup", step) for step in steps)
+            fit_feature_maps(student, batches, warmup.learning_rate)
+            write_safetensors(maps, feature_weights(student))
 
-    shape = latent_shape(pipeline, _sized(trajectories, size))
-    measured = _Measurements(work, base, student, states, _forward_inputs(base, prompts, shape))
-    layers = measured.layers
-    output_errors = measured.attention_output_errors()
-    floor = measured.error([])
-    alone = {layer: measured.error([layer]) for layer in tqdm(layers, desc="sensitivity", disable=not progress)}
-    stock = measured.timing([])
+        shape = latent_shape(pipeline, _sized(trajectories, size))
+        measured = _Measurements(work, base, student, states, _forward_inputs(base, prompts, shape))
+        layers = measured.layers
+        output_errors = measured.attention_output_errors()
+        floor = measured.error([])
+        alone = {layer: measured.error([layer]) for layer in tqdm(layers, desc="sensitivity", disable=not progress)}
+        stock = measured.timing([])
 
-    def speedup_of(number: int) -> float:
-        return stock.median / measured.timing(lowest(alone, number)).median
+        def speedup_of(number: int) -> float:
+            return stock.median / measured.timing(lowest(alone, number)).median
 
-    def measured_set(number: int) -> LayerSet:
-        chosen = lowest(alone, number)
-        return LayerSet(chosen, measured.error(chosen), measured.timing(chosen), speedup_of(number))
+        def measured_set(number: int) -> LayerSet:
+            chosen = lowest(alone, number)
+            return LayerSet(chosen, measured.error(chosen), measured.timing(chosen), speedup_of(number))
 
-    enough = [] if speedup is None else smallest_number(speedup_of, speedup, len(layers))
-    numbers = sorted({*set_sizes(len(layers)), *enough})
-    sets = [measured_set(number) for number in tqdm(numbers, desc="sets", disable=not progress)]
-    analysis = Analysis(
-        model=pipeline.config.get("_name_or_path") or "MODEL",
-        environment=environment,
-        size=list(size),
-        tokens=math.prod(shape[1:]) // math.prod(base.config.patch_size),
-        states=sensitivity.num_states,
-        velocity_square=measured.velocity_square(),
-        floor=floor,
-        attention_output_errors=dict(zip(layers, output_errors, strict=True)),
-        sensitivity=alone,
-        milliseconds=stock,
-        sets=sets,
-        wanted_speedup=speedup,
-        proposal=propose(sets, speedup),
-    )
-    write_json(work.path / "analysis.json", to_dict(analysis))
-    return analysis
+        enough = [] if speedup is None else smallest_number(speedup_of, speedup, len(layers))
+        numbers = sorted({*set_sizes(len(layers)), *enough})
+        sets = [measured_set(number) for number in tqdm(numbers, desc="sets", disable=not progress)]
+        analysis = Analysis(
+            model=pipeline.config.get("_name_or_path") or "MODEL",
+            environment=environment,
+            size=list(size),
+            tokens=math.prod(shape[1:]) // math.prod(base.config.patch_size),
+            states=sensitivity.num_states,
+            velocity_square=measured.velocity_square(),
+            floor=floor,
+            attention_output_errors=dict(zip(layers, output_errors, strict=True)),
+            sensitivity=alone,
+            milliseconds=stock,
+            sets=sets,
+            wanted_speedup=speedup,
+            proposal=propose(sets, speedup),
+        )
+        write_json(work.path / "analysis.json", to_dict(analysis))
+        return analysis
 
 
 def propose(sets: list[LayerSet], speedup: float | None) -> LayerSet | None:

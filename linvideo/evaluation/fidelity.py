@@ -13,6 +13,7 @@ from linvideo.models import default_fps, own_settings
 from linvideo.models.generate import generate_video
 from linvideo.models.video_file import check_output, save_video
 from linvideo.training.video_metrics import compare
+from linvideo.workspace import locked
 
 METRICS = ("psnr", "ssim", "lpips", "flicker", "teacher_flicker")
 
@@ -41,7 +42,7 @@ def fidelity(
     difference of neighbouring frames in [0, 1], of the student's video and of the teacher's.
 
     Raises:
-        ValueError: no prompts, sizes that do not fit, or a folder with other work.
+        ValueError: no prompts, sizes that do not fit, or a folder with other work or in use.
         OSError: a video cannot be written; whether they can be is tried before anything is sampled.
     """
     if not prompts:
@@ -55,20 +56,21 @@ def fidelity(
         **settings,
     }
     request |= {"student": identity(student), "teacher": identity(teacher), "lpips": perceptual is not None}
-    work = WorkFolder(folder, request)
-    check_output(work.path / "0000-student.mp4", request["fps"])
-    yield from work.rows
-    for number in range(len(work.rows), len(prompts)):
-        videos = {}
-        for who, pipeline in (("student", student), ("teacher", teacher)):
-            generator = torch.Generator("cpu").manual_seed(seed + number)
-            own = settings | own_settings(pipeline)
-            video = generate_video(pipeline, prompts[number], generator=generator, **own)
-            save_video(video, work.path / f"{number:04d}-{who}.mp4", request["fps"])
-            videos[who] = torch.as_tensor(video, device=student.device).permute(0, 3, 1, 2)
-        row = {"prompt": prompts[number], "seed": seed + number} | compare(**videos, perceptual=perceptual)
-        work.add(row)
-        yield row
+    with locked(folder):
+        work = WorkFolder(folder, request)
+        check_output(work.path / "0000-student.mp4", request["fps"])
+        yield from work.rows
+        for number in range(len(work.rows), len(prompts)):
+            videos = {}
+            for who, pipeline in (("student", student), ("teacher", teacher)):
+                generator = torch.Generator("cpu").manual_seed(seed + number)
+                own = settings | own_settings(pipeline)
+                video = generate_video(pipeline, prompts[number], generator=generator, **own)
+                save_video(video, work.path / f"{number:04d}-{who}.mp4", request["fps"])
+                videos[who] = torch.as_tensor(video, device=student.device).permute(0, 3, 1, 2)
+            row = {"prompt": prompts[number], "seed": seed + number} | compare(**videos, perceptual=perceptual)
+            work.add(row)
+            yield row
 
 
 def summary(rows: list[dict]) -> dict[str, tuple[float, float]]:

@@ -14,6 +14,7 @@ from linvideo.models.generate import generate_video
 from linvideo.models.video_file import check_output, save_video
 from linvideo.training.files import read_json
 from linvideo.training.prompts import some_of
+from linvideo.workspace import locked
 
 VIDEOS_PER_PROMPT = 5  # VBench's standard
 # Per cent; arXiv 2510.08318, Wan 1.3B: dense, LinVideo (16 of 30 layers linear), and that distilled to 4 steps.
@@ -73,7 +74,7 @@ def generate_videos(
     pipeline's own. settings: of `generate_video`.
 
     Raises:
-        ValueError: no prompts, sizes that do not fit, or a folder with other work.
+        ValueError: no prompts, sizes that do not fit, or a folder with other work or in use.
         OSError: a video cannot be written; that the one with the longest name can be is tried first.
     """
     if not prompts or any("/" in prompt for prompt in prompts):
@@ -85,15 +86,16 @@ def generate_videos(
         "fps": default_fps(pipeline) if fps is None else fps,
         **settings,
     }
-    work = WorkFolder(folder, request | {"model": identity(pipeline)})
-    todo = [(prompt, seed) for prompt in prompts for seed in range(per_prompt)]
-    paths = [work.path / "videos" / f"{prompt}-{seed}.mp4" for prompt, seed in todo]
-    check_output(max(paths, key=lambda path: len(os.fsencode(path))), request["fps"])
-    for finished, ((prompt, seed), path) in enumerate(zip(todo, paths, strict=True), 1):
-        if not path.exists():
-            generator = torch.Generator("cpu").manual_seed(seed)
-            save_video(generate_video(pipeline, prompt, generator=generator, **settings), path, request["fps"])
-        yield finished, len(todo)
+    with locked(folder):
+        work = WorkFolder(folder, request | {"model": identity(pipeline)})
+        todo = [(prompt, seed) for prompt in prompts for seed in range(per_prompt)]
+        paths = [work.path / "videos" / f"{prompt}-{seed}.mp4" for prompt, seed in todo]
+        check_output(max(paths, key=lambda path: len(os.fsencode(path))), request["fps"])
+        for finished, ((prompt, seed), path) in enumerate(zip(todo, paths, strict=True), 1):
+            if not path.exists():
+                generator = torch.Generator("cpu").manual_seed(seed)
+                save_video(generate_video(pipeline, prompt, generator=generator, **settings), path, request["fps"])
+            yield finished, len(todo)
 
 
 def score(folder: str | Path, dimensions: list[str], full_info: str | Path, device: str) -> dict[str, float]:

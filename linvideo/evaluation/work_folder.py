@@ -1,4 +1,7 @@
-"""A folder of long work that can be continued: what was asked for in request.json, the finished pieces in rows.json."""
+"""A folder of long work that can be continued: what was asked for in request.json, the finished pieces in rows.json.
+
+The process that works there holds the folder's lock (`locked`) meanwhile.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,7 @@ import torch
 
 from linvideo.training.files import read_json, write_json
 from linvideo.training.fingerprint import fingerprint
+from linvideo.workspace import LOCK, TEMPORARY, remove_dead
 
 
 class WorkFolder:
@@ -18,8 +22,7 @@ class WorkFolder:
 
     def __init__(self, folder: str | Path, request: dict[str, Any]):
         self.path = Path(folder)
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"expected a folder, {self.path} is a file")
+        remove_dead(self.path)  # a kill in the first write has left nothing else
         there = self.path / "request.json"
         if there.exists():
             stored = read_json(there)
@@ -27,7 +30,7 @@ class WorkFolder:
             if keys:
                 got = ", ".join(f"{key} {stored.get(key)!r}, asked for {request.get(key)!r}" for key in keys)
                 raise ValueError(f"{self.path} holds work on another request: {got}; choose another folder")
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(not path.name.startswith((TEMPORARY, LOCK)) for path in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no work to continue; choose another folder")
         else:
             write_json(there, request)

@@ -12,9 +12,12 @@ from tiny import tiny_pipeline
 
 from linvideo import cli, convert, save_pipeline
 from linvideo.evaluation import fidelity, vbench
+from linvideo.evaluation.analyze import analyze
 from linvideo.evaluation.work_folder import WorkFolder
 from linvideo.models import FewStepScheduler
+from linvideo.training.trajectories import TrajectoryConfig
 from linvideo.training.video_metrics import compare, flicker
+from linvideo.workspace import LOCK, locked
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 1.0}
 FLAGS = [word for name, value in SIZE.items() for word in (f"--{name}", str(value))] + ["--device", "cpu"]
@@ -97,9 +100,29 @@ def test_a_folder_with_other_things_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):
         WorkFolder(tmp_path, {"a": 1})
-    with pytest.raises(ValueError, match="is a file"):
-        WorkFolder(tmp_path / "mine.txt", {"a": 1})
+    with pytest.raises(ValueError, match="is a file"), locked(tmp_path / "mine.txt"):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_kill_in_the_first_write_is_no_obstacle(tmp_path):
+    space = tmp_path / ".tmp-0123456789abcdef-request.json"
+    space.mkdir()
+    (space / LOCK).touch()
+    (space / "new").write_text("{")
+    WorkFolder(tmp_path, {"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["request.json"]
+
+
+def test_one_evaluation_at_a_time(pipelines, tmp_path):
+    linear, stock = pipelines
+    with locked(tmp_path):
+        for work in (fidelity.fidelity(*pipelines, ["a"], tmp_path), vbench.generate_videos(linear, ["a"], tmp_path)):
+            with pytest.raises(ValueError, match="is in use"):
+                next(work)
+        options = {"trajectories": TrajectoryConfig(height=32, width=32, num_frames=5), "progress": False}
+        with pytest.raises(ValueError, match="is in use"):
+            analyze(stock, ["a"], tmp_path, **options, overwrite=True)
 
 
 def test_the_fidelity_command(folders, tmp_path, capsys):
