@@ -133,7 +133,7 @@ def generate(args: argparse.Namespace) -> None:
     for part in filter(None, (pipeline, teacher)):
         place(part, args)
     made = []
-    for video in make_videos(pipeline, jobs, settings, teacher, teacher_settings, args.fps):
+    for video in make_videos(pipeline, jobs, settings, teacher, teacher_settings, args.fps, args.overwrite):
         made.append(video)
         beside = "" if video.psnr is None else f", PSNR {video.psnr:.2f} dB and SSIM {video.ssim:.4f} to the teacher"
         print(f"wrote {video.job.path}, seed {video.job.seed}{beside}", flush=True)

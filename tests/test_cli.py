@@ -147,7 +147,7 @@ def test_a_distilled_model_and_its_teacher_keep_their_own_settings(folder, tmp_p
     )
     words = ["generate", "--model", str(tmp_path / "few"), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4")]
     assert cli.main([*words, "--compare", str(folder), "--num_inference_steps", "30"]) == 0
-    _, _, settings, teacher, teacher_settings, _ = seen[0]
+    _, _, settings, teacher, teacher_settings, *_ = seen[0]
     assert (settings["num_inference_steps"], settings["guidance_scale"]) == (2, 1.0)
     assert teacher_settings == {"negative_prompt": "", "num_inference_steps": 30}
     assert type(teacher.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"

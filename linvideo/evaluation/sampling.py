@@ -1,11 +1,12 @@
 """Videos of many prompts and seeds by one pipeline, with what they cost, alone or beside a teacher's."""
 
 import inspect
+import itertools
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def make_videos(
     teacher: Any = None,
     teacher_settings: dict[str, Any] | None = None,
     fps: int | None = None,
+    overwrite: bool = True,
 ) -> Iterator[Made]:
     """Make the videos one after another; each is written when it is whole, then yielded.
 
@@ -72,6 +74,8 @@ def make_videos(
             noise.
         teacher_settings: its own, where they differ from `settings`.
         fps: frames per second of the files; None is the pipeline's own, see `default_fps`.
+        overwrite: replace a file that is there. If not, a video whose place was taken while it was sampled goes to a
+            numbered file next to it, which the yielded job names.
 
     Raises:
         ValueError: before the first video: a teacher of another kind, or images where the pipeline takes none, or the
@@ -102,8 +106,11 @@ def make_videos(
             metrics = compare(*pair)
             found = {"psnr": metrics["psnr"], "ssim": metrics["ssim"]}
             frames = np.concatenate([beside, frames], axis=2)
-        save_video(frames, job.path, fps=fps)
-        yield Made(job, cost, **found)
+        path, taken = job.path, itertools.count(1)
+        while path.exists() and not overwrite:
+            path = job.path.with_stem(f"{job.path.stem}-{next(taken)}")
+        save_video(frames, path, fps=fps)
+        yield Made(replace(job, path=path), cost, **found)
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """What a video costs is measured without leaving a trace on the pipeline."""
 
+import numpy as np
 import pytest
 from tiny import generate, tiny_pipeline, tiny_transformer
 
-from linvideo.evaluation.sampling import Cost, Job, Made, measured, summary
+from linvideo.evaluation.sampling import Cost, Job, Made, make_videos, measured, summary
+from linvideo.training.prompts import Prompt
 
 
 def untouched(pipeline) -> bool:
@@ -27,3 +29,18 @@ def test_summary():
     assert summary(made, "cpu") == "1.5 s a step, 8 s in all, peak memory of the process 2.00 GB"
     assert "peak GPU memory 2.00 GB" in summary(made, "cuda:0")
     assert summary([Made(Job(None, 0, None), Cost(3.0))], "cpu") == "3 s in all"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path, monkeypatch, overwrite):
+    path = tmp_path / "v.mp4"
+
+    def sample(*_, **__):
+        path.write_text("another run's")
+        return np.zeros((1, 16, 16, 3))
+
+    monkeypatch.setattr("linvideo.evaluation.sampling.generate_video", sample)
+    (made,) = make_videos(tiny_pipeline(), [Job(Prompt("a fox"), 0, path)], {}, overwrite=overwrite)
+    names = ["v.mp4"] if overwrite else ["v-1.mp4", "v.mp4"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names and made.job.path.name == names[0]
+    assert (path.read_bytes() == b"another run's") != overwrite
