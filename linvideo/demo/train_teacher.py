@@ -32,8 +32,8 @@ twice as many:
 import argparse
 import json
 import math
-import shutil
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,9 +47,10 @@ from linvideo.demo.teacher import SETTINGS, build_pipeline
 from linvideo.demo.world import WORLDS, World
 from linvideo.evaluation.latency import device_name
 from linvideo.models import load_pipeline, new_folder
-from linvideo.training.checkpoint import list_checkpoints, load_checkpoint, remove_leftovers, save_checkpoint
+from linvideo.training.checkpoint import list_checkpoints, load_checkpoint, remove_newer, save_checkpoint
 from linvideo.training.devices import check_device
 from linvideo.training.files import write_json
+from linvideo.workspace import locked, remove_dead
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class TeacherRun:
         Raises:
             ValueError: it belongs to a run with other settings, or is damaged.
         """
-        remove_leftovers(state_dir)
+        remove_dead(state_dir)
         checkpoints = list_checkpoints(state_dir)
         if not checkpoints:
             print(f"no checkpoint in {state_dir}: starting from the beginning")
@@ -249,21 +250,29 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{state_dir} holds a run that was killed; --resume_from_checkpoint, or delete it")
     recipe = RECIPES[args.world]
     steps, batch = args.max_train_steps or recipe.steps, args.train_batch_size or recipe.batch
-    try:
-        check_device(args.device)
-        run = TeacherRun(WORLDS[args.world], steps, batch, args.seed, args.device, args.init_from)
-        if resumed:
-            run.load_state(state_dir)
-    except ValueError as error:
-        parser.error(str(error))
-    if run.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    if args.compile:
-        for block in run.transformer.blocks:
-            block.compile(dynamic=False)
-    run.train(state_dir, args.checkpointing_steps, args.max_minutes)
-    print(json.dumps(run.finish(folder, args.num_videos), indent=2))
-    shutil.rmtree(state_dir)
+    with ExitStack() as stack:
+        try:
+            check_device(args.device)
+            run = TeacherRun(WORLDS[args.world], steps, batch, args.seed, args.device, args.init_from)
+            stack.callback(_remove_if_empty, state_dir)
+            stack.enter_context(locked(state_dir))
+            if resumed:
+                run.load_state(state_dir)
+        except ValueError as error:
+            parser.error(str(error))
+        if run.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        if args.compile:
+            for block in run.transformer.blocks:
+                block.compile(dynamic=False)
+        run.train(state_dir, args.checkpointing_steps, args.max_minutes)
+        print(json.dumps(run.finish(folder, args.num_videos), indent=2))
+        remove_newer(state_dir, -1)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 if __name__ == "__main__":

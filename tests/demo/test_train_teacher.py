@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from linvideo import load_pipeline
 from linvideo.demo import metrics, teacher, train_teacher
 from linvideo.demo.world import WORLDS
+from linvideo.workspace import locked
 
 
 class Killed(Exception):
@@ -57,10 +58,15 @@ def test_a_killed_run_continues_as_if_nothing_had_been(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_teacher.main(flags(tmp_path / "cut", "--seed", "5", "--resume_from_checkpoint"))
     assert "'seed': 5" in capsys.readouterr().err
+    (tmp_path / "cut.state" / "notes.txt").write_text("mine")
+    with locked(tmp_path / "cut.state"), pytest.raises(SystemExit):
+        train_teacher.main(flags(tmp_path / "cut", "--resume_from_checkpoint"))
+    assert "cut.state is in use" in capsys.readouterr().err
     train_teacher.main(flags(tmp_path / "cut", "--resume_from_checkpoint"))
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert {path.name for path in tmp_path.iterdir()} == {"whole", "cut"}
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "cut", "cut.state"}
+    assert [path.name for path in (tmp_path / "cut.state").iterdir()] == ["notes.txt"]
 
 
 def test_a_run_killed_while_it_is_judged_is_judged_again(tmp_path, monkeypatch):
