@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from linvideo.evaluation.latency import device_name
+from linvideo.workspace import workspace
 
 FORMAT = 1
 FOLDER = Path(__file__).parent / "results"
@@ -70,12 +71,13 @@ class ResultFile:
         check(document)
         self.folder.mkdir(parents=True, exist_ok=True)
         name = self.name or row["suite"]
-        aside = self.folder / f".{name}.{os.getpid()}"
-        aside.write_text(json.dumps(document, indent=1) + "\n")
-        if self.path is None:
-            self.path = claim(aside, self.folder, self.environment, name)
-        else:
-            os.replace(aside, self.path)
+        with workspace(self.folder / name) as space:
+            new = space / "new"
+            new.write_text(json.dumps(document, indent=1) + "\n")
+            if self.path is None:
+                self.path = claim(new, self.folder, self.environment, name)
+            else:
+                os.replace(new, self.path)
         self.rows.append(row)
 
 
@@ -86,9 +88,10 @@ def keep(document: dict, folder: Path, name: str) -> Path:
         if json.loads(path.read_text())["rows"] == document["rows"]:
             return path
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{name}.{os.getpid()}"
-    aside.write_text(json.dumps(document, indent=1) + "\n")
-    return claim(aside, folder, document["environment"], name)
+    with workspace(folder / name) as space:
+        new = space / "new"
+        new.write_text(json.dumps(document, indent=1) + "\n")
+        return claim(new, folder, document["environment"], name)
 
 
 def claim(aside: Path, folder: Path, environment: dict, name: str) -> Path:

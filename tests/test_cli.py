@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from tiny import TEXT_DIM, tiny_image, tiny_image_pipeline, tiny_pipeline, tiny_tokenizer, tiny_transformer
 
 from linvideo import cli, load_pipeline, models
+from linvideo.training import TrainingStopped
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,16 @@ def test_compare_puts_the_teacher_at_the_left(folder, tmp_path, capsys):
     itself = ["--output", str(tmp_path / "itself.mp4"), "--compare", str(folder)]
     assert cli.main([*words, "--model", str(folder), *itself]) == 0
     assert "PSNR 100.00 dB and SSIM 1.0000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 1)])
+def test_the_exit_status_of_a_stopped_run(number, status, capsys, monkeypatch):
+    def stopped(_):
+        raise TrainingStopped("after step 3 of warmup, which is saved", number)
+
+    monkeypatch.setattr(cli, "train", stopped)
+    assert cli.main(["train"]) == status
+    assert "which is saved; continue with --resume_from_checkpoint latest" in capsys.readouterr().err
 
 
 def test_a_distilled_model_and_its_teacher_keep_their_own_settings(folder, tmp_path, monkeypatch):

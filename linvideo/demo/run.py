@@ -28,6 +28,8 @@ from linvideo.training.devices import check_device
 
 WORLD = WORLDS["small"]
 STAGES = ("transfer", "adm", "distill")
+CONTENT = {"pipeline", "training", "distilled", "distillation", "metrics.json", "report.html"}
+CONTENT |= {"side_by_side.mp4", "frames.png", "few_steps.png"}
 SHOWN = 4  # videos in the side-by-side film; the report shows the first of each
 
 
@@ -70,6 +72,8 @@ def run_demo(
             raise ValueError(
                 f"refusing to overwrite {output_dir}: it has content but no report.html, so no demo made it"
             )
+        if foreign := sorted({path.name for path in output_dir.iterdir()} - CONTENT):
+            raise ValueError(f"refusing to overwrite {output_dir}: no demo made {foreign[0]}; move it elsewhere first")
     if videos < SHOWN:
         raise ValueError(f"videos must be at least {SHOWN}, got {videos}")
     check_device(device)

@@ -74,9 +74,13 @@ def test_saved_and_read_again(links, tmp_path, monkeypatch):
 
     if not links:
         monkeypatch.setattr(os, "link", refuse)
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / f".op.{os.getpid()}").symlink_to(victim)  # no name that others can guess is written to
     first, second = (save(ROWS[:7], ENVIRONMENT, tmp_path) for _ in range(2))
     assert first.name == "h200-2026-01-02-op.json" and second.name == "h200-2026-01-02-op-2.json"
     assert [document["rows"] for document in results.load(tmp_path)] == [ROWS[:7]] * 2
+    assert victim.read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,9 @@ def test_overwrite_spares_what_no_demo_made(tmp_path):
         run.run_demo(mine, overwrite=True)
     with pytest.raises(ValueError, match="the file"):
         run.run_demo(mine / "file", overwrite=True)
+    (mine / "report.html").touch()
+    with pytest.raises(ValueError, match="no demo made file; move it elsewhere"):
+        run.run_demo(mine, overwrite=True)
     assert (mine / "file").read_text() == "mine"
 
 
