@@ -128,6 +128,18 @@ def remove_dead(folder: str | os.PathLike) -> None:
             os.close(file)
 
 
+def use_umask(folder: Path) -> None:
+    """Give the safetensors files in `folder` the permissions of any file made there; safetensors itself makes them
+    readable for their owner alone."""
+    probe = folder / secrets.token_hex(8)
+    probe.touch(exist_ok=False)
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*.safetensors"):
+        if path.stat().st_mode & 0o777 != mode:
+            path.chmod(mode)
+
+
 @contextmanager
 def in_turn(path: str | os.PathLike) -> Iterator[None]:
     """Hold the lock of a file that is there and stays there, after waiting for it; where there are no locks, go on."""

@@ -9,6 +9,15 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as in linvideo/cli.py
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)  # tests run side by side under pytest-xdist
+
+
+@pytest.fixture(params=[0o022, 0o027], ids=oct)
+def umask(request):
+    """The umask is this one during the test."""
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from linvideo import _diffusers_hook
 from linvideo.models.attention import FAMILIES
 from linvideo.models.card import Training, write_card
+from linvideo.workspace import use_umask
 
 _INDEX = "model_index.json"
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40.0") else "torch_dtype"  # as diffusers calls it
@@ -131,6 +132,7 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
         new, old = workspace / "new", workspace / "old"
         new.mkdir()
         yield new
+        use_umask(new)
         if target.exists():
             os.rename(target, old)
         try:

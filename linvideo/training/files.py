@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from linvideo.workspace import workspace
+from linvideo.workspace import use_umask, workspace
 
 
 def write_text(path: str | Path, text: str, replace: bool = True) -> None:
@@ -64,10 +64,11 @@ def write_safetensors(
         # contiguous().clone() only where needed: safetensors refuses views that share storage
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
-            save_file(content, space / "new", metadata)
+            save_file(content, space / "new.safetensors", metadata)
         except SafetensorError as error:  # a full disk, for one
             raise OSError(f"cannot write {path}: {error}") from error
-        os.replace(space / "new", path)
+        use_umask(space)
+        os.replace(space / "new.safetensors", path)
 
 
 def read_cached(path: str | Path, key: str) -> dict[str, torch.Tensor] | None:

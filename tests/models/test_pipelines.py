@@ -164,6 +164,12 @@ def test_overwriting_the_folder_a_pipeline_was_loaded_from(folder, tmp_path):
     np.testing.assert_allclose(generate(load_pipeline(copy)), expected, atol=1e-6)
 
 
+def test_saved_files_have_the_permissions_that_the_umask_allows(converted, tmp_path, umask):
+    save_pipeline(converted, tmp_path / "a")
+    files = [path for path in (tmp_path / "a").rglob("*") if path.is_file()]
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: 0o666 & ~umask for path in files}
+
+
 def test_interrupted_save_leaves_the_old_pipeline(folder, tmp_path, monkeypatch):
     copy = damaged_copy(folder, tmp_path)
     pipeline = load_pipeline(copy)

@@ -46,6 +46,30 @@ def test_own_state_mse(store):
     assert teacher.scale.grad is None
 
 
+@pytest.mark.parametrize("name", ["own_mse", "adm", "adm_step"])
+def test_objectives_on_lanes_move_them_and_keep_the_teacher_out_of_autocast(name, store):
+    student, teacher, lanes = AffineFlow(0.5, 0.3), AffineFlow(0.2, -0.1), make_lanes(store, count=12)
+    autocast = {student: set(), teacher: set()}
+    for model, seen in autocast.items():
+        model.register_forward_pre_hook(lambda *_, seen=seen: seen.add(torch.is_autocast_enabled("cpu")))
+    u = predict_velocity(student, lanes.x, lanes.timestep, lanes.conditions()).detach()
+    x, step, change = lanes.x.clone(), lanes.step.clone(), lanes.sigma_next - lanes.sigma
+    autocast[student].clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        if name == "own_mse":
+            objectives.own_state_mse(student, teacher, lanes)
+        elif name == "adm":
+            objectives.adm_small_step(student, teacher, lanes, torch.full((12,), 1e-3), ObjectiveConfig())
+        else:
+            objectives.adm_sampler_step(student, teacher, lanes, ObjectiveConfig())
+    assert autocast == {student: {True}, teacher: {False}}
+    goes_on = step + 1 < len(TIMESTEPS)
+    assert 0 < goes_on.sum() < 12
+    assert torch.equal(lanes.step, torch.where(goes_on, step + 1, 0))  # those at the end begin anew
+    assert torch.equal(lanes.restarts, (~goes_on).long())
+    assert torch.allclose(lanes.x[goes_on], (x + column(change) * u)[goes_on])
+
+
 @pytest.mark.parametrize("weight", ["unit", "score"])
 def test_adm_small_step_by_hand(store, weight):
     student, teacher = AffineFlow(0.5, 0.3), AffineFlow(0.2, -0.1)

@@ -83,6 +83,12 @@ def test_lowest_meets_the_target_whatever_r_is(target):
         assert max(r[i] for i in chosen) <= min(r[i] for i in r if i not in chosen)
 
 
+def test_ties_go_to_the_earlier_layer():
+    assert lowest({3: 0.5, 1: 0.5, 2: 0.5, 0: 0.7}, 2) == round_r({2: 0.5, 3: 0.5, 1: 0.5}, 2) == [1, 2]
+    r = initial_r({2: 1.0, 1: 1.0, 0: 2.0})
+    assert r[1] < r[2] < r[0]
+
+
 def test_threshold_takes_every_r_below_a_half():
     r = {3: 0.49, 0: 0.5, 1: 0.1, 2: 0.9}
     assert round_r(r, 1, "threshold") == [1, 3]
@@ -142,6 +148,16 @@ def test_not_finite_gradients_move_nothing():
         assert optimizer.step() is None
         assert all(torch.equal(before[name], p) for name, p in student.named_parameters())
         assert all(p.grad is None for p in student.parameters())
+
+
+def test_skipped_steps_move_the_schedule():
+    student = convert(tiny_transformer(num_layers=1))
+    optimizer = StudentOptimizer(student, OptimizerConfig(learning_rate=1e-3, lr_warmup_steps=10), 20, 2e-2)
+    rate = optimizer.adamw.param_groups[0]
+    student.proj_out.weight.grad = torch.full_like(student.proj_out.weight, float("nan"))
+    assert optimizer.step() is None and rate["lr"] == pytest.approx(1e-4)
+    optimizer.skip()
+    assert rate["lr"] == pytest.approx(2e-4)
 
 
 def test_target():

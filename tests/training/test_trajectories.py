@@ -9,6 +9,7 @@ from tiny_run import PROMPTS, tiny_config, tiny_teacher
 from toy import toy_prompts, toy_store
 
 from linvideo.training import store
+from linvideo.training.checkpoint import save_checkpoint
 from linvideo.training.flow import predict_velocity, sampler_grid
 from linvideo.training.prompts import encode_prompts
 from linvideo.training.seeding import draw_noise, generator, stable_hash
@@ -86,6 +87,22 @@ def test_a_trajectory_does_not_depend_on_batches_or_shards(tmp_path, pipeline, p
     assert torch.equal(one.prompt, other.prompt) and torch.equal(one.negative, other.negative)
     another_seed = states(make(tmp_path / "c", pipeline, prompts, seed=1), prompts)
     assert not torch.allclose(one.x, another_seed.x, atol=0.1)
+
+
+def test_the_last_shard_holds_what_is_left(tmp_path, pipeline, prompts):
+    store = make(tmp_path / "s", pipeline, prompts, num_trajectories=5, num_inference_steps=2, shard_size=3)
+    assert [list(store.shard_trajectories(number)) for number in range(store.num_shards)] == [[0, 1, 2], [3, 4]]
+    assert store.timesteps().shape == (5, 2) and store.complete
+    samples, _ = store.samples(range(5), prompts)
+    assert len(samples.flatten(1).unique(dim=0)) == 5
+
+
+def test_files_have_the_permissions_that_the_umask_allows(tmp_path, umask):
+    toy_store(tmp_path / "store", torch.tensor([900.0, 500.0]))
+    save_checkpoint(tmp_path, 1, {"weight": torch.ones(2)}, {"step": 1})
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.suffix == ".safetensors" for path in files) >= 3
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: 0o666 & ~umask for path in files}
 
 
 def test_stride_keeps_steps_from_a_drawn_offset(tmp_path, pipeline, prompts):
