@@ -1,5 +1,6 @@
 """Validation: what is made of the student every so many steps, and how."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,10 @@ def sample(
 
 @torch.no_grad()
 def decode(pipeline: Any, latents: torch.Tensor) -> list:
-    """The frames of one video's latents [1, C, F, H, W], as PIL images; the VAE comes to the latents' device for it."""
+    """The frames of one video's latents [1, C, F, H, W], as PIL images; the VAE comes to the latents' device for it.
+
+    Warns where they are not finite: such pixels are drawn black, and the metrics of such a video mean nothing.
+    """
     vae = pipeline.vae
     mean, std = (
         torch.tensor(vae.config[name], device=latents.device).view(1, -1, 1, 1, 1)
@@ -81,4 +85,11 @@ def decode(pipeline: Any, latents: torch.Tensor) -> list:
     )
     with on_device(latents.device, vae):
         video = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+    if not (finite := video.isfinite()).all():
+        warnings.warn(
+            f"a validation video is not finite ({(~finite).sum():,} of {finite.numel():,} values): its metrics mean"
+            " nothing; look at the losses, or use a dtype with more range",
+            stacklevel=2,
+        )
+        video = video.where(finite, -1.0)
     return pipeline.video_processor.postprocess_video(video.float(), output_type="pil")[0]

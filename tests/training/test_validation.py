@@ -110,6 +110,8 @@ def test_sampling_and_decoding_is_what_the_pipeline_does():
     theirs = pipeline(latents=latents, output_type="pil", **embeds, **SIZE).frames[0]
     difference = np.stack(ours).astype(int) - np.stack(theirs)
     assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 0.01  # a rounding error apart
+    with pytest.warns(UserWarning, match="a validation video is not finite"):
+        assert not np.stack(decode(pipeline, torch.full_like(latents, float("nan")))).any()
     steps = iter([False, True])
     assert sample(pipeline, *arguments, *conditions, lambda: next(steps)) is None
 
