@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}  # Wan's
+CHECKED = {"height": 256, "width": 256, "num_frames": 17}  # small, so that a check takes minutes
 DIMENSIONS = [
     "imaging_quality",
     "aesthetic_quality",
@@ -61,10 +62,27 @@ def train(argv: list[str]) -> None:
     from linvideo.training import Trainer, load_config
     from linvideo.training.parallel import disconnect
 
-    result = Trainer(load_config(argv)).train()
+    config = load_config(argv)
+    selection = config.selection.max_train_steps if config.selection.method == "learned" else 0
+    stages = {"warm-up": config.warmup.max_train_steps, "selection": selection, "fine-tuning": config.max_train_steps}
+    announce_run(config, stages)
+    result = Trainer(config).train()
     disconnect()  # not after an error: the others may wait in a collective that this process will not join
     if result.pipeline is not None:  # of several processes the first has it
         print(f"linear layers: {result.layers_linear}; saved the converted pipeline to {result.pipeline_path}")
+
+
+def announce_run(config, stages: dict[str, int]) -> None:
+    """Say what a run is about to do, before it takes its time; of several processes only the first does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    video = config.trajectories
+    print(
+        f"run in {config.output_dir}: {video.num_trajectories} trajectories of {video.height}x{video.width},"
+        f" {video.num_frames} frames, {video.num_inference_steps} steps, guidance {video.guidance_scale:g}"
+        + "".join(f", then {count} steps of {name}" for name, count in stages.items() if count),
+        flush=True,
+    )
 
 
 def distill(argv: list[str]) -> None:
@@ -72,7 +90,9 @@ def distill(argv: list[str]) -> None:
     from linvideo.training import load_config
     from linvideo.training.parallel import disconnect
 
-    result = Distiller(load_config(argv, DistillConfig, "distill")).train()
+    config = load_config(argv, DistillConfig, "distill")
+    announce_run(config, {"regression": config.regression.max_train_steps, "DMD": config.max_train_steps})
+    result = Distiller(config).train()
     disconnect()  # not after an error, see train
     if result.pipeline is not None:
         print(f"timesteps: {result.timesteps}; saved the distilled pipeline to {result.pipeline_path}")
@@ -86,6 +106,7 @@ def collect(args: argparse.Namespace) -> None:
         raise ValueError(f"--worker must be number/count with number from 0 to count - 1, got {args.worker}")
     # the folder is not empty once another worker has begun
     config = load_config([*args.train_options, "--resume_from_checkpoint", "latest"])
+    announce_run(config, {})
     store = Trainer(config).collect(int(number), int(count))
     missing = len(store.missing_shards())
     print(
@@ -125,15 +146,19 @@ def generate(args: argparse.Namespace) -> None:
     check_output(jobs[0].path)  # before a long load
     pipeline = load(args)
     models.video_transformers(pipeline)  # before a long load of the teacher
-    asked, own = given(args), models.own_settings(pipeline)
-    # of a distilled model both options are the teacher's, with --compare
-    settings = asked | own if args.compare else own | asked
-    teacher = None if args.compare is None else load_teacher(args.compare, args, pipeline)
-    teacher_settings = asked if teacher is None else asked | models.own_settings(teacher)
+    settings, asked, teacher, of_teacher = models.sampling_settings(pipeline), given(args), None, None
+    if args.compare is None:
+        settings |= asked
+    else:
+        teacher = load_teacher(args.compare, args, pipeline)
+        # of a distilled model steps and guidance are its own, those asked for are the other's
+        of_teacher = teachers_settings(teacher, pipeline) | asked | models.own_settings(teacher)
+        settings |= asked | models.own_settings(pipeline)
+    announce(f"{len(jobs)} videos", pipeline, settings, args)
     for part in filter(None, (pipeline, teacher)):
         place(part, args)
     made = []
-    for video in make_videos(pipeline, jobs, settings, teacher, teacher_settings, args.fps, args.overwrite):
+    for video in make_videos(pipeline, jobs, settings, teacher, of_teacher, args.fps, args.overwrite):
         made.append(video)
         beside = "" if video.psnr is None else f", PSNR {video.psnr:.2f} dB and SSIM {video.ssim:.4f} to the teacher"
         print(f"wrote {video.job.path}, seed {video.job.seed}{beside}", flush=True)
@@ -174,6 +199,27 @@ def load_teacher(model: str, args: argparse.Namespace, pipeline):
     return load(argparse.Namespace(model=model, dtype=args.dtype), **shared)
 
 
+def teachers_settings(teacher, student) -> dict:
+    """What the teacher is called with beside a student that may be distilled: for videos of the student's size."""
+    from linvideo import models
+
+    own = models.own_settings(student)
+    shared = {name: value for name, value in models.sampling_settings(student).items() if name not in own}
+    return models.sampling_settings(teacher) | shared
+
+
+def announce(what: str, pipeline, settings: dict, args: argparse.Namespace) -> None:
+    """Say what is about to be made, before it takes its time."""
+    import inspect
+
+    defaults = inspect.signature(pipeline.__call__).parameters
+    own = {name: settings.get(name, getattr(defaults.get(name), "default", None)) for name in DEFAULTS}
+    size = "the model's own size" if None in (own["height"], own["width"]) else f"{own['height']}x{own['width']}"
+    words = {"num_frames": "{} frames", "num_inference_steps": "{} steps", "guidance_scale": "guidance {:g}"}
+    rest = [word.format(own[name]) for name, word in words.items() if own[name] is not None]
+    print(f"{what} of {', '.join([size, *rest])}, on {args.device} in {args.dtype}", flush=True)
+
+
 def place(pipeline, args: argparse.Namespace) -> None:
     """Onto the device, as the flags say that diffusers-cli has too."""
     from linvideo import models
@@ -206,10 +252,12 @@ def evaluate_fidelity(args: argparse.Namespace) -> None:
     prompts = some_of(read_prompts(args.prompts_file), args.num_prompts)
     student = load(args).to(args.device)
     teacher = load_teacher(args.teacher, args, student).to(args.device)
+    settings = DEFAULTS | teachers_settings(teacher, student) | given(args)
+    announce(f"{len(prompts)} prompts, a video by each model", teacher, settings, args)
     rows = []
-    for pipeline in (student, teacher):
-        pipeline.set_progress_bar_config(disable=True)
-    for row in fidelity(student, teacher, prompts, args.output_dir, seed=args.seed, fps=args.fps, **sampling(args)):
+    for name, pipeline in (("student", student), ("teacher", teacher)):
+        pipeline.set_progress_bar_config(desc=name, leave=False)
+    for row in fidelity(student, teacher, prompts, args.output_dir, seed=args.seed, fps=args.fps, **settings):
         rows.append(row)
         print(f"[{len(rows)}/{len(prompts)}] PSNR {row['psnr']:.2f} dB, SSIM {row['ssim']:.4f}: {row['prompt'][:60]}")
     for name, (mean, spread) in summary(rows).items():
@@ -226,8 +274,9 @@ def evaluate_vbench(args: argparse.Namespace) -> None:
     full_info = args.full_info or vbench.full_info_path()
     prompts = vbench.prompts_of(full_info, args.dimensions, args.num_prompts)
     pipeline = load(args).to(args.device)
-    pipeline.set_progress_bar_config(disable=True)
-    settings = sampling(args) | models.own_settings(pipeline)
+    pipeline.set_progress_bar_config(leave=False)
+    settings = DEFAULTS | models.sampling_settings(pipeline) | given(args)
+    announce(f"{len(prompts)} prompts, {vbench.VIDEOS_PER_PROMPT} videos each,", pipeline, settings, args)
     for finished, total in vbench.generate_videos(pipeline, prompts, args.output_dir, fps=args.fps, **settings):
         print(f"\rvideo {finished} of {total}", end="", flush=True)
     print()
@@ -238,26 +287,24 @@ def evaluate_vbench(args: argparse.Namespace) -> None:
     print(vbench.table(vbench.score(args.output_dir, args.dimensions, full_info, args.device)))
 
 
-def sampling(args: argparse.Namespace) -> dict:
-    """What a video is sampled with, for `generate_video`."""
-    return DEFAULTS | given(args)
-
-
 def given(args: argparse.Namespace) -> dict:
-    """The same, without defaults."""
-    values = {name: getattr(args, name) for name in ("negative_prompt", *DEFAULTS)}
+    """What of a video's settings was asked for, for `generate_video`."""
+    values = {name: getattr(args, name, None) for name in ("negative_prompt", *DEFAULTS)}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def check(args: argparse.Namespace) -> int:
-    from linvideo.evaluation.check import check_pipeline
+    from linvideo import models
+    from linvideo.evaluation.check import STEPS, check_pipeline
     from linvideo.models.video_file import check_output
 
     refuse_existing_video(args)
     check_output(args.output)  # before a long load
     pipeline = load(args).to(args.device)
-    pipeline.set_progress_bar_config(disable=True)
-    size = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
+    pipeline.set_progress_bar_config(leave=False)
+    settings = CHECKED | models.sampling_settings(pipeline) | given(args)
+    size = {name: settings[name] for name in CHECKED}
+    announce("check with videos", pipeline, size | {"num_inference_steps": STEPS}, args)
     failed = 0
     for finding in check_pipeline(pipeline, args.output, **size):
         failed += not finding.passed
@@ -267,6 +314,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def analyze(args: argparse.Namespace) -> None:
+    from linvideo import models
     from linvideo.evaluation.analysis_report import text, write_report
     from linvideo.evaluation.analyze import analyze
     from linvideo.training.prompts import read_prompts_with_images, some_of
@@ -274,19 +322,26 @@ def analyze(args: argparse.Namespace) -> None:
     from linvideo.training.trajectories import TrajectoryConfig
     from linvideo.training.warmup import WarmupConfig
 
-    names = ("num_trajectories", "num_inference_steps", "guidance_scale", "flow_shift", "height", "width", "num_frames")
-    settings = {name: getattr(args, name) for name in names}
-    trajectories = TrajectoryConfig(**settings, batch_size=args.batch_size, shard_size=args.batch_size)
+    def trajectories_of(settings: dict) -> TrajectoryConfig:
+        settings = {name: value for name, value in settings.items() if name != "negative_prompt"}
+        settings |= {"num_trajectories": args.num_trajectories, "flow_shift": args.flow_shift}
+        return TrajectoryConfig(**settings, batch_size=args.batch_size, shard_size=args.batch_size)
+
+    trajectories_of(given(args))  # refuses before a long load
     warmup = WarmupConfig(max_train_steps=args.warmup_steps, batch_size=args.batch_size)
     sensitivity = SensitivityConfig(num_states=args.num_states, batch_size=args.batch_size)
     prompts = some_of(read_prompts_with_images(args.prompts_file), args.num_trajectories)
     captions, images = (list(each) for each in zip(*prompts, strict=True))
     timed_size = None if args.timed_size is None else tuple(args.timed_size)
+    pipeline = load(args).to(args.device)
+    settings = DEFAULTS | models.sampling_settings(pipeline) | given(args)
+    what = f"analyze with {args.num_trajectories} trajectories"
+    announce(what, pipeline, settings, args)
     analysis = analyze(
-        load(args).to(args.device),
+        pipeline,
         captions,
         args.output_dir,
-        trajectories,
+        trajectories_of(settings),
         warmup,
         sensitivity,
         negative_prompt=args.negative_prompt,
@@ -330,6 +385,7 @@ def load(args: argparse.Namespace, **components):
     from linvideo.models.pipelines import wan_dtypes
 
     dtype = getattr(torch, args.dtype)
+    print(f"loading {args.model}", flush=True)
     pipeline = models.load_pipeline(args.model, dtype=wan_dtypes(dtype), **components)
     if type(getattr(pipeline, "vae", None)).__name__ != "AutoencoderKLWan":  # of another family all are meant for dtype
         for part in (getattr(pipeline, name, None) for name in ("vae", "image_encoder")):
@@ -529,9 +585,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command("check", check, "try every part of a training run once with the real weights, in minutes")
     sub.add_argument("model", help="stock pipeline folder or Hub id")
     sub.add_argument("--dtype", choices=DTYPES, default="float32")
-    sub.add_argument("--height", type=positive, default=256)
-    sub.add_argument("--width", type=positive, default=256)
-    sub.add_argument("--num_frames", type=positive, default=17)
+    for name, value in CHECKED.items():
+        sub.add_argument(f"--{name}", type=positive, help=f"default: as the pipeline's folder says, else {value}")
     sub.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     sub.add_argument("--output", type=Path, default=Path("check.mp4"), help="the mp4 file of a short video")
     sub.add_argument("--overwrite", action="store_true")
@@ -547,11 +602,10 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompts_file", type=Path, help=what)
     sub.add_argument("--negative_prompt", default="", help="the one you generate with")
     sub.add_argument("--num_trajectories", type=positive, default=4, help="videos sampled, each for another prompt")
-    sub.add_argument("--num_inference_steps", type=positive, default=DEFAULTS["num_inference_steps"])
-    sub.add_argument("--guidance_scale", type=number, default=DEFAULTS["guidance_scale"])
+    for name, value in DEFAULTS.items():
+        kind = number if isinstance(value, float) else positive
+        sub.add_argument(f"--{name}", type=kind, help=f"default: as the pipeline's folder says, else {value}")
     sub.add_argument("--flow_shift", type=number, help="of the scheduler; default: the pipeline's own")
-    for name in ("height", "width", "num_frames"):
-        sub.add_argument(f"--{name}", type=positive, default=DEFAULTS[name])
     size = ("HEIGHT", "WIDTH", "NUM_FRAMES")
     sub.add_argument(
         "--timed_size", type=positive, nargs=3, metavar=size, help="of the timed video; default: as sampled"

@@ -297,7 +297,10 @@ def test_train_from_yaml_then_generate(folder, tmp_path, capsys, monkeypatch):
     assert "objective mse" in card and "32x32, 9 frames" in card and str(tmp_path) not in card
     row = json.loads((run / "validation.jsonl").read_text().splitlines()[-1])
     assert row["stage"] == "finetune" and f"| PSNR, dB | {row['psnr']:.4g} |" in card
-    size = ["--height", "32", "--width", "32", "--num_frames", "5", "--num_inference_steps", "1"]
+    stored = json.loads((run / "pipeline" / "scheduler" / "sampling.json").read_text())
+    assert stored.pop("fps") == 16 and stored.pop("guidance_scale") == 5.0
+    assert stored == {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2}
+    size = ["--num_frames", "5", "--num_inference_steps", "1"]
     words = ["--model", str(run / "pipeline"), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4")]
     assert cli.main(["generate", *words, *size]) == 0
     assert (tmp_path / "v.mp4").stat().st_size > 0

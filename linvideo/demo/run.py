@@ -20,11 +20,11 @@ from linvideo.demo.kernel_check import check_kernels
 from linvideo.demo.report import write_report
 from linvideo.demo.world import WORLDS
 from linvideo.evaluation import report
-from linvideo.evaluation.latency import attention_latency, device_name
+from linvideo.evaluation.latency import attention_latency
 from linvideo.models import convert, load_pipeline, new_folder
 from linvideo.models.video_file import check_output, save_video
 from linvideo.training import TrainConfig, Trainer, load_config
-from linvideo.training.devices import check_device
+from linvideo.training.devices import check_device, device_name
 
 WORLD = WORLDS["small"]
 STAGES = ("transfer", "adm", "distill")

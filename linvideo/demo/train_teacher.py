@@ -45,10 +45,9 @@ from linvideo.demo import metrics
 from linvideo.demo.evaluate import sample_videos, start_noise
 from linvideo.demo.teacher import SETTINGS, build_pipeline
 from linvideo.demo.world import WORLDS, World
-from linvideo.evaluation.latency import device_name
 from linvideo.models import load_pipeline, new_folder
 from linvideo.training.checkpoint import list_checkpoints, load_checkpoint, remove_newer, save_checkpoint
-from linvideo.training.devices import check_device
+from linvideo.training.devices import check_device, device_name
 from linvideo.training.files import write_json
 from linvideo.workspace import locked, remove_dead
 

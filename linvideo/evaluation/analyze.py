@@ -17,13 +17,15 @@ import torch
 from diffusers import WanTransformer3DModel
 from tqdm.auto import tqdm
 
-from linvideo.evaluation.latency import Timing, device_name, time_call
+from linvideo.evaluation.latency import Timing, time_call
 from linvideo.evaluation.work_folder import WorkFolder
 from linvideo.models import attention_types, convert, wan_transformer
 from linvideo.training.branches import feature_weights
+from linvideo.training.devices import device_name
 from linvideo.training.files import read_json, write_json, write_safetensors
 from linvideo.training.fingerprint import fingerprint
 from linvideo.training.flow import predict_velocity
+from linvideo.training.forward_times import remember
 from linvideo.training.images import add_images, check_images, digest, takes_images
 from linvideo.training.prompts import PromptConfig, choose_prompts, encode_prompts
 from linvideo.training.run_folder import FEATURE_MAPS, IMAGE_CACHE, PROMPT_CACHE
@@ -189,6 +191,8 @@ def analyze(
         floor = measured.error([])
         alone = {layer: measured.error([layer]) for layer in tqdm(layers, desc="sensitivity", disable=not progress)}
         stock = measured.timing([])
+        tokens = math.prod(shape[1:]) // math.prod(base.config.patch_size)
+        remember(base.config, tokens, base.dtype, base.device, stock.median / 1000, "linvideo analyze")
 
         def speedup_of(number: int) -> float:
             return stock.median / measured.timing(lowest(alone, number)).median
@@ -204,7 +208,7 @@ def analyze(
             model=pipeline.config.get("_name_or_path") or "MODEL",
             environment=environment,
             size=list(size),
-            tokens=math.prod(shape[1:]) // math.prod(base.config.patch_size),
+            tokens=tokens,
             states=sensitivity.num_states,
             velocity_square=measured.velocity_square(),
             floor=floor,

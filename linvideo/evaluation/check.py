@@ -1,6 +1,7 @@
 """Does a pipeline with its real weights convert, fit, train and generate on this device? The parts of a training run,
 each once, in minutes: what would go wrong after hours goes wrong here."""
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import WanTransformer3DModel
 from PIL import Image
+from tqdm.auto import tqdm
 
 from linvideo.models import convert, default_fps, wan_transformer
 from linvideo.models.generate import generate_video
@@ -17,6 +19,7 @@ from linvideo.models.video_file import check_output, save_video
 from linvideo.training.branches import feature_weights, gates
 from linvideo.training.config import TrainConfig
 from linvideo.training.flow import predict_velocity, sampler_grid
+from linvideo.training.forward_times import remember
 from linvideo.training.images import add_images, check_images, takes_images
 from linvideo.training.objectives import ObjectiveConfig
 from linvideo.training.prompts import encode_prompts
@@ -25,6 +28,7 @@ from linvideo.training.store import StateBatch
 from linvideo.training.trajectories import TrajectoryConfig, collect, open_store
 from linvideo.training.warmup import attention_output_errors, fit_feature_maps
 
+STEPS = 4  # of the sampler
 PROMPT = "A red kite rises over a grey sea, the camera follows it slowly."
 
 
@@ -41,9 +45,10 @@ def check_pipeline(
     height: int = 256,
     width: int = 256,
     num_frames: int = 17,
-    num_inference_steps: int = 4,
+    num_inference_steps: int = STEPS,
     warmup_steps: int = 10,
     seed: int = 0,
+    progress: bool = True,
 ) -> Iterator[Finding]:
     """Yields a finding after each part; a part that fails does not stop the next ones.
 
@@ -57,6 +62,7 @@ def check_pipeline(
         height, width, num_frames: of all videos here, in pixels and frames.
         num_inference_steps: of the sampler.
         warmup_steps: of the feature maps.
+        progress: show progress bars.
 
     Raises:
         ValueError: the pipeline is converted already or no such one, or the sizes do not fit it.
@@ -71,8 +77,10 @@ def check_pipeline(
     size = {"height": height, "width": width, "num_frames": num_frames}
     parts = (_trajectory, _equality, _warmup, _adm, _video)
     with tempfile.TemporaryDirectory() as folder:
-        run = _Run(pipeline, folder, Path(output), size, num_inference_steps, warmup_steps, seed)
-        for part in parts:
+        run = _Run(pipeline, folder, Path(output), size, num_inference_steps, warmup_steps, seed, progress)
+        bar = tqdm(parts, desc="check", unit="part", leave=False, disable=not progress)
+        for part in bar:
+            bar.set_description(part.__doc__)
             started = time.perf_counter()
             try:
                 passed, detail = part(run)
@@ -84,9 +92,9 @@ def check_pipeline(
 class _Run:
     """What the parts share."""
 
-    def __init__(self, pipeline, folder, output, size, num_inference_steps, warmup_steps, seed):
+    def __init__(self, pipeline, folder, output, size, num_inference_steps, warmup_steps, seed, progress):
         self.pipeline, self.base, self.output, self.size = pipeline, wan_transformer(pipeline), output, size
-        self.warmup_steps = warmup_steps
+        self.warmup_steps, self.progress = warmup_steps, progress
         trajectories = TrajectoryConfig(
             num_trajectories=1, num_inference_steps=num_inference_steps, shard_size=1, **size
         )
@@ -104,12 +112,16 @@ class _Run:
 
 def _trajectory(run: _Run) -> tuple[bool, str]:
     """a trajectory of the teacher"""
-    started = time.perf_counter()
-    collect(run.store, run.pipeline, run.prompts, progress=False)
-    forwards = 2 * run.config.trajectories.num_inference_steps
-    batch = run.draw(0)
+    collect(run.store, run.pipeline, run.prompts, run.progress)
+    batch, config = run.draw(0), run.base.config
     finite = bool(batch.x.isfinite().all() and batch.u.isfinite().all())
-    return finite, f"{len(run.store)} states, {(time.perf_counter() - started) / forwards:.2f} s a forward"
+    started = time.perf_counter()
+    with torch.no_grad():
+        predict_velocity(run.base, batch.x, batch.timestep, batch.conditions).cpu()
+    seconds = time.perf_counter() - started
+    tokens = math.prod(batch.x.shape[2:]) // math.prod(config.patch_size)
+    remember(config, tokens, run.base.dtype, run.base.device, seconds, "linvideo check")
+    return finite, f"{len(run.store)} states, {seconds:.2f} s a forward"
 
 
 @torch.no_grad()

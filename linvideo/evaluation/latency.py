@@ -1,6 +1,5 @@
 """How long a call takes on this device, and softmax against linear attention over the sequence length."""
 
-import platform
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -76,13 +75,6 @@ def _run_cuda(device) -> Callable[[Callable, tuple], tuple[float, float]]:
         return start.elapsed_time(end), host
 
     return run
-
-
-def device_name(device: torch.device | str) -> str:
-    """The device in words, for the caption of a measurement."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def attention_latency(

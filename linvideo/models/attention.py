@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
+from linvideo.models.sampling_settings import stored_settings
 from linvideo.nn import FEATURE_MAPS, LinearAttentionBranch
 
 ATTENTION_TYPES = ("softmax", "linear", "mixed")
@@ -187,16 +188,17 @@ def video_transformers(pipeline: DiffusionPipeline) -> dict[str, ModelMixin]:
 
 
 def default_fps(pipeline: DiffusionPipeline) -> int:
-    """Frames per second that the pipeline's videos are meant to be played at: the default of its call, where the call
-    takes a frame rate, else that of its family.
+    """Frames per second that the pipeline's videos are meant to be played at: as its folder says (see
+    linvideo.models.sampling_settings), else the default of its call, where the call takes a frame rate, else that of
+    its family.
 
     Raises:
-        ValueError: the pipeline has no transformer of a family of ours.
+        ValueError: the pipeline has no transformer of a family of ours, or its folder's settings are damaged.
     """
     transformer = next(iter(video_transformers(pipeline).values()))
     arguments = inspect.signature(pipeline.__call__).parameters
-    stated = (arguments[name].default for name in ("frame_rate", "fps") if name in arguments)
-    return next(stated, None) or family(transformer).fps(pipeline)
+    stated = [arguments[name].default for name in ("frame_rate", "fps") if name in arguments]
+    return stored_settings(pipeline).get("fps") or next(iter(stated), None) or family(transformer).fps(pipeline)
 
 
 def attend(

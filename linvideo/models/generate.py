@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, ChronoEditPipeline
 
 from linvideo.models.attention import video_transformers
+from linvideo.models.few_step import own_settings
 
 
 def generate_video(
@@ -22,12 +23,13 @@ def generate_video(
         num_frames: frames of the result; None is the pipeline's own default. Numbers and sizes that the pipeline would
             round are refused.
         kwargs: height, width (pixels), num_inference_steps, guidance_scale, negative_prompt, generator, latents,
-            prompt_embeds, ... as the pipeline takes them.
+            prompt_embeds, ... as the pipeline takes them. A distilled pipeline is called with its own number of steps
+            and without guidance, which is in its weights.
 
     Raises:
         ValueError: num_frames does not fit the VAE's temporal compression (it must be 1 plus a multiple of it), height
             or width is no multiple of 16 or of what the VAE and the patches take, the pipeline has no such argument,
-            or the video is not finite.
+            the video is not finite, or a distilled pipeline is asked for guidance or another number of steps.
     """
     arguments = inspect.signature(pipeline.__call__).parameters
     if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values()):
@@ -51,6 +53,9 @@ def generate_video(
     for name, value in kwargs.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
+    for name, value in own_settings(pipeline).items():
+        if kwargs.setdefault(name, value) != value:
+            raise ValueError(f"{name} of this distilled model must be {value}, got {kwargs[name]}")
     if kwargs.get("num_inference_steps", 1) < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {kwargs['num_inference_steps']}")
     if temporal == 1 and num_frames is not None:

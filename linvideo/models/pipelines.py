@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from linvideo import _diffusers_hook
 from linvideo.models.attention import FAMILIES
 from linvideo.models.card import Training, write_card
+from linvideo.models.sampling_settings import write_settings
 from linvideo.workspace import use_umask
 
 _INDEX = "model_index.json"
@@ -89,6 +91,7 @@ def save_pipeline(
     folder: str | os.PathLike,
     overwrite: bool = False,
     training: Training | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> None:
     """Save a pipeline so that `folder` is only ever absent, the old one, or complete.
 
@@ -99,6 +102,8 @@ def save_pipeline(
         folder: the target; it may exist if it is empty.
         overwrite: replace a pipeline that is there, but for a README.md that linvideo has not written.
         training: what the model card, README.md, is to say of how the model was made; see linvideo.models.card.
+        settings: what its videos are to be made with by default: height, width, num_frames, num_inference_steps,
+            guidance_scale, fps, any of them. None is what the folder has said that the pipeline was loaded from.
 
     Raises:
         ValueError: the target is a file, a folder with content and overwrite is False, or one with content that is no
@@ -115,6 +120,7 @@ def save_pipeline(
 
     with new_folder(target) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
+        write_settings(pipeline, folder, settings)
         write_card(pipeline, folder, training, kept=target)
 
 

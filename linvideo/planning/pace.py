@@ -1,13 +1,18 @@
-"""How long a run takes, from measured times only: of one forward, given or in the repository's results, or of steps."""
+"""How long a run takes, from measured times only: of one forward, given, measured on this machine or in the
+repository's results, or of steps."""
 
+import math
 from math import ceil
 from pathlib import Path
+
+import torch
 
 from linvideo.planning.known import KNOWN
 from linvideo.planning.memory import TRAINING, Layout, stages
 from linvideo.planning.sizes import Sizes
 from linvideo.training.config import TrainConfig
 from linvideo.training.files import read_json
+from linvideo.training.forward_times import recall
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # there in a checkout only
 # the train suite's steps: all layers mixed; the paper's number linear
@@ -32,6 +37,42 @@ def read_results(folder: Path, sizes: Sizes) -> dict[str, dict]:
             if key := "forward" if row["suite"] == "model" and whole else step:
                 found[key] = {"seconds": row["ms"][0] / 1000, "source": source}
     return found
+
+
+def measured_here(sizes: Sizes, config: TrainConfig) -> dict[str, dict]:
+    """The same of a forward that `linvideo check` or `linvideo analyze` has measured on this machine, of the number of
+    tokens that is nearest; from another number it is scaled by the operations of Linear layers and attention."""
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    rows = recall(sizes.config, dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if not rows:
+        return {}
+
+    def operations(tokens: int) -> int:
+        return 2 * tokens * sizes.parameters + 4 * tokens**2 * sizes.width * sizes.config.num_layers
+
+    row = min(rows, key=lambda row: abs(math.log(row["tokens"] / sizes.tokens)))
+    scaled = "" if row["tokens"] == sizes.tokens else f", scaled from {row['tokens']:,} tokens"
+    seconds = row["seconds"] * operations(sizes.tokens) / operations(row["tokens"])
+    return {"forward": {"seconds": seconds, "source": f"{row['device']}, by {row['command']}{scaled}"}}
+
+
+def stage_hours(
+    sizes: Sizes, config: TrainConfig, layout: Layout, measured: dict[str, dict]
+) -> dict[str, float] | None:
+    """Stage -> hours in this layout, without communication between GPUs, checkpoints and validation; None where a
+    forward is not measured, and for a distillation, whose steps are others."""
+    if "forward" not in measured or layout.critic:
+        return None
+    # every GPU has its share of the states; a step of the warm-up counts as two forwards
+    forward, rates = measured["forward"]["seconds"] / 3600 / layout.gpus, steps_per_hour(config, layout, measured)
+    mixed = config.selection.target(sizes.config.num_layers) if config.selection.layers else sizes.config.num_layers
+    found = {
+        "trajectories": shared_hours(collection_hours(config, measured), config, layout.gpus),
+        "warm-up": 2 * config.warmup.max_train_steps * config.warmup.batch_size * forward,
+        "sensitivity": config.sensitivity.num_states * (mixed + 1) * forward,
+    }
+    counts = {"mixed stage": config.selection.max_train_steps, "fine-tuning": config.max_train_steps}
+    return found | {stage: counts[stage] / rate for stage, rate in rates.items()}
 
 
 def collection_hours(config: TrainConfig, measured: dict[str, dict]) -> float | None:

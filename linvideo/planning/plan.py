@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from linvideo.planning.memory import TRAINING, Layout, condition_bytes, saved, stage_memory, stages, store_bytes
-from linvideo.planning.pace import RESULTS, collection_hours, read_results, shared_hours, steps_per_hour
+from linvideo.planning.pace import (
+    RESULTS,
+    collection_hours,
+    measured_here,
+    read_results,
+    shared_hours,
+    stage_hours,
+    steps_per_hour,
+)
 from linvideo.planning.sizes import TEXT_TOKENS, Sizes
 from linvideo.training.config import TrainConfig
 from linvideo.training.parallel import check_divisible
@@ -32,7 +40,8 @@ def make_plan(
     Args:
         gpus: processes that torchrun would start with this config.
         gpu_memory: of one GPU in GB of 10^9 bytes. critic: see Layout.
-        forward_seconds: one forward of the teacher with one video on one GPU; None looks into the folder `results`.
+        forward_seconds: one forward of the teacher with one video on one GPU; None is what `linvideo check`
+            or `linvideo analyze` has measured here, else what the folder `results` has.
 
     Raises:
         ValueError: a number out of range, degrees that do not divide, more linear layers asked for than there are, or
@@ -47,7 +56,9 @@ def make_plan(
     check_divisible(sizes.config, sizes.latents, config.parallel)
     check_length(config.prompts.max_sequence_length or TEXT_TOKENS, sizes.config)
     given = {"forward": {"seconds": forward_seconds, "source": "as given"}}
-    measured = read_results(results, sizes) if forward_seconds is None else given
+    # what this machine has done comes before what another has; its steps are not measured
+    found = measured_here(sizes, config) or read_results(results, sizes)
+    measured = found if forward_seconds is None else given
     budget = gpu_memory * 1e9 * (1 - RESERVE)
     data_ranks = gpus // config.parallel.context_degree
     warmup = -(-config.warmup.batch_size // data_ranks)
@@ -130,6 +141,7 @@ def evaluate(sizes: Sizes, config: TrainConfig, layout: Layout, budget: float, m
         "totals": totals,
         "fits": max(totals.values()) <= budget,
         "steps_per_hour": steps_per_hour(config, layout, measured),
+        "hours": stage_hours(sizes, config, layout, measured),
         "options": options(layout),
     }
 

@@ -25,7 +25,8 @@ def text(plan: dict[str, Any]) -> str:
         lines.append(_row("steps an hour, without communication", (_rate(c["steps_per_hour"][stage]) for c in columns)))
     lines += ["", _row("in all, GB on each GPU", found)]
     lines += [_row(stage, (_gb(column["totals"].get(stage)) for column in columns)) for stage in STAGES]
-    lines += [_row("fits", ("yes" if column["fits"] else "no" for column in columns)), ""]
+    lines.append(_row("fits", ("yes" if column["fits"] else "no" for column in columns)))
+    lines += [_row("hours in total", (_hours(column["hours"]) for column in columns)), ""]
     lines.append(f"options of linvideo train{', under torchrun' if plan['gpus'] > 1 else ''}:")
     for name, column in plan["layouts"].items():
         lines.append(f"{name}: {' '.join(column['options']) if column else 'nothing fits with this global batch'}")
@@ -43,6 +44,10 @@ def text(plan: dict[str, Any]) -> str:
     if plan["measured"].keys() == {"forward"}:
         lines.append("  steps an hour are estimated from it: a backward counts as two forwards, every layer as softmax")
     return "\n".join(lines)
+
+
+def _hours(hours: dict[str, float] | None) -> str:
+    return "unmeasured" if hours is None else f"{sum(hours.values()):.3g}"
 
 
 def _rate(rate: float | None) -> str:

@@ -1,5 +1,6 @@
 """Whether a device asked for is there, before anything slow starts; and models that go to one for a while."""
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,13 @@ def check_device(name: str | None) -> None:
         raise ValueError(f"device {name!r} asked for, but PyTorch sees no {kind} here")
     if device.type != "cpu" and device.index is not None and device.index >= backend.device_count():
         raise ValueError(f"device {name!r} asked for, but PyTorch sees only {backend.device_count()} {kind}(s) here")
+
+
+def device_name(device: torch.device | str) -> str:
+    """The device in words, for the caption of a measurement."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 @contextmanager

@@ -246,8 +246,13 @@ class PipelineRun(ResumableRun):
         self.exported = gather(self.student, self.ranks)
         path = self.output_dir / "pipeline"
 
+        video = self.config.trajectories
+        names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+        settings = {name: getattr(video, name) for name in names} | {"fps": self.validator.fps}
+
         def save() -> None:
-            save_pipeline(self._with_student(self.exported), path, overwrite=True, training=self._training())
+            saved = self._with_student(self.exported)
+            save_pipeline(saved, path, overwrite=True, training=self._training(), settings=settings)
 
         self.ranks.on_first(save)
 

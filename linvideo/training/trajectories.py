@@ -212,8 +212,11 @@ def collect(
     request = store.request
     shape = tuple(request["latent_shape"])
     missing = store.missing_shards() if shards is None else shards
-    total = sum(len(store.shard_trajectories(number)) for number in missing)
-    with tqdm(total=total, desc="trajectories", unit="video", disable=not progress or not missing) as bar:
+    # of a high-noise expert's no trajectory goes on to the end
+    timesteps, _ = sampler_grid(pipeline.scheduler, request["num_inference_steps"])
+    steps = stored_expert(request).steps(timesteps).stop
+    total = steps * sum(len(store.shard_trajectories(number)) for number in missing)
+    with tqdm(total=total, desc="trajectories", unit="step", disable=not progress or not missing) as bar:
         for number in missing:
             if store.has_shard(number):
                 continue
@@ -221,14 +224,13 @@ def collect(
             batches = []
             for start in range(0, len(trajectories), request["batch_size"]):
                 chosen = trajectories[start : start + request["batch_size"]]
-                batches.append(_collect_batch(request, pipeline, prompts, shape, chosen))
-                bar.update(len(chosen))
+                batches.append(_collect_batch(request, pipeline, prompts, shape, chosen, bar))
             store.write_shard(number, {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]})
     return store
 
 
 def _collect_batch(
-    request: dict, pipeline, prompts: PromptEmbeddings, shape: tuple[int, ...], trajectories: list[int]
+    request: dict, pipeline, prompts: PromptEmbeddings, shape: tuple[int, ...], trajectories: list[int], bar: tqdm
 ) -> dict[str, torch.Tensor]:
     expert, seed, stride = stored_expert(request), request["seed"], request["stride"]
     steps, kept = request["num_inference_steps"], request["states_per_trajectory"]
@@ -258,6 +260,7 @@ def _collect_batch(
         _check_finite(step, u_step, prompt, steps)
         x, u = _put(x, rows, columns, step.x), _put(u, rows, columns, u_step)
         timestep[rows, columns] = float(step.timestep)
+        bar.update(len(trajectories))
         if step.index == in_range[-1]:  # the low-noise expert's steps are of no use to the other
             break
     sample = _fitting(step.x_next, dtype).cpu()

@@ -6,6 +6,7 @@ from tiny import tiny_image_pipeline, tiny_image_transformer, tiny_pipeline
 
 from linvideo import cli, convert
 from linvideo.evaluation.check import check_pipeline
+from linvideo.training.forward_times import recall
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5}
 FLAGS = [word for name, value in SIZE.items() for word in (f"--{name}", str(value))]
@@ -33,6 +34,8 @@ def test_a_sound_pipeline_passes_and_is_unchanged(pipeline, tmp_path):
     before = {name: x.clone() for name, x in transformer.state_dict().items()}
     found = findings(pipeline, tmp_path)
     assert len(found) == 5 and all(finding.passed for finding in found.values()), found
+    (row,) = recall(transformer.config, torch.float32, torch.device("cpu"))  # for `linvideo plan`
+    assert row["tokens"] == 8 and row["seconds"] > 0
     assert pipeline.transformer is transformer and transformer.state_dict().keys() == before.keys()
     assert all(torch.equal(x, before[name]) for name, x in transformer.state_dict().items())
     assert [path.name for path in tmp_path.iterdir()] == ["check.mp4"]
@@ -91,7 +94,10 @@ def test_the_command(pipeline, tmp_path, capsys):
     pipeline.save_pretrained(folder)
     command = ["check", str(folder), "--output", str(output), *FLAGS, "--device", "cpu"]
     assert cli.main(command) == 0
-    lines = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    loading, what, *lines = out.splitlines()
+    assert "a trajectory of the teacher" in err and "trajectories: 100%" in err  # progress bars
+    assert loading == f"loading {folder}" and what.startswith("check with videos of 32x32, 5 frames, 4 steps")
     assert len(lines) == 5 and all(line.startswith("ok ") for line in lines)
     kept = output.read_bytes()
     assert cli.main(command) == 2 and "exists" in capsys.readouterr().err

@@ -1,9 +1,11 @@
 """What a plan says: which layouts, which options, how long; and what it refuses."""
 
 import json
+import re
 import shutil
 
 import pytest
+import torch
 from tiny import tiny_image_pipeline, tiny_image_transformer, tiny_pipeline, tiny_transformer
 
 from linvideo import cli
@@ -13,6 +15,7 @@ from linvideo.planning.pace import read_results
 from linvideo.planning.report import text
 from linvideo.planning.sizes import read_sizes
 from linvideo.training import TrainConfig, load_config
+from linvideo.training.forward_times import cache_file, remember
 from linvideo.training.trajectories import TrajectoryConfig
 
 SMALL, LARGE, IMAGE = (read_sizes(name, TrajectoryConfig()) for name in ("wan2.1-1.3b", "wan2.1-14b", "wan2.1-i2v-14b"))
@@ -37,7 +40,11 @@ def said(capsys, *argv: object) -> str:
 
 
 def refused(capsys, *argv: object) -> str:
-    assert cli.main(["plan", *map(str, argv)]) == 2
+    try:
+        status = cli.main(["plan", *map(str, argv)])
+    except SystemExit as stop:  # argparse's own refusals
+        status = stop.code
+    assert status == 2
     return capsys.readouterr().err
 
 
@@ -158,6 +165,37 @@ def test_pace_from_a_given_forward():
     assert unguided["collection_hours"] == pytest.approx(192 * 50 * 0.5 / 3600)
 
 
+def test_hours_from_what_this_machine_has_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = make(SMALL, USUAL, forward_seconds=0.5)
+    sizes, cpu = SMALL, torch.device("cpu")
+    for tokens, seconds in ((9, 7.0), (sizes.tokens, 9.0), (sizes.tokens, 0.5)):  # the nearest, and the newest of equal
+        remember(sizes.config, tokens, torch.bfloat16, cpu, seconds, "linvideo check")
+    remember(sizes.config, sizes.tokens, torch.float32, cpu, 3.0, "linvideo check")
+    here = make(SMALL, USUAL, results=tmp_path)
+    assert here["layouts"] == given["layouts"] and here["collection_hours"] == given["collection_hours"]
+    assert "by linvideo check" in here["measured"]["forward"]["source"] and "scaled" not in text(here)
+    hours = here["layouts"]["as configured"]["hours"]
+    config, rates = TrainConfig("x"), here["layouts"]["as configured"]["steps_per_hour"]
+    assert hours == pytest.approx(
+        {
+            "trajectories": 192 * 100 * 0.5 / 3600,
+            "warm-up": 80 * 2 * 0.5 / 3600,
+            "sensitivity": config.sensitivity.num_states * 31 * 0.5 / 3600,
+            "mixed stage": config.selection.max_train_steps / rates["mixed stage"],
+            "fine-tuning": config.max_train_steps / rates["fine-tuning"],
+        }
+    )
+    assert re.search(rf"hours in total +{sum(hours.values()):.3g}$", text(here), re.MULTILINE)
+    shorter = read_sizes("wan2.1-1.3b", TrajectoryConfig(num_frames=41))  # 11 of 21 latent frames
+    half = make(shorter, results=tmp_path)["measured"]["forward"]
+    assert 0.5 * (11 / 21) ** 2 < half["seconds"] < 0.5 * 11 / 21
+    assert f"scaled from {sizes.tokens:,} tokens" in half["source"]
+    for content in ("", "[", '{"a": 1}', '[1, {"tokens": "x"}]'):
+        cache_file().write_text(content)
+        assert make(SMALL, USUAL, results=tmp_path)["measured"] == {}
+
+
 def test_pace_from_results(tmp_path):
     model = {"suite": "model", "model": "1.3b-480p", "dtype": "bfloat16", "tokens": 32760, "layers": 30}
     model |= {"backend": "flash", "linear_layers": 0, "compiled": False, "how": "whole"}
@@ -198,12 +236,12 @@ def test_the_command(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--gpus 0", "gpus must be at least 1, got 0"),
+        ("--gpus 0", "gpus: must be at least 1, got 0"),
         ("--gpu_memory 0", "gpu_memory must be a positive number, got 0.0"),
         ("--lora.rank 0", "lora.rank must be at least 1, got 0"),
         ("--gpus 3 --parallel.ulysses_degree 2", "must divide the number of processes, got 2 with 3"),
         ("--gpus 8 --parallel.ulysses_degree 8", "must divide the 12 heads, got 8"),
-        ("--forward_seconds nan", "forward_seconds must be a positive number, got nan"),
+        ("--forward_seconds nan", "forward_seconds: must be finite and not negative, got nan"),
         ("--height 100", "trajectories.height must be a multiple of 16, got 100"),
         ("--num_frames 80", "trajectories.num_frames must be 1 more than a multiple of 4, got 80"),
         ("--selection.num_linear_layers 31", "at most the model's 30 layers, got 31"),
