@@ -281,5 +281,5 @@ def test_wrong_combinations_are_refused_before_anything_is_written(tmp_path, pip
 def test_config_refuses_unknown_experts():
     with pytest.raises(ValueError, match="expert must be one of None, high_noise, low_noise, got 'both'"):
         tiny_config("unused", expert="both")
-    with pytest.raises(ValueError, match="guidance_scale_2 must not be negative, got -1.0"):
+    with pytest.raises(ValueError, match="guidance_scale_2 must not be negative, and must be finite, got -1.0"):
         TrajectoryConfig(guidance_scale_2=-1.0)
