@@ -21,6 +21,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.utils.torch_utils import unwrap_module
 
 from linvideo.models.sampling_settings import stored_settings
 from linvideo.nn import FEATURE_MAPS, LinearAttentionBranch
@@ -152,12 +153,30 @@ def _init_of(base: type) -> Callable:
     return register_to_config(__init__)
 
 
+def _accept_converted_parts() -> None:
+    """Let every pipeline class take our class where it takes the stock one: diffusers' `from_pipe` compares types, not
+    subclasses, and leaves a converted transformer out."""
+    stock = DiffusionPipeline._get_signature_types.__func__
+
+    def _get_signature_types(cls: type[DiffusionPipeline]) -> dict[str, tuple]:
+        types = stock(cls)
+        return {
+            name: (*kinds, *(FAMILIES[kind] for kind in kinds if kind in FAMILIES)) for name, kinds in types.items()
+        }
+
+    DiffusionPipeline._get_signature_types = classmethod(_get_signature_types)
+
+
+_accept_converted_parts()
+
+
 def family(model: torch.nn.Module) -> type[LinearAttentionMixin]:
-    """Our class for a diffusers transformer, stock or converted.
+    """Our class for a diffusers transformer, stock or converted, compiled or not.
 
     Raises:
         ValueError: no family of ours has it.
     """
+    model = unwrap_module(model)
     if isinstance(model, LinearAttentionMixin):
         return type(model)
     if type(model) not in FAMILIES:
@@ -173,13 +192,15 @@ def self_attentions(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def video_transformers(pipeline: DiffusionPipeline) -> dict[str, ModelMixin]:
-    """Name -> transformer of a pipeline, stock or converted: "transformer" and, of two experts, "transformer_2".
+    """Name -> transformer of a pipeline, stock or converted: "transformer" and, of two experts, "transformer_2". Of one
+    that torch.compile has wrapped, the model inside.
 
     Raises:
         ValueError: it has none, or one that is of no family of ours.
     """
     names = ("transformer", "transformer_2")
-    found = {name: part for name in names if (part := getattr(pipeline, name, None)) is not None}
+    parts = {name: getattr(pipeline, name, None) for name in names}
+    found = {name: unwrap_module(part) for name, part in parts.items() if part is not None}
     if not found:
         raise ValueError(f"expected a pipeline with a video transformer, got {type(pipeline).__name__} without one")
     for transformer in found.values():
@@ -281,7 +302,7 @@ def set_attention_types(model: LinearAttentionMixin, types: Mapping[int, str]) -
         ValueError: not a converted model, an unknown layer or type, or a type that the layer has no weights for.
             Nothing is changed then.
     """
-    if not isinstance(model, LinearAttentionMixin):
+    if not isinstance(unwrap_module(model), LinearAttentionMixin):
         raise ValueError(f"expected a converted transformer, got {type(model).__name__}")
     attentions = self_attentions(model)
     possible = {"softmax": ("softmax",), "linear": ("softmax", "linear"), "mixed": ATTENTION_TYPES}

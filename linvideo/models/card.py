@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils.torch_utils import unwrap_module
 from huggingface_hub import ModelCardData
 
 from linvideo.models.attention import LinearAttentionMixin, video_transformers
@@ -159,7 +160,7 @@ def _base_model(model: DiffusionPipeline | ModelMixin) -> str | None:
         found = re.search(r"^base_model: ([\w.-]+/[\w.-]+)$", text.split(MARK)[0], re.MULTILINE)
         return found and found[1]
     parts = model.components.values() if isinstance(model, DiffusionPipeline) else [model]
-    parts = [part for part in parts if isinstance(part, ModelMixin)]
+    parts = [part for part in map(unwrap_module, parts) if isinstance(part, ModelMixin)]
     paths = [_path(part) for part in sorted(parts, key=lambda part: not isinstance(part, LinearAttentionMixin))]
     # a repository's name is believed only where the cache of the Hub has it: elsewhere "a/b" may be a folder
     found = (re.search(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]", path) for path in paths)

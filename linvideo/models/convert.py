@@ -5,7 +5,9 @@ from copy import copy as shallow_copy
 from copy import deepcopy
 from itertools import chain
 
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils.torch_utils import unwrap_module
 
 from linvideo.models.attention import (
     LinearAttentionMixin,
@@ -34,7 +36,8 @@ def convert(
         transformer_or_pipeline: a diffusers transformer of a family that docs/models.md lists, an already converted one
             (its softmax layers can be added), or a pipeline that holds one. A pipeline comes back as a new pipeline
             object that shares all other components; of Wan 2.2, `transformer` and `transformer_2` are both converted,
-            with the same layers. For one of them alone: `pipeline.transformer_2 = convert(pipeline.transformer_2)`.
+            with the same layers. For one of them alone: `pipeline.transformer_2 = convert(pipeline.transformer_2)`. Of
+            a transformer that torch.compile has wrapped, the model inside is converted: compile the result anew.
         layers: 0-based layer numbers, those of VACE's control blocks after the others, or "all" (of an already
             converted model: all that are still softmax).
         mode: "mixed" for r * softmax + (1 - r) * linear with a learnable r per layer, "linear" for the linear branch
@@ -49,7 +52,8 @@ def convert(
 
     Raises:
         ValueError: for anything outside these ranges, a layer named twice or converted already, weights on the meta
-            device, or a model with hooks (offloading, context parallelism, caches: enable those after converting).
+            device, weights that cannot be copied (GGUF's, which copy=False takes), or a model with hooks (offloading,
+            context parallelism, caches: enable those after converting).
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -67,12 +71,13 @@ def finalize(model: LinearAttentionMixin, linear_layers: Iterable[int] | None = 
         linear_layers: exactly the layers (0-based) that are linear afterwards; None rounds, a layer with r < 0.5
             becoming linear. Layers that are linear already stay so and have to be among them.
 
-    Returns the same model, with its config true again.
+    Returns the same model (of one that torch.compile has wrapped, the model inside), with its config true again.
 
     Raises:
         ValueError: not a converted transformer, or linear_layers names a layer without a linear branch, leaves out one
             that is linear already, or is no list of distinct layers. Nothing is changed then.
     """
+    model = unwrap_module(model)
     if not isinstance(model, LinearAttentionMixin):
         raise ValueError(f"expected a converted transformer, got {type(model).__name__}")
     attentions = self_attentions(model)
@@ -110,6 +115,7 @@ def _convert_pipeline(pipeline: DiffusionPipeline, **arguments) -> DiffusionPipe
 
 
 def _convert_transformer(model, layers, mode, feature_map, r_init, copy) -> LinearAttentionMixin:
+    model = unwrap_module(model)
     _check_convertible(model)
     stored = [stored_attention_type(attn) for attn in self_attentions(model)]
     free = [i for i, kind in enumerate(stored) if kind == "softmax"]
@@ -175,10 +181,21 @@ def _check_layers(layers, num_layers: int) -> list[int]:
 
 
 def copy_module(model: ModelMixin, share_tensors: bool) -> ModelMixin:
-    """A model of its own, over the same tensors or over copies of them."""
+    """A model of its own, over the same tensors or over copies of them.
+
+    Raises:
+        ValueError: the weights are of a kind that cannot be copied.
+    """
     tensors = chain(model.parameters(), model.buffers()) if share_tensors else ()
     # deepcopy takes what its memo holds for copied already
-    result = deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    try:
+        result = deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    except Exception as error:
+        special = {type(parameter) for parameter in model.parameters()} - {torch.nn.Parameter}
+        if share_tensors or not special:
+            raise
+        names = ", ".join(sorted(kind.__name__ for kind in special))
+        raise ValueError(f"weights of the kind {names} cannot be copied; pass copy=False, which shares them") from error
     if not share_tensors:
         for parameter in result.parameters():
             parameter.grad = None

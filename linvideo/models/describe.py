@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from diffusers import ModelMixin
+from diffusers.utils.torch_utils import unwrap_module
 
 from linvideo.models.attention import self_attentions, stored_attention_type
 
@@ -45,6 +46,7 @@ def describe(model: ModelMixin) -> Description:
     Raises:
         ValueError: `model` is no transformer (of a pipeline: its transformer) of a family that there is.
     """
+    model = unwrap_module(model)
     attentions = self_attentions(model)
     types = [stored_attention_type(attn) for attn in attentions]
     branches = [attn.linear_attn for attn, kind in zip(attentions, types, strict=True) if kind != "softmax"]

@@ -1,9 +1,11 @@
 """Loading and saving whole pipelines as ordinary diffusers folders."""
 
 import contextlib
+import inspect
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, WanTransformer3DModel
+from diffusers.utils.torch_utils import unwrap_module
 from packaging.version import Version
 from safetensors import SafetensorError
 
@@ -52,8 +55,9 @@ def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipelin
     trust_remote_code=True.
 
     Raises:
-        ValueError: no pipeline is there, a part of it is missing or damaged, use_safetensors=False was asked for, or
-            the folder is a converted one that names the stock class for its transformer.
+        ValueError: no pipeline is there, a part of it is missing or damaged, use_safetensors=False was asked for, a
+            model is given that the pipeline has no part for, or the folder is a converted one that names the stock
+            class for its transformer.
     """
     if not kwargs.pop("use_safetensors", True):
         raise ValueError("weights are read from safetensors only, got use_safetensors=False")
@@ -70,7 +74,8 @@ def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipelin
 
     _diffusers_hook.install()
     try:
-        pipeline = DiffusionPipeline.from_pretrained(location, use_safetensors=True, **kwargs)
+        kind = _pipeline_class(location, kwargs)
+        pipeline = kind.from_pretrained(location, use_safetensors=True, **kwargs)
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
         # diffusers trusts what it reads: a damaged model_index.json surfaces as any of these
         clear = isinstance(error, OSError | SafetensorError | ValueError) and str(error).strip()
@@ -84,6 +89,21 @@ def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipelin
                 f' expected ["linvideo", "{FAMILIES[type(component)].__name__}"]'
             )
     return pipeline
+
+
+def _pipeline_class(location: str, kwargs: dict) -> type[DiffusionPipeline]:
+    """The class that the folder names, where diffusers has it: `DiffusionPipeline.from_pretrained` itself ignores what
+    it is given for a part that is optional in that class, such as Wan's transformer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers still passes the Hub's client an argument that it has given up
+        name = DiffusionPipeline.load_config(location, **kwargs)["_class_name"]
+    kind = getattr(diffusers, name, None) if isinstance(name, str) and "custom_pipeline" not in kwargs else None
+    if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
+        return DiffusionPipeline
+    parts = inspect.signature(kind.__init__).parameters
+    if unknown := [part for part, model in kwargs.items() if isinstance(model, torch.nn.Module) and part not in parts]:
+        raise ValueError(f"{name} has no part {' and no part '.join(unknown)}")
+    return kind
 
 
 def save_pipeline(
@@ -160,12 +180,13 @@ def remove_unfinished(target: str | os.PathLike) -> None:
 
 
 def wan_transformer(pipeline: DiffusionPipeline, component: str = "transformer") -> WanTransformer3DModel:
-    """The pipeline's transformer, stock or converted; of Wan 2.2's two, `component` names one.
+    """The pipeline's transformer, stock or converted; of Wan 2.2's two, `component` names one. Of one that
+    torch.compile has wrapped, the model inside.
 
     Raises:
         ValueError: it has none, or another family's.
     """
-    transformer = getattr(pipeline, component, None)
+    transformer = unwrap_module(getattr(pipeline, component, None))
     if not isinstance(transformer, WanTransformer3DModel):
         raise ValueError(
             f"expected a pipeline with a Wan transformer, got {type(pipeline).__name__} with"

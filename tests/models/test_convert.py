@@ -6,7 +6,15 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from tiny import tiny_inputs, tiny_pipeline, tiny_transformer
 
-from linvideo.models import LinVideoWanTransformer3DModel, convert, describe
+from linvideo.models import (
+    LinVideoWanTransformer3DModel,
+    attention_types,
+    convert,
+    describe,
+    finalize,
+    load_pipeline,
+    save_pipeline,
+)
 from linvideo.nn import FEATURE_MAPS
 
 
@@ -224,6 +232,41 @@ def test_refuses_what_it_cannot_convert(spoil, message):
     with pytest.raises(ValueError, match=message) as error:
         convert(spoil(tiny_transformer()))
     assert "\n" not in str(error.value)
+
+
+def test_a_compiled_transformer_is_the_model_inside(tmp_path):
+    pipeline = tiny_pipeline()
+    stock = pipeline.transformer
+    expected = run(convert(stock))
+    pipeline.transformer = torch.compile(stock, backend="eager")
+    assert describe(pipeline.transformer) == describe(stock)
+    assert torch.equal(run(convert(pipeline.transformer)), expected)
+    pipeline = convert(pipeline)
+    assert torch.equal(run(pipeline.transformer), expected)
+    pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+    model = pipeline.transformer
+    assert torch.equal(run(model), expected)
+    with attention_types(model, dict.fromkeys(range(3), "softmax")):
+        assert torch.equal(run(model), run(stock))
+    save_pipeline(pipeline, tmp_path / "pipeline")
+    assert "mixed   (3): 0-2" in (tmp_path / "pipeline" / "README.md").read_text()
+    assert describe(finalize(model, linear_layers=[1])).layers_linear == [1]
+    assert describe(load_pipeline(tmp_path / "pipeline").transformer).layers_mixed == [0, 1, 2]
+
+
+class Uncopyable(torch.nn.Parameter):
+    """As GGUF's weights are."""
+
+    def __deepcopy__(self, memo):
+        raise KeyError(None)
+
+
+def test_weights_that_cannot_be_copied_can_be_shared():
+    model = tiny_transformer()
+    model.proj_out.weight = Uncopyable(model.proj_out.weight.data)
+    with pytest.raises(ValueError, match="Uncopyable cannot be copied; pass copy=False"):
+        convert(model)
+    assert convert(model, copy=False).proj_out.weight is model.proj_out.weight
 
 
 def test_refuses_a_pipeline_without_a_wan_transformer():

@@ -7,6 +7,7 @@ fails as soon as diffusers gains it.
 import functools
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -595,6 +596,27 @@ def test_feature(name, feature, tmp_path):
 
 
 # --- what is special about one family -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_from_pipe_keeps_a_converted_transformer_wherever_it_keeps_the_stock_one(name):
+    stock = FAMILIES[name].pipeline()
+    converted = linvideo.convert(stock)
+    package = sys.modules[type(stock).__module__.rpartition(".")[0]]
+    kept = []
+    for kind in [getattr(package, name) for name in dir(package) if name.endswith("Pipeline")]:
+        try:
+            expected = kind.from_pipe(stock)
+        except (AttributeError, TypeError, ValueError):  # takes other parts
+            continue
+        result = None
+        for part in ("transformer", "transformer_2"):
+            model = getattr(stock, part, None)
+            if model is not None and getattr(expected, part, None) is model:
+                result = result or kind.from_pipe(converted)
+                assert getattr(result, part) is getattr(converted, part)
+                kept.append(kind)
+    assert type(stock) in kept, kept
 
 
 def test_layers_of_vace_count_through_its_control_blocks():

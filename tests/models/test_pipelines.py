@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, WanPipeline
 from safetensors.torch import load_file
-from tiny import generate, tiny_pipeline, tiny_transformer
+from tiny import generate, tiny_image_pipeline, tiny_pipeline, tiny_transformer
 
 from linvideo.models import LinVideoWanTransformer3DModel, convert, finalize, load_pipeline, save_pipeline
 
@@ -201,3 +201,16 @@ def test_failed_rename_brings_the_old_pipeline_back(converted, folder, tmp_path,
         save_pipeline(converted, copy, overwrite=True)
     assert os.listdir(tmp_path) == ["copy"]
     load_pipeline(copy)
+
+
+def test_given_parts_take_the_place_of_the_folders(folder, tmp_path):
+    models = {name: tiny_transformer(seed=seed) for seed, name in enumerate(("transformer", "transformer_2"))}
+    pipeline = load_pipeline(folder, **models)
+    assert all(getattr(pipeline, name) is model for name, model in models.items())
+    assert load_pipeline(folder, transformer=None).transformer is None
+    one_line_error(folder, "no part transfomer", transfomer=models["transformer"])
+    images = tiny_image_pipeline()
+    save_pipeline(images, tmp_path / "images")
+    parts = {name: getattr(images, name) for name in ("transformer", "image_encoder", "image_processor")}
+    loaded = load_pipeline(tmp_path / "images", **parts)
+    assert all(getattr(loaded, name) is part for name, part in parts.items())
