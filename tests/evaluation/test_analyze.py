@@ -351,7 +351,7 @@ def test_the_command_with_images(tmp_path, capsys, monkeypatch):
     request = json.loads((tmp_path / "analysis" / "request.json").read_text())
     assert request["captions"] == PROMPTS[::2]  # two of three, from all over the list
     assert request["images"] == [digest(image) for image in IMAGES[::2]]
-    IMAGES[2].save(tmp_path / "1.png")
+    IMAGES[1].save(tmp_path / "2.png")
     assert cli.main(["analyze", str(tmp_path / "image"), *prompts, *flags]) == 2
     assert "another request: images" in capsys.readouterr().err
     assert cli.main(["analyze", str(tmp_path / "image"), *prompts, *flags, "--overwrite"]) == 0
