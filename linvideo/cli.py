@@ -226,7 +226,7 @@ def place(pipeline, args: argparse.Namespace) -> None:
 
     if args.attention_backend is not None:
         for transformer in models.video_transformers(pipeline).values():
-            transformer.set_attention_backend(args.attention_backend)
+            models.choose_backend(transformer, args.attention_backend, args.device)
     if args.vae_tiling:
         pipeline.vae.enable_tiling()
     if args.cpu_offload is None:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -236,7 +237,9 @@ def test_a_folder_that_is_no_pipeline(tmp_path, capsys):
         (["--num_videos_per_prompt", "2"], "a folder"),
         (["--prompts_file", "prompts.txt"], "not allowed with"),
         (["--cpu_offload", "model", "--device", "cpu"], "needs a GPU"),
-        (["--attention_backend", "none_such", "--num_frames", "5"], "none_such"),
+        (["--attention_backend", "none_such"], "none_such"),
+        (["--attention_backend", "sage", "--device", "cpu"], "cannot use attention_backend 'sage' here: "),
+        (["--attention_backend", "_native_cudnn", "--device", "cpu"], "cannot use attention_backend '_native_cudnn'"),
         (["--compare", "absent"], "absent"),
     ],
 )
@@ -333,20 +336,15 @@ def test_a_pipeline_of_another_family(tmp_path, capsys):
     assert "Wan transformer" in refused(capsys, "train", *train)
 
 
-def ltx_pipeline():
-    from diffusers import (
-        AutoencoderKLLTXVideo,
-        FlowMatchEulerDiscreteScheduler,
-        LTXPipeline,
-        LTXVideoTransformer3DModel,
-    )
+def ltx_pipeline(name: str = "LTXPipeline"):
+    from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXVideoTransformer3DModel
     from transformers import T5Config, T5EncoderModel
 
     blocks = {"block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
     layers = {"layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5}
     text = T5Config(vocab_size=260, d_model=TEXT_DIM, d_kv=8, d_ff=37, num_layers=1, num_heads=4)
     size = {"in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
-    return LTXPipeline(
+    return getattr(diffusers, name)(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=AutoencoderKLLTXVideo(latent_channels=8, **blocks, **layers),
         text_encoder=T5EncoderModel(text),
@@ -364,6 +362,21 @@ def test_vae_and_image_encoder_of_wan_stay_fp32(tmp_path):
         loaded = cli.load(argparse.Namespace(model=str(tmp_path / name), dtype="bfloat16"))
         assert loaded.transformer.dtype == loaded.text_encoder.dtype == torch.bfloat16
         assert loaded.vae.dtype == getattr(loaded, "image_encoder", loaded.vae).dtype == expected
+
+
+def test_an_image_is_asked_for_where_it_is_needed(tmp_path, capsys):
+    words = ["generate", "--prompt", "a cat", "--output", tmp_path / "v.mp4", *SMALL, "--num_frames", "9", "--model"]
+    for name in ("LTXConditionPipeline", "LTXImageToVideoPipeline"):
+        ltx_pipeline(name).save_pretrained(tmp_path / name)
+    assert "takes an image" in refused(capsys, *words, tmp_path / "LTXImageToVideoPipeline")
+    assert cli.main([str(word) for word in [*words, tmp_path / "LTXConditionPipeline"]]) == 0
+    tiny_image().save(tmp_path / "i.png")
+    words += [tmp_path / "LTXConditionPipeline", "--image", tmp_path / "i.png", "--overwrite"]
+    assert cli.main([str(word) for word in words]) == 0
+    parts = tiny_pipeline().components
+    parts = {name: parts[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")}
+    diffusers.WanVideoToVideoPipeline(**parts).save_pretrained(tmp_path / "video")
+    assert "which needs video" in refused(capsys, *words[:-4], tmp_path / "video", "--overwrite")
 
 
 def test_another_family_converts_and_generates_but_does_not_train(tmp_path, capsys):

@@ -22,6 +22,8 @@ from linvideo.training.images import read_image
 from linvideo.training.prompts import Prompt
 from linvideo.training.video_metrics import compare
 
+_MEDIA = {"image", "video", "pose_video", "face_video"}  # that pipelines' calls name
+
 
 @dataclass(frozen=True)
 class Job:
@@ -168,11 +170,16 @@ def summary(made: list[Made], device: str) -> str:
 
 
 def _image(pipeline: Any, prompt: Prompt) -> Image.Image | None:
-    name, parameter = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters.get("image")
-    if (parameter is None) != (prompt.image is None):
-        expected = "no image" if parameter is None else "an image with each prompt"
-        got = prompt.image or f"none with {prompt.caption[:60]!r}"
-        raise ValueError(f"{name} takes {expected}, got {got}")
+    name, parameters = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
+    # LTXConditionPipeline does without an image; LTXImageToVideoPipeline has a default too, but fails with it
+    needed = {key for key, parameter in parameters.items() if parameter.default is parameter.empty} & _MEDIA
+    needed |= {key for key in ("image", "video") if f"{key.title()}ToVideo" in name}
+    if others := needed - {"image"}:
+        raise ValueError(f"expected a pipeline that takes captions and images, got {name}, which needs {min(others)}")
+    if "image" in needed and prompt.image is None:
+        raise ValueError(f"{name} takes an image with each prompt, got none with {prompt.caption[:60]!r}")
+    if "image" not in parameters and prompt.image is not None:
+        raise ValueError(f"{name} takes no image, got {prompt.image}")
     return None if prompt.image is None else read_image(prompt.image)
 
 

@@ -5,6 +5,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from linvideo.models.attention import (
     ATTENTION_TYPES,
     attention_types,
+    choose_backend,
     default_fps,
     set_attention_types,
     video_transformers,
@@ -43,6 +44,7 @@ __all__ = [
     "SchedulerMixin",
     "Training",
     "attention_types",
+    "choose_backend",
     "convert",
     "default_fps",
     "describe",

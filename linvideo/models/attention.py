@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from diffusers.utils.torch_utils import unwrap_module
 
 from linvideo.models.sampling_settings import stored_settings
@@ -256,6 +256,33 @@ def attend(
     if attention_type == "mixed":
         out = attn.linear_attn(query, key, value, softmax_out=out, **options)
     return out
+
+
+@torch.no_grad()
+def choose_backend(
+    model: ModelMixin, name: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """As the model's set_attention_backend, and the backend is tried once.
+
+    Args:
+        name: of diffusers' attention backends.
+        device, dtype: that attention will run with, where they are not the model's of now.
+
+    Raises:
+        ValueError: no such backend, a package that it needs is missing, or it doesn't run on this device.
+    """
+    if name not in (known := [backend.value for backend in AttentionBackendName]):
+        raise ValueError(f"attention_backend must be one of the following: {', '.join(known)}; got {name!r}")
+    attn = self_attentions(model)[0]
+    tokens = torch.zeros(1, 16, attn.heads, attn.inner_dim // attn.heads, device=device or model.device)
+    tokens = tokens.to(dtype or model.dtype)
+    try:
+        with attention_backend(name):  # the setter leaves a default for the whole process behind
+            dispatch_attention_fn(tokens, tokens, tokens)
+    except Exception as error:  # the backends' packages raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"cannot use attention_backend {name!r} here: {reason}") from None
+    model.set_attention_backend(name)
 
 
 def context_group(processor: object) -> torch.distributed.ProcessGroup | None:

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 
-from linvideo.models import FewStepScheduler, Training, save_pipeline, video_transformers, wan_transformer
+from linvideo.models import (
+    FewStepScheduler,
+    Training,
+    choose_backend,
+    save_pipeline,
+    video_transformers,
+    wan_transformer,
+)
 from linvideo.training import run_folder
 from linvideo.training.checkpoint import remove_newer
 from linvideo.training.experts import Expert
@@ -78,7 +85,8 @@ class PipelineRun(ResumableRun):
             raise ValueError(f"expected a stock WanTransformer3DModel for a teacher, got {type(self.teacher).__name__}")
         check_images(self.pipeline, self.images)
         if config.attention_backend is not None:
-            self.teacher.set_attention_backend(config.attention_backend)
+            dtype = torch.bfloat16 if config.mixed_precision == "bf16" else None
+            choose_backend(self.teacher, config.attention_backend, device, dtype)
         self.latent_shape = latent_shape(self.pipeline, config.trajectories)
         check_divisible(self.teacher.config, self.latent_shape, config.parallel)
         self.grid = sampler_grid(self.pipeline.scheduler, config.trajectories.num_inference_steps)
