@@ -3,14 +3,14 @@
 torch.distributed.checkpoint writes them, every rank its own shards, and reads them back into however many shards there
 are then. Optimizer, schedule, EMA, lanes and random state are ordinary nested state dicts: their tensors go to the
 safetensors files, what is left, with a reference in each tensor's place, to state.json. So a checkpoint can hold data
-only, never code. state.json also has the other files' checksums.
+only, never code. state.json also has the other files' checksums, and its own.
 """
 
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from linvideo.training.files import crc32, read_json, write_text
+from linvideo.training.files import crc32, read_checked, with_checksum, write_text
 from linvideo.training.parallel import Ranks
 from linvideo.workspace import discard, move_into_place, workspace
 
@@ -65,7 +66,7 @@ def save_checkpoint(
 
         def finish() -> None:
             content = {"format": FORMAT, "step": step, "checksums": checksums, "state": plain}
-            write_text(new / "state.json", json.dumps(content))
+            write_text(new / "state.json", json.dumps(with_checksum(content)))
             if target.is_dir() and not _is_ours(target):  # it is in the way, but it is not lost
                 os.rename(target, target.with_name(f"{target.name}-moved-{space.name.split('-')[1]}"))
             move_into_place(new, target, space)
@@ -103,36 +104,49 @@ class Checkpoint:
     """A checkpoint to continue from, checked; tensors are read when they are asked for.
 
     ranks: those that open it together, each checking its part of the files.
+    entries: that `state` must have.
 
     Raises:
         ValueError: no checkpoint is there, or it is damaged.
     """
 
-    def __init__(self, path: str | Path, ranks: Ranks | None = None):
+    def __init__(self, path: str | Path, ranks: Ranks | None = None, entries: tuple[str, ...] = ()):
         self.path, self.ranks = Path(path), Ranks.alone() if ranks is None else ranks
-        content = self.ranks.on_first(self._content)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a linvideo checkpoint of format {FORMAT}")
-        try:
-            self.plain = dict(content["state"]["items"])
-            damage = [self._damage(name, content["checksums"][name]) for name in self._files(content["checksums"])]
-        except (LookupError, TypeError, ValueError) as error:
-            damage = [f"state.json: {error}"]
+        content, references = self.ranks.on_first(lambda: self._content(entries))
+        self.plain, self.checksums = dict(content["state"]["items"]), content["checksums"]
+        damage = [self._damage(name) for name in sorted(self.checksums)[self.ranks.rank :: self.ranks.size]]
         found = [text for texts in self.ranks.gather_objects(damage) for text in texts if text]
+        if not found and not references <= self._sizes().keys():
+            found = [f"it has no tensor {min(references - self._sizes().keys())}"]
         if found:
             raise ValueError(f"the checkpoint {path} is damaged: {found[0]}")
 
-    def _content(self) -> Any:
-        if not (self.path / "state.json").is_file():
+    def _content(self, entries: tuple[str, ...]) -> tuple[dict[str, Any], set[str]]:
+        """state.json, and the names of the tensors in it."""
+        file = self.path / "state.json"
+        if not file.is_file():
             raise ValueError(f"{self.path} is no checkpoint folder (no state.json)")
-        return read_json(self.path / "state.json")
+        content = read_checked(file, {"format", "step", "checksums", "state"})
+        if content["format"] != FORMAT:
+            raise ValueError(f"{self.path} is not a linvideo checkpoint of format {FORMAT}")
+        try:  # files of earlier versions have no checksum
+            references, there = set(_references(content["state"])), dict(content["state"]["items"])
+            if missing := [name for name in entries if name not in there]:
+                raise ValueError(f"it has no {missing[0]}")
+            if not isinstance(content["checksums"], dict):
+                raise ValueError("it has no checksums")
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from None
+        except RecursionError:
+            raise ValueError(f"{file} is damaged: it is nested too deeply") from None
+        return content, references
 
-    def _files(self, checksums: dict[str, int]) -> list[str]:
-        return sorted(checksums)[self.ranks.rank :: self.ranks.size]
-
-    def _damage(self, name: str, checksum: int) -> str | None:
+    def _damage(self, name: str) -> str | None:
+        file = self.path / name
+        if not file.is_file():  # opening a pipe would wait for ever
+            return f"there is no file {name}"
         try:
-            return None if crc32(self.path / name) == checksum else f"{name} has another checksum than when written"
+            return None if crc32(file) == self.checksums[name] else f"{name} has another checksum than when written"
         except OSError as error:
             return str(error)
 
@@ -182,18 +196,32 @@ class Checkpoint:
         component.load_state_dict(_fill(saved, tensors))
 
     def _sizes(self) -> dict[str, Any]:
-        return HuggingFaceStorageReader(str(self.path)).read_metadata().state_dict_metadata
+        return self._reader().read_metadata().state_dict_metadata
+
+    def _reader(self) -> HuggingFaceStorageReader:
+        reader = HuggingFaceStorageReader(str(self.path))
+        reader.fs = _FilesOf(self.checksums)
+        return reader
 
     def _read(self, tensors: dict[str, torch.Tensor]) -> None:
         """In place; every rank reads what its shards need."""
         if not tensors:
             return
         try:
-            reader = HuggingFaceStorageReader(str(self.path))
             with _quiet():
-                dcp.load(tensors, storage_reader=reader, no_dist=self.ranks.size == 1)
+                dcp.load(tensors, storage_reader=self._reader(), no_dist=self.ranks.size == 1)
         except (CheckpointException, OSError, SafetensorError, LookupError) as error:
             raise ValueError(f"cannot read the checkpoint {self.path}: {_reason(error)}") from error
+
+
+class _FilesOf(FileSystem):
+    """Lists these files only: the reader would open whatever else lies in the folder."""
+
+    def __init__(self, names: Iterable[str]):
+        self.names = set(names)
+
+    def ls(self, path: str | os.PathLike) -> list[str]:
+        return [file for file in super().ls(path) if Path(file).name in self.names]
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -3,6 +3,7 @@ or the new one."""
 
 import json
 import os
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,39 @@ def read_json(path: str | Path) -> Any:
     """Raises ValueError naming the file when it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from None
+
+
+def json_checksum(value: Any) -> int:
+    """The same for a value and for what is read back after it was written as JSON."""
+    return zlib.crc32(json.dumps(value).encode())
+
+
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """To be written as JSON and read by `read_checked`."""
+    return {**content, "checksum": json_checksum(content)}
+
+
+def read_checked(path: str | Path, keys: set[str]) -> dict[str, Any]:
+    """The content, with exactly these keys, of a file that holds `with_checksum(content)`; earlier versions wrote it
+    without a checksum.
+
+    Raises:
+        ValueError: it is not JSON, has other keys, or is not what was written.
+    """
+    content = read_json(path)
+    checksum = content.pop("checksum", None) if isinstance(content, dict) else None
+    if not isinstance(content, dict) or content.keys() != keys:
+        raise ValueError(f"{path} is damaged: expected an object with {', '.join(sorted(keys))}, got something else")
+    try:
+        if checksum is not None and json_checksum(content) != checksum:
+            raise ValueError(f"{path} is damaged: it has another checksum than when it was written")
+    except RecursionError:
+        raise ValueError(f"{path} is damaged: it is nested too deeply") from None
+    return content
 
 
 def write_safetensors(
@@ -71,16 +103,36 @@ def write_safetensors(
         os.replace(space / "new.safetensors", path)
 
 
+def write_cached(path: str | Path, tensors: dict[str, torch.Tensor], key: str) -> None:
+    """For `read_cached`, with a checksum."""
+    # one entry: safetensors writes several in an order of chance, and the same content should be the same file
+    write_safetensors(path, tensors, {"key": f"{key} {_tensors_checksum(tensors)}"})
+
+
 def read_cached(path: str | Path, key: str) -> dict[str, torch.Tensor] | None:
-    """What `write_safetensors(path, tensors, {"key": key})` has written; None when the file is not there, of another
-    key, or damaged: it is made anew then."""
+    """What `write_cached` has written; None when the file is not there, of another key, or damaged, which is said on
+    stderr: it is made anew then. Files of earlier versions have no checksum."""
+    if not Path(path).is_file():
+        return None
     try:
         with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("key") == key:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (FileNotFoundError, SafetensorError):
-        pass
-    return None
+            found, _, checksum = (file.metadata() or {}).get("key", "").partition(" ")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if not found or checksum not in ("", _tensors_checksum(tensors)):
+            raise ValueError("it has another checksum than when it was written")
+    except (OSError, SafetensorError, ValueError) as error:
+        print(f"{path} is damaged and is made anew: {error}", file=sys.stderr)
+        return None
+    return tensors if found == key else None
+
+
+def _tensors_checksum(tensors: dict[str, torch.Tensor]) -> str:
+    value = 0
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), value)
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        value = zlib.crc32(content.numpy(), value)
+    return str(value)
 
 
 def crc32(path: str | Path) -> int:

@@ -15,7 +15,7 @@ from diffusers.utils import load_image
 from PIL import Image
 
 from linvideo.training.devices import on_device
-from linvideo.training.files import read_cached, write_safetensors
+from linvideo.training.files import read_cached, write_cached
 from linvideo.training.fingerprint import fingerprint
 from linvideo.training.prompts import PromptEmbeddings
 from linvideo.training.trajectories import TrajectoryConfig, latent_shape
@@ -122,7 +122,7 @@ def encode_images(
         parts = [_encode(pipeline, image, *size, embeds) for image in map(read_image, images)]
     result = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if cache is not None:
-        write_safetensors(cache, result, {"key": key})
+        write_cached(cache, result, key)
     return result["latents"], result.get("image_embeds")
 
 

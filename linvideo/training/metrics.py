@@ -15,7 +15,7 @@ class MetricsLog:
 
     def __init__(self, path: str | Path, last_step: int = 0):
         take_back(path, last_step)
-        self._file = Path(path).open("a", buffering=1)
+        self._file = Path(path).open("a", buffering=1, encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -25,26 +25,25 @@ class MetricsLog:
 
 
 def take_back(path: str | Path, last_step: int) -> None:
-    """Drop the rows of the file, if there is one, that come after `last_step`, and a line that was cut off."""
+    """Drop the rows of the file, if there is one, that come after `last_step`, and lines that are no rows."""
     path = Path(path)
     if path.is_file():
-        kept = [line for line in path.read_text().splitlines() if _step(line) <= last_step]
+        kept = [line for line in _lines(path) if (row := _row(line)) is not None and row["step"] <= last_step]
         write_text(path, "".join(line + "\n" for line in kept))
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl or validation.jsonl; a line cut off by a kill is left out."""
-    rows = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    """Rows of a metrics.jsonl or validation.jsonl; a line that is no row, say cut off by a kill, is left out."""
+    return [row for line in _lines(path) if (row := _row(line)) is not None]
 
 
-def _step(line: str) -> float:
+def _lines(path: str | Path) -> list[str]:
+    return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _row(line: str) -> dict[str, Any] | None:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

@@ -16,7 +16,7 @@ import torch
 from linvideo.models import packaged
 from linvideo.training.conditions import Conditions
 from linvideo.training.devices import on_device
-from linvideo.training.files import read_cached, write_safetensors
+from linvideo.training.files import read_cached, write_cached
 from linvideo.training.fingerprint import fingerprint
 
 Item = TypeVar("Item")
@@ -246,5 +246,5 @@ def encode_prompts(
             negative = negatives[:1].cpu() if negative is None else negative
     result = PromptEmbeddings(torch.cat(batches), negative)
     if cache is not None:
-        write_safetensors(cache, {"table": result.table}, {"key": key})
+        write_cached(cache, {"table": result.table}, key)
     return result

@@ -28,6 +28,9 @@ from linvideo.training.run_config import RunConfig
 from linvideo.training.seeding import random_state, set_random_state
 from linvideo.training.trackers import Trackers
 
+# of a checkpoint's state
+ENTRIES = ("config", "processes", "stage", "stage_step", "global_step", "nonfinite", "results", "components", "random")
+
 
 class TrainingDiverged(RuntimeError):
     """Too many steps had a non-finite loss or gradient."""
@@ -201,7 +204,7 @@ class ResumableRun:
         """The newest checkpoint that is whole; those passed over are named."""
         for number, path in enumerate(self.checkpoints, 1):
             try:
-                return Checkpoint(path, self.ranks)
+                return Checkpoint(path, self.ranks, ENTRIES)
             except ValueError as error:
                 if number == len(self.checkpoints):
                     raise

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from linvideo.training.conditions import Conditions
-from linvideo.training.files import crc32, read_json, write_json, write_safetensors
+from linvideo.training.files import crc32, read_checked, read_json, with_checksum, write_json, write_safetensors
 from linvideo.training.flow import NUM_TRAIN_TIMESTEPS
 from linvideo.training.prompts import PromptEmbeddings
 from linvideo.training.seeding import draw_indices
@@ -78,10 +78,8 @@ class TrajectoryStore:
             if manifest_path.name not in there and any(not name.startswith(TEMPORARY) for name in there):
                 raise ValueError(f"{self.path} is not empty and holds no trajectory store")
             # another worker may be first; then its manifest stays, and is compared with ours
-            write_json(manifest_path, {"format": FORMAT, "request": request}, replace=False)
-        manifest = read_json(manifest_path)
-        if not isinstance(manifest, dict) or not {"format", "request"} <= set(manifest):
-            raise ValueError(f"{manifest_path} is not the manifest of a trajectory store")
+            write_json(manifest_path, with_checksum({"format": FORMAT, "request": request}), replace=False)
+        manifest = read_checked(manifest_path, {"format", "request"})
         if manifest["format"] != FORMAT:
             raise ValueError(f"{manifest_path} has format {manifest['format']!r}, expected {FORMAT}")
         if request is not None and manifest["request"] != request:

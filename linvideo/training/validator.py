@@ -24,7 +24,7 @@ from linvideo.models import FewStepScheduler, default_fps
 from linvideo.models.video_file import check_output, save_video
 from linvideo.training.devices import on_device
 from linvideo.training.experts import stored_expert
-from linvideo.training.files import read_cached, write_safetensors
+from linvideo.training.files import read_cached, write_cached
 from linvideo.training.fingerprint import fingerprint
 from linvideo.training.metrics import MetricsLog, read_metrics, take_back
 from linvideo.training.parallel import Ranks
@@ -169,7 +169,7 @@ class Validator:
         for number, video in enumerate(latents):
             self.teacher.append(self._write(video, self.folder / "teacher" / f"{number}.mp4"))
         tensors = {str(number): torch.from_numpy(frames) for number, frames in enumerate(self.teacher)}
-        write_safetensors(self.folder / "teacher.safetensors", tensors, {"key": self._key()})
+        write_cached(self.folder / "teacher.safetensors", tensors, self._key())
 
     def _write(self, latents: torch.Tensor, path: Path) -> np.ndarray:
         """Decode a video and write it; returns its frames, uint8 [F, H, W, 3]."""

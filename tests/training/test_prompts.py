@@ -91,7 +91,7 @@ def test_default_length_is_the_tokenizers_limit_up_to_512(pipeline):
         encode_prompts(pipeline, PROMPTS, PromptConfig(max_sequence_length=513))
 
 
-def test_cache_is_used_only_for_the_same_request(pipeline, tmp_path, monkeypatch):
+def test_cache_is_used_only_for_the_same_request(pipeline, tmp_path, monkeypatch, capsys):
     cache, config = tmp_path / "embeds.safetensors", PromptConfig(max_sequence_length=32)
     first = encode_prompts(pipeline, PROMPTS, config, cache)
     calls = []
@@ -109,6 +109,11 @@ def test_cache_is_used_only_for_the_same_request(pipeline, tmp_path, monkeypatch
         calls.clear()
         encode_prompts(pipeline, prompts, changed, cache)
         assert calls
+    content = bytearray(cache.read_bytes())
+    content[-3] ^= 1  # of a tensor, which no format would notice
+    cache.write_bytes(content)
+    assert torch.equal(encode_prompts(pipeline, PROMPTS, config, cache).table, first.table)
+    assert f"{cache} is damaged and is made anew" in capsys.readouterr().err
     cache.write_bytes(b"damaged")
     assert torch.equal(encode_prompts(pipeline, PROMPTS, config, cache).table, first.table)
     assert "table" in load_file(cache)

@@ -1,12 +1,14 @@
 """A run killed with SIGKILL and continued gives the weights of an uninterrupted one, bit for bit."""
 
 import errno
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from linvideo.training import Trainer, metrics, pipeline_run, read_metrics
 from linvideo.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from linvideo.training.resumable import TrainingStopped
+from linvideo.training.parallel import Ranks
+from linvideo.training.resumable import ResumableRun, TrainingStopped
 from linvideo.workspace import locked, workspace
 
 
@@ -340,13 +343,87 @@ def test_a_damaged_checkpoint_is_passed_over(how, tmp_path, uninterrupted, capsy
     assert load_checkpoint(newest)  # written anew
 
 
-def test_a_half_written_state_is_passed_over(tmp_path, uninterrupted, capsys):
+def _without(entry):
+    """An edit of a state.json of a version that wrote no checksum."""
+
+    def edit(text: str) -> str:
+        content = json.loads(text)
+        del content["checksum"]
+        content["state"]["items"] = [item for item in content["state"]["items"] if item[0] != entry]
+        return json.dumps(content)
+
+    return edit
+
+
+STATES = {
+    "half": lambda text: text[: len(text) // 2],
+    "digit": lambda text: text.replace('["global_step", 1', '["global_step", 3'),
+    "checksum": lambda text: text.replace('"checksum"', '"checksul"'),
+    "missing": _without("global_step"),
+    "tensor": lambda text: _without(None)(text).replace('"tensor": "state/random', '"tensor": "state/randon'),
+    "list": lambda text: "[]",
+    "deep": lambda text: "[" * 100_000,
+    "nested": lambda text: _without(None)(text).replace(
+        "[[", '[["deep", ' + '{"list": [' * 2000 + "]}" * 2000 + "], [", 1
+    ),
+}
+
+
+@pytest.mark.parametrize("how", STATES)
+def test_a_damaged_state_is_passed_over(how, tmp_path, uninterrupted, capsys):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
-    damage(list_checkpoints(folder)[-1] / "state.json", "truncated")
-    run(folder, resume_from_checkpoint="latest")
-    assert "continuing from the one before it" in capsys.readouterr().err
-    assert_same_run(folder, uninterrupted)
+    file = list_checkpoints(folder)[-1] / "state.json"
+    text = file.read_text()
+    file.write_text(STATES[how](text))
+    assert file.read_text() != text
+    run_ = SimpleNamespace(checkpoints=list_checkpoints(folder)[::-1], ranks=Ranks.alone())
+    assert ResumableRun._load_newest(run_).path == list_checkpoints(folder)[-2]
+    said = capsys.readouterr().err
+    assert str(file.parent) in said and "continuing from the one before it" in said
+
+
+def test_what_else_lies_in_a_checkpoint_is_left_alone(tmp_path):
+    path = save_checkpoint(tmp_path, 3, {"w": torch.arange(3.0)}, {"step": 3})
+    (path / "notes.txt").write_text("mine")
+    (path / "mine.safetensors").write_bytes(b"mine")
+    os.mkfifo(path / "pipe.safetensors")
+    model, state = load_checkpoint(path)
+    assert model["w"].tolist() == [0, 1, 2] and state == {"step": 3}
+
+
+def test_a_pipe_in_place_of_a_file_is_damage(tmp_path):
+    path = save_checkpoint(tmp_path, 3, {"w": torch.arange(3.0)}, {"step": 3})
+    file = path / TENSORS
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=f"is damaged: there is no file {TENSORS}"):
+        load_checkpoint(path)
+
+
+def test_every_flipped_bit_of_a_state_is_seen(tmp_path):
+    path = save_checkpoint(tmp_path, 3, {"w": torch.arange(3.0)}, {"step": 3, "loss": [0.25, None], "name": "run"})
+    file = path / "state.json"
+    content = file.read_bytes()
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError):
+            load_checkpoint(path)
+    content = json.loads(content)
+    del content["checksum"]  # as earlier versions wrote it
+    file.write_text(json.dumps(content))
+    assert load_checkpoint(path)[1] == {"step": 3, "loss": [0.25, None], "name": "run"}
+
+
+@pytest.mark.parametrize("line", ["5", "null", '["step"]', '{"step": "a"}', "{}", "[" * 100_000, "\udcff"])
+def test_lines_of_a_log_that_are_no_rows_are_left_out(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n', errors="surrogateescape")
+    assert [row["step"] for row in read_metrics(path)] == [1, 3]
+    metrics.take_back(path, 2)
+    assert path.read_text() == '{"step": 1}\n'
 
 
 def test_nothing_is_trained_when_every_checkpoint_is_damaged(tmp_path, uninterrupted):

@@ -156,6 +156,12 @@ def test_a_store_of_another_model_is_refused(tmp_path, pipeline, prompts):
 def test_damage_is_found(tmp_path):
     store = toy_store(tmp_path / "s", torch.tensor([900.0, 500.0]))
     store.verify()
+    manifest = tmp_path / "s" / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"shard_size": 2', '"shard_size": 3'))
+    with pytest.raises(ValueError, match="manifest.json is damaged: it has another checksum"):
+        TrajectoryStore(tmp_path / "s")
+    manifest.write_text(text)
     shard = tmp_path / "s" / "shard-000001.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
