@@ -32,7 +32,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.
 
 @contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
-    """Be the only process that writes into `folder`, which is made where there is none.
+    """Be the only process that writes into `folder`. It is made where there is none, and removed if it stays empty.
 
     Raises:
         ValueError: another process is, or another call in this one; the message has its host and process number. Or
@@ -41,6 +41,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"expected a folder, {folder} is a file")
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     while True:
@@ -65,6 +66,8 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     finally:
         with suppress(OSError):
             path.unlink()  # before others can lock it
+            if is_new:
+                folder.rmdir()  # which fails where anything is in it
         os.close(file)
 
 
