@@ -6,6 +6,7 @@ sample remain.
 """
 
 import os
+import signal
 import uuid
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as in linvideo/cli.py
@@ -13,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as in linvi
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
 torch.set_num_threads(1)  # tests run side by side under pytest-xdist
 
 
