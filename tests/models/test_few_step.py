@@ -121,7 +121,10 @@ def test_generate_takes_its_steps_and_no_guidance(folder, tmp_path, capsys, monk
     asked = []
     monkeypatch.setattr("diffusers.WanPipeline.__call__", lambda self, **settings: asked.append(settings) or 1 / 0)
     size = ["--height", "32", "--width", "32", "--num_frames", "5", "--prompt", "a fox", "--device", "cpu"]
-    for more, expected in (([], (2, 1.0)), (["--num_inference_steps", "2", "--guidance_scale", "2"], (2, 2.0))):
+    command = ["generate", "--model", str(folder), "--output", str(tmp_path / "x.mp4"), *size]
+    for more in ([], ["--num_inference_steps", "2", "--guidance_scale", "1"]):
         with pytest.raises(ZeroDivisionError):
-            cli.main(["generate", "--model", str(folder), "--output", str(tmp_path / "x.mp4"), *size, *more])
-        assert (asked[-1]["num_inference_steps"], asked[-1]["guidance_scale"]) == expected
+            cli.main([*command, *more])
+        assert (asked[-1]["num_inference_steps"], asked[-1]["guidance_scale"]) == (2, 1.0)
+    assert cli.main([*command, "--guidance_scale", "2"]) == 2 and len(asked) == 2
+    assert "guidance_scale of this distilled model must be 1.0, got 2.0" in capsys.readouterr().err
