@@ -78,13 +78,7 @@ def decode(pipeline: Any, latents: torch.Tensor) -> list:
 
     Warns where they are not finite: such pixels are drawn black, and the metrics of such a video mean nothing.
     """
-    vae = pipeline.vae
-    mean, std = (
-        torch.tensor(vae.config[name], device=latents.device).view(1, -1, 1, 1, 1)
-        for name in ("latents_mean", "latents_std")
-    )
-    with on_device(latents.device, vae):
-        video = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+    video = decode_latents(pipeline.vae, latents)
     if not (finite := video.isfinite()).all():
         warnings.warn(
             f"a validation video is not finite ({(~finite).sum():,} of {finite.numel():,} values): its metrics mean"
@@ -93,3 +87,14 @@ def decode(pipeline: Any, latents: torch.Tensor) -> list:
         )
         video = video.where(finite, -1.0)
     return pipeline.video_processor.postprocess_video(video.float(), output_type="pil")[0]
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The video [1, 3, frames, height, width] in [-1, 1] of latents [1, C, F, H, W], in the VAE's dtype."""
+    mean, std = (
+        torch.tensor(vae.config[name], device=latents.device).view(1, -1, 1, 1, 1)
+        for name in ("latents_mean", "latents_std")
+    )
+    with on_device(latents.device, vae):
+        return vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
