@@ -6,6 +6,7 @@ Bad input ends with one line on standard error and exit status 2.
 import argparse
 import math
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,9 @@ def convert(args: argparse.Namespace) -> None:
 
     refuse_existing(args)
     pipeline = load(args)
-    layers = "all" if args.layers == ["all"] else args.layers
+    if "all" in args.layers and len(args.layers) > 1:
+        raise ValueError("--layers takes layer numbers or all, got both")
+    layers = "all" if args.layers == ["all"] else [layer for some in args.layers for layer in some]
     converted = models.convert(pipeline, layers, mode=args.mode, feature_map=args.feature_map, copy=False)
     how, state = models.Training(f"conversion ({args.mode})"), "untrained"
     if args.feature_maps is not None:
@@ -137,13 +140,16 @@ def plan(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     from linvideo import models
-    from linvideo.evaluation.sampling import make_videos, summary
+    from linvideo.evaluation.sampling import add_to_index, make_videos, read_index, summary
     from linvideo.models.video_file import check_output
 
     jobs = video_jobs(args)
     if args.cpu_offload is not None and (args.device == "cpu" or args.compare):
         raise ValueError("--cpu_offload needs a GPU and goes without --compare, whose two pipelines share parts")
     check_output(jobs[0].path)  # before a long load
+    numbered = jobs[0].path != args.output
+    if numbered:
+        read_index(jobs[0].path.parent)
     pipeline = load(args)
     models.video_transformers(pipeline)  # before a long load of the teacher
     settings, asked, teacher, of_teacher = models.sampling_settings(pipeline), given(args), None, None
@@ -160,6 +166,8 @@ def generate(args: argparse.Namespace) -> None:
     made = []
     for video in make_videos(pipeline, jobs, settings, teacher, of_teacher, args.fps, args.overwrite):
         made.append(video)
+        if numbered:
+            add_to_index(video.job.path.parent, video.job)
         beside = "" if video.psnr is None else f", PSNR {video.psnr:.2f} dB and SSIM {video.ssim:.4f} to the teacher"
         print(f"wrote {video.job.path}, seed {video.job.seed}{beside}", flush=True)
     print_transformers(pipeline)
@@ -430,10 +438,19 @@ def underscored(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word
 
 
-def layer_number(text: str) -> int | str:
-    if text != "all" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f'expected 0-based layer numbers or "all", got {text!r}')
-    return text if text == "all" else int(text)
+def layer_numbers(text: str) -> list[int] | str:
+    """A type for argparse: "all", or numbers and ranges as they stand in what `info` prints: 1,2,3 or 0-4."""
+    if text == "all":
+        return text
+    layers = []
+    for word in text.strip(",").split(","):
+        if not (found := re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", word.strip())):
+            raise argparse.ArgumentTypeError(f'expected 0-based layer numbers, such as 0 2 5-7, or "all", got {text!r}')
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise argparse.ArgumentTypeError(f"expected a range of layers from low to high, got {word.strip()}")
+        layers += range(first, last + 1)
+    return layers
 
 
 def whole_number(least: int, most: int = 2**63 - 1):
@@ -511,7 +528,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command("convert", convert, "give layers of a pipeline linear attention, without training")
     add_model(sub)
     add_output_dir(sub)
-    sub.add_argument("--layers", nargs="+", type=layer_number, default=["all"], help='0-based layer numbers, or "all"')
+    what = '0-based layer numbers and ranges, such as 0 2 5-7 or 0,2,5-7, or "all"'
+    sub.add_argument("--layers", nargs="+", type=layer_numbers, default=["all"], help=what)
     sub.add_argument("--mode", choices=["mixed", "linear"], default="linear")
     sub.add_argument("--feature_map", default="hedgehog")
     sub.add_argument("--feature_maps", type=Path, help="fitted weights: feature_maps.safetensors of analyze or train")
@@ -553,7 +571,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--image", type=Path, help="with --prompt, for a pipeline that takes one")
     sub.add_argument(
         "--num_videos_per_prompt",
-        type=positive,
+        type=whole_number(1, 10_000),
         default=1,
         help="from noise of --seed, --seed + 1, ...; --output is a folder",
     )
@@ -634,7 +652,7 @@ def main(argv: list[str] | None = None) -> int:
             args.device = choose_device(args.device)
         return args.run(args) or 0
     except (ValueError, OSError) as error:
-        print(f"linvideo: error: {error}", file=sys.stderr)
+        print(f"linvideo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         # Not the user's input: a run that diverged or a failed kernel check. Everything else keeps its traceback.

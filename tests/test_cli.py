@@ -44,6 +44,13 @@ def test_convert_then_info(folder, tmp_path, capsys):
     assert "linear  (2): 0, 2" in capsys.readouterr().out
 
 
+def test_layers_are_named_as_info_names_them():
+    parser = cli.make_parser()
+    for text in ("0 2 3 4", "0,2-4", "0 2-4", "0, 2-4"):
+        args = parser.parse_args(["convert", "--model", "m", "--output_dir", "o", "--layers", *text.split(" ")])
+        assert [layer for some in args.layers for layer in some] == [0, 2, 3, 4]
+
+
 def test_two_experts_are_both_converted(tmp_path, capsys):
     tiny_pipeline(transformer_2=tiny_transformer(seed=1), boundary_ratio=0.9).save_pretrained(tmp_path / "two")
     words = ["convert", "--model", str(tmp_path / "two"), "--output_dir", str(tmp_path / "new"), "--layers", "1"]
@@ -95,7 +102,10 @@ def test_generate_many_videos(folder, tmp_path, capsys):
     words += ["--num_videos_per_prompt", "2", "--seed", "7"]
     assert cli.main([str(word) for word in words]) == 0
     names = [f"{prompt}-{seed}.mp4" for prompt in ("0000", "0001") for seed in (7, 8)]
-    assert sorted(path.name for path in output.iterdir()) == names
+    assert sorted(path.name for path in output.iterdir()) == [*names, "videos.jsonl"]
+    index = [json.loads(line) for line in (output / "videos.jsonl").read_text().splitlines()]
+    assert [entry["video"] for entry in index] == names
+    assert index[1] == {"video": "0000-8.mp4", "caption": "a cat", "seed": 8} and index[2]["caption"] == "a dog"
     single = [
         "generate",
         "--model",
@@ -109,7 +119,7 @@ def test_generate_many_videos(folder, tmp_path, capsys):
         *SMALL,
     ]
     assert cli.main([str(word) for word in single]) == 0
-    videos = {path: np.stack(imageio.mimread(path)) for path in (*output.iterdir(), tmp_path / "dog.mp4")}
+    videos = {path: np.stack(imageio.mimread(path)) for path in (*output.glob("*.mp4"), tmp_path / "dog.mp4")}
     assert np.array_equal(
         videos[output / "0001-8.mp4"], videos[tmp_path / "dog.mp4"]
     )  # a seed makes the same video again
@@ -119,9 +129,75 @@ def test_generate_many_videos(folder, tmp_path, capsys):
     for path in output.glob("000[01]-8.mp4"):
         path.unlink()
     assert "0000-7.mp4 exists" in refused(capsys, *words)
-    assert (output / "0000-7.mp4").read_text() == "mine" and len(list(output.iterdir())) == 2
+    assert (output / "0000-7.mp4").read_text() == "mine" and len(list(output.glob("*.mp4"))) == 2
     assert cli.main([str(word) for word in [*words, "--overwrite"]]) == 0
     assert len(imageio.mimread(output / "0000-7.mp4")) == 5
+    assert [json.loads(line)["video"] for line in (output / "videos.jsonl").read_text().splitlines()] == names
+    (output / "videos.jsonl").write_text("mine")
+    assert "no index of videos" in refused(capsys, *words, "--overwrite")
+    assert (output / "videos.jsonl").read_text() == "mine"
+
+
+NEVER = "f" * 300
+RUN = ["--pretrained_model_name_or_path", "MODEL", "--output_dir", "run"]
+BAD = [
+    (["generate", "--model", "MODEL", "--prompts_file", "/dev/full", "--output", "o"], "cannot read the prompts file"),
+    (["generate", "--model", NEVER, "--prompt", "x"], NEVER[:50]),
+    (["generate", "--model", "MODEL", "--prompt", "x", "--output", f"{NEVER}.mp4"], "too long"),
+    (["convert", "--model", "MODEL", "--output_dir", NEVER], "too long"),
+    (["convert", "--model", "MODEL", "--output_dir", "o", "--feature_maps", "/dev/null"], "/dev/null"),
+    (["info", "--model", "DEEP"], "cannot load a pipeline from"),
+    (["check", "MODEL", "--height", "31"], "multiple of 16"),
+    (["check", "MODEL", "--output", "/dev/null"], ".mp4"),
+    (["analyze", "MODEL", "--output_dir", "o", "--speedup", "nan"], "speedup"),
+    (["analyze", "MODEL", "--output_dir", "o", "--num_trajectories", "-1"], "must be at least 1"),
+    (["analyze", "MODEL", "--output_dir", "o", "--timed_size", "0", "0", "0"], "must be at least 1"),
+    (["analyze", "MODEL", "--output_dir", "o", "--prompts_file", "/"], "cannot read the prompts file"),
+    (["evaluate", "MODEL", "--suite", "fidelity", "--output_dir", "o"], "--teacher"),
+    (["evaluate", "MODEL", "--suite", "fidelity", "--output_dir", "o", "--num_prompts", "-1"], "must be at least 1"),
+    (["evaluate", "MODEL", "--suite", "vbench", "--output_dir", "o", "--full_info", "/dev/null"], "not valid JSON"),
+    (["plan", "--model", "MODEL", "--gpus", str(10**9)], "gpus must be from 1 to 100000"),
+    (["plan", "--model", "MODEL", "--gpus", "1e9"], "expected a whole number"),
+    (["plan", "--model", "wan2.1-1.3b", "--train_batch_size", str(10**12)], "the global batch must be at most"),
+    (["plan", "--model", "MODEL", "--max_train_steps", str(10**30)], "max_train_steps must lie within"),
+    (["plan", "--model", "MODEL", "--gpu_memory", "1e400"], "must be finite"),
+    (["train", *RUN, "--seed", "9" * 30], "seed must lie within"),
+    (["train", *RUN, "--optimizer.learning_rate", "1e400"], "optimizer.learning_rate must be finite"),
+    (["train", *RUN, "--attention_backend", "sage", "--device", "cpu"], "cannot use attention_backend 'sage' here"),
+    (["train", *RUN, "--prompts.prompts_file", "/dev/full"], "cannot read the prompts file"),
+    (["train", "--config", "/"], "/"),
+    (["distill", *RUN, "--num_steps", "0"], "num_steps must be at least 1"),
+    (["distill", *RUN, "--timesteps", "[.nan]"], "timesteps must fall"),
+    (["collect", "--worker", "1/1", *RUN], "--worker must be number/count"),
+    (["collect", "--worker", "\u00b2/3", *RUN], "--worker must be number/count"),
+    (["demo", "--output_dir", "o", "--videos", "3"], "videos must be at least 4"),
+    (["demo", "--output_dir", "o", "--stages", ""], "stages must be of"),
+]
+
+
+@pytest.mark.parametrize("words, expected", BAD, ids=[f"{words[0]}-{i}" for i, (words, _) in enumerate(BAD)])
+def test_bad_input_ends_in_one_line(folder, tmp_path, capsys, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "model_index.json").write_text("[" * 100_000)
+    places = {"MODEL": folder, "DEEP": tmp_path / "deep"}
+    message = refused(capsys, *(places.get(word, word) for word in words))
+    assert expected in message and "\n" not in message
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".mp4", ".safetensors")]
+
+
+def test_words_that_the_model_does_not_know_are_named(recwarn):
+    from linvideo.demo import teacher
+    from linvideo.demo.world import WORLDS
+    from linvideo.training.prompts import warn_of_unknown_words
+
+    caption = WORLDS["small"].training_captions()[0]
+    tokenizer = teacher.build_tokenizer(WORLDS["small"])
+    warn_of_unknown_words(tokenizer, [caption, ""])
+    warn_of_unknown_words(tiny_tokenizer(), ["any word \u4e2d"])
+    assert not recwarn
+    with pytest.warns(UserWarning, match="does not know these words of the captions: 'zebra', 'flies'$"):
+        warn_of_unknown_words(tokenizer, [f"{caption} zebra", "zebra flies"])
 
 
 def test_compare_puts_the_teacher_at_the_left(folder, tmp_path, capsys):
@@ -200,6 +276,13 @@ def test_existing_output_is_kept_without_overwrite(folder, tmp_path, capsys):
         (["--layers", "7"], "from 0 to 2"),
         (["--layers", "0", "0"], "duplicates"),
         (["--layers", "first"], "first"),
+        (["--layers", "2-1"], "from low to high"),
+        (["--layers", "0-99999999999"], "0-99999999999"),
+        (["--layers", "1,,2"], "1,,2"),
+        (["--layers", ""], "expected 0-based layer numbers"),
+        (["--layers", "\u0663"], "expected 0-based layer numbers"),
+        (["--layers", "0-1", "1,2"], "duplicates"),
+        (["--layers", "all", "1"], "got both"),
         (["--mode", "half"], "half"),
         (["--feature_map", "identity"], "identity"),
         (["--dtype", "int8"], "int8"),
@@ -234,6 +317,7 @@ def test_a_folder_that_is_no_pipeline(tmp_path, capsys):
         (["--device", "nowhere"], "nowhere"),
         (["--output", "video.xyz"], ".mp4"),
         (["--num_videos_per_prompt", "0"], "at least 1"),
+        (["--num_videos_per_prompt", str(10**12)], "at most 10000"),
         (["--num_videos_per_prompt", "2"], "a folder"),
         (["--prompts_file", "prompts.txt"], "not allowed with"),
         (["--cpu_offload", "model", "--device", "cpu"], "needs a GPU"),

@@ -1,6 +1,7 @@
 """How close a converted pipeline's videos are to its teacher's, from the same noise: needs the two pipelines only."""
 
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
@@ -8,10 +9,12 @@ from typing import Any
 
 import torch
 
+from linvideo.evaluation.sampling import check_inputs
 from linvideo.evaluation.work_folder import WorkFolder, identity
 from linvideo.models import default_fps, own_settings
 from linvideo.models.generate import generate_video
 from linvideo.models.video_file import check_output, save_video
+from linvideo.training.prompts import warn_of_unknown_words
 from linvideo.training.video_metrics import compare
 from linvideo.workspace import locked
 
@@ -47,6 +50,10 @@ def fidelity(
     """
     if not prompts:
         raise ValueError("expected at least one prompt, got none")
+    for pipeline in (student, teacher):
+        check_inputs(pipeline)
+    if type(student) is not type(teacher):
+        raise ValueError(f"expected a {type(student).__name__} for a teacher, got a {type(teacher).__name__}")
     perceptual = _lpips(student.device)
     request = {
         "suite": "fidelity",
@@ -56,6 +63,9 @@ def fidelity(
         **settings,
     }
     request |= {"student": identity(student), "teacher": identity(teacher), "lpips": perceptual is not None}
+    if request["student"] == request["teacher"]:
+        warnings.warn("the student is its own teacher: the same weights, so that nothing is compared", stacklevel=2)
+    warn_of_unknown_words(student.tokenizer, prompts)
     with locked(folder):
         work = WorkFolder(folder, request)
         check_output(work.path / "0000-student.mp4", request["fps"])

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -18,10 +19,12 @@ from PIL import Image
 from linvideo.models import default_fps, video_transformers
 from linvideo.models.generate import generate_video
 from linvideo.models.video_file import check_output, save_video
+from linvideo.training.files import write_text
 from linvideo.training.images import read_image
-from linvideo.training.prompts import Prompt
+from linvideo.training.prompts import Prompt, warn_of_unknown_words
 from linvideo.training.video_metrics import compare
 
+INDEX = "videos.jsonl"  # in a folder of numbered videos: what each was made of
 _MEDIA = {"image", "video", "pose_video", "face_video"}  # that pipelines' calls name
 
 
@@ -87,6 +90,8 @@ def make_videos(
     if teacher is not None and type(teacher) is not type(pipeline):
         raise ValueError(f"expected a {type(pipeline).__name__} to compare with, got a {type(teacher).__name__}")
     images = [_image(pipeline, job.prompt) for job in jobs]
+    negative = settings.get("negative_prompt") or ""
+    warn_of_unknown_words(pipeline.tokenizer, [*(job.prompt.caption for job in jobs), negative])
     fps = default_fps(pipeline) if fps is None else fps
     for job in jobs[:1]:
         check_output(job.path, fps)
@@ -113,6 +118,32 @@ def make_videos(
             path = job.path.with_stem(f"{job.path.stem}-{next(taken)}")
         save_video(frames, path, fps=fps)
         yield Made(replace(job, path=path), cost, **found)
+
+
+def read_index(folder: Path) -> list[dict[str, Any]]:
+    """What the videos of a folder were made of, in the order of their names; [] where there is no index yet.
+
+    Raises:
+        ValueError: the file is somebody else's.
+    """
+    path = folder / INDEX
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        entries = [json.loads(line) for line in lines]
+        return sorted(entries, key=lambda entry: str(entry["video"]))
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        raise ValueError(f"{path} is no index of videos; move it or choose another folder") from None
+
+
+def add_to_index(folder: Path, job: Job) -> None:
+    """Say in the folder's index what the job's video was made of; what another command has added meanwhile stays."""
+    entry = {"video": job.path.name, "caption": job.prompt.caption, "seed": job.seed}
+    if job.prompt.image is not None:
+        entry["image"] = str(job.prompt.image)
+    others = [other for other in read_index(folder) if other["video"] != entry["video"]]
+    entries = sorted([*others, entry], key=lambda entry: str(entry["video"]))
+    # escaped, so that no character of a caption ends a line
+    write_text(folder / INDEX, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 @contextmanager
@@ -169,17 +200,22 @@ def summary(made: list[Made], device: str) -> str:
     return text
 
 
-def _image(pipeline: Any, prompt: Prompt) -> Image.Image | None:
+def check_inputs(pipeline: Any, image: Path | None = None, caption: str = "") -> None:
+    """Raise ValueError where the pipeline needs more than this caption and image, or takes no image."""
     name, parameters = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
     # LTXConditionPipeline does without an image; LTXImageToVideoPipeline has a default too, but fails with it
     needed = {key for key, parameter in parameters.items() if parameter.default is parameter.empty} & _MEDIA
     needed |= {key for key in ("image", "video") if f"{key.title()}ToVideo" in name}
     if others := needed - {"image"}:
         raise ValueError(f"expected a pipeline that takes captions and images, got {name}, which needs {min(others)}")
-    if "image" in needed and prompt.image is None:
-        raise ValueError(f"{name} takes an image with each prompt, got none with {prompt.caption[:60]!r}")
-    if "image" not in parameters and prompt.image is not None:
-        raise ValueError(f"{name} takes no image, got {prompt.image}")
+    if "image" in needed and image is None:
+        raise ValueError(f"{name} takes an image with each prompt, got none with {caption[:60]!r}")
+    if "image" not in parameters and image is not None:
+        raise ValueError(f"{name} takes no image, got {image}")
+
+
+def _image(pipeline: Any, prompt: Prompt) -> Image.Image | None:
+    check_inputs(pipeline, prompt.image, prompt.caption)
     return None if prompt.image is None else read_image(prompt.image)
 
 

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
+from linvideo.evaluation.sampling import check_inputs
 from linvideo.evaluation.work_folder import WorkFolder, identity
 from linvideo.models import default_fps
 from linvideo.models.generate import generate_video
 from linvideo.models.video_file import check_output, save_video
 from linvideo.training.files import read_json
-from linvideo.training.prompts import some_of
+from linvideo.training.prompts import some_of, warn_of_unknown_words
 from linvideo.workspace import locked
 
+LONGEST_NAME = 220  # bytes; file systems take 255, and a video's name is longer, most of all while it is written
 VIDEOS_PER_PROMPT = 5  # VBench's standard
 # Per cent; arXiv 2510.08318, Wan 1.3B: dense, LinVideo (16 of 30 layers linear), and that distilled to 4 steps.
 PAPER = {
@@ -45,19 +47,24 @@ def prompts_of(full_info: str | Path, dimensions: list[str], most: int | None = 
     Raises:
         ValueError: the file is not VBench's, or a dimension has no prompt in it.
     """
-    entries = read_json(full_info)
-    try:
-        of_prompt: dict[str, set[str]] = {}
-        for entry in entries:
-            of_prompt.setdefault(entry["prompt_en"], set()).update(entry["dimension"])
-    except (TypeError, KeyError):
-        raise ValueError(f"expected a list of prompt_en and dimension in {full_info}, got something else") from None
+    of_prompt: dict[str, set[str]] = {}
+    for entry in _entries(full_info):
+        of_prompt.setdefault(entry["prompt_en"], set()).update(entry["dimension"])
     known = set().union(*of_prompt.values())
     if unknown := sorted(set(dimensions) - known):
         raise ValueError(f"expected dimensions of {', '.join(sorted(known))}, got {', '.join(unknown)}")
     measured = [[prompt for prompt, of in of_prompt.items() if name in of] for name in dimensions]
     chosen = {prompt for prompts in measured for prompt in some_of(prompts, most)}
     return [prompt for prompt in of_prompt if prompt in chosen]
+
+
+def _entries(full_info: str | Path) -> list[dict[str, Any]]:
+    entries = read_json(full_info)
+    for entry in entries if isinstance(entries, list) else [entries]:
+        prompt, of = (entry.get("prompt_en"), entry.get("dimension")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(prompt, str) or not isinstance(of, list) or not all(isinstance(name, str) for name in of):
+            raise ValueError(f"expected a list of prompt_en and dimension in {full_info}, got {str(entry)[:200]}")
+    return entries
 
 
 def generate_videos(
@@ -77,8 +84,15 @@ def generate_videos(
         ValueError: no prompts, sizes that do not fit, or a folder with other work or in use.
         OSError: a video cannot be written; that the one with the longest name can be is tried first.
     """
-    if not prompts or any("/" in prompt for prompt in prompts):
+    if not prompts or any({"/", "\0"} & set(prompt) for prompt in prompts):
         raise ValueError(f"expected at least one prompt, none with a slash (they name files), got {prompts[:3]}")
+    for prompt in prompts:
+        if len(prompt.encode()) > LONGEST_NAME:
+            raise ValueError(
+                f"expected prompts of at most {LONGEST_NAME} bytes (they name files), got {prompt[:100]} ..."
+            )
+    check_inputs(pipeline)
+    warn_of_unknown_words(pipeline.tokenizer, prompts)
     request = {
         "suite": "vbench",
         "prompts": prompts,

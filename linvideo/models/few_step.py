@@ -28,7 +28,7 @@ class FewStepScheduler(FlowMatchEulerDiscreteScheduler):
         expected = f"timesteps must fall from at most {num_train_timesteps} to more than 0"
         timesteps = [float(t) for t in timesteps]
         falls = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
-        if not timesteps or not falls or timesteps[0] > num_train_timesteps or timesteps[-1] <= 0:
+        if not timesteps or not falls or not 0 < timesteps[-1] <= timesteps[0] <= num_train_timesteps:
             raise ValueError(f"{expected}, got {timesteps}")
         super().__init__(num_train_timesteps=num_train_timesteps, stochastic_sampling=True)
         self.register_to_config(timesteps=timesteps)

@@ -76,7 +76,7 @@ def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipelin
     try:
         kind = _pipeline_class(location, kwargs)
         pipeline = kind.from_pretrained(location, use_safetensors=True, **kwargs)
-    except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         # diffusers trusts what it reads: a damaged model_index.json surfaces as any of these
         clear = isinstance(error, OSError | SafetensorError | ValueError) and str(error).strip()
         reason = str(error).strip().splitlines()[0] if clear else repr(error)

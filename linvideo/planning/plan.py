@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from itertools import product
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from linvideo.training.parallel import check_divisible
 from linvideo.training.prompts import check_length
 
 RESERVE = 0.1  # of a GPU's memory, for the CUDA context, libraries, kernels' scratch and fragmentation; a rule of thumb
+MOST_GPUS, LARGEST_BATCH = 100_000, 10**9  # layouts for every divisor are tried
 LORA_RANK = 64  # suggested where nothing else fits
 NODE = 8  # GPUs with fast links between them
 
@@ -47,8 +49,8 @@ def make_plan(
         ValueError: a number out of range, degrees that do not divide, more linear layers asked for than there are, or
             prompts of a length that the model does not take.
     """
-    if gpus < 1:
-        raise ValueError(f"gpus must be at least 1, got {gpus}")
+    if not 1 <= gpus <= MOST_GPUS:
+        raise ValueError(f"gpus must be from 1 to {MOST_GPUS}, got {gpus}")
     for name, value in (("gpu_memory", gpu_memory), ("forward_seconds", forward_seconds)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} must be a positive number, got {value}")
@@ -60,6 +62,8 @@ def make_plan(
     found = measured_here(sizes, config) or read_results(results, sizes)
     measured = found if forward_seconds is None else given
     budget = gpu_memory * 1e9 * (1 - RESERVE)
+    if config.global_batch(gpus) > LARGEST_BATCH:
+        raise ValueError(f"the global batch must be at most {LARGEST_BATCH}, got {config.global_batch(gpus)}")
     data_ranks = gpus // config.parallel.context_degree
     warmup = -(-config.warmup.batch_size // data_ranks)
     configured = Layout(
@@ -178,4 +182,5 @@ def options(layout: Layout) -> list[str]:
 
 
 def divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

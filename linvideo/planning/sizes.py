@@ -24,6 +24,7 @@ UMT5_XXL |= {"feed_forward_proj": "gated-gelu"}
 CLIP_H = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
 CLIP_H |= {"image_size": 224, "patch_size": 14}
 STOCK, IMAGE_TO_VIDEO = "WanTransformer3DModel", "WanImageToVideoPipeline"
+MOST_LAYERS = 1000
 TEXT_TOKENS = 512  # WanPipeline's padding; a tokenizer with a lower limit gives fewer
 
 
@@ -85,11 +86,16 @@ def read_sizes(model: str, video: TrajectoryConfig) -> Sizes:
     """
     model = packaged(HUB.get(model, model))
     try:
-        pipeline = _pipeline(model)
-    except (OSError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        # diffusers trusts what it reads: a damaged config surfaces as any of these
+        return _sizes(model, video)
+    except ValueError:
+        raise
+    except Exception as error:  # diffusers trusts what it reads: a damaged config surfaces as anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"expected {EXPECTED}, cannot build from the configs of {model}: {reason}") from None
+
+
+def _sizes(model: str, video: TrajectoryConfig) -> Sizes:
+    pipeline = _pipeline(model)
     check_images(pipeline, [])  # the pipeline alone
     wan, clip = pipeline.transformer, getattr(pipeline, "image_encoder", None)
     latents, patch = latent_shape(pipeline, video), wan.config.patch_size
@@ -128,6 +134,12 @@ def _pipeline(model: str) -> DiffusionPipeline:
         transformer = WanTransformer3DModel.load_config(model, subfolder="transformer")
         text = UMT5Config.from_pretrained(model, subfolder="text_encoder")
         decoder = AutoencoderKLWan.load_config(model, subfolder="vae")
+        counts = {"transformer": transformer["num_layers"], "text encoder": text.num_layers}
+        counts["VAE's residual block"] = decoder.get("num_res_blocks", 1)
+        for part, count in counts.items():  # each is built, if without weights
+            if not isinstance(count, int) or not 1 <= count <= MOST_LAYERS:
+                expected = f"expected 1 to {MOST_LAYERS} layers of the {part}, got {count!r}"
+                raise ValueError(f"cannot build from the configs of {model}: {expected}")
     else:
         index = {"_class_name": IMAGE_TO_VIDEO if known.get("in_channels", 16) > 16 else "WanPipeline"}
         index["transformer_2"] = [STOCK, STOCK] if model.startswith("wan2.2") else [None, None]

@@ -5,6 +5,7 @@ import codecs
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -20,6 +21,7 @@ from linvideo.training.files import read_cached, write_cached
 from linvideo.training.fingerprint import fingerprint
 
 Item = TypeVar("Item")
+LARGEST_FILE = 100_000_000  # bytes, about a million captions
 
 
 @dataclass
@@ -68,7 +70,10 @@ def read_prompts_with_images(path: str | Path | None = None) -> list[Prompt]:
     """
     source = resources.files("linvideo") / "data" / "captions.txt" if path is None else Path(packaged(str(path)))
     try:
-        content = source.read_bytes()
+        with source.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)  # a device has no end
+        if len(content) > LARGEST_FILE:
+            raise ValueError(f"expected at most {LARGEST_FILE} bytes, got more")
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
             raise ValueError("expected UTF-8, got UTF-16, or no text")
         text = content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
@@ -102,6 +107,15 @@ def spread(length: int, count: int) -> list[int]:
 def some_of(items: Sequence[Item], most: int | None) -> list[Item]:
     """At most so many of the items, from all over the list and in its order; None is all of them."""
     return [items[i] for i in spread(len(items), len(items) if most is None else min(most, len(items)))]
+
+
+def warn_of_unknown_words(tokenizer: Any, captions: Sequence[str]) -> None:
+    """Warn of words that the tokenizer has no tokens for, which a model then reads as nothing in particular."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    words = dict.fromkeys(word for caption in captions for word in caption.split())
+    if unknown is not None and (missing := [word for word in words if unknown in tokenizer(word).input_ids]):
+        shown = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        warnings.warn(f"the model does not know these words of the captions: {shown}", stacklevel=2)
 
 
 def choose_prompts(
@@ -231,6 +245,7 @@ def encode_prompts(
         table = found["table"]
         return PromptEmbeddings(table[:-1], table[-1:], length=length)
 
+    warn_of_unknown_words(pipeline.tokenizer, [*prompts, config.negative_prompt])
     batches = []
     negative = None
     with on_device(device, pipeline.text_encoder), torch.no_grad():

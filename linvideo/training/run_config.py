@@ -1,6 +1,7 @@
 """What every run of training is configured by, whatever it learns; the sections are defined beside their parts."""
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from linvideo.training.trackers import tracker_names
 from linvideo.training.trajectories import TrajectoryConfig
 from linvideo.training.validation import ValidationConfig
 
+LARGEST = 2**63 - 1  # PyTorch's integers
+UNBOUNDED = ("max_grad_norm", "weight_clip")  # infinity leaves these limits out
 MIXED_PRECISION = ("no", "bf16")
 # may change between a run and its continuation
 FREE = (
@@ -106,6 +109,10 @@ class RunConfig:
         for name, _, value in _leaves(self.to_dict(), self.to_dict()):
             if value != value:
                 raise ValueError(f"{name} must be a number, got nan")
+            if isinstance(value, float) and math.isinf(value) and not name.endswith(UNBOUNDED):
+                raise ValueError(f"{name} must be finite, got {value}")
+            if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+                raise ValueError(f"{name} must lie within {LARGEST} of 0, got {value}")
         if not self.output_dir:
             raise ValueError("output_dir must name a folder, got nothing")
         if self.overwrite_output_dir and self.resume_from_checkpoint:

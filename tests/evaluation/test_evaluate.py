@@ -58,7 +58,8 @@ def test_metrics_of_known_videos():
 
 def test_a_pipeline_is_true_to_itself(pipelines, tmp_path):
     _, stock = pipelines
-    (row,) = fidelity.fidelity(stock, stock, ["a cat"], tmp_path / "f", **SIZE)
+    with pytest.warns(UserWarning, match="the student is its own teacher"):
+        (row,) = fidelity.fidelity(stock, stock, ["a cat"], tmp_path / "f", **SIZE)
     assert row["psnr"] == 100 and row["ssim"] == pytest.approx(1)
 
 
@@ -162,9 +163,12 @@ def test_prompts_of_dimensions(full_info, tmp_path):
         ValueError, match="expected dimensions of color, imaging_quality, subject_consistency, got colour"
     ):
         vbench.prompts_of(full_info, ["colour"])
-    (tmp_path / "other.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="expected a list of prompt_en and dimension"):
-        vbench.prompts_of(tmp_path / "other.json", ["color"])
+    entry = {"prompt_en": "a cat", "dimension": ["color"]}
+    others = [None, 5, {"a": 1}, [None], [entry, 3], [entry | {"prompt_en": None}], [entry | {"dimension": None}]]
+    for other in [*others, [entry | {"dimension": "color"}], [entry | {"dimension": [None]}]]:
+        (tmp_path / "other.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match="expected a list of prompt_en and dimension"):
+            vbench.prompts_of(tmp_path / "other.json", ["color"])
     assert set(cli.DIMENSIONS) == set(vbench.PAPER)
 
 
@@ -181,6 +185,8 @@ def test_vbench_videos_are_named_and_continued(pipelines, tmp_path):
     assert (tmp_path / "v" / "videos" / "a cat-0.mp4").stat().st_mtime_ns == first
     with pytest.raises(ValueError, match="none with a slash"):
         list(vbench.generate_videos(linear, ["a/b"], tmp_path / "w", **SIZE))
+    with pytest.raises(ValueError, match="prompts of at most 220 bytes"):
+        list(vbench.generate_videos(linear, ["a" * 300], tmp_path / "w", **SIZE))
 
 
 def test_the_vbench_command(folders, full_info, tmp_path, capsys, monkeypatch):

@@ -59,7 +59,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
         torch.testing.assert_close(sample(rows[order]), together[order])
 
 
-@pytest.mark.parametrize("timesteps", [[], [500, 500], [250, 500], [1001], [500, 0], [10, -1]])
+@pytest.mark.parametrize("timesteps", [[], [500, 500], [250, 500], [1001], [500, 0], [10, -1], [float("nan")]])
 def test_timesteps_have_to_fall(timesteps):
     with pytest.raises(ValueError, match="must fall from at most 1000 to more than 0"):
         FewStepScheduler(timesteps)

@@ -293,10 +293,26 @@ def test_models_that_train_does_not_take(tmp_path, capsys):
 
 
 def test_a_damaged_config(folder, tmp_path, capsys):
-    damaged = shutil.copytree(folder, tmp_path / "damaged") / "transformer" / "config.json"
-    for content in ("{", '{"num_layers": "many"}'):
-        damaged.write_text(content)
-        assert "cannot build from the configs of" in refused(capsys, "--model", tmp_path / "damaged")
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    broken = [("transformer", content) for content in ("{", '{"num_layers": "many"}', "[" * 100_000)]
+    for part, changed in (
+        ("transformer", {"num_layers": -1}),
+        ("transformer", {"num_layers": 10**9}),
+        ("transformer", {"num_attention_heads": 0}),
+        ("transformer", {"attention_head_dim": 3}),
+        ("transformer", {"patch_size": [1]}),
+        ("transformer", {"patch_size": [0, 0, 0]}),
+        ("vae", {"num_res_blocks": 10**9}),
+        ("vae", {"dim_mult": []}),
+        ("vae", {"scale_factor_spatial": 0}),
+        ("text_encoder", {"num_layers": 10**9}),
+    ):
+        broken.append((part, json.dumps(json.loads((folder / part / "config.json").read_text()) | changed)))
+    for part, content in broken:
+        path = damaged / part / "config.json"
+        path.write_text(content)
+        assert "cannot build from the configs of" in refused(capsys, "--model", damaged)
+        shutil.copy(folder / part / "config.json", path)
 
 
 def test_other_commands_still_refuse_unknown_options(capsys):
