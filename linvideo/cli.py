@@ -37,7 +37,9 @@ def demo(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     from linvideo import models
+    from linvideo.workspace import remove_dead
 
+    remove_dead(args.output_dir.resolve().parent)  # a killed call may have left what stood there in a folder next to it
     refuse_existing(args)
     pipeline = load(args)
     if "all" in args.layers and len(args.layers) > 1:

@@ -25,6 +25,7 @@ from linvideo.models import convert, load_pipeline, new_folder
 from linvideo.models.video_file import check_output, save_video
 from linvideo.training import TrainConfig, Trainer, load_config
 from linvideo.training.devices import check_device, device_name
+from linvideo.workspace import remove_dead
 
 WORLD = WORLDS["small"]
 STAGES = ("transfer", "adm", "distill")
@@ -65,6 +66,7 @@ def run_demo(
     output_dir = Path(output_dir)
     if output_dir.is_file():
         raise ValueError(f"expected a folder to write to, got the file {output_dir}")
+    remove_dead(output_dir.resolve().parent)  # a killed call may have moved the folder aside
     if output_dir.exists() and any(output_dir.iterdir()):
         if not overwrite:
             raise ValueError(f"{output_dir} exists; choose another --output_dir or pass --overwrite")

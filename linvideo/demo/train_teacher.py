@@ -242,6 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folder = args.output_dir.resolve()
     state_dir = folder.with_name(folder.name + ".state")
+    remove_dead(folder.parent)  # a killed call may have moved the folder aside
     resumed = args.resume_from_checkpoint and state_dir.exists()  # the folder may be there, but not judged yet
     if folder.exists() and not resumed and not (args.overwrite and (folder / "model_index.json").is_file()):
         parser.error(f"{folder} exists; choose another --output_dir, or --overwrite a pipeline folder")

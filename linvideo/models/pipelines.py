@@ -3,8 +3,6 @@
 import contextlib
 import inspect
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from importlib import resources
@@ -21,8 +19,9 @@ from safetensors import SafetensorError
 from linvideo import _diffusers_hook
 from linvideo.models.attention import FAMILIES
 from linvideo.models.card import Training, write_card
+from linvideo.models.read_back import check_saveable, check_saved
 from linvideo.models.sampling_settings import write_settings
-from linvideo.workspace import use_umask
+from linvideo.workspace import move_into_place, remove_dead, use_umask, workspace
 
 _INDEX = "model_index.json"
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40.0") else "torch_dtype"  # as diffusers calls it
@@ -115,8 +114,9 @@ def save_pipeline(
 ) -> None:
     """Save a pipeline so that `folder` is only ever absent, the old one, or complete.
 
-    It is written to a temporary folder beside the target and then renamed. With `overwrite` the old pipeline is
-    moved away just before that rename, and deleted after it.
+    It is written to a temporary folder next to the target, read back, and then renamed. With `overwrite` the old
+    pipeline is moved away just before that rename, and deleted after it; what a kill in between has moved away is put
+    back by the next call.
 
     Args:
         folder: the target; it may exist if it is empty.
@@ -127,9 +127,14 @@ def save_pipeline(
 
     Raises:
         ValueError: the target is a file, a folder with content and overwrite is False, or one with content that is no
-            pipeline (never replaced). Nothing is changed then.
+            pipeline (never replaced). Or a model that no folder could give back: with LoRA adapters (fuse and unload
+            them first), with weights that are not in memory (offloaded to disk, in shards) or not finite, or with
+            layers of other names than its config makes. Nothing is changed then.
+        OSError: what is read back is not what was written. Nothing is changed then.
     """
+    check_saveable(pipeline)
     target = Path(folder).resolve()
+    remove_dead(target.parent)
     if target.exists() and not target.is_dir():
         raise ValueError(f"expected a folder to save to, got the file {folder}")
     if target.is_dir() and any(target.iterdir()):
@@ -138,45 +143,45 @@ def save_pipeline(
         if not (target / _INDEX).is_file():
             raise ValueError(f"refusing to overwrite {folder}: it has content but no {_INDEX}, so it is no pipeline")
 
-    with new_folder(target) as folder:
+    with new_folder(target, overwrite) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
+        check_saved(pipeline, folder)
         write_settings(pipeline, folder, settings)
         write_card(pipeline, folder, training, kept=target)
 
 
 @contextlib.contextmanager
-def new_folder(target: str | os.PathLike) -> Iterator[Path]:
-    """An empty temporary folder beside `target` to write into; on a clean exit it becomes `target`.
+def new_folder(target: str | os.PathLike, overwrite: bool = True) -> Iterator[Path]:
+    """An empty temporary folder next to `target` to write into; on a clean exit it becomes `target`.
 
     What stood there is moved away just before and deleted just after; if the move fails it is put back. An exception
-    inside leaves the target as it was and nothing else behind.
+    inside leaves the target as it was and nothing else behind. What a kill leaves is put right by
+    `workspace.remove_dead(target.parent)`, which belongs before the caller looks at the target.
+
+    Raises:
+        ValueError: with overwrite False, content has come to the target meanwhile. It stays.
     """
     target = Path(target).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        new, old = workspace / "new", workspace / "old"
+    with workspace(target) as space:
+        new = space / "new"
         new.mkdir()
         yield new
         use_umask(new)
-        if target.exists():
-            os.rename(target, old)
-        try:
-            os.rename(new, target)
-        except OSError:
-            if old.exists():
-                os.rename(old, target)
-            raise
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
+        _sync(new)
+        if overwrite:
+            move_into_place(new, target, space)
+        elif target.is_dir() and any(target.iterdir()):
+            raise ValueError(f"{target} has been written meanwhile, by another process; choose another folder")
+        else:
+            os.rename(new, target)  # fails on a folder with content
 
 
-def remove_unfinished(target: str | os.PathLike) -> None:
-    """Delete what a kill inside of `new_folder(target)` has left beside it: all of what it wrote, and of what stood
-    there."""
-    target = Path(target)
-    for path in target.parent.glob(f".{target.name}.*"):
-        shutil.rmtree(path)
+def _sync(folder: Path) -> None:
+    """Wait until the files are on the disk: else the name could outlive a power cut without the content."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def wan_transformer(pipeline: DiffusionPipeline, component: str = "transformer") -> WanTransformer3DModel:

@@ -42,7 +42,7 @@ from linvideo.training.trajectories import (
     with_flow_shift,
 )
 from linvideo.training.validator import Validator
-from linvideo.workspace import locked
+from linvideo.workspace import locked, remove_dead
 
 MOST_SKIPPED = 0.5  # share of steps without a finite loss and gradient, above which a run is not exported
 ENCODERS = ("text_encoder", "image_encoder", "vae")
@@ -145,7 +145,7 @@ class PipelineRun(ResumableRun):
 
             def enter() -> list[Path]:
                 stack.enter_context(locked(self.output_dir))
-                run_folder.tidy(self.output_dir)
+                remove_dead(self.output_dir)
                 return run_folder.check(self.config)
 
             self.checkpoints = self.ranks.on_first(enter)

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from linvideo.models import load_pipeline
-from linvideo.models.pipelines import remove_unfinished, wan_dtypes
+from linvideo.models.pipelines import wan_dtypes
 from linvideo.training.checkpoint import list_checkpoints, remove_newer
 from linvideo.training.run_config import RunConfig
 from linvideo.training.trackers import WANDB_ID
@@ -54,16 +54,10 @@ def check(config: RunConfig) -> list[Path]:
     return list_checkpoints(folder)[::-1]
 
 
-def tidy(folder: Path) -> None:
-    """Away with what kills have left half-written; for the process that holds the folder's lock."""
-    remove_unfinished(folder / "pipeline")  # exported anew
-    remove_dead(folder)
-
-
 def clear(folder: str | Path) -> None:
     """Delete what a run writes into its folder, and nothing else."""
     folder = Path(folder)
-    tidy(folder)
+    remove_dead(folder)
     remove_newer(folder, -1)
     for path in (folder / name for name in FOLDERS):
         if path.is_symlink():

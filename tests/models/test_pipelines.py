@@ -1,6 +1,11 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +14,7 @@ from diffusers import DiffusionPipeline, WanPipeline
 from safetensors.torch import load_file
 from tiny import generate, tiny_image_pipeline, tiny_pipeline, tiny_transformer
 
+from linvideo.cli import main
 from linvideo.models import LinVideoWanTransformer3DModel, convert, finalize, load_pipeline, save_pipeline
 
 
@@ -189,14 +195,11 @@ def test_interrupted_save_leaves_the_old_pipeline(folder, tmp_path, monkeypatch)
 
 def test_failed_rename_brings_the_old_pipeline_back(converted, folder, tmp_path, monkeypatch):
     copy = damaged_copy(folder, tmp_path)
-    rename = os.rename
 
-    def fail_for_the_new(source, target):
-        if os.path.basename(source) == "new":
-            raise OSError("no rename")
-        rename(source, target)
+    def fail(source, target):
+        raise OSError("no rename")
 
-    monkeypatch.setattr(os, "rename", fail_for_the_new)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="no rename"):
         save_pipeline(converted, copy, overwrite=True)
     assert os.listdir(tmp_path) == ["copy"]
@@ -214,3 +217,159 @@ def test_given_parts_take_the_place_of_the_folders(folder, tmp_path):
     parts = {name: getattr(images, name) for name in ("transformer", "image_encoder", "image_processor")}
     loaded = load_pipeline(tmp_path / "images", **parts)
     assert all(getattr(loaded, name) is part for name, part in parts.items())
+
+
+def with_lora(pipeline, component):
+    from peft import LoraConfig
+
+    getattr(pipeline, component).add_adapter(LoraConfig(target_modules=["to_q", "q"], init_lora_weights=False))
+
+
+def fused(pipeline):
+    with_lora(pipeline, "transformer")
+    pipeline.fuse_lora()
+
+
+def on_disk(pipeline, kind):
+    from accelerate import cpu_offload, disk_offload
+
+    device, folder = torch.device("cpu"), tempfile.mkdtemp()
+    if kind == "group":
+        options = {"onload_device": device, "offload_device": device, "offload_type": "leaf_level"}
+        pipeline.transformer.enable_group_offload(**options, offload_to_disk_path=folder)
+    elif kind == "disk":
+        disk_offload(pipeline.transformer, folder, execution_device=device)
+    else:
+        cpu_offload(pipeline.text_encoder, execution_device=device)
+
+
+def with_nan(pipeline):
+    with torch.no_grad():
+        pipeline.transformer.blocks[1].attn1.to_k.weight[3, 4] = float("nan")
+
+
+def with_compiled_block(pipeline):
+    pipeline.transformer.blocks[1] = torch.compile(pipeline.transformer.blocks[1], backend="eager")
+
+
+def with_foreign_part(pipeline):
+    pipeline.vae = torch.nn.Linear(2, 2)
+
+
+SPOILED = {
+    "LoRA": (lambda pipeline: with_lora(pipeline, "transformer"), "transformer has LoRA .* fuse and unload them first"),
+    "LoRA of the text": (lambda pipeline: with_lora(pipeline, "text_encoder"), "text_encoder has LoRA .* unload them"),
+    "fused LoRA": (fused, "transformer has LoRA .* fuse and unload them first"),
+    "group offload to disk": (
+        lambda pipeline: on_disk(pipeline, "group"),
+        "transformer is under group offload",
+    ),
+    "disk offload": (lambda pipeline: on_disk(pipeline, "disk"), "transformer has weights that are not in memory"),
+    "sequential offload": (
+        lambda pipeline: on_disk(pipeline, "cpu"),
+        "text_encoder has .* not in memory",
+    ),
+    "NaN": (with_nan, "transformer holds values that are not finite, in blocks.1.attn1.to_k.weight"),
+    "compiled block": (with_compiled_block, "loading asks for blocks.1.*the model has none"),
+    "foreign part": (with_foreign_part, "leaves out vae, a Linear"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_what_no_folder_could_give_back_is_refused_and_replaces_nothing(name, folder, tmp_path):
+    copy, (spoil, message) = damaged_copy(folder, tmp_path), SPOILED[name]
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    pipeline = load_pipeline(copy)
+    spoil(pipeline)
+    with pytest.raises(ValueError, match=message) as error:
+        save_pipeline(pipeline, copy, overwrite=True)
+    assert "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    assert os.listdir(tmp_path) == ["copy"]
+
+
+def test_fused_and_unloaded_adapters_and_offloading_in_memory_are_saved(folder, tmp_path):
+    pipeline = load_pipeline(folder)
+    fused(pipeline)
+    pipeline.unload_lora_weights()
+    device = torch.device("cpu")
+    pipeline.transformer.enable_group_offload(onload_device=device, offload_device=device, offload_type="leaf_level")
+    save_pipeline(pipeline, tmp_path / "fused")
+    loaded = load_pipeline(tmp_path / "fused").transformer
+    weight = loaded.blocks[0].attn1.to_q.weight
+    assert torch.equal(weight, pipeline.transformer.blocks[0].attn1.to_q.weight)
+    assert not torch.equal(weight, load_pipeline(folder).transformer.blocks[0].attn1.to_q.weight)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_bit,
+        lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.unlink(),
+    ],
+)
+def test_what_is_read_back_must_be_what_was_written(part, damage, folder, tmp_path, monkeypatch):
+    copy = damaged_copy(folder, tmp_path)
+    pipeline = load_pipeline(copy)
+    model = getattr(pipeline, part)
+    save = model.save_pretrained
+
+    def save_and_damage(path, **kwargs):
+        save(path, **kwargs)
+        damage(next(Path(path).glob("*.safetensors")))
+
+    monkeypatch.setattr(model, "save_pretrained", save_and_damage)
+    with pytest.raises((OSError, ValueError)):
+        save_pipeline(pipeline, copy, overwrite=True)
+    assert os.listdir(tmp_path) == ["copy"]
+    load_pipeline(copy)
+
+
+def test_what_comes_to_the_target_meanwhile_stays(converted, tmp_path, monkeypatch):
+    target, save = tmp_path / "pipeline", converted.vae.save_pretrained
+
+    def another_writes(*args, **kwargs):
+        target.mkdir()
+        (target / "theirs").write_text("keep")
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(converted.vae, "save_pretrained", another_writes)
+    with pytest.raises(ValueError, match="written meanwhile"):
+        save_pipeline(converted, target)
+    assert [path.name for path in tmp_path.rglob("*")] == ["pipeline", "theirs"]
+
+
+KILLED = """
+import os, signal, sys
+from linvideo.cli import main
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+main(["convert", "--model", sys.argv[1], "--output_dir", sys.argv[1], "--overwrite"])
+"""
+
+
+def test_a_killed_overwrite_is_put_right_by_the_next_call(tmp_path, capsys):
+    target = tmp_path / "pipeline"
+    save_pipeline(tiny_pipeline(), target)
+    for name in (".pipeline.mybackup", ".tmp-mine-pipeline", ".tmp-0123456789abcdef-pipeline"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes").write_text("keep")
+    users = {"pipeline", *os.listdir(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(target)], env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL and not target.exists()
+    convert_again = ["convert", "--model", str(target), "--output_dir", str(target)]
+    assert main(convert_again) == 2  # the old pipeline is back, and stays without --overwrite
+    assert "exists" in capsys.readouterr().err
+    assert type(load_pipeline(target).transformer).__name__ == "WanTransformer3DModel"
+    assert main([*convert_again, "--overwrite"]) == 0
+    assert type(load_pipeline(target).transformer) is LinVideoWanTransformer3DModel
+    assert set(os.listdir(tmp_path)) == users

@@ -21,7 +21,7 @@ from linvideo.training import Trainer, metrics, pipeline_run, read_metrics
 from linvideo.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from linvideo.training.parallel import Ranks
 from linvideo.training.resumable import ResumableRun, TrainingStopped
-from linvideo.workspace import locked, workspace
+from linvideo.workspace import LOCK, TEMPORARY, locked, workspace
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,10 @@ def test_killed_while_the_prompts_are_written(resume, tmp_path, uninterrupted):
 def test_killed_while_the_pipeline_is_written(tmp_path, uninterrupted):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
-    (folder / ".pipeline.killed" / "new").mkdir(parents=True)
-    os.rename(folder / "pipeline", folder / ".pipeline.killed" / "old")
+    killed = folder / f"{TEMPORARY}0123456789abcdef-pipeline"
+    (killed / "new").mkdir(parents=True)
+    (killed / LOCK).touch()
+    os.rename(folder / "pipeline", killed / "old")
     run(folder, resume_from_checkpoint="latest")
     assert_same_run(folder, uninterrupted)
     assert not list(folder.glob(".*"))
