@@ -22,7 +22,7 @@ from linvideo.evaluation.work_folder import WorkFolder
 from linvideo.models import attention_types, convert, wan_transformer
 from linvideo.training.branches import feature_weights
 from linvideo.training.devices import device_name
-from linvideo.training.files import read_json, write_json, write_safetensors
+from linvideo.training.files import read_cached, read_json, write_cached, write_json
 from linvideo.training.fingerprint import fingerprint
 from linvideo.training.flow import predict_velocity
 from linvideo.training.forward_times import remember
@@ -37,7 +37,7 @@ from linvideo.training.warmup import WarmupConfig, attention_output_errors, fit_
 from linvideo.workspace import locked
 
 SUITE = "analyze"  # in request.json
-FILES = ("rows.json", "analysis.json", "report.html", FEATURE_MAPS, PROMPT_CACHE, IMAGE_CACHE)
+FILES = ("rows.json", "checksums.json", "analysis.json", "report.html", FEATURE_MAPS, PROMPT_CACHE, IMAGE_CACHE)
 ALL_SETS = 12  # up to so many layers every n is measured
 TIMED_SECONDS = 1.0  # of repetitions of one forward
 
@@ -124,7 +124,7 @@ def analyze(
             changed; its encoders are in CPU memory afterwards. What set_attention_backend chose for it holds for its
             softmax layers.
         output_dir: gets analysis.json and feature_maps.safetensors, the fitted maps of all layers, and what is needed
-            to continue: request.json, rows.json, prompt embeddings, image conditions and trajectories/.
+            to continue: request.json, rows.json, checksums.json, prompt embeddings, image conditions and trajectories/.
         trajectories: how the teacher is sampled.
         warmup: the fit; sensitivity: the states errors are measured on. None is their defaults.
         timed_size: height, width, num_frames of the video that is timed; None is the trajectories'.
@@ -176,13 +176,13 @@ def analyze(
             return (draw(range(start, min(start + size, count)), "held") for start in range(0, count, size))
 
         maps = work.path / FEATURE_MAPS
-        if maps.exists():
+        if read_cached(maps, SUITE) is not None:
             load_feature_maps(student, maps)
         else:
             steps = tqdm(range(warmup.max_train_steps), desc="warm-up", disable=not progress)
             batches = (draw(range(warmup.batch_size), "warmup", step) for step in steps)
             fit_feature_maps(student, batches, warmup.learning_rate)
-            write_safetensors(maps, feature_weights(student))
+            write_cached(maps, feature_weights(student), SUITE)
 
         shape = latent_shape(pipeline, _sized(trajectories, size))
         measured = _Measurements(work, base, student, states, _forward_inputs(base, prompts, shape))
@@ -352,7 +352,8 @@ def _sized(trajectories: TrajectoryConfig, size: tuple[int, int, int]) -> Trajec
 def _start_anew(folder: Path, request: dict[str, Any]) -> None:
     """Delete what an analysis has written into `folder`, if it is the folder of one."""
     asked = folder / "request.json"
-    if not asked.is_file() or read_json(asked).get("suite") != SUITE:
+    stored = read_json(asked) if asked.is_file() else None
+    if not isinstance(stored, dict) or stored.get("suite") != SUITE:
         return
     for name in FILES:
         (folder / name).unlink(missing_ok=True)

@@ -1,4 +1,5 @@
-"""A folder of long work that can be continued: what was asked for in request.json, the finished pieces in rows.json.
+"""A folder of long work that can be continued: what was asked for in request.json, the finished pieces in rows.json,
+and the rows' checksums in checksums.json. A row that is deleted by hand is made anew.
 
 The process that works there holds the folder's lock (`locked`) meanwhile.
 """
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from linvideo.training.files import read_json, write_json
+from linvideo.training.files import json_checksum, read_json, write_json
 from linvideo.training.fingerprint import fingerprint
 from linvideo.workspace import LOCK, TEMPORARY, remove_dead
 
@@ -17,15 +18,17 @@ class WorkFolder:
     """Opens, or starts, `folder` for exactly this `request` (a JSON dict).
 
     Raises:
-        ValueError: the folder holds something else, or work on another request.
+        ValueError: the folder holds something else, work on another request, or rows that are damaged.
     """
 
     def __init__(self, folder: str | Path, request: dict[str, Any]):
         self.path = Path(folder)
         remove_dead(self.path)  # a kill in the first write has left nothing else
         there = self.path / "request.json"
-        if there.exists():
+        if there.is_file():
             stored = read_json(there)
+            if not isinstance(stored, dict):
+                raise ValueError(f"expected an object in {there}, got {type(stored).__name__}")
             keys = sorted(key for key in {**stored, **request} if stored.get(key) != request.get(key))
             if keys:
                 got = ", ".join(f"{key} {stored.get(key)!r}, asked for {request.get(key)!r}" for key in keys)
@@ -34,12 +37,28 @@ class WorkFolder:
             raise ValueError(f"{self.path} is not empty and holds no work to continue; choose another folder")
         else:
             write_json(there, request)
-        rows = self.path / "rows.json"
-        self.rows: list[dict] = read_json(rows) if rows.exists() else []
+        self.rows: list[dict] = self._read_rows()
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
+        # first: of a row that a kill keeps from being written, the checksum does no harm
+        write_json(self.path / "checksums.json", [json_checksum(row) for row in self.rows])
         write_json(self.path / "rows.json", self.rows)
+
+    def _read_rows(self) -> list[dict]:
+        file, checksums = self.path / "rows.json", self.path / "checksums.json"
+        rows = read_json(file) if file.is_file() else []
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"expected a list of objects in {file}")
+        if checksums.is_file():  # folders of earlier versions have none
+            known = read_json(checksums)
+            for number, row in enumerate(rows, 1):
+                if not isinstance(known, list) or json_checksum(row) not in known:
+                    raise ValueError(
+                        f"row {number} of {file} is not what was written, by {checksums}; delete the row to make it"
+                        " anew, or that file if you have edited the row yourself"
+                    )
+        return rows
 
 
 def identity(pipeline: Any) -> dict[str, str]:

@@ -255,6 +255,10 @@ def test_what_is_there_stays_unless_it_is_an_analysis_to_overwrite(analysis, fol
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="another request"):
             run(other, overwrite=overwrite)
+        (other / "request.json").write_text("[1]")
+        with pytest.raises(ValueError, match="expected an object in"):
+            run(other, overwrite=overwrite)
+        (other / "request.json").write_text('{"suite": "fidelity"}')
     assert (other / "trajectories").exists()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="seed 0, asked for 1"):

@@ -126,6 +126,31 @@ def test_one_evaluation_at_a_time(pipelines, tmp_path):
             analyze(stock, ["a"], tmp_path, **options, overwrite=True)
 
 
+def test_rows_that_are_not_what_was_written_are_refused(tmp_path):
+    work, rows = WorkFolder(tmp_path, {"a": 1}), [{"psnr": 20.5}, {"psnr": 31.0}]
+    for row in rows:
+        work.add(row)
+    assert WorkFolder(tmp_path, {"a": 1}).rows == rows
+    file = tmp_path / "rows.json"
+    text = file.read_text()
+    for damaged, words in (
+        (text.replace("31", "30"), "row 2 of .*rows.json is not what was written"),
+        ("5", "expected a list"),
+        ("[" * 100_000, "nested too deeply"),
+    ):
+        file.write_text(damaged)
+        with pytest.raises(ValueError, match=words):
+            WorkFolder(tmp_path, {"a": 1})
+    file.write_text(json.dumps(rows[1:]))  # deleted by hand, to be made anew
+    assert WorkFolder(tmp_path, {"a": 1}).rows == rows[1:]
+    (tmp_path / "checksums.json").unlink()  # as earlier versions left it
+    file.write_text('[{"psnr": 1.0}]')
+    assert WorkFolder(tmp_path, {"a": 1}).rows == [{"psnr": 1.0}]
+    (tmp_path / "request.json").write_text("[1]")
+    with pytest.raises(ValueError, match="expected an object in .*request.json, got list"):
+        WorkFolder(tmp_path, {"a": 1})
+
+
 def test_the_fidelity_command(folders, tmp_path, capsys):
     command = [
         "evaluate",
