@@ -176,13 +176,13 @@ def analyze(
             return (draw(range(start, min(start + size, count)), "held") for start in range(0, count, size))
 
         maps = work.path / FEATURE_MAPS
-        if read_cached(maps, SUITE) is not None:
+        if read_cached(maps, "maps") is not None:
             load_feature_maps(student, maps)
         else:
             steps = tqdm(range(warmup.max_train_steps), desc="warm-up", disable=not progress)
             batches = (draw(range(warmup.batch_size), "warmup", step) for step in steps)
             fit_feature_maps(student, batches, warmup.learning_rate)
-            write_cached(maps, feature_weights(student), SUITE)
+            write_cached(maps, feature_weights(student), "maps")
 
         shape = latent_shape(pipeline, _sized(trajectories, size))
         measured = _Measurements(work, base, student, states, _forward_inputs(base, prompts, shape))

@@ -115,15 +115,29 @@ def read_cached(path: str | Path, key: str) -> dict[str, torch.Tensor] | None:
     if not Path(path).is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            found, _, checksum = (file.metadata() or {}).get("key", "").partition(" ")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if not found or checksum not in ("", _tensors_checksum(tensors)):
-            raise ValueError("it has another checksum than when it was written")
-    except (OSError, SafetensorError, ValueError) as error:
-        print(f"{path} is damaged and is made anew: {error}", file=sys.stderr)
+        found, tensors = read_safetensors(path)
+    except ValueError as error:
+        print(f"{error}; it is made anew", file=sys.stderr)
         return None
     return tensors if found == key else None
+
+
+def read_safetensors(path: str | Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """The key and the tensors that `write_cached` has written, or "" and those of any other safetensors file.
+
+    Raises:
+        ValueError: it cannot be read, or is not what was written.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    key, _, checksum = metadata.get("key", "").partition(" ")
+    if checksum not in ("", _tensors_checksum(tensors)):
+        raise ValueError(f"{path} is damaged: it has another checksum than when it was written")
+    return key, tensors
 
 
 def _tensors_checksum(tensors: dict[str, torch.Tensor]) -> str:

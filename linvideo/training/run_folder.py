@@ -44,11 +44,13 @@ def check(config: RunConfig) -> list[Path]:
             raise ValueError(f"refusing to overwrite {folder}: it is not empty and holds no training run")
         return []
     if resume != "latest":
-        if not (Path(resume) / "state.json").is_file():
+        path = Path(resume).resolve()  # a link to a checkpoint of this run is that checkpoint
+        if not (path / "state.json").is_file():
             raise ValueError(f"resume_from_checkpoint must be latest or a checkpoint folder, got {resume}")
-        if Path(resume).resolve().parent != folder.resolve():
-            raise ValueError(f"resume_from_checkpoint must be a checkpoint in output_dir {folder}, got {resume}")
-        return [Path(resume)]
+        if path not in list_checkpoints(folder.resolve()):
+            where = f"{resume}, a link to {path}" if path != Path(resume).absolute() else resume
+            raise ValueError(f"resume_from_checkpoint must be a folder checkpoint-STEP in {folder}, got {where}")
+        return [path]
     if content and not {"config.yaml", "trajectories"} & set(content):
         raise ValueError(f"output_dir {folder} holds no training run to continue")
     return list_checkpoints(folder)[::-1]

@@ -9,6 +9,7 @@ alpha annealed from 20 to 2. At the end the layers with the smallest r, as many 
 as in the paper, those with r < 0.5.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -169,7 +170,13 @@ def _norm(gradients: Sequence[torch.Tensor]) -> float:
 
 
 def lowest(values: dict[int, float], count: int) -> list[int]:
-    """The `count` layers with the smallest value, sorted; ties go to the earlier layer."""
+    """The `count` layers with the smallest value, sorted; ties go to the earlier layer.
+
+    Raises:
+        ValueError: a value is NaN, which has no place in an order.
+    """
+    if unknown := [layer for layer, value in values.items() if math.isnan(value)]:
+        raise ValueError(f"cannot choose layers: the values of layers {unknown} are NaN")
     return sorted(sorted(values, key=lambda layer: (values[layer], layer))[:count])
 
 

@@ -14,7 +14,7 @@ from linvideo.training import run_folder
 from linvideo.training.branches import feature_weights, gates
 from linvideo.training.config import TrainConfig
 from linvideo.training.experts import Expert, choose_expert
-from linvideo.training.files import write_json, write_safetensors
+from linvideo.training.files import write_cached, write_json
 from linvideo.training.objectives import ObjectiveConfig
 from linvideo.training.optimizer import StudentOptimizer, clip_gradients, fill_state
 from linvideo.training.pipeline_run import PipelineRun
@@ -128,7 +128,7 @@ class Trainer(PipelineRun):
                 optimizer.zero_grad()
                 self._report(loss=error)
         path = self.output_dir / run_folder.FEATURE_MAPS
-        self.ranks.on_first(lambda: write_safetensors(path, weights))
+        self.ranks.on_first(lambda: write_cached(path, weights, "maps"))
 
     def _sensitivity(self) -> None:
         if self.config.sensitivity.num_states:

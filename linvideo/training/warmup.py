@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from linvideo.models import attention_types
 from linvideo.training.branches import feature_weights, linear_branches
+from linvideo.training.files import read_safetensors
 from linvideo.training.flow import predict_velocity
 from linvideo.training.parallel import Ranks
 from linvideo.training.store import StateBatch
@@ -108,13 +107,10 @@ def load_feature_maps(model: torch.nn.Module, path: str | Path) -> torch.nn.Modu
     feature_maps.safetensors.
 
     Raises:
-        ValueError: the file is not there or has none for a layer that is linear here, or one of another shape, or one
-            that is not finite.
+        ValueError: the file is not there or damaged, or has none for a layer that is linear here, or one of another
+            shape, or one that is not finite.
     """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read feature maps from {path}: {error}") from None
+    _, tensors = read_safetensors(path)
     with torch.no_grad():
         for name, weight in feature_weights(model).items():
             if name not in tensors:

@@ -19,8 +19,9 @@ from test_resume import assert_same_run
 from test_validation import assert_same_validation
 from tiny_run import ENVIRONMENT, ROOT
 
-from linvideo.training import Trainer, run_folder
+from linvideo.training import Trainer
 from linvideo.training.checkpoint import Checkpoint, list_checkpoints
+from linvideo.workspace import remove_dead
 
 # a checkpoint after every step, so that much of the time goes into writing them
 SETTINGS = {"checkpointing_steps": 1, "validation": {"steps": 4, "num_videos": 1, "num_inference_steps": 1}}
@@ -78,7 +79,7 @@ class Safe:
     @classmethod
     def of(cls, folder: Path, limit: int | None) -> "Safe":
         """Raises ValueError when a checkpoint that is to be kept is not whole."""
-        run_folder.tidy(folder)  # what continuing does first
+        remove_dead(folder)  # what continuing does first
         kept = list_checkpoints(folder)[-(limit or 0) :]  # an older one may be half deleted
         checkpoints = [Checkpoint(path) for path in kept]
         shards = {path.name for path in (folder / "trajectories").glob("shard-*.json")}

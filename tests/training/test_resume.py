@@ -99,8 +99,9 @@ def test_resume_takes_the_run_back_to_a_named_checkpoint(tmp_path, uninterrupted
     shutil.copytree(uninterrupted, folder)
     checkpoint = folder / "checkpoint-8"  # in the middle of selection
     assert load_checkpoint(checkpoint)[1]["stage"] == "selection"
-    with_relative_path = {"resume_from_checkpoint": os.path.relpath(checkpoint), "checkpoints_total_limit": 2}
-    run(folder, **with_relative_path)
+    link = folder / "best"
+    link.symlink_to(checkpoint.name)
+    run(folder, resume_from_checkpoint=os.path.relpath(link), checkpoints_total_limit=2)
     assert_same_run(folder, uninterrupted)
 
 
@@ -117,10 +118,13 @@ def test_resume_refuses_the_checkpoint_of_another_run(tmp_path, uninterrupted):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
     metrics = (folder / "metrics.jsonl").read_bytes()
-    other = uninterrupted / "checkpoint-8"
-    with pytest.raises(ValueError) as error:
-        run(folder, resume_from_checkpoint=str(other))
-    assert str(error.value) == f"resume_from_checkpoint must be a checkpoint in output_dir {folder}, got {other}"
+    other, renamed, link = uninterrupted / "checkpoint-8", folder / "step-final", tmp_path / "link"
+    shutil.copytree(folder / "checkpoint-8", renamed)
+    link.symlink_to(other)
+    for path, got in ((other, other), (renamed, renamed), (link, f"{link}, a link to {other}")):
+        with pytest.raises(ValueError) as error:
+            run(folder, resume_from_checkpoint=str(path))
+        assert str(error.value) == f"resume_from_checkpoint must be a folder checkpoint-STEP in {folder}, got {got}"
     assert (folder / "metrics.jsonl").read_bytes() == metrics
 
 

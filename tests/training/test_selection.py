@@ -83,6 +83,11 @@ def test_lowest_meets_the_target_whatever_r_is(target):
         assert max(r[i] for i in chosen) <= min(r[i] for i in r if i not in chosen)
 
 
+def test_nan_has_no_place_in_an_order():
+    with pytest.raises(ValueError, match=r"values of layers \[1\] are NaN"):
+        lowest({3: 0.5, 1: float("nan"), 0: 0.7}, 2)
+
+
 def test_ties_go_to_the_earlier_layer():
     assert lowest({3: 0.5, 1: 0.5, 2: 0.5, 0: 0.7}, 2) == round_r({2: 0.5, 3: 0.5, 1: 0.5}, 2) == [1, 2]
     r = initial_r({2: 1.0, 1: 1.0, 0: 2.0})

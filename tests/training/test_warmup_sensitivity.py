@@ -6,6 +6,7 @@ from tiny import tiny_inputs, tiny_transformer
 from linvideo.models import attention_types, convert
 from linvideo.training.branches import feature_weights, linear_branches
 from linvideo.training.conditions import Conditions
+from linvideo.training.files import write_cached
 from linvideo.training.flow import predict_velocity
 from linvideo.training.sensitivity import layer_sensitivity, velocity_error
 from linvideo.training.store import StateBatch
@@ -107,7 +108,7 @@ def test_feature_maps_without_weights_have_nothing_to_warm_up(teacher):
 
 
 def test_load_feature_maps_refuses_other_files(teacher, tmp_path):
-    with pytest.raises(ValueError, match="cannot read feature maps"):
+    with pytest.raises(ValueError, match=r"cannot read .*missing\.safetensors"):
         load_feature_maps(convert(teacher), tmp_path / "missing.safetensors")
     weights = {name: x.detach().clone() for name, x in feature_weights(convert(teacher)).items()}
     name = next(iter(weights))
@@ -118,6 +119,14 @@ def test_load_feature_maps_refuses_other_files(teacher, tmp_path):
         save_file(weights | {name: change.contiguous()}, tmp_path / "feature_maps.safetensors")
         with pytest.raises(ValueError, match=message):
             load_feature_maps(convert(teacher), tmp_path / "feature_maps.safetensors")
+    file = tmp_path / "maps.safetensors"
+    write_cached(file, weights, "maps")
+    load_feature_maps(convert(teacher), file)
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1  # of a weight, which stays finite
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="maps.safetensors is damaged"):
+        load_feature_maps(convert(teacher), file)
 
 
 def test_sensitivities_that_are_not_finite_choose_no_layers(teacher):
