@@ -1,0 +1,95 @@
+"""A linvideo command in a forked child: imports are paid once, and the child can be killed, watched and limited."""
+
+import os
+import resource
+import shlex
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TRACEBACK, KILLED, HANG = 70, 99, -1  # exit statuses of our own
+
+
+@dataclass
+class Child:
+    """Starts `words` of the command line in the folder `place`.
+
+    Args:
+        prepare: is called in the child first, say to patch something there.
+        limit: seconds after which the child is killed; its status is HANG then.
+        memory: bytes of address space beyond those of this process, 0 for no limit.
+    """
+
+    words: list[str]
+    place: Path
+    prepare: Callable[[], None] = lambda: None
+    limit: float = 300.0
+    memory: int = 0
+    status: int | None = field(default=None, init=False)
+    said: str = field(default="", init=False)
+
+    def __post_init__(self):
+        self.output = self.place.parent / f"said-{time.monotonic_ns()}.txt"
+        sys.stdout.flush()
+        self.started = time.monotonic()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os._exit(self._run())
+
+    def _run(self) -> int:
+        status = TRACEBACK
+        try:
+            os.setsid()  # so that an encoder that it has started can be ended with it
+            for number in (1, 2):
+                os.dup2(os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+            os.chdir(self.place)
+            if self.memory:
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + self.memory,) * 2)
+            self.prepare()
+            from linvideo import cli
+
+            status = cli.main(self.words)
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return status
+
+    def wait(self) -> "Child":
+        while (found := os.waitpid(self.pid, os.WNOHANG))[0] == 0:
+            if time.monotonic() - self.started > self.limit:
+                os.killpg(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                break
+            time.sleep(0.005)
+        self.seconds = time.monotonic() - self.started
+        self.status = HANG if found[0] == 0 else os.waitstatus_to_exitcode(found[1])
+        self.said = self.output.read_text(errors="replace") if self.output.exists() else ""
+        self.output.unlink(missing_ok=True)
+        return self
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines of a refusal."""
+        return [line for line in self.said.splitlines() if "error: " in line]
+
+    @property
+    def refused(self) -> bool:
+        """Status 2 with one line that says why."""
+        return self.status == 2 and len(self.errors) == 1 and "Traceback" not in self.said
+
+    def __str__(self) -> str:
+        """What to type to see it, and how it ended."""
+        last = next((line for line in reversed(self.said.splitlines()) if line.strip()), "")
+        return f"linvideo {shlex.join(self.words)[-300:]}\n    status {self.status}: {last[:300]}"
+
+
+def run(words: list[str], place: Path, **options) -> Child:
+    return Child(words, place, **options).wait()
