@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -116,6 +117,21 @@ def warn_of_unknown_words(tokenizer: Any, captions: Sequence[str]) -> None:
     if unknown is not None and (missing := [word for word in words if unknown in tokenizer(word).input_ids]):
         shown = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         warnings.warn(f"the model does not know these words of the captions: {shown}", stacklevel=2)
+
+
+@contextmanager
+def unchanged(tokenizer: Any) -> Iterator[None]:
+    """The tokenizer is afterwards as it was: one of the tokenizers library keeps how its last call padded and cut, and
+    saves it, so that a pipeline exported by a run that found its embeddings in the cache would be another."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    before = None if backend is None else (backend.padding, backend.truncation)
+    try:
+        yield
+    finally:
+        if before is not None:
+            padding, truncation = before
+            backend.no_padding() if padding is None else backend.enable_padding(**padding)
+            backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
 
 
 def choose_prompts(
@@ -245,10 +261,10 @@ def encode_prompts(
         table = found["table"]
         return PromptEmbeddings(table[:-1], table[-1:], length=length)
 
-    warn_of_unknown_words(pipeline.tokenizer, [*prompts, config.negative_prompt])
     batches = []
     negative = None
-    with on_device(device, pipeline.text_encoder), torch.no_grad():
+    with unchanged(pipeline.tokenizer), on_device(device, pipeline.text_encoder), torch.no_grad():
+        warn_of_unknown_words(pipeline.tokenizer, [*prompts, config.negative_prompt])
         for start in range(0, len(prompts), config.encode_batch_size):
             embeds, negatives = pipeline.encode_prompt(
                 prompt=prompts[start : start + config.encode_batch_size],

@@ -121,6 +121,16 @@ def test_cache_is_used_only_for_the_same_request(pipeline, tmp_path, monkeypatch
     assert "table" in load_file(cache)
 
 
+def test_the_tokenizer_stays_as_it_was(pipeline):
+    """Else a run that finds its embeddings in the cache would export another one."""
+    backend = pipeline.tokenizer.backend_tokenizer
+    for change in (lambda: None, lambda: (backend.enable_padding(length=7), backend.enable_truncation(7))):
+        change()
+        before = backend.to_str()
+        encode_prompts(pipeline, PROMPTS)
+        assert backend.to_str() == before
+
+
 def test_embeddings_of_other_shapes_are_refused():
     with pytest.raises(ValueError, match=r"\[P, L, E\]"):
         PromptEmbeddings(torch.zeros(3, 4, 5), torch.zeros(2, 4, 5))
