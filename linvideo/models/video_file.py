@@ -1,13 +1,15 @@
 """Writing mp4 files that are whole or not there."""
 
+import errno
 import os
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+
+from linvideo.workspace import remove_dead, workspace
 
 
 def save_video(frames: np.ndarray | Sequence, output: str | Path, fps: int, crf: int = 25) -> None:
@@ -43,12 +45,14 @@ def check_output(output: str | Path, fps: int = 16) -> None:
 
 @contextmanager
 def _temporary(output: Path, parent: Path) -> Iterator[Path]:
-    """A name to write to in a temporary folder in `parent`; on any system error the message names `output`."""
+    """A name to write to in a temporary folder in `parent`, where those of killed processes are deleted; on any system
+    error the message names `output`."""
     try:
-        if not parent.exists():
-            parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".linvideo-", dir=parent) as folder:
-            yield Path(folder) / output.name
+        if parent.exists() and not parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        remove_dead(parent)
+        with workspace(parent / "video") as space:  # a short name: that of the output may be as long as one can be
+            yield space / output.name
     except OSError as error:
         raise OSError(f"cannot write the video {output}: {error.strerror or error}") from error
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from linvideo.models.video_file import check_output, save_video
+from linvideo.workspace import LOCK
 
 imageio = pytest.importorskip("imageio")
 
@@ -99,3 +100,14 @@ def test_the_place_is_tried_before(tmp_path):
         with pytest.raises(OSError, match=f"cannot write the video {path}: "):
             check_output(path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("write", [check_output, lambda path: save_video(noise(3, 32, 32, 3), path, 16)])
+def test_what_a_kill_has_left_is_deleted(tmp_path, write):
+    dead, mine = tmp_path / ".tmp-0123456789abcdef-video", tmp_path / ".tmp-mine"
+    for folder in (dead, mine):
+        folder.mkdir()
+        (folder / "v.mp4").write_text("half")
+    (dead / LOCK).touch()
+    write(tmp_path / f"{'v' * 250}.mp4")
+    assert mine.is_dir() and not dead.exists()
