@@ -63,14 +63,15 @@ class Child:
         return status
 
     def wait(self) -> "Child":
-        while (found := os.waitpid(self.pid, os.WNOHANG))[0] == 0:
+        while (found := os.wait4(self.pid, os.WNOHANG))[0] == 0:
             if time.monotonic() - self.started > self.limit:
                 os.killpg(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
+                found = os.wait4(self.pid, 0)
+                self.status = HANG
                 break
             time.sleep(0.005)
-        self.seconds = time.monotonic() - self.started
-        self.status = HANG if found[0] == 0 else os.waitstatus_to_exitcode(found[1])
+        self.seconds, self.busy = time.monotonic() - self.started, found[2].ru_utime + found[2].ru_stime
+        self.status = os.waitstatus_to_exitcode(found[1]) if self.status is None else self.status
         self.said = self.output.read_text(errors="replace") if self.output.exists() else ""
         self.output.unlink(missing_ok=True)
         return self
@@ -89,7 +90,3 @@ class Child:
         """What to type to see it, and how it ended."""
         last = next((line for line in reversed(self.said.splitlines()) if line.strip()), "")
         return f"linvideo {shlex.join(self.words)[-300:]}\n    status {self.status}: {last[:300]}"
-
-
-def run(words: list[str], place: Path, **options) -> Child:
-    return Child(words, place, **options).wait()

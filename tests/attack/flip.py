@@ -1,4 +1,4 @@
-"""Damages files of interrupted work, one at a time, and continues it: the damage is refused, mended or without effect."""
+"""Damages files of interrupted work, one by one, and continues it: damage is refused, mended or without effect."""
 
 import random
 import re

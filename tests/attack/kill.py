@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.attack.child import KILLED, Child
+from tests.attack.child import HANG, KILLED, Child
 from tests.attack.subjects import Bench, Subject, difference, succeed
 
 # what changes something in a folder -> where its paths are, and their descriptor's folders
@@ -90,8 +90,13 @@ def finish(bench: Bench, subject: Subject) -> tuple[str, str]:
     if child.refused and subject.insist and all(word in child.errors[0] for word in subject.insist):
         child = bench.run([*subject.words, *subject.insist])
     if child.status:
-        verdict = {2: "REFUSED" if child.refused else "UNCLEAR", -1: "HANG"}.get(child.status, "TRACEBACK")
+        verdict = {2: "REFUSED" if child.refused else "UNCLEAR", HANG: "HANG"}.get(child.status, "TRACEBACK")
         return verdict, str(child)
+    return judge(bench, subject)
+
+
+def judge(bench: Bench, subject: Subject) -> tuple[str, str]:
+    """Whether the place looks as an undisturbed run leaves it."""
     found, wanted = bench.content(), subject.results(subject.whole)
     if any(found.get(name) != value for name, value in wanted.items()):
         return "DIFFERENT", difference(wanted, subject.results(found))

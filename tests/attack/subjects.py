@@ -5,6 +5,7 @@ import importlib
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.attack.child import Child, run
+from tests.attack.child import Child
 
 PROMPTS = ["a red fox runs", "two white boats race", "rain falls on a pond"]
 SIZE = "--height 32 --width 32 --num_frames 5 --num_inference_steps 2 --device cpu".split()
@@ -102,14 +103,17 @@ class Bench:
             succeed(self.run(subject.earlier))
         return self.place
 
-    def run(self, words: list[str], prepare=lambda: None, **options) -> Child:
-        return run(words, self.place, prepare=lambda: (steady(), prepare()), **options)
+    def start(self, words: list[str], prepare: Callable[[], None] = lambda: None, **options) -> Child:
+        return Child(words, self.place, prepare=lambda: (steady(), prepare()), **options)
+
+    def run(self, words: list[str], prepare: Callable[[], None] = lambda: None) -> Child:
+        return self.start(words, prepare).wait()
 
     def undisturbed(self, subject: Subject) -> Subject:
         """With `whole` and `seconds`, measured twice so that a result that depends on chance is found."""
+        modules = self.base / "modules.json"
         for _ in range(0 if subject.whole else 2):
             self.begin(subject)
-            modules = self.base / "modules.json"
             child = succeed(self.run(subject.words, lambda: _at_exit_say_modules(modules)))
             for name in json.loads(modules.read_text()) if modules.exists() else ():
                 with suppress(Exception):

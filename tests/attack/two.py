@@ -1,2 +1,57 @@
-def attack(*_):
-    return ()
+"""Starts two commands at once on one folder: one wins and the other is refused in a line, or both do their work."""
+
+import random
+import time
+from collections.abc import Iterator
+
+from tests.attack.child import HANG, Child
+from tests.attack.kill import judge
+from tests.attack.subjects import Bench
+
+
+def pairs(bench: Bench) -> Iterator[tuple[str, str, list[str], list[str]]]:
+    """(name, whose result must come out, words of the first, words of the second)."""
+    for name, subject in bench.subjects.items():
+        yield f"{name} twice", name, subject.words, subject.words
+        if "--overwrite" in subject.words:
+            words = [word for word in subject.words if word != "--overwrite"]
+            yield f"{name} twice, no --overwrite", name, words, words
+        if subject.insist:
+            words = [*subject.words, *subject.insist]
+            yield f"{name} twice, {' '.join(subject.insist)}", name, words, words
+    if "collect" in bench.subjects:
+        collect = bench.subjects["collect"].words
+        workers = ([*collect, "--worker", f"{number}/2"] for number in range(2))
+        yield "two workers of collect", "collect", *workers
+    if {"collect", "train"} <= bench.subjects.keys():
+        yield "collect and train", "train", collect, bench.subjects["train"].words
+
+
+def attack(bench: Bench, seed: int, number: int) -> Iterator[tuple[str, str, str, str]]:
+    """Rows (commands, what was done, verdict, why): `number` starts of each pair, at the same time and a little, or
+    almost the time of one, apart."""
+    for name, whose, *commands in pairs(bench):
+        subject, drawn = bench.undisturbed(bench.subjects[whose]), random.Random(f"{seed} {name}")
+        keeps = "--overwrite" in subject.words and "--overwrite" not in commands[0]  # what is there
+        for trial in range(number):
+            bench.fresh() if keeps else bench.begin(subject)
+            apart = 0.0 if trial % 3 == 0 else drawn.uniform(0, subject.seconds * (0.1 if trial % 3 == 1 else 1.0))
+            children = []
+            for words in commands:
+                children.append(bench.start(words))
+                time.sleep(apart)
+            for child in children:
+                child.wait()
+            yield name, f"{apart:.2f} s apart", *verdict(bench, whose, children)
+
+
+def verdict(bench: Bench, whose: str, children: list[Child]) -> tuple[str, str]:
+    for child in children:
+        if child.status and not child.refused:
+            return {HANG: "HANG", 2: "UNCLEAR"}.get(child.status, "TRACEBACK"), str(child)
+    if all(child.status for child in children):
+        return "NO WINNER", "\n    ".join(map(str, children))
+    found, why = judge(bench, bench.subjects[whose])
+    if found == "survived" and any(child.status for child in children):
+        return "refused", ""
+    return found, why
