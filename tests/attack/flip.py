@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from tests.attack.child import HANG, KILLED
@@ -10,6 +11,7 @@ from tests.attack.kill import count, kill_at
 from tests.attack.subjects import Bench, Subject, difference
 
 INTERRUPTED = {"train": 0.85, "distill": 0.85, "evaluate": 0.8, "vbench": 0.8, "analyze": 0.8}  # after so many events
+READ = {"evaluate": ("rows.json",)}  # of its results what a continuation reads; finished videos are not
 SAID = ("is damaged", "made anew")
 
 
@@ -25,6 +27,7 @@ def attack(bench: Bench, seed: int, number: int) -> Iterator[tuple[str, str, str
         child, _ = kill_at(bench, subject, round(part * events))
         if child.status != KILLED:
             raise SystemExit(f"{name} ended before it could be interrupted: {child}")
+        subject = replace(subject, result=READ.get(name, subject.result))
         state = bench.base / f"interrupted-{name}"
         bench.place.rename(state)
         for kind, files in kinds(state / "out").items():
@@ -67,11 +70,11 @@ def damage(path: Path, fault: str, drawn: random.Random) -> str:
 def verdict(bench: Bench, subject: Subject, file: str) -> tuple[str, str]:
     """Continue, and compare."""
     child = bench.run(subject.words)
-    names = [Path(file).name, str(Path(file).parent)]
+    names = (Path(file).name, Path("out", file).parent.name)
     if child.status == HANG:
         return "HANG", str(child)
     if child.refused:
-        return ("refused", "") if any(part in child.errors[0] for part in names) else ("UNCLEAR", str(child))
+        return ("refused", "") if any(name in child.errors[0] for name in names) else ("UNCLEAR", str(child))
     if child.status:
         return "TRACEBACK", str(child)
     found, wanted = subject.results(bench.content()), subject.results(subject.whole)
