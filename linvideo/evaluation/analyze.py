@@ -166,6 +166,7 @@ def analyze(
             if part is not None:
                 part.to("cpu")  # Wan's text encoder is 11 GB
         store = open_store(trajectories.path or work.path / "trajectories", pipeline, prompts, trajectories, seed)
+        store.verify()
         collect(store, pipeline, prompts, progress)
 
         def draw(positions: range, *name: int | str) -> StateBatch:

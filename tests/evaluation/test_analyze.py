@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -145,6 +146,16 @@ def test_an_interrupted_run_continues_and_asking_again_measures_nothing(analysis
     rows = (tmp_path / "new" / "rows.json").read_text()
     assert run(tmp_path / "new", speedup=None).proposal is None
     assert (tmp_path / "new" / "rows.json").read_text() == rows and len(calls) == 6
+
+
+def test_a_damaged_shard_is_named(analysis, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "rows.json").unlink()
+    shard = tmp_path / "copy" / "trajectories" / "shard-000001.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    with pytest.raises(ValueError, match=f"{shard.name} is damaged .*: it has another checksum"):
+        run(tmp_path / "copy", speedup=1.3)
 
 
 def test_times_are_of_whole_forwards_on_this_device(tmp_path, monkeypatch):
