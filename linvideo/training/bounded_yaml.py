@@ -24,7 +24,9 @@ def check_size(text: str) -> None:
 
     if len(text) > MOST_CHARACTERS:
         raise yaml.YAMLError(f"expected at most {MOST_CHARACTERS} characters, got {len(text)}")
-    # the parser in Python takes time quadratic in the depth
+    # both parsers take time quadratic in the depth, that in Python much more
+    if text.count("[") + text.count("{") > MOST_VALUES:
+        raise yaml.YAMLError(f"expected at most {MOST_VALUES} values, got more opening brackets")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     sizes: dict[str, int] = {}  # anchor -> values below it
     open_parts: list[tuple[str | None, int]] = [(None, 0)]

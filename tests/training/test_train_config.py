@@ -174,10 +174,11 @@ MERGES = "m0: &m0 {x: 1}\n" + "\n".join(f"m{n}: &m{n} {{<<: [*m{n - 1}, *m{n - 1
         aliases(9),
         MERGES,
         "output_dir: " + "[" * 5000 + "]" * 5000,
+        "output_dir: " + "{[" * 50_000,
         "output_dir: &x [*x]",
         "output_dir: " + "x" * 300_000,
     ],
-    ids=["aliases", "merges", "deep", "itself", "long"],
+    ids=["aliases", "merges", "deep", "deeper", "itself", "long"],
 )
 def test_a_config_that_would_take_all_memory_is_refused(tmp_path, content):
     (tmp_path / "run.yaml").write_text(content)
