@@ -657,6 +657,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"linvideo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
+        if str(error).startswith("Symlink loop"):  # so Path.resolve says before Python 3.13
+            print(f"linvideo: error: {error}", file=sys.stderr)
+            return 2
         # Not the user's input: a run that diverged or a failed kernel check. Everything else keeps its traceback.
         if type(error).__module__.split(".")[0] != "linvideo":
             raise

@@ -145,6 +145,7 @@ BAD = [
     (["generate", "--model", NEVER, "--prompt", "x"], NEVER[:50]),
     (["generate", "--model", "MODEL", "--prompt", "x", "--output", f"{NEVER}.mp4"], "too long"),
     (["convert", "--model", "MODEL", "--output_dir", NEVER], "too long"),
+    (["convert", "--model", "MODEL", "--output_dir", "LOOP"], "loop"),
     (["convert", "--model", "MODEL", "--output_dir", "o", "--feature_maps", "/dev/null"], "/dev/null"),
     (["info", "--model", "DEEP"], "cannot load a pipeline from"),
     (["check", "MODEL", "--height", "31"], "multiple of 16"),
@@ -180,7 +181,8 @@ def test_bad_input_ends_in_one_line(folder, tmp_path, capsys, monkeypatch, words
     monkeypatch.chdir(tmp_path)
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "model_index.json").write_text("[" * 100_000)
-    places = {"MODEL": folder, "DEEP": tmp_path / "deep"}
+    (tmp_path / "loop").symlink_to("loop")
+    places = {"MODEL": folder, "DEEP": tmp_path / "deep", "LOOP": tmp_path / "loop"}
     message = refused(capsys, *(places.get(word, word) for word in words))
     assert expected in message and "\n" not in message
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".mp4", ".safetensors")]
