@@ -16,7 +16,7 @@ from tests.attack import flip, inputs, kill, two
 from tests.attack.subjects import Bench
 
 SECTIONS = {"flip": flip, "kill": kill, "two": two, "inputs": inputs}
-FINE = ("survived", "refused", "recovered", "harmless")
+FINE = ("survived", "refused", "recovered", "harmless", "running")
 
 
 def main() -> int:
