@@ -1,5 +1,6 @@
 """Starts two commands at once on one folder: one wins and the other is refused in a line, or both do their work."""
 
+import json
 import random
 import time
 from collections.abc import Iterator
@@ -51,7 +52,21 @@ def verdict(bench: Bench, whose: str, children: list[Child]) -> tuple[str, str]:
             return {HANG: "HANG", 2: "UNCLEAR"}.get(child.status, "TRACEBACK"), str(child)
     if all(child.status for child in children):
         return "NO WINNER", "\n    ".join(map(str, children))
+    if whose == "generate" and not any(child.status for child in children):
+        return beside(bench)
     found, why = judge(bench, bench.subjects[whose])
     if found == "survived" and any(child.status for child in children):
         return "refused", ""
     return found, why
+
+
+def beside(bench: Bench) -> tuple[str, str]:
+    """Whether both made their videos: those whose place was taken have a number of their own, and the index has all."""
+    whole, out = bench.subjects["generate"].whole, bench.place / "out"
+    entries = {json.loads(line)["video"] for line in (out / "videos.jsonl").read_text().splitlines()}
+    videos = {name: digest for name, digest in bench.content().items() if name.endswith(".mp4")}
+    if entries != videos.keys():
+        return "DIFFERENT", f"videos.jsonl has {sorted(entries)}, the folder {sorted(videos)}"
+    if unlike := [name for name, digest in videos.items() if digest != whole[f"{name[:6]}.mp4"]]:
+        return "DIFFERENT", f"different: {unlike[0]}"
+    return "survived", ""
