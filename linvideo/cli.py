@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}  # Wan's
+LARGEST = 100_000  # pixels, frames or steps: more than any model makes, and little enough for PyTorch's integers
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")  # in PyTorch's messages
 CHECKED = {"height": 256, "width": 256, "num_frames": 17}  # small, so that a check takes minutes
 DIMENSIONS = [
     "imaging_quality",
@@ -482,7 +484,7 @@ def number(text: str) -> float:
     return value
 
 
-positive, natural = whole_number(1), whole_number(0)
+positive, natural, extent = whole_number(1), whole_number(0), whole_number(1, LARGEST)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -508,7 +510,7 @@ def make_parser() -> argparse.ArgumentParser:
             )
             sub.add_argument(
                 f"--{name}",
-                type=number if isinstance(value, float) else positive,
+                type=number if isinstance(value, float) else extent,
                 help=f"default: the pipeline's own, {value} with Wan{fixed}",
             )
         sub.add_argument("--seed", type=natural, default=0)
@@ -606,7 +608,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="stock pipeline folder or Hub id")
     sub.add_argument("--dtype", choices=DTYPES, default="float32")
     for name, value in CHECKED.items():
-        sub.add_argument(f"--{name}", type=positive, help=f"default: as the pipeline's folder says, else {value}")
+        sub.add_argument(f"--{name}", type=extent, help=f"default: as the pipeline's folder says, else {value}")
     sub.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     sub.add_argument("--output", type=Path, default=Path("check.mp4"), help="the mp4 file of a short video")
     sub.add_argument("--overwrite", action="store_true")
@@ -623,13 +625,11 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--negative_prompt", default="", help="the one you generate with")
     sub.add_argument("--num_trajectories", type=positive, default=4, help="videos sampled, each for another prompt")
     for name, value in DEFAULTS.items():
-        kind = number if isinstance(value, float) else positive
+        kind = number if isinstance(value, float) else extent
         sub.add_argument(f"--{name}", type=kind, help=f"default: as the pipeline's folder says, else {value}")
     sub.add_argument("--flow_shift", type=number, help="of the scheduler; default: the pipeline's own")
     size = ("HEIGHT", "WIDTH", "NUM_FRAMES")
-    sub.add_argument(
-        "--timed_size", type=positive, nargs=3, metavar=size, help="of the timed video; default: as sampled"
-    )
+    sub.add_argument("--timed_size", type=extent, nargs=3, metavar=size, help="of the timed video; default: as sampled")
     sub.add_argument("--warmup_steps", type=natural, default=80, help="of the feature maps")
     sub.add_argument("--num_states", type=positive, default=24, help="of the videos, that errors are measured on")
     sub.add_argument("--batch_size", type=positive, default=1, help="videos sampled at once, states a forward")
@@ -656,7 +656,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"linvideo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+            reason = " ".join(str(error).split()) or "the system gave no more"
+            print(f"linvideo: error: not enough memory: {reason[:400]}", file=sys.stderr)
+            return 1
         if str(error).startswith("Symlink loop"):  # so Path.resolve says before Python 3.13
             print(f"linvideo: error: {error}", file=sys.stderr)
             return 2

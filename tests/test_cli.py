@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 
 import diffusers
@@ -150,6 +151,10 @@ BAD = [
     (["info", "--model", "DEEP"], "cannot load a pipeline from"),
     (["check", "MODEL", "--height", "31"], "multiple of 16"),
     (["check", "MODEL", "--output", "/dev/null"], ".mp4"),
+    (["check", "MODEL", "--width", str(16 * 10**12)], "must be at most 100000"),
+    (["generate", "--model", "MODEL", "--prompt", "x", "--num_inference_steps", "9" * 9], "must be at most 100000"),
+    (["train", *RUN, "--trajectories.height", str(16 * 10**12)], "trajectories.height must be at most 100000"),
+    (["train", *RUN, "--validation.num_inference_steps", "9" * 9], "must be at most 100000"),
     (["analyze", "MODEL", "--output_dir", "o", "--speedup", "nan"], "speedup"),
     (["analyze", "MODEL", "--output_dir", "o", "--num_trajectories", "-1"], "must be at least 1"),
     (["analyze", "MODEL", "--output_dir", "o", "--timed_size", "0", "0", "0"], "must be at least 1"),
@@ -226,6 +231,13 @@ def test_the_exit_status_of_a_stopped_run(number, status, capsys, monkeypatch):
     monkeypatch.setattr(cli, "train", stopped)
     assert cli.main(["train"]) == status
     assert "which is saved; continue with --resume_from_checkpoint latest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("call", [lambda _: torch.empty(2**60), lambda _: bytearray(2**62), lambda _: np.empty(2**59)])
+def test_too_little_memory_ends_in_one_line(call, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "train", call)
+    assert cli.main(["train"]) == 1
+    assert re.fullmatch("linvideo: error: not enough memory: .+\n", capsys.readouterr().err)
 
 
 def test_a_distilled_model_and_its_teacher_keep_their_own_settings(folder, tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from linvideo.training.store import TrajectoryStore
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
+LARGEST = 100_000  # pixels, frames or steps: more than any model makes, and little enough for PyTorch's integers
 SHIFTS = ("flow_shift", "shift")  # what schedulers call it
 
 
@@ -77,6 +78,9 @@ class TrajectoryConfig:
         for name in ("num_trajectories", "num_inference_steps", "stride", *sizes):
             if getattr(self, name) < 1:
                 raise ValueError(f"trajectories.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("height", "width", "num_frames", "num_inference_steps"):
+            if getattr(self, name) > LARGEST:
+                raise ValueError(f"trajectories.{name} must be at most {LARGEST}, got {getattr(self, name)}")
         if self.stride > self.num_inference_steps:
             raise ValueError(
                 f"trajectories.stride must be at most num_inference_steps {self.num_inference_steps}, got {self.stride}"

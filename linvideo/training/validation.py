@@ -45,6 +45,8 @@ class ValidationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"validation.{name} must be at least 1, got {value}")
+        if (self.num_inference_steps or 1) > 100_000:
+            raise ValueError(f"validation.num_inference_steps must be at most 100000, got {self.num_inference_steps}")
 
 
 def sample(
