@@ -99,7 +99,8 @@ def verdict(bench: Bench, child: Child, value: str) -> tuple[str, str]:
     if child.status == HANG:  # a number may have asked for much work, which is being done
         busy = (value in NUMBERS or child.words[0] == "demo") and child.busy > 0.5 * child.limit
         return ("running", "") if busy else ("HANG", str(child))
-    if child.status and not child.refused:
+    ended = child.refused or (child.status == 1 and len(child.errors) == 1)  # 1: it diverged, or found no memory
+    if child.status and (not ended or "Traceback" in child.said):
         return "UNCLEAR" if child.status == 2 else "TRACEBACK", str(child)
     if left := [path.name for path in bench.place.rglob(".*")]:
         return "LEFTOVER", f"{left[0]}, by {child}"
