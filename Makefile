@@ -10,7 +10,7 @@ PYTHON := $(VENV)/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2
 INSTALLED := $(VENV)/.linvideo-installed
 
-.PHONY: help install demo test test-all test-gpu evidence gates bench lint clean
+.PHONY: help install demo test test-all test-gpu attack evidence gates bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,6 +43,9 @@ test-gpu: $(INSTALLED)  ## run the kernels' tests on this machine's GPU (a few m
 	$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu needs a CUDA GPU")'
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 8 --maxschedchunk 1 -m "not full" \
 		tests/kernels/test_many_tiles.py $(filter-out %/test_many_tiles.py,$(wildcard tests/kernels/test_*.py))
+
+attack: $(INSTALLED)  ## damage files, kill, double and misuse the commands on tiny models (half an hour; ARGS="kill --count 3")
+	$(PYTHON) -m tests.attack $(ARGS)
 
 evidence: $(INSTALLED)  ## test and time everything that matters on this machine's GPU within ten minutes, into runs/evidence
 	$(PYTHON) -m benchmarks.evidence $(ARGS)
