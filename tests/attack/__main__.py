@@ -1,8 +1,8 @@
 """Attack the package's files and commands, and say what survived: python -m tests.attack [SECTION ...].
 
 flip damages files of interrupted work and continues it, kill kills commands at their file-system events and repeats
-them, two starts everything twice at once, inputs gives every option bad values. All of it takes about an hour on two
-cores, --count 3 some minutes. The exit status is 1 if anything did not survive.
+them, two starts everything twice at once, inputs gives every option bad values. All of it takes forty minutes on two
+cores, a quarter of an hour with --count 3. The exit status is 1 if anything did not survive.
 """
 
 import argparse
