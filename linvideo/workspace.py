@@ -28,6 +28,7 @@ _OLD = "old"  # in a workspace: what stood in the place of its target
 _HOST = socket.gethostname()
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+_NO_LOCKS += (errno.EBADF,)  # NFS, of a folder
 
 
 @contextmanager
@@ -145,8 +146,9 @@ def use_umask(folder: Path) -> None:
 
 @contextmanager
 def in_turn(path: str | os.PathLike) -> Iterator[None]:
-    """Hold the lock of a file that is there and stays there, after waiting for it; where there are no locks, go on."""
-    file = os.open(path, os.O_RDWR)
+    """Hold the lock of a file or folder that is there and stays there, after waiting for it; where there are no locks,
+    go on."""
+    file = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
     try:
         if fcntl is not None:
             try:

@@ -23,6 +23,7 @@ from linvideo.training.files import write_text
 from linvideo.training.images import read_image
 from linvideo.training.prompts import Prompt, warn_of_unknown_words
 from linvideo.training.video_metrics import compare
+from linvideo.workspace import in_turn
 
 INDEX = "videos.jsonl"  # in a folder of numbered videos: what each was made of
 _MEDIA = {"image", "video", "pose_video", "face_video"}  # that pipelines' calls name
@@ -140,10 +141,11 @@ def add_to_index(folder: Path, job: Job) -> None:
     entry = {"video": job.path.name, "caption": job.prompt.caption, "seed": job.seed}
     if job.prompt.image is not None:
         entry["image"] = str(job.prompt.image)
-    others = [other for other in read_index(folder) if other["video"] != entry["video"]]
-    entries = sorted([*others, entry], key=lambda entry: str(entry["video"]))
-    # escaped, so that no character of a caption ends a line
-    write_text(folder / INDEX, "".join(json.dumps(entry) + "\n" for entry in entries))
+    with in_turn(folder):
+        others = [other for other in read_index(folder) if other["video"] != entry["video"]]
+        entries = sorted([*others, entry], key=lambda entry: str(entry["video"]))
+        # escaped, so that no character of a caption ends a line
+        write_text(folder / INDEX, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from linvideo.evaluation.work_folder import WorkFolder, identity
 from linvideo.models import default_fps
 from linvideo.models.generate import generate_video
 from linvideo.models.video_file import check_output, save_video
-from linvideo.training.files import read_json
+from linvideo.training.files import crc32, read_json
 from linvideo.training.prompts import some_of, warn_of_unknown_words
 from linvideo.workspace import locked
 
@@ -75,7 +76,8 @@ def generate_videos(
     fps: int | None = None,
     **settings,
 ) -> Iterator[tuple[int, int]]:
-    """Makes the videos `{prompt}-{i}.mp4` in folder/videos as VBench wants them named; those there are kept.
+    """Makes the videos `{prompt}-{i}.mp4` in folder/videos as VBench wants them named; those with a checksum in
+    rows.json are kept, if that is still theirs.
 
     Video i of a prompt starts from noise of seed i. Yields (finished, all) after each. fps: of the files, None is the
     pipeline's own. settings: of `generate_video`.
@@ -105,10 +107,14 @@ def generate_videos(
         todo = [(prompt, seed) for prompt in prompts for seed in range(per_prompt)]
         paths = [work.path / "videos" / f"{prompt}-{seed}.mp4" for prompt, seed in todo]
         check_output(max(paths, key=lambda path: len(os.fsencode(path))), request["fps"])
+        checksums = {row["video"]: row["checksum"] for row in work.rows}
         for finished, ((prompt, seed), path) in enumerate(zip(todo, paths, strict=True), 1):
-            if not path.exists():
+            if not path.exists() or crc32(path) != checksums.get(path.name):
+                if path.exists():
+                    print(f"{path} is not whole, or from before a kill; it is made anew", file=sys.stderr)
                 generator = torch.Generator("cpu").manual_seed(seed)
                 save_video(generate_video(pipeline, prompt, generator=generator, **settings), path, request["fps"])
+                work.add({"video": path.name, "checksum": crc32(path)})
             yield finished, len(todo)
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from tiny import tiny_pipeline
 from linvideo import cli, convert, save_pipeline
 from linvideo.evaluation import fidelity, vbench
 from linvideo.evaluation.analyze import analyze
+from linvideo.evaluation.sampling import Job, add_to_index, read_index
 from linvideo.evaluation.work_folder import WorkFolder
 from linvideo.models import FewStepScheduler
+from linvideo.training.prompts import Prompt
 from linvideo.training.trajectories import TrajectoryConfig
 from linvideo.training.video_metrics import compare, flicker
 from linvideo.workspace import LOCK, locked
@@ -197,7 +200,14 @@ def test_prompts_of_dimensions(full_info, tmp_path):
     assert set(cli.DIMENSIONS) == set(vbench.PAPER)
 
 
-def test_vbench_videos_are_named_and_continued(pipelines, tmp_path):
+def test_no_entry_of_an_index_is_lost_when_several_write(tmp_path):
+    jobs = [Job(Prompt(f"caption {number}"), number, tmp_path / f"{number:04d}.mp4") for number in range(32)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda job: add_to_index(tmp_path, job), jobs))
+    assert [entry["caption"] for entry in read_index(tmp_path)] == [job.prompt.caption for job in jobs]
+
+
+def test_vbench_videos_are_named_and_continued(pipelines, tmp_path, capsys):
     linear, _ = pipelines
     steps = vbench.generate_videos(linear, ["a cat", "a dog"], tmp_path / "v", per_prompt=2, **SIZE)
     assert next(steps) == (1, 4)
@@ -207,7 +217,12 @@ def test_vbench_videos_are_named_and_continued(pipelines, tmp_path):
     assert list(again)[-1] == (4, 4)
     names = {path.name for path in (tmp_path / "v" / "videos").iterdir()}
     assert names == {"a cat-0.mp4", "a cat-1.mp4", "a dog-0.mp4", "a dog-1.mp4"}
-    assert (tmp_path / "v" / "videos" / "a cat-0.mp4").stat().st_mtime_ns == first
+    video = tmp_path / "v" / "videos" / "a cat-0.mp4"
+    assert video.stat().st_mtime_ns == first
+    whole = video.read_bytes()
+    video.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert len(list(vbench.generate_videos(linear, ["a cat", "a dog"], tmp_path / "v", per_prompt=2, **SIZE))) == 4
+    assert video.read_bytes() == whole and "a cat-0.mp4 is not whole" in capsys.readouterr().err
     with pytest.raises(ValueError, match="none with a slash"):
         list(vbench.generate_videos(linear, ["a/b"], tmp_path / "w", **SIZE))
     with pytest.raises(ValueError, match="prompts of at most 220 bytes"):

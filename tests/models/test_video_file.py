@@ -63,10 +63,12 @@ def test_what_the_encoder_wrote_is_read_back(tmp_path, monkeypatch, result, reas
     ffmpeg.write_text(f"#!/bin/sh\nfor last; do :; done\ncat > /dev/null\n{result}\n")
     ffmpeg.chmod(0o700)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+    (tmp_path / "videos").mkdir()
+    monkeypatch.chdir(tmp_path / "videos")  # where it writes to when it is to write to "-"
     for write in (check_output, lambda path: save_video(noise(3, 32, 32, 3), path, 16)):
         with pytest.raises(OSError, match=reason):
             write(tmp_path / "v.mp4")
-    assert list(tmp_path.iterdir()) == [ffmpeg]
+    assert {path.name for path in tmp_path.iterdir()} == {"ffmpeg", "videos"}
 
 
 def test_missing_frames_are_an_error(tmp_path, monkeypatch):
