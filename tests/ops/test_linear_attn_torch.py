@@ -113,7 +113,6 @@ def test_packed_lengths_do_not_recompile():
     assert graphs_of(call, [arguments(3, 20), arguments(30, 33), arguments(0, 64), arguments(100, 129)]) <= 2
 
 
-@pytest.mark.skipif(os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="Inductor's code needs vectors")
 def test_inductor_runs_it():
     torch._dynamo.reset()
     inputs, grad = make_inputs(CASE, "cpu")
