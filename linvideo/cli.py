@@ -17,8 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}  # Wan's
-LARGEST = 100_000  # pixels, frames or steps: more than any model makes, and little enough for PyTorch's integers
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")  # in PyTorch's messages
+LARGEST = 100_000  # as training.trajectories.LARGEST, without its imports
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # in PyTorch's messages, of the host and of GPUs
 CHECKED = {"height": 256, "width": 256, "num_frames": 17}  # small, so that a check takes minutes
 DIMENSIONS = [
     "imaging_quality",

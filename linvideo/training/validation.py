@@ -11,6 +11,7 @@ from linvideo.training.conditions import Conditions
 from linvideo.training.devices import on_device
 from linvideo.training.experts import low_noise_sampler
 from linvideo.training.flow import sample_steps
+from linvideo.training.trajectories import LARGEST
 
 
 @dataclass
@@ -45,8 +46,10 @@ class ValidationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"validation.{name} must be at least 1, got {value}")
-        if (self.num_inference_steps or 1) > 100_000:
-            raise ValueError(f"validation.num_inference_steps must be at most 100000, got {self.num_inference_steps}")
+        if (self.num_inference_steps or 1) > LARGEST:
+            raise ValueError(
+                f"validation.num_inference_steps must be at most {LARGEST}, got {self.num_inference_steps}"
+            )
 
 
 def sample(
