@@ -170,10 +170,12 @@ def clean(inputs: dict, options: dict) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def term_sizes(inputs: dict, grad: torch.Tensor, options: dict, power: int) -> dict[str, float]:
+def term_sizes(
+    inputs: dict, grad: torch.Tensor, options: dict, power: int, about_mean: bool = True
+) -> dict[str, float]:
     """Norm over each result of (sum |term|^power)^(1/power), the terms of every sum on the way to it.
 
-    At power 2 v is taken about c = sum_f S_f / sum_f z_f.
+    At power 2 v is taken about c = sum_f S_f / sum_f z_f, if about_mean.
     """
     u, name = clean(inputs, options), options["feature_map"]
     phi_q, pull_q = _features(name, u["q"], u.get("q_weight"), power)
@@ -189,7 +191,7 @@ def term_sizes(inputs: dict, grad: torch.Tensor, options: dict, power: int) -> d
         values, g = v[:, keys], do[:, queries]
         s, z = torch.einsum("bnhf,bnhd->bhfd", phi_k[:, keys], values), phi_k[:, keys].sum(1)
         center = torch.zeros_like(s[:, :, 0])
-        if options["normalize"] and power == 2:
+        if options["normalize"] and power == 2 and about_mean:
             center = s.sum(2) / z.sum(-1, keepdim=True).clamp(min=1e-300)
             values, s = values - center[:, None], s - z[..., None] * center[:, :, None]
         s_terms = s.abs() ** power + sum_of("bnhf,bnhd->bhfd", power, phi_k[:, keys], values)
@@ -218,12 +220,16 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def check(case: Case, inputs: dict, grad: torch.Tensor, actual: dict[str, torch.Tensor]) -> None:
+def check(case: Case, inputs: dict, grad: torch.Tensor, actual: dict[str, torch.Tensor], either: bool = False) -> None:
     """Assert that every result is finite and its error, a norm over the tensor, within two bounds.
 
     1. Twice the error of eager PyTorch in the same dtype, plus u/2 of the terms before cancellation, plus fp32's error.
     2. Whatever eager does: u times the result and the terms before cancellation in quadrature, plus fp32's error.
     dr has one bound, 2.5u times its terms, plus fp32's error.
+    either: within one of the two, v not about its mean, is enough. For options drawn together, of which few rows, whole
+    masks and RoPE in one case pass on errors that are rounded several times, in eager as in ours. Then dr has three
+    times its bound: the outputs of a sequence with one key are all one row, whose roundings add up. Where eager's fp16
+    overflows ours need only be finite then.
     fp32's error: 4 roundoffs of the sum of absolute terms; logits of size x carry about x roundoffs, which exp makes
     relative (and those of hedgehog_joint are 2x); 8 times that is allowed. Where a logit is a product with a weight its
     D sums are rounded too, in an order that depends on the processor. In quadrature these are sqrt(D) roundoffs of x,
@@ -231,7 +237,7 @@ def check(case: Case, inputs: dict, grad: torch.Tensor, actual: dict[str, torch.
     """
     exact = truth(inputs, grad, case.options)
     eager = run(linear_attn_reference, inputs, grad, case.options)
-    squares = term_sizes(inputs, grad, case.options, 2)
+    squares = term_sizes(inputs, grad, case.options, 2, about_mean=not either)
     absolutes = term_sizes(inputs, grad, case.options, 1)
     fp32, u = unit_roundoff(torch.float32), unit_roundoff(DTYPES[case.dtype])
     roundings = 6 * case.head_dim**0.5 if case.map[0] in WEIGHTED else 8
@@ -244,12 +250,14 @@ def check(case: Case, inputs: dict, grad: torch.Tensor, actual: dict[str, torch.
         floor = 4 * fp32 * absolutes[name] + roundings * case.logits * fp32 * size + subnormal * true.numel() ** 0.5
         first, second = 2 * theirs + u / 2 * squares[name] + floor, u * size + floor
         if name == "dr":
-            first = second = 2.5 * u * squares[name] + floor
+            second = (7.5 if either else 2.5) * u * squares[name] + floor
+            first = first if either else second
+        bound = max(first, second) if either else min(first, second)
         numbers = (
             f"error {error:.2e} of {true.norm().item():.2e}, eager {theirs:.2e}, bounds {first:.2e} and {second:.2e}"
         )
         if not torch.isfinite(actual[name]).all():
             lines.append(f"{name}: {(~torch.isfinite(actual[name])).sum()} of {true.numel()} values are not finite")
-        elif error > min(first, second):
+        elif error > bound:
             lines.append(f"{name}: {numbers}")
     assert not lines, "\n".join([str(case), *lines])

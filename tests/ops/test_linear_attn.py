@@ -36,9 +36,9 @@ CASES = {
 WITH_OPTIONS = CASES | {name: st.sampled_from(values) for name, values in OPTIONS.items() if name != "map"}
 
 
-def assert_accurate(case: Case, seed: int = 0) -> None:
+def assert_accurate(case: Case, seed: int = 0, either: bool = False) -> None:
     inputs, grad = make_inputs(case, "cpu", seed)
-    check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))
+    check(case, inputs, grad, run(linear_attn, inputs, grad, case.options), either)
 
 
 @given(case=st.builds(Case, **CASES), seed=st.integers(0, 2**16))
@@ -50,7 +50,7 @@ def test_matches_float64(case, seed):
 @given(case=st.builds(Case, **WITH_OPTIONS), seed=st.integers(0, 2**16))
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_options_together_match_float64(case, seed):
-    assert_accurate(case, seed)
+    assert_accurate(case, seed, either=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
