@@ -25,10 +25,10 @@ class Subject:
     """A command that works in `out`.
 
     Args:
-        words: of the command; repeated, they continue it.
-        result: patterns of the files that it is there for, in `out`.
-        earlier: of a command that fills `out` before.
-        insist: words to add where a repetition is refused with a line that names them.
+        words: the command line. Running it again continues what an earlier run did not finish.
+        result: patterns of the names, in `out`, of the files that the command is run for.
+        earlier: the command line of another command, which fills `out` before each trial.
+        insist: options to add when the second run is refused with a line that names them.
     """
 
     words: list[str]

@@ -33,9 +33,10 @@ def attack(bench: Bench, seed: int, number: int) -> Iterator[tuple[str, str, str
     almost the time of one, apart."""
     for name, whose, *commands in pairs(bench):
         subject, drawn = bench.undisturbed(bench.subjects[whose]), random.Random(f"{seed} {name}")
-        keeps = "--overwrite" in subject.words and "--overwrite" not in commands[0]  # what is there
+        # Without --overwrite the commands refuse a folder that is not empty, so that they must begin with an empty one.
+        starts_empty = "--overwrite" in subject.words and "--overwrite" not in commands[0]
         for trial in range(number):
-            bench.fresh() if keeps else bench.begin(subject)
+            bench.fresh() if starts_empty else bench.begin(subject)
             apart = 0.0 if trial % 3 == 0 else drawn.uniform(0, subject.seconds * (0.1 if trial % 3 == 1 else 1.0))
             children = []
             for words in commands:
@@ -53,15 +54,16 @@ def verdict(bench: Bench, whose: str, children: list[Child]) -> tuple[str, str]:
     if all(child.status for child in children):
         return "NO WINNER", "\n    ".join(map(str, children))
     if whose == "generate" and not any(child.status for child in children):
-        return beside(bench)
+        return both_wrote_their_videos(bench)
     found, why = judge(bench, bench.subjects[whose])
     if found == "survived" and any(child.status for child in children):
         return "refused", ""
     return found, why
 
 
-def beside(bench: Bench) -> tuple[str, str]:
-    """Whether both made their videos: those whose place was taken have a number of their own, and the index has all."""
+def both_wrote_their_videos(bench: Bench) -> tuple[str, str]:
+    """The verdict on two `generate` commands: a video whose name was taken has a numbered name, and the index lists
+    every video."""
     whole, out = bench.subjects["generate"].whole, bench.place / "out"
     entries = {json.loads(line)["video"] for line in (out / "videos.jsonl").read_text().splitlines()}
     videos = {name: digest for name, digest in bench.content().items() if name.endswith(".mp4")}
