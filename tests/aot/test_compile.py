@@ -114,10 +114,24 @@ def broken(kernel: str, dtype=torch.bfloat16, capability: int = 90, **tile) -> d
         ("shared", "accumulate_state", {"block": 128, "warps": 8, "stages": 3, "tma": False}),
         ("exponentials", "apply_state", {"block": 64, "warps": 8}),
         ("resident", "map_grad", {"resident": 2}),
+        ("overlap", "map_grad", {"block": 64, "warps": 8, "stages": 2}),
+        ("overlap", "accumulate_state", {"block": 128, "warps": 8, "stages": 1, "tma": True}),
     ],
 )
 def test_a_bad_tile_fails_its_gate(gate, kernel, tile):
     assert gate in broken(kernel, **tile)
+
+
+@pytest.mark.parametrize(
+    "kernel, tile",
+    [
+        ("map_grad", {"block": 64, "warps": 8, "stages": 3}),  # loads two tiles ahead
+        ("accumulate_state", {"block": 64, "warps": 4, "stages": 3, "tma": True}),
+        ("project_grad", {"block": 64, "warps": 4, "stages": 2}),  # another program computes meanwhile
+    ],
+)
+def test_loads_that_something_hides_pass_the_gate(kernel, tile):
+    assert "overlap" not in broken(kernel, **tile)
 
 
 def test_products_on_cuda_cores_fail_the_gate():

@@ -1,0 +1,94 @@
+"""What the machine code of a compiled kernel says: `read(job)` gives a Code. The gates judge it (static_gates.py).
+
+Each kind of GPU has a reader of its own that fills in the same Code; NVIDIA's rests on sass.py.
+"""
+
+import itertools
+import re
+from typing import NamedTuple
+
+from linvideo_kernels.linear_attn.aot import CompileJob
+
+from benchmarks import sass
+
+
+class Architecture(NamedTuple):
+    shared: int  # KB that one program may have
+    shared_per_sm: int  # KB
+    matrix: str  # the widest tensor-core instruction, in PTX
+
+
+ARCHITECTURES = {
+    80: Architecture(163, 164, "mma.sync"),
+    89: Architecture(99, 100, "mma.sync"),
+    90: Architecture(227, 228, "wgmma.mma_async"),
+    100: Architecture(227, 228, "tcgen05.mma"),
+    120: Architecture(99, 100, "mma.sync"),
+}
+
+
+class Code(NamedTuple):
+    """One compiled kernel. Counts "in the loop" are instructions of a warp in the loop over the tiles of rows."""
+
+    registers: int
+    stack: int  # bytes a thread
+    local: int  # local loads and stores: spills that are used
+    shared: int  # bytes
+    resident: int  # programs that fit one SM
+    matrix: int  # instructions in PTX: Architecture.matrix, mma.sync where that needs wider tiles
+    loop: int  # instructions in the loop
+    ahead: float | None  # tiles between a load and the wait for it, the least (sass.tiles_ahead)
+    exponentials: float  # in the loop, over what is due
+    shuffles: int  # in the loop
+    wide: int  # 16-byte global loads and stores in the loop, TMA included
+    narrow: int  # 2-byte ones
+    trap: bool
+
+
+def read(job: CompileJob) -> Code:
+    """Compiles a kernel for an NVIDIA GPU and reads what came out."""
+    compiled = job.compile()
+    text = sass.disassemble(compiled.asm["cubin"])
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
+    code = sass.parse(text)
+    loop = sass.hot_loop(code)
+    threads = 32 * job.launch.tile.warps
+    due = exponentials_due(job)
+
+    def count(pattern: str, lines=loop) -> int:
+        return sum(bool(re.search(pattern, instruction.text)) for instruction in lines)
+
+    architecture = ARCHITECTURES[job.capability]
+    wide_enough = job.launch.constexprs.get("WIDTH", 0) >= 64 and job.launch.tile.block >= 64
+    instruction = architecture.matrix if wide_enough else r"mma\.sync|wgmma|tcgen05\.mma"
+    shared = compiled.metadata.shared
+    before_exit = itertools.takewhile(lambda instruction: "EXIT" not in instruction.text, code)
+    return Code(
+        registers=registers,
+        stack=stack,
+        local=count(r"\b(LDL|STL)\b", code),
+        shared=shared,
+        resident=min(
+            architecture.shared_per_sm * 1024 // (shared + 1024), 65536 // (-(-registers // 8) * 8 * threads), 32
+        ),
+        matrix=len(re.findall(instruction, compiled.asm["ptx"])),
+        loop=len(loop),
+        ahead=sass.tiles_ahead(loop, compiled.asm["ttgir"]) if len(loop) < len(code) else None,
+        exponentials=count(r"MUFU\.EX2") * threads / due if due else 0.0,
+        shuffles=count(r"\bSHFL\b"),
+        wide=count(r"\b(LDG|LDGSTS|STG)\b.*\.128|UTMALDG"),
+        narrow=count(r"\b(LDG|STG)\b\S*\.[US]16\b"),
+        trap=any("BPT.TRAP" in instruction.text for instruction in before_exit),
+    )
+
+
+def exponentials_due(job: CompileJob) -> int:
+    """Of one tile of rows."""
+    constexprs, name = job.launch.constexprs, job.launch.kernel.__name__
+    feature_map = constexprs.get("FEATURE_MAP")
+    if feature_map in (None, "relu", "identity"):
+        return 0
+    halves = constexprs["SIGNS"]
+    if name == "accumulate_state" and feature_map == "hedgehog":
+        halves = 1  # a program has one half; the joint softmax needs the other one too
+    return halves * constexprs["BLOCK"] * constexprs["WIDTH"]
