@@ -8,8 +8,9 @@ import re
 from typing import NamedTuple
 
 from linvideo_kernels.linear_attn.aot import CompileJob
+from triton.backends.nvidia.compiler import get_ptxas_version
 
-from benchmarks import sass
+from benchmarks import sass, wgmma_hazards
 
 
 class Architecture(NamedTuple):
@@ -36,6 +37,8 @@ class Code(NamedTuple):
     shared: int  # bytes
     resident: int  # programs that fit one SM
     matrix: int  # instructions in PTX: Architecture.matrix, mma.sync where that needs wider tiles
+    register_a: int  # asynchronous products (wgmma) whose A operand is in registers
+    hazards: list[str]  # registers of asynchronous products touched too early (wgmma_hazards.py)
     loop: int  # instructions in the loop
     ahead: float | None  # tiles between a load and the wait for it, the least (sass.tiles_ahead)
     exponentials: float  # in the loop, over what is due
@@ -72,6 +75,8 @@ def read(job: CompileJob) -> Code:
             architecture.shared_per_sm * 1024 // (shared + 1024), 65536 // (-(-registers // 8) * 8 * threads), 32
         ),
         matrix=len(re.findall(instruction, compiled.asm["ptx"])),
+        register_a=wgmma_hazards.register_operands(code),
+        hazards=wgmma_hazards.hazards(code),
         loop=len(loop),
         ahead=sass.tiles_ahead(loop, compiled.asm["ttgir"]) if len(loop) < len(code) else None,
         exponentials=count(r"MUFU\.EX2") * threads / due if due else 0.0,
@@ -92,3 +97,10 @@ def exponentials_due(job: CompileJob) -> int:
     if name == "accumulate_state" and feature_map == "hedgehog":
         halves = 1  # a program has one half; the joint softmax needs the other one too
     return halves * constexprs["BLOCK"] * constexprs["WIDTH"]
+
+
+def ptxas_version(capability: int) -> str:
+    """Of the ptxas that Triton assembles with for an architecture (TRITON_PTXAS_PATH, TRITON_PTXAS_BLACKWELL_PATH)."""
+    text = get_ptxas_version(capability)
+    found = re.search(r"\bV(\d[\d.]*)", text)
+    return found.group(1) if found else text.strip()

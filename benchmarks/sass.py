@@ -100,6 +100,33 @@ def written(instruction: Instruction) -> range:
     return range(register, register + _width(instruction.name))
 
 
+def read(instruction: Instruction) -> set[int]:
+    """Numbers of the registers that an instruction reads, the predicate aside. A width in doubt is the smaller one."""
+    operands = instruction.operands
+    if written(instruction):
+        operands = operands[next(i for i, operand in enumerate(operands) if operand.startswith("R")) + 1 :]
+    registers: set[int] = set()
+    for i, operand in enumerate(operands):
+        for number, pair in re.findall(r"(?<![A-Z])R(\d+)(\.64)?", operand):
+            width = _operand_width(instruction.name, i, "[" in operand) if not pair else 2
+            registers |= set(range(int(number), int(number) + width))
+    return registers
+
+
+def _operand_width(name: str, i: int, address: bool) -> int:
+    base, *suffixes = name.split(".")
+    if base == "HMMA":  # A and B; C is as wide as the result
+        wide = suffixes[0] == "16816"
+        return ((4, 2) if wide else (2, 1))[i] if i < 2 else _width(name)
+    if base == "HGMMA":
+        return 4 if i == 0 else _width(name)
+    if base.startswith("ST") and not address:
+        return int(suffixes[-1]) if base == "STSM" and suffixes[-1] in "24" else _width(name)
+    if base == "IMAD" and "WIDE" in suffixes:
+        return 2 if i == 2 else 1
+    return 2 if re.match(r"D[A-Z]|F(FMA|ADD|MUL)2", base) or (base in ("MOV", "IADD") and "64" in suffixes) else 1
+
+
 def _width(name: str) -> int:
     """Registers of a result."""
     base, *suffixes = name.split(".")

@@ -3,9 +3,10 @@
 Compiles the tile table ahead of time for each architecture, prints one line a kernel and fails on: spills, shared
 memory over the limit, no tensor-core instruction where 16-bit tiles want one, exponentials computed twice (sm_90,
 sm_100), sums that shuffle in the hot loop, rows read or written 2 bytes at a time, fewer programs per SM than the table
-counts on, loops that wait for the loads that they have just issued while no other program is on the SM, and kernels
-that ptxas gave up on; spills of one or two registers count by themselves. EXCEPTIONS names what is let through, each
-with its reason.
+counts on, loops that wait for the loads that they have just issued while no other program is on the SM, registers of
+asynchronous products touched before the wait (sm_90), stages that Triton is known to compile wrongly (sm_100), and
+kernels that ptxas gave up on; spills of one or two registers count by themselves. EXCEPTIONS names what is let through,
+each with its reason.
 """
 
 import argparse
@@ -24,13 +25,19 @@ import triton
 from linvideo_kernels.linear_attn.aot import OPTIONS, CompileJob, compile_jobs
 from linvideo_kernels.linear_attn.configs import Tile
 
-from benchmarks.machine_code import ARCHITECTURES, Code, read
+from benchmarks.machine_code import ARCHITECTURES, Code, ptxas_version, read
 
 MAPS = ("hedgehog", "hedgehog_joint", "elu", "relu", "softmax", "identity")
 
 # Of a tile. A wait for memory, about 1,000 clocks with its queue, hides behind half of one: on sm_90 a tile takes 3,000
 # clocks and more. Triton's stages give about 0 (the next copy closes the loop, its wait opens it) or 1 and more.
 LEAST_AHEAD = 0.5
+
+# The first release of Triton that compiles loops of several stages right for tcgen05 (sm_100, sm_103). 3.6.0 and 3.7.1
+# are known to give wrong sums where two products of a loop add to one accumulator (triton-lang/triton issue 10821,
+# mended on main by pull request 10988); 10993, open in summer 2026, reports the same of an accumulator that another
+# product reads. No release is proven right for these kernels: set this once their tests pass on such a GPU.
+TCGEN05_STAGES_SINCE: tuple[int, ...] | None = None
 
 # (gate, pattern of the kernel's name): reason
 EXCEPTIONS: dict[tuple[str, str], str] = {
@@ -76,9 +83,18 @@ def faults(job: CompileJob, code: Code) -> dict[str, str]:
         and code.ahead is not None
         and code.ahead < LEAST_AHEAD
         and f"waits for loads issued {code.ahead:.2f} of a tile earlier, alone on the SM",
+        "hazard": code.hazards and f"{len(code.hazards)}, the first: {code.hazards[0]}",
+        "stages": job.capability // 10 == 10
+        and job.launch.tile.stages > 1
+        and (TCGEN05_STAGES_SINCE is None or _triton_version() < TCGEN05_STAGES_SINCE)
+        and f"{job.launch.tile.stages} stages, which Triton {triton.__version__} is not known to compile right",
         "gave up": (code.trap or (code.registers <= 32 and code.stack > 1000)) and "a trap, or all on the stack",
     }
     return {gate: what for gate, what in found.items() if what}
+
+
+def _triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def excused(gate: str, name: str) -> str | None:
@@ -162,11 +178,11 @@ def line(job: CompileJob, code: Code | None, found: dict[str, str]) -> str:
     ahead = "" if code is None or code.ahead is None else f"{code.ahead:.2f}"
     figures = "" if code is None else (
         f"{code.registers:4}{code.stack:6}{code.local:6}{code.shared / 1024:7.1f}{code.resident:4}{code.matrix:5}"
-        f"{code.loop:6}{ahead:>6}{code.exponentials:6.2f}{code.shuffles:5}{code.wide:5}{code.narrow:4}"
+        f"{code.register_a:5}{code.loop:6}{ahead:>6}{code.exponentials:6.2f}{code.shuffles:5}{code.wide:5}{code.narrow:4}"
     )  # fmt: skip
     why = {gate: excused(gate, job.name) for gate in found}
     notes = [f"({gate}: {what}; {why[gate]})" if why[gate] else f"{gate}: {what}" for gate, what in found.items()]
-    return f"{figures:64}  {tile_name(job.launch.tile):9} {job.name} {' '.join(notes)}".rstrip()
+    return f"{figures:69}  {tile_name(job.launch.tile):9} {job.name} {' '.join(notes)}".rstrip()
 
 
 def tile_name(tile: Tile) -> str:
@@ -176,7 +192,7 @@ def tile_name(tile: Tile) -> str:
 
 
 HEADER = (
-    " REG STACK LOCAL  SH KB CTA  MMA  LOOP AHEAD   EXP SHFL WIDE  2B"
+    " REG STACK LOCAL  SH KB CTA  MMA REGA  LOOP AHEAD   EXP SHFL WIDE  2B"
     "  rows/warps/stages (T: TMA, R: state read again for each tile), kernel"
 )
 
@@ -196,7 +212,9 @@ def main() -> None:
         parser.error("TRITON_INTERPRET=1 prevents compilation")
     arches = [names[name] for name in args.arch]
     chosen = [job for job in (everything if args.all else sample)(arches) if fnmatch.fnmatch(job.name, args.match)]
-    print(f"triton {triton.__version__}, {len(chosen)} kernels")
+    assemblers = {f"sm_{a}": ptxas_version(a) for a in arches}
+    print(f"triton {triton.__version__}; ptxas {', '.join(f'{v} ({a})' for a, v in assemblers.items())}")
+    print(f"{len(chosen)} kernels")
     print(HEADER)
     rows, bad = [], 0
     for job, (code, found) in zip(chosen, check_all(chosen, args.workers), strict=True):
@@ -207,7 +225,7 @@ def main() -> None:
         rows.append({"kernel": job.name, "tile": job.launch.tile._asdict(), **figures, "faults": found})
     if args.json:
         aside = args.json.with_name(args.json.name + ".writing")
-        aside.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1))
+        aside.write_text(json.dumps({"triton": triton.__version__, "ptxas": assemblers, "kernels": rows}, indent=1))
         os.replace(aside, args.json)
     print(f"{bad} of {len(chosen)} kernels fail" if bad else f"all {len(chosen)} kernels pass")
     sys.exit(bool(bad))

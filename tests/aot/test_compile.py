@@ -140,6 +140,30 @@ def test_products_on_cuda_cores_fail_the_gate():
     assert "matrix" in static_gates.check(job)[1]
 
 
+def test_several_stages_fail_on_sm_100_until_a_triton_is_proven(monkeypatch):
+    job = next(job for job in SAMPLE if job.capability == 100 and "project_grad" in job.name)
+    code = static_gates.check(job)[0]
+    assert "stages" not in static_gates.faults(job, code)
+    job = job._replace(launch=job.launch._replace(tile=job.launch.tile._replace(stages=2)))
+    assert "stages" in static_gates.faults(job, code)
+    for proven, fails in ((99, 0), True), ((3, 0), False):
+        monkeypatch.setattr(static_gates, "TCGEN05_STAGES_SINCE", proven)
+        assert ("stages" in static_gates.faults(job, code)) == fails
+
+
+def test_a_hazard_fails_its_gate():
+    job = next(job for job in SAMPLE if job.capability == 90 and "apply_state" in job.name)
+    code = static_gates.check(job)[0]
+    assert code.hazards == [] and "hazard" in static_gates.faults(job, code._replace(hazards=["0x10 FADD"]))
+
+
+def test_ptxas_is_the_one_that_triton_uses():
+    """sm_100 and above have one of their own."""
+    for capability in static_gates.ARCHITECTURES:
+        text = triton.backends.nvidia.compiler.get_ptxas(capability).version
+        assert static_gates.ptxas_version(capability).startswith(text)
+
+
 def test_an_error_of_the_compiler_is_a_fault_and_no_crash(monkeypatch):
     def fail(self):
         raise RuntimeError("ptxas\nand its whole program")
@@ -155,7 +179,9 @@ def test_command_prints_writes_and_never_overwrites(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as end:
         static_gates.main()
     assert end.value.code == 0 and "kernels pass" in capsys.readouterr().out
-    rows = json.loads(target.read_text())["kernels"]
+    written = json.loads(target.read_text())
+    assert written["ptxas"] == {"sm_90": static_gates.ptxas_version(90)}
+    rows = written["kernels"]
     assert len(rows) >= 2 and all(row["registers"] > 0 and row["faults"] == {} for row in rows)
     with pytest.raises(SystemExit) as end:
         static_gates.main()
