@@ -17,6 +17,7 @@ Loads into registers (LDG)
     and is left out.
 """
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
+from triton.runtime.cache import get_cache_manager
 
 
 class Instruction(NamedTuple):
@@ -68,12 +70,19 @@ class Instruction(NamedTuple):
 
 
 def disassemble(cubin: bytes) -> str:
+    """With the registers used. Kept in Triton's cache: it takes a second."""
+    cache = get_cache_manager(hashlib.sha256(triton.__version__.encode() + cubin).hexdigest())
+    kept = cache.get_file("kernel.sass")
+    if kept:
+        return Path(kept).read_text()
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         command = [tool, "--dump-resource-usage", "-sass", path]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    cache.put(text, "kernel.sass", binary=False)
+    return text
 
 
 def parse(sass: str) -> list[Instruction]:

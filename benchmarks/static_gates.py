@@ -23,15 +23,11 @@ from pathlib import Path
 import torch
 import triton
 from linvideo_kernels.linear_attn.aot import OPTIONS, CompileJob, compile_jobs
-from linvideo_kernels.linear_attn.configs import Tile
 
+from benchmarks import gate_tables
 from benchmarks.machine_code import ARCHITECTURES, Code, ptxas_version, read
 
 MAPS = ("hedgehog", "hedgehog_joint", "elu", "relu", "softmax", "identity")
-
-# Of a tile. A wait for memory, about 1,000 clocks with its queue, hides behind half of one: on sm_90 a tile takes 3,000
-# clocks and more. Triton's stages give about 0 (the next copy closes the loop, its wait opens it) or 1 and more.
-LEAST_AHEAD = 0.5
 
 # The first release of Triton that compiles loops of several stages right for tcgen05 (sm_100, sm_103). 3.6.0 and 3.7.1
 # are known to give wrong sums where two products of a loop add to one accumulator (triton-lang/triton issue 10821,
@@ -81,7 +77,7 @@ def faults(job: CompileJob, code: Code) -> dict[str, str]:
         "overlap": rows
         and code.resident == 1
         and code.ahead is not None
-        and code.ahead < LEAST_AHEAD
+        and not code.prefetches
         and f"waits for loads issued {code.ahead:.2f} of a tile earlier, alone on the SM",
         "hazard": code.hazards and f"{len(code.hazards)}, the first: {code.hazards[0]}",
         "stages": job.capability // 10 == 10
@@ -182,13 +178,7 @@ def line(job: CompileJob, code: Code | None, found: dict[str, str]) -> str:
     )  # fmt: skip
     why = {gate: excused(gate, job.name) for gate in found}
     notes = [f"({gate}: {what}; {why[gate]})" if why[gate] else f"{gate}: {what}" for gate, what in found.items()]
-    return f"{figures:69}  {tile_name(job.launch.tile):9} {job.name} {' '.join(notes)}".rstrip()
-
-
-def tile_name(tile: Tile) -> str:
-    """Rows/warps/stages, T: read through TMA, R: the state is read again for each tile, P: phi comes first."""
-    flags = (tile.tma, "T"), (not tile.keeps, "R"), (not tile.value_first, "P")
-    return f"{tile.block}/{tile.warps}/{tile.stages}{''.join(letter for is_set, letter in flags if is_set)}"
+    return f"{figures:69}  {gate_tables.tile_name(job.launch.tile):9} {job.name} {' '.join(notes)}".rstrip()
 
 
 HEADER = (
@@ -205,11 +195,17 @@ def main() -> None:
     parser.add_argument("--match", default="*", help="only kernels whose name fits this pattern")
     parser.add_argument("--json", type=Path, help="also write the rows to this file, which must not exist")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--readme", action="store_true", help="only write the tables of kernels/README.md anew")
     args = parser.parse_args()
     if args.json and args.json.exists():
         parser.error(f"{args.json} exists; results are never overwritten")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 prevents compilation")
+    if args.readme:
+        try:
+            return gate_tables.write()
+        except ValueError as error:
+            parser.error(str(error))
     arches = [names[name] for name in args.arch]
     chosen = [job for job in (everything if args.all else sample)(arches) if fnmatch.fnmatch(job.name, args.match)]
     assemblers = {f"sm_{a}": ptxas_version(a) for a in arches}

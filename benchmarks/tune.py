@@ -1,7 +1,8 @@
 """Search kernels' tiles and print rows for the table: `python -m benchmarks.tune --kernel apply_state [...]`.
 
 Compiles every candidate ahead of time and drops those that fail a static gate. On a CUDA device the rest are checked
-against the shipped tile and timed inside the pass that holds the kernel; without one they are ranked by instructions.
+against the shipped tile and timed inside the pass that holds the kernel; without one they are ranked by the clocks that
+a model predicts (clock_model.py).
 Shipped code never tunes: a row becomes a line of linvideo_kernels/linear_attn/configs.py by hand.
 """
 
@@ -15,7 +16,7 @@ from linvideo_kernels.linear_attn import configs, passes
 from linvideo_kernels.linear_attn.aot import OPTIONS, compile_jobs
 from linvideo_kernels.linear_attn.launch import target_of
 
-from benchmarks import measure, static_gates
+from benchmarks import clock_model, gate_tables, measure, static_gates
 from benchmarks.measure import attempt, dtype_name, reason
 from benchmarks.shapes import SHAPES
 from linvideo.evaluation.latency import time_call
@@ -70,7 +71,7 @@ def candidates(kernel: str, capability: int, options: list[str]) -> list[configs
 
 
 def compiled(kernel: str, tiles, compile_options: dict) -> list[tuple[configs.Tile, float]]:
-    """Tiles that pass, `resident` filled in, and the loop's instructions per row and scheduler of an SM."""
+    """Tiles that pass, `resident` filled in, and the predicted clocks of an SM per row and head, the least first."""
     jobs, owners = [], []
     for tile in tiles:
         with using(kernel, tile):
@@ -79,15 +80,13 @@ def compiled(kernel: str, tiles, compile_options: dict) -> list[tuple[configs.Ti
     results = list(static_gates.check_all(jobs))
     good = []
     for tile in tiles:
-        mine = [result for owner, result in zip(owners, results, strict=True) if owner == tile]
-        if any(code is None for code, _ in mine):
+        mine = [(job, *result) for owner, job, result in zip(owners, jobs, results, strict=True) if owner == tile]
+        if any(code is None for _, code, _ in mine):
             continue
-        names = [job.name for owner, job in zip(owners, jobs, strict=True) if owner == tile]
-        faults = [(gate, name) for name, (_, found) in zip(names, mine, strict=True) for gate in found]
-        if not all(static_gates.excused(gate, name) for gate, name in faults):
+        if not all(static_gates.excused(gate, job.name) for job, _, found in mine for gate in found):
             continue
-        tile = tile._replace(resident=min(code.resident for code, _ in mine))
-        good.append((tile, max(code.loop for code, _ in mine) * tile.warps / 4 / tile.block))
+        tile = tile._replace(resident=min(code.resident for _, code, _ in mine))
+        good.append((tile, max(clock_model.clocks(job, code).total for job, code, _ in mine)))
     return sorted(good, key=lambda row: row[1])
 
 
@@ -126,7 +125,7 @@ def rows_of(shape_name: str, dtype: torch.dtype, device: str, attempt: Callable 
         expected = {name: made[name]() for name in PASS[kernel]}
         for tile in dict.fromkeys((shipped, *rivals)):
             row = {"suite": "tile", "shape": shape_name, "dtype": dtype_name(dtype), "kernel": kernel}
-            row |= {"tile": static_gates.tile_name(tile), "shipped": tile == shipped}
+            row |= {"tile": gate_tables.tile_name(tile), "shipped": tile == shipped}
             yield attempt(
                 row, lambda k=kernel, t=tile, e=expected: time_tile(k, t, made, e, device, measure.SECONDS / 2)
             )
@@ -149,7 +148,7 @@ def time_tile(
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", required=True, nargs="+", choices=PASS)
-    parser.add_argument("--top", type=int, help="time only so many tiles of a kernel, those of fewest instructions")
+    parser.add_argument("--top", type=int, help="time only so many tiles of a kernel, those of fewest clocks")
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--feature_map", default="hedgehog", choices=static_gates.MAPS[:-1])
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
@@ -184,7 +183,7 @@ def search(kernel: str, args: argparse.Namespace, dtype: torch.dtype, capability
     )  # fmt: skip
     options = frozenset([*args.options, *({"tf32x3"} & {args.fp32_precision})])
     shipped = configs.tile(kernel, args.head_dim, dtype, capability, args.feature_map, options)
-    print(f"{kernel}: {len(good)} tiles pass the gates; instructions per row and scheduler")
+    print(f"{kernel}: {len(good)} tiles pass the gates; predicted clocks per row and head")
     for tile, cost in good:
         mark = "  <- shipped" if tile._replace(resident=0) == shipped._replace(resident=0) else ""
         print(f"  {cost:6.1f}  {tile}{mark}")

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 triton = pytest.importorskip("triton", reason="tests/aot needs triton")
 
 import torch  # noqa: E402
+import triton.language as tl  # noqa: E402
 from linvideo_kernels.linear_attn import configs  # noqa: E402
 from linvideo_kernels.linear_attn.aot import OPTIONS, CompileJob, compile_jobs  # noqa: E402
 
@@ -31,15 +33,16 @@ def test_gates(job):
     assert not {gate: what for gate, what in found.items() if not static_gates.excused(gate, job.name)}
 
 
+def functions() -> list:
+    """Every jit function of the package, kernels and what they call."""
+    modules = [module for key, module in sys.modules.items() if key.startswith("linvideo_kernels.linear_attn.")]
+    found = {id(value): value for module in modules for value in vars(module).values()}
+    return [value for value in found.values() if isinstance(value, triton.JITFunction)]
+
+
 def test_the_sample_is_small_and_holds_every_kernel_option_and_map():
     """Every jit function that runs as a program, and each option, is among at most 350 jobs."""
-    modules = [module for key, module in sys.modules.items() if key.startswith("linvideo_kernels.linear_attn.")]
-    functions = [value for module in modules for value in vars(module).values()]
-    kernels = {
-        function.__name__
-        for function in functions
-        if isinstance(function, triton.JITFunction) and "tl.program_id" in inspect.getsource(function.fn)
-    }
+    kernels = {function.__name__ for function in functions() if "tl.program_id" in inspect.getsource(function.fn)}
     assert kernels == {job.launch.kernel.__name__ for job in SAMPLE} and len(kernels) == 8
     assert len(SAMPLE) <= 350
     assert all(any(option in job.name for job in SAMPLE) for option in OPTIONS)
@@ -76,20 +79,49 @@ def test_a_launch_finds_what_was_compiled_here(options, monkeypatch):
         assert ours.hash() == launched.hash(), job.name
 
 
+ATOMICS = r"\b(atom|red)\."  # in PTX
+
+
 def test_kernels_use_no_atomics():
-    """Sums have a fixed order: the same input gives the same bits."""
-    for job in SAMPLE:
-        source = inspect.getsource(job.launch.kernel.fn)
-        assert "atomic" not in source and "autotune" not in source
+    """Sums have a fixed order: the same input gives the same bits. In the sources, helpers too, and in the PTX."""
+    names = {function.__name__ for function in functions()}
+    assert names > {job.launch.kernel.__name__ for job in SAMPLE}  # helpers too
+    for function in functions():
+        source = inspect.getsource(function.fn)
+        assert "atomic" not in source and "autotune" not in source, function.__name__
+    compiled = set()
+    for job in compile_jobs(128, "hedgehog", torch.bfloat16, 90, options=("rope", "mix")):
+        assert not re.search(ATOMICS, job.compile().asm["ptx"]), job.name
+        compiled.add(job.launch.kernel.__name__)
+    assert compiled == {job.launch.kernel.__name__ for job in SAMPLE}
+
+
+@triton.jit
+def helper(ptr):
+    tl.atomic_add(ptr, 1)
+
+
+@triton.jit
+def counting(ptr):
+    helper(ptr)
+
+
+def test_an_atomic_in_a_helper_shows_in_the_ptx():
+    source = triton.compiler.ASTSource(counting, {"ptr": "*i32"})
+    compiled = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32))
+    assert re.search(ATOMICS, compiled.asm["ptx"])
 
 
 def test_no_minimum_hides_a_nan():
     """min.f32 and max.f32 return the operand that is no NaN; of the maps only the softmaxes may take an extremum."""
     for feature_map in ("elu", "relu"):
+        checked = set()
         for job in compile_jobs(64, feature_map, torch.bfloat16, 90):
             if job.launch.kernel.__name__ in ("accumulate_state", "map_grad"):
                 ptx = job.compile().asm["ptx"]
                 assert "min.f32" not in ptx and "max.f32" not in ptx, job.name
+                checked.add(job.launch.kernel.__name__)
+        assert checked == {"accumulate_state", "map_grad"}
 
 
 # What follows shows that each gate can fail.

@@ -83,13 +83,15 @@ def test_both_orders_of_the_state_product(value_first, one_multiprocessor, devic
     from linvideo_kernels.linear_attn import configs
 
     def tile(kernel, *args):
+        asked.add(kernel)
         found = table(kernel, *args)
         return found._replace(value_first=value_first) if kernel == "accumulate_state" else found
 
-    table = configs.tile
+    asked, table = set(), configs.tile
     monkeypatch.setattr(configs, "tile", tile)
     inputs, grad = make_inputs(CASES[0], device)
     check(CASES[0], inputs, grad, run(linear_attn, inputs, grad, CASES[0].options))
+    assert "accumulate_state" in asked
 
 
 def test_reruns_of_many_tiles_are_bit_equal(one_multiprocessor, device):

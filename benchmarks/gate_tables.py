@@ -1,0 +1,146 @@
+"""The tables of kernels/README.md that come from the machine code, between two markers.
+
+`python -m benchmarks.static_gates --readme` writes them; tests/aot/test_gate_tables.py compares.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+import triton
+from linvideo_kernels.linear_attn.aot import CompileJob, compile_jobs
+from linvideo_kernels.linear_attn.configs import Tile
+
+from benchmarks import clock_model
+from benchmarks.machine_code import ARCHITECTURES, Code, ptxas_version, read
+from benchmarks.shapes import MODELS
+
+README = Path(__file__).resolve().parents[1] / "kernels" / "README.md"
+BEGIN = "<!-- written by python -m benchmarks.static_gates --readme -->"
+END = "<!-- end of what static_gates writes -->"
+TRITON = "3.7.1"  # whose figures these are
+# kernel and use, as in the names of jobs: what it does
+USES = {
+    "accumulate_state-plain": "accumulate_state, forward",
+    "accumulate_state-factors": "accumulate_state, backward",
+    "apply_state-normalize": "apply_state, o",
+    "apply_state-plain": "apply_state, dv",
+    "map_grad-normalize_factors": "map_grad, queries",
+    "map_grad-keys": "map_grad, keys",
+    "project_grad-plain": "project_grad",
+}
+WAN = [name for name in MODELS if name.startswith("wan2.1-")]
+
+
+def tile_name(tile: Tile) -> str:
+    """Rows/warps/stages, T: read through TMA, R: the state is read again for each tile, P: phi comes first."""
+    flags = (tile.tma, "T"), (not tile.keeps, "R"), (not tile.value_first, "P")
+    return f"{tile.block}/{tile.warps}/{tile.stages}{''.join(letter for is_set, letter in flags if is_set)}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+def per_row(job: CompileJob, code: Code) -> float:
+    """Instructions in the loop per row and scheduler of an SM."""
+    return code.loop * job.launch.tile.warps / 4 / job.launch.tile.block
+
+
+def tiles() -> str:
+    """What the compiler made of each tile, by architecture."""
+    cells: dict[str, list[str]] = {use: [] for use in USES}
+    for capability in ARCHITECTURES:
+        for job in compile_jobs(128, "hedgehog", torch.bfloat16, capability):
+            use = f"{job.launch.kernel.__name__}-{job.name.rpartition('-')[2]}"
+            if use in USES:
+                code = read(job)
+                ahead = "-" if code.ahead is None else f"{code.ahead:.1f}"
+                cells[use].append(
+                    f"{tile_name(job.launch.tile)}: {code.registers}, {code.shared / 1024:.0f}, {code.resident}, "
+                    f"{per_row(job, code):.1f}, {ahead}"
+                )
+    return table(["", *(f"sm_{a}" for a in ARCHITECTURES)], [[USES[use], *row] for use, row in cells.items()])
+
+
+def passes(compiled: dict[str, tuple[CompileJob, Code]]) -> str:
+    """The clock model of each pass, sm_90."""
+    rows = []
+    for use, (job, code) in compiled.items():
+        clocks = clock_model.clocks(job, code)
+        times = [f"{1e6 * clock_model.seconds(job, code, MODELS[name]):.0f}" for name in WAN]
+        waves = [clock_model.utilisation(job, code, MODELS[name]) for name in WAN]
+        rows.append(
+            [USES.get(use, use.replace("-", ", ").replace("normalize_cos", "o with RoPE").replace("cos", "keys")),
+             tile_name(job.launch.tile), str(code.resident), str(code.register_a),
+             *(f"{value:.0f}" for value in clocks), f"**{clocks.total:.0f}**", f"{100 * min(waves):.0f}%", *times]
+        )  # fmt: skip
+    header = [
+        "",
+        "tile",
+        "programs",
+        "A in registers",
+        "tensor",
+        "issue",
+        "MUFU",
+        "memory",
+        "serial",
+        "clocks",
+        "waves",
+    ]
+    return table([*header, *(name.removeprefix("wan2.1-") for name in WAN)], rows)
+
+
+def ops(compiled: dict[str, tuple[CompileJob, Code]]) -> str:
+    rows = []
+    for name, op in clock_model.OPS.items():
+        pairs = [clock_model.predict(op, compiled, MODELS[shape]) for shape in WAN]
+        rows.append([name, *(f"{1e3 * time:.2f} / {1e3 * limit:.2f} = {time / limit:.1f}" for time, limit in pairs)])
+    return table(["ms", *(name.removeprefix("wan2.1-") for name in WAN)], rows)
+
+
+def text() -> str:
+    """What stands between the markers."""
+    compiled, gpu = clock_model.kernels(), clock_model.GPUS[90]
+    assemblers = ", ".join(f"{ptxas_version(a)} for sm_{a}" for a in (90, 100))
+    gap, prepare = 1e6 * clock_model.GAP, 1e6 * clock_model.PREPARE
+    return f"""
+Triton {triton.__version__} (ptxas {assemblers}), D = 128, hedgehog, bf16. A tile (rows/warps/stages,
+T: rows are read through TMA, R: the state is read again for each tile): registers, KB of shared memory, programs per
+SM, instructions in the loop per row and SM scheduler, tiles that the loop loads ahead.
+
+{tiles()}
+
+**A model, not a measurement** (benchmarks/clock_model.py), sm_90, with rates of an {gpu.name}:
+{gpu.flops / 1e12:.0f} TFLOP/s, {gpu.bandwidth / 1e12:.1f} TB/s, {gpu.clock / 1e9:.3f} GHz. Clocks of an SM per row
+and head that each pass needs of the tensor cores, of issue, of the unit for exponentials (MUFU) and of memory; "serial"
+is the time of one program, in which these follow each other, over the number of programs on an SM. The largest of the
+five is the pass's time. Waves: the least share of the time that the grid fills the SMs, over four shapes of Wan 2.1,
+whose microseconds follow. A in registers: asynchronous products that take their first operand from registers.
+
+{passes(compiled)}
+
+The whole op in milliseconds, predicted / limit = ratio. The limit is the least work at full rate: 12 D² flops and 4
+rows moved forward, 40 D² and 11 rows for both. Assumed: {gap:.0f} us between launches, {prepare:.0f} us for each
+prepare_state, and a host that keeps up.
+
+{ops(compiled)}
+"""
+
+
+def replaced(readme: str, new: str) -> str:
+    """The README with `new` between the markers."""
+    before, found, rest = readme.partition(BEGIN)
+    old, end, after = rest.partition(END)
+    if not found or not end:
+        raise ValueError(f"expected the lines {BEGIN!r} and {END!r} in {README}, in this order")
+    return f"{before}{BEGIN}{new}{END}{after}"
+
+
+def write() -> None:
+    if triton.__version__ != TRITON:
+        raise ValueError(f"the README has the figures of Triton {TRITON}, this is {triton.__version__}")
+    new = replaced(README.read_text(), text())
+    aside = README.with_name(README.name + ".writing")
+    aside.write_text(new)
+    os.replace(aside, README)
