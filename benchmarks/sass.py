@@ -81,6 +81,7 @@ def disassemble(cubin: bytes) -> str:
         path.write_bytes(cubin)
         command = [tool, "--dump-resource-usage", "-sass", path]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = re.sub(r"  +", " ", text)  # half of it is blanks
     cache.put(text, "kernel.sass", binary=False)
     return text
 
@@ -246,8 +247,10 @@ def _tma_order(ttgir: str) -> tuple[int, int, int]:
     """Copies before the loop over tiles and in it; which of the loop's barrier waits is the first for a copy."""
     lines = ttgir.splitlines()
     copy = "async_tma_copy_global_to_local"
-    *_, start = (i for i, line in enumerate(lines) if "scf.for" in line and _holds(copy, lines, i))
-    stop = _end(lines, start)
+    loops = [i for i, line in enumerate(lines) if "scf.for" in line and _holds(copy, lines, i)]
+    if not loops:
+        raise ValueError("the machine code's loop copies through TMA, but no loop of Triton's program does")
+    start, stop = loops[-1], _end(lines, loops[-1])  # the innermost
     root: dict[str, str] = {}  # an element of an array of barriers -> the array
     for line in lines:
         if found := re.search(r"(%\S+) = ttg\.memdesc_index (%\w+)", line):

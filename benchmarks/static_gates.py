@@ -28,6 +28,9 @@ from benchmarks import gate_tables
 from benchmarks.machine_code import ARCHITECTURES, Code, ptxas_version, read
 
 MAPS = ("hedgehog", "hedgehog_joint", "elu", "relu", "softmax", "identity")
+PRODUCTS = ("accumulate_state", "apply_state", "map_grad", "project_grad")
+MOVES = ("mix_grad", "rotate_rows")  # rows without products: bytes are all they cost
+SMALL = ("prepare_state", "reduce_state")  # no rows of the input
 
 # The first release of Triton that compiles loops of several stages right for tcgen05 (sm_100, sm_103). 3.6.0 and 3.7.1
 # are known to give wrong sums where two products of a loop add to one accumulator (triton-lang/triton issue 10821,
@@ -52,9 +55,7 @@ if triton.__version__.startswith("3.6."):
 def faults(job: CompileJob, code: Code) -> dict[str, str]:
     """Gate -> what is wrong, exceptions included."""
     architecture, dtype = ARCHITECTURES[job.capability], job.name.split("-")[3]
-    name = job.launch.kernel.__name__
-    products = name in ("accumulate_state", "apply_state", "map_grad", "project_grad")
-    moves = name in ("mix_grad", "rotate_rows")  # without products: bytes are all they cost
+    products, moves = (job.launch.kernel.__name__ in names for names in (PRODUCTS, MOVES))
     rows = products or moves
     found = {
         "spills": code.stack > 8 and f"{code.stack} bytes of stack, {code.local} local accesses",
