@@ -68,6 +68,19 @@ def test_a_grid_that_does_not_fill_its_last_wave_takes_longer():
     assert all(0.5 < clock_model.utilisation(job, EMPTY, shape) <= 1.0 for shape in list(MODELS.values())[:4])
 
 
+def test_the_model_deals_the_rows_out_as_the_launchers_do():
+    compared = set()
+    for options in ((), ("rope",)):
+        for job in compile_jobs(128, "hedgehog", torch.bfloat16, 90, options=options):
+            kernel, _, args, _ = job.launch
+            given = dict(zip((parameter.name for parameter in kernel.params), args, strict=False))
+            if {"splits", "rows"} <= set(given) and kernel.__name__ in clock_model.MOVED:
+                work, _ = clock_model.dealt_out(job, Shape(1, 4096, 16, 128))
+                assert (work.splits, work.rows) == (given["splits"], given["rows"]), job.name
+                compared.add(kernel.__name__)
+    assert compared == {"accumulate_state", "apply_state", "map_grad", "project_grad"}
+
+
 @pytest.mark.parametrize("capability", clock_model.GPUS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_kernel_over_rows_of_every_gpu_has_clocks(capability, dtype):
