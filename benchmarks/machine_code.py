@@ -66,6 +66,7 @@ def read(job: CompileJob) -> Code:
     code = sass.parse(text)
     loop = sass.hot_loop(code)
     threads = 32 * job.launch.tile.warps
+    tile = job.launch.tile.block, job.launch.constexprs.get("WIDTH", 0)
     due = exponentials_due(job)
 
     def count(pattern: str, lines=loop) -> int:
@@ -88,7 +89,7 @@ def read(job: CompileJob) -> Code:
         register_a=wgmma_hazards.register_operands(code),
         hazards=wgmma_hazards.hazards(code),
         loop=len(loop),
-        ahead=sass.tiles_ahead(loop, compiled.asm["ttgir"]) if len(loop) < len(code) else None,
+        ahead=sass.tiles_ahead(loop, compiled.asm["ttgir"], tile) if len(loop) < len(code) else None,
         exponentials=count(r"MUFU\.EX2") * threads / due if due else 0.0,
         shuffles=count(r"\bSHFL\b"),
         wide=count(r"\b(LDG|LDGSTS|STG)\b.*\.128|UTMALDG"),

@@ -14,7 +14,8 @@ TMA (UTMALDG)
 Loads into registers (LDG)
     The load names a scoreboard in its control bits, and the first later instruction whose mask holds that scoreboard
     waits. A load whose address the loop does not change (statistics, a state that is read again) comes from a cache
-    and is left out.
+    and is left out. So are all of them where Triton loads no tile of rows into registers: what remains are angles,
+    masks and factors, which other programs read as well.
 """
 
 import hashlib
@@ -81,7 +82,6 @@ def disassemble(cubin: bytes) -> str:
         path.write_bytes(cubin)
         command = [tool, "--dump-resource-usage", "-sass", path]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    text = re.sub(r"  +", " ", text)  # half of it is blanks
     cache.put(text, "kernel.sass", binary=False)
     return text
 
@@ -213,9 +213,14 @@ def _reaches(follow: list[list[int]], goal: int, without: int) -> bool:
     return False
 
 
-def tiles_ahead(loop: list[Instruction], ttgir: str) -> float | None:
-    """The least distance of a load from its wait, as a share of the loop; None in a loop that loads nothing new."""
-    distances = [*_cp_async(loop), *_tma(loop, ttgir), *_register_loads(loop)]
+def tiles_ahead(loop: list[Instruction], ttgir: str, tile: tuple[int, int]) -> float | None:
+    """The least distance of a load from its wait, as a share of the loop; None in a loop that loads no tile.
+
+    ttgir: Triton's program of the same kernel. tile: the shape (rows, width) of the tiles that it reads from DRAM.
+    """
+    distances = [*_cp_async(loop), *_tma(loop, ttgir)]
+    if re.search(rf"tt\.load .*tensor<{tile[0]}x{tile[1]}x!tt\.ptr", ttgir[ttgir.find("scf.for") :]):
+        distances += _register_loads(loop)
     return min(distances) / len(loop) if distances else None
 
 
@@ -247,10 +252,8 @@ def _tma_order(ttgir: str) -> tuple[int, int, int]:
     """Copies before the loop over tiles and in it; which of the loop's barrier waits is the first for a copy."""
     lines = ttgir.splitlines()
     copy = "async_tma_copy_global_to_local"
-    loops = [i for i, line in enumerate(lines) if "scf.for" in line and _holds(copy, lines, i)]
-    if not loops:
-        raise ValueError("the machine code's loop copies through TMA, but no loop of Triton's program does")
-    start, stop = loops[-1], _end(lines, loops[-1])  # the innermost
+    *_, start = (i for i, line in enumerate(lines) if "scf.for" in line and _holds(copy, lines, i))
+    stop = _end(lines, start)
     root: dict[str, str] = {}  # an element of an array of barriers -> the array
     for line in lines:
         if found := re.search(r"(%\S+) = ttg\.memdesc_index (%\w+)", line):

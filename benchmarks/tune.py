@@ -86,9 +86,8 @@ def compiled(kernel: str, tiles, compile_options: dict) -> list[tuple[configs.Ti
         if not all(static_gates.excused(gate, job.name) for job, _, found in mine for gate in found):
             continue
         tile = tile._replace(resident=min(code.resident for _, code, _ in mine))
-        clocks = [clock_model.clocks(job, code) for job, code, _ in mine]
-        good.append((tile, max((each.total, each.serial) for each in clocks)))  # the second where a bound is the same
-    return [(tile, total) for tile, (total, _) in sorted(good, key=lambda row: row[1])]
+        good.append((tile, max(clock_model.clocks(job, code).total for job, code, _ in mine)))
+    return sorted(good, key=lambda row: row[1])
 
 
 def calls(shape, dtype: torch.dtype, feature_map: str, precision: str, device: str = "cuda") -> dict:

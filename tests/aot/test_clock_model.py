@@ -20,7 +20,8 @@ def made(name: str, tile: configs.Tile, capability: int = 90):
     jobs = compile_jobs(128, "hedgehog", torch.bfloat16, capability, options=("rope",) if name.endswith("cos") else ())
     kernel, _, use = name.partition("-")
     job = next(job for job in jobs if job.launch.kernel.__name__ == kernel and job.name.endswith("-" + use))
-    return job._replace(launch=job.launch._replace(tile=tile))
+    constexprs = job.launch.constexprs | {"BLOCK": tile.block}
+    return job._replace(launch=job.launch._replace(tile=tile, constexprs=constexprs))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def listing(*lines: str, sets: dict[int, int] = {}, waits: dict[int, int] = {}) 
 def ahead(*lines: str, ttgir: str = "", **scoreboards) -> float | None:
     code = sass.parse(listing(*lines, **scoreboards))
     assert len(code) == len(lines)
-    return sass.tiles_ahead(sass.hot_loop(code), ttgir)
+    return sass.tiles_ahead(sass.hot_loop(code), ttgir, (64, 128))
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,11 @@ def pipelined(before: int) -> str:
 def test_a_load_into_registers_is_waited_for_by_its_scoreboard():
     load = "LDG.E.128 R8, desc[UR4][R4.64]"
     lines = ["NOP", "IADD3 R4, R4, 0x1, RZ", load, *["NOP"] * 4, "FADD R0, R8, R1", "@P0 BRA 0x10"]
-    assert ahead(*lines, sets={2: 3}, waits={5: 2, 7: 3}) == pytest.approx(5 / 8)
+    rows, angles = (f"scf.for\n %u = tt.load %at : tensor<64x{width}x!tt.ptr<bf16>, #blocked>" for width in (128, 64))
+    assert ahead(*lines, ttgir=rows, sets={2: 3}, waits={5: 2, 7: 3}) == pytest.approx(5 / 8)
+    assert ahead(*lines, ttgir=angles, sets={2: 3}, waits={7: 3}) is None
     lines[1] = "IADD3 R3, R3, 0x1, RZ"  # the address stays: the data come from a cache
-    assert ahead(*lines, sets={2: 3}, waits={7: 3}) is None
+    assert ahead(*lines, ttgir=rows, sets={2: 3}, waits={7: 3}) is None
 
 
 def test_the_way_back_from_a_retried_wait_is_no_loop():

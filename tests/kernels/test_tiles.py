@@ -73,10 +73,11 @@ def test_descriptors_see_nan_and_infinity_past_the_end(map, set_tiles, device):
     check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))
 
 
+@pytest.mark.parametrize("changed", ["value_first", "z_by_dot"])
 @pytest.mark.parametrize(("map", "dtype"), list(zip(MAPS, itertools.cycle(DTYPES), strict=False)), ids=str)
-def test_either_order_of_the_state(map, dtype, set_tiles, device):
-    """S as phi^T v in place of (v^T phi)^T."""
-    set_tiles(value_first=False)
+def test_other_ways_to_the_state(map, dtype, changed, set_tiles, device):
+    """S as phi^T v in place of (v^T phi)^T; z by sums in registers in place of a product."""
+    set_tiles(**{changed: False})
     case = dataclasses.replace(BASE, map=map, dtype=dtype, heads=1)
     inputs, grad = make_inputs(case, device)
     check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))

@@ -25,8 +25,8 @@ def accumulate_state(
     stride_ub, stride_un, stride_uh, stride_yb, stride_yn, stride_yh,
     SEQUENCES, HEADS, N, splits, rows, factors_plane,
     D: tl.constexpr, WIDTH: tl.constexpr, SIGNS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    FEATURE_MAP: tl.constexpr, ROOM: tl.constexpr, VALUE_FIRST: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, ROOM: tl.constexpr, VALUE_FIRST: tl.constexpr, Z_BY_DOT: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial S [f, d] and z of one item, head and half; factors_ptr [2, B, H, N]: a and delta of each row.
 
@@ -51,9 +51,12 @@ def accumulate_state(
     if gain_ptr is not None:
         gain_ptr += ((sequence * (HEADS // GROUP) + head // GROUP) * SIGNS + half).to(tl.int64) * D
     state = tl.zeros([WIDTH, WIDTH], tl.float32)  # [d, f] value-first, else [f, d]
-    sums = tl.zeros([16, WIDTH], tl.float32)  # rows 0 and 1 together are z
-    one = (tl.arange(0, 16) == 0)[:, None]
-    two = (tl.arange(0, 16) == 1)[:, None]
+    if Z_BY_DOT:
+        sums = tl.zeros([16, WIDTH], tl.float32)  # rows 0 and 1 together are z
+        one = (tl.arange(0, 16) == 0)[:, None]
+        two = (tl.arange(0, 16) == 1)[:, None]
+    else:  # wgmma's layout gives a thread rows n and n + 8 of 16: their sum moves nothing between threads
+        sums = tl.zeros([BLOCK // 16, 8, WIDTH], tl.float32)
     for row in range(start, stop, BLOCK):
         n = row + tl.arange(0, BLOCK)
         valid = n < length
@@ -77,19 +80,27 @@ def accumulate_state(
             state = tl.dot(tl.trans(y), phi, state, input_precision=PRECISION)
         else:
             state = tl.dot(tl.trans(phi), y, state, input_precision=PRECISION)
-        multipliers = tl.where(one, 1.0, tl.zeros([16, BLOCK], tl.float32)).to(u.dtype)
-        power = 1.0
-        if factors_ptr is not None:
-            delta = -tl.load(factors_ptr + factors_plane + at + n, valid, 0.0)
-            if u.dtype == tl.float16:  # a sum over D products of do: it may leave the range that do is in
-                power = floor_power(tl.max(tl.abs(delta), axis=0)) / 16384.0
-            high, low = split(delta / power, u.dtype)
-            multipliers = tl.where(one, high[None, :], tl.where(two, low[None, :], 0.0)).to(u.dtype)
-        sums = tl.dot(multipliers, phi, sums / power, input_precision=PRECISION) * power
+        if Z_BY_DOT:
+            multipliers = tl.where(one, 1.0, tl.zeros([16, BLOCK], tl.float32)).to(u.dtype)
+            power = 1.0
+            if factors_ptr is not None:
+                delta = -tl.load(factors_ptr + factors_plane + at + n, valid, 0.0)
+                if u.dtype == tl.float16:  # a sum over D products of do: it may leave the range that do is in
+                    power = floor_power(tl.max(tl.abs(delta), axis=0)) / 16384.0
+                high, low = split(delta / power, u.dtype)
+                multipliers = tl.where(one, high[None, :], tl.where(two, low[None, :], 0.0)).to(u.dtype)
+            sums = tl.dot(multipliers, phi, sums / power, input_precision=PRECISION) * power
+        else:
+            weighed = phi.to(tl.float32)
+            if factors_ptr is not None:
+                weighed *= -tl.load(factors_ptr + factors_plane + at + n, valid, 0.0)[:, None]
+            sums += tl.sum(tl.reshape(weighed, [BLOCK // 16, 2, 8, WIDTH]), axis=1)
     if VALUE_FIRST:
         state = tl.trans(state)
     out = pid.to(tl.int64) * WIDTH
     tl.store(partial_ptr + out * WIDTH + cols[:, None] * WIDTH + cols[None, :], state)
+    if not Z_BY_DOT:
+        sums = tl.sum(sums, axis=1)
     tl.store(z_partial_ptr + out + cols, tl.sum(sums, axis=0))
 
 
@@ -154,7 +165,7 @@ def accumulate(side: Side, y, *, key_heads, backward=False, scale=1.0, factors=N
     u = side.u
     _, length, heads, dim = u.shape
     signs, width = side.signs, side.width
-    tile = side.tile("accumulate_state", expanded=expanded(u, y))
+    tile = side.tile("accumulate_state", expanded=expanded(u, y), factors=factors is not None)
     work = side.work(tile, halves=signs)
     float32 = {"dtype": torch.float32, "device": u.device}
     partial = torch.empty((work.items, heads, signs, width, width), **float32)
@@ -167,7 +178,7 @@ def accumulate(side: Side, y, *, key_heads, backward=False, scale=1.0, factors=N
         side.keep, factors, gain, side.cu_seqlens, partial, z_partial, *u.stride()[:3], *y.stride()[:3],
         work.sequences, heads, length, work.splits, work.rows, 0 if factors is None else factors.stride(0),
         D=dim, WIDTH=width, SIGNS=signs, GROUP=heads // key_heads, BLOCK=tile.block, FEATURE_MAP=side.feature_map,
-        ROOM=room, VALUE_FIRST=tile.value_first, TMA=tile.tma, PRECISION=side.precision,
+        ROOM=room, VALUE_FIRST=tile.value_first, Z_BY_DOT=tile.z_by_dot, TMA=tile.tma, PRECISION=side.precision,
     )  # fmt: skip
     state = torch.empty((work.sequences, key_heads, signs * dim, dim), **float32)
     z_out = torch.empty((work.sequences, key_heads, signs * dim), **float32)

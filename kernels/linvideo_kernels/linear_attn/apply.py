@@ -57,7 +57,7 @@ def apply_state(
         valid = n < length
         u = load_rows(u_ptr, batch, head, row, length, None, stride_un, D, WIDTH, BLOCK, TMA)
         if cos_ptr is not None:
-            u = rotate(u, cos_ptr, sin_ptr, first + n, valid, 1.0, D, WIDTH)
+            u = rotate(u, cos_ptr, sin_ptr, first + row, valid, 1.0, D, WIDTH)
         x = logits(u, w, WIDTH, PRECISION)
         acc = tl.zeros([BLOCK, WIDTH], tl.float32)
         den = tl.zeros([BLOCK], tl.float32)

@@ -13,11 +13,12 @@ class Tile(NamedTuple):
     keeps: bool = True  # the state stays on chip (16-bit tiles)
     tma: bool = False  # read rows through TMA descriptors where they allow it
     value_first: bool = True  # accumulate_state forms S^T = y^T phi, not S = phi^T y
+    z_by_dot: bool = True  # accumulate_state sums z by a dot of 16 rows, not in registers (wgmma's layout)
 
     @property
     def options(self) -> dict[str, int]:
         """Triton's. A stated limit of registers keeps ptxas from spilling a few bytes for one more program on an SM."""
-        limit = min(255, 65536 // (32 * self.warps))
+        limit = min(255, 65536 // (32 * self.warps * self.resident))
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": limit}
 
 
@@ -43,7 +44,9 @@ def tile(
 ) -> Tile:
     """The table. capability: 90 for sm_90, 0 for the interpreter.
 
-    options: those of "rope", "mix", "key_mask", "packed", "expanded" (rows repeat in memory) and "tf32x3" that hold.
+    options: those of "rope", "mix", "key_mask", "packed", "expanded" (rows repeat in memory), "tf32x3", "factors"
+    (accumulate_state multiplies its rows by factors: the backward of a normalised output) and "keys" (map_grad's rows
+    are the keys) that hold.
     """
     wide = padded(head_dim) == 128
     if kernel in ("prepare_state", "reduce_state"):  # rows are features here
@@ -56,7 +59,7 @@ def tile(
         return _float32(kernel, head_dim, wide, "tf32x3" in options)
     if capability // 10 == 9:
         if wide:
-            return _hopper(kernel, dtype, options)
+            return _hopper(kernel, dtype, feature_map, options)
         return Tile(64, 4, 2 if head_dim > 32 else 1, resident=2)
     if capability // 10 == 10:
         return _blackwell(kernel, head_dim)
@@ -73,23 +76,34 @@ def _float32(kernel: str, head_dim: int, wide: bool, tf32x3: bool) -> Tile:
     return Tile(16, 16, 1) if wide and kernel == "project_grad" else Tile(32, 8, 1)
 
 
-def _hopper(kernel: str, dtype: torch.dtype, options: frozenset) -> Tile:
-    """D > 64 on sm_90. 64 rows need 4 warps, 128 rows 8, for a dot that feeds a dot: fewer rows repeat exponentials."""
+def _hopper(kernel: str, dtype: torch.dtype, feature_map: str, options: frozenset) -> Tile:
+    """D > 64 on sm_90. 64 rows need 4 warps, 128 rows 8, for a dot that feeds a dot: fewer rows repeat exponentials.
+
+    Triton's two stages issue the next tile's copies at the end of an iteration and wait for them at the top of the
+    next: only another program on the SM computes meanwhile. A program that is alone on its SM needs three stages.
+    """
+    weighted, joint = signs(feature_map) == 2, feature_map == "hedgehog_joint"
     if kernel == "accumulate_state":
-        # Two stages of pointer loads exceed shared memory by a KB; TMA fits.
-        if options & NO_DESCRIPTOR[kernel] or dtype == torch.float16:
-            return Tile(128, 8, 1)
-        return Tile(128, 8, 2, tma=True)
+        factors = "factors" in options
+        if options & NO_DESCRIPTOR[kernel]:
+            return Tile(128, 8, 1) if factors and (joint or "packed" in options) else Tile(64, 4, 3)
+        if factors and dtype == torch.float16:
+            return Tile(128, 8, 2, tma=True)
+        if factors and joint:
+            return Tile(64, 4, 3, tma=True)
+        if factors or joint:
+            return Tile(64, 4, 1, resident=2, tma=True)
+        return Tile(64, 4, 2, resident=2, tma=True, z_by_dot=False)
     if kernel == "apply_state":
         tma = not options & NO_DESCRIPTOR[kernel]
-        if "mix" in options and not tma:
+        if "mix" in options and "rope" in options:
+            return Tile(128, 8, 1, tma=True) if tma else Tile(64, 4, 2, keeps=False)
+        if "mix" in options and "packed" in options:
             return Tile(64, 4, 2, keeps=False)
-        if "rope" in options:
-            return Tile(128, 8, 1, tma=tma)
-        return Tile(64, 4, 1, resident=2, tma=tma)
+        return Tile(64, 4, 1, resident=2, tma=tma and "rope" not in options)
     if kernel == "map_grad":
-        return Tile(64, 8, 2)
-    return Tile(128, 8, 2) if "rope" in options else Tile(64, 4, 2, resident=2)
+        return Tile(64, 8, 3) if weighted or "keys" not in options else Tile(64, 4, 1, resident=2)
+    return Tile(64, 8, 3) if "rope" in options else Tile(64, 4, 2, resident=2)
 
 
 def _blackwell(kernel: str, head_dim: int) -> Tile:
@@ -100,16 +114,25 @@ def _blackwell(kernel: str, head_dim: int) -> Tile:
 
 
 def _mma(kernel: str, wide: bool, weighted: bool, capability: int, options: frozenset) -> Tile:
-    """mma.sync; 99 KB of shared memory on sm_89 and sm_120, where the state of a wide head comes from L2 each time."""
-    keeps = capability == 80 or not wide or not weighted
-    if kernel == "apply_state":
-        full = wide and {"rope", "mix"} <= options  # more of each row in registers
-        if weighted:
-            return Tile(16 if full and not keeps else 32, 8, 1, keeps=keeps)
-        return Tile(32, 4, 1) if full else Tile(128, 8, 1)
+    """mma.sync: phi comes first in accumulate_state, as y^T would be prefetched in registers.
+
+    sm_89 and sm_120 have 99 KB of shared memory: the state of a wide head comes from L2 for each tile. More stages
+    would keep several copies of it on chip.
+    """
     if not wide:
+        if kernel == "apply_state":
+            return Tile(32, 8, 1) if weighted else Tile(128, 8, 1)
         return Tile(64, 4, 1) if kernel == "accumulate_state" else Tile(32, 4, 2)
-    return Tile(32, 8, 1, keeps=keeps)
+    if kernel == "accumulate_state":
+        return Tile(64 if capability == 80 else 32, 8, 3, value_first=False)
+    if kernel == "project_grad":
+        return Tile(16, 4, 1, resident=2)
+    if not weighted:
+        return Tile(32, 4, 1, resident=2)
+    if capability == 80:
+        return Tile(32, 8, 3)
+    full = kernel == "apply_state" and {"rope", "mix"} <= options  # more of each row in registers
+    return Tile(16 if full else 32, 8, 1, keeps=False)
 
 
 def signs(feature_map: str) -> int:

@@ -98,7 +98,7 @@ def map_grad(
         if keep_ptr is not None:
             dx = tl.where(kept(keep_ptr, batch, N, first + n, valid)[:, None], dx, 0.0)
         if cos_ptr is not None and w_ptr is None:
-            dx = rotate(dx, cos_ptr, sin_ptr, first + n, valid, -1.0, D, WIDTH)
+            dx = rotate(dx, cos_ptr, sin_ptr, first + row, valid, -1.0, D, WIDTH)
         store_rows(dx_ptr, dx, row, valid, stride_on, D, WIDTH, BLOCK)
 
 
@@ -137,7 +137,7 @@ def project_grad(
         else:
             du = tl.dot(dx, tl.trans(w), input_precision=PRECISION)
         if cos_ptr is not None:
-            du = rotate(du, cos_ptr, sin_ptr, first + n, valid, -1.0, D, WIDTH)
+            du = rotate(du, cos_ptr, sin_ptr, first + row, valid, -1.0, D, WIDTH)
         store_rows(dx_ptr, du, row, valid, stride_on, D, WIDTH, BLOCK)
     at = pid.to(tl.int64) * D * D + cols[:, None] * D + cols[None, :]
     tl.store(dw_partial_ptr + at, dw, (cols < D)[:, None] & (cols < D)[None, :])
@@ -153,7 +153,7 @@ def row_gradient(side: Side, y, state, stats, *, keys, normalize, rope=None, sca
     if rope is not None:  # from here on, for turning back
         side = side._replace(cos=rope[0].contiguous(), sin=rope[1].contiguous())
     dx = side.new_rows()
-    tile = side.tile("map_grad")
+    tile = side.tile("map_grad", keys=keys)
     work = side.work(tile)
     width = state.shape[-1]
     launch(

@@ -28,7 +28,7 @@ def rotate_rows(
     u_ptr = head_rows(u_ptr, batch, first, head, stride_ub, stride_un, stride_uh, False)
     out_ptr = head_rows(out_ptr, batch, first, head, stride_ob, stride_on, stride_oh, False)
     u = load_rows(u_ptr, batch, head, row, N, None, stride_un, D, WIDTH, BLOCK, False)
-    u = rotate(u, cos_ptr, sin_ptr, n, n < N, 1.0, D, WIDTH)
+    u = rotate(u, cos_ptr, sin_ptr, row, n < N, 1.0, D, WIDTH)
     store_rows(out_ptr, u, row, n < N, stride_on, D, WIDTH, BLOCK)
 
 

@@ -84,7 +84,9 @@ def strides(x: torch.Tensor | None) -> tuple[int, int, int]:
 
 def descriptor(x: torch.Tensor, tile: configs.Tile, width: int) -> TensorDescriptor:
     """TMA descriptor of the row tiles of x [B, N, H, D]."""
-    return TensorDescriptor(x, list(x.shape), [*_steps(x), 1], [1, tile.block, 1, width])
+    b, n, h, d = x.shape
+    sb, sn, sh = _steps(x)
+    return TensorDescriptor(x, [b, h, n, d], [sb, sh, sn, 1], [1, 1, tile.block, width])
 
 
 def expanded(*tensors: torch.Tensor) -> bool:

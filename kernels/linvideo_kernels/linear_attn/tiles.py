@@ -58,7 +58,7 @@ def load_rows(
     A repeated row is finite if its sequence is, so that a factor 0 takes it out.
     """
     if TMA:
-        return tl.reshape(ptr.load([batch, row, head, 0]), [BLOCK, WIDTH])
+        return tl.reshape(ptr.load([batch, head, row, 0]), [BLOCK, WIDTH])
     else:
         at = offsets(tl.minimum(row + tl.arange(0, BLOCK), length - 1), stride_n, WIDTH)
         real = (tl.arange(0, WIDTH) < D)[None, :]
@@ -83,13 +83,17 @@ def store_rows(ptr, x, row, valid, stride_n, D: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def rotate(u, cos_ptr, sin_ptr, n, valid, sign, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Turns the pairs (2i, 2i + 1) of row n by its angle i; sign -1 turns them back. In fp32, rounded to u's dtype."""
+def rotate(u, cos_ptr, sin_ptr, row, valid, sign, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Rotates the pairs (2i, 2i + 1) of rows `row` and on by their angles i, back where sign is -1.
+
+    In fp32, rounded to u's dtype.
+    """
     pair = tl.arange(0, WIDTH // 2)
-    at = n.to(tl.int64)[:, None] * (D // 2) + pair[None, :]
+    start = row.to(tl.int64) * (D // 2)  # the tile's own offsets stay 32 bits wide: half the registers
+    at = tl.arange(0, u.shape[0])[:, None] * (D // 2) + pair[None, :]
     real = valid[:, None] & (pair < D // 2)[None, :]
-    cos = tl.load(cos_ptr + at, real, 0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + at, real, 0.0).to(tl.float32) * sign
+    cos = tl.load(cos_ptr + start + at, real, 0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + start + at, real, 0.0).to(tl.float32) * sign
     even, odd = tl.split(tl.reshape(u.to(tl.float32), [u.shape[0], WIDTH // 2, 2]))
     turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
     return tl.reshape(turned, [u.shape[0], WIDTH]).to(u.dtype)
