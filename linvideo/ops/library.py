@@ -1,11 +1,16 @@
-"""The op in torch.library: four custom operators, opaque to torch.compile, and how autograd joins them.
+"""The op's two halves in torch.library: four operators, opaque to torch.compile, and how autograd joins them.
 
 `linvideo::linear_attn_state` and `linvideo::linear_attn_apply`, each with its `_backward`. CUDA tensors run the Triton
 kernels of `linvideo_kernels`, never anything else; CPU tensors run `chunked`, or with TRITON_INTERPRET=1 in the
 environment the same kernels in Triton's interpreter. An operator cannot return None: an empty tensor stands for it.
+
+Operators are defined and joined to autograd here by hand: `torch.library.custom_op` and its `register_autograd`, which
+do it for any operator, take more of the host's time than the kernels' launches (`python -m benchmarks.host`). Compiled
+graphs in a user's cache name operators: one that changes its arguments or what it returns needs another name.
 """
 
 import os
+from collections.abc import Callable
 
 import linvideo_kernels
 import torch
@@ -19,7 +24,64 @@ def uses_kernels(x: Tensor) -> bool:
     return x.device.type == "cuda" or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
-@torch.library.custom_op("linvideo::linear_attn_state", mutates_args=())
+LIBRARY = torch.library.Library("linvideo", "DEF")
+
+
+def operator(name: str) -> Callable[[Callable], torch._ops.OpOverload]:
+    """Define linvideo::<name>, the decorated function on every device; Dynamo does not look inside."""
+
+    def define(function: Callable) -> torch._ops.OpOverload:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
+        return getattr(torch.ops.linvideo, name).default
+
+    return define
+
+
+def fake(op: torch._ops.OpOverload) -> Callable:
+    """Decorates the function that gives the shapes of what an operator returns."""
+    return torch.library.register_fake(op.name(), lib=LIBRARY)
+
+
+def differentiate(op: torch._ops.OpOverload, function: Callable) -> None:
+    """Where a gradient is wanted, run `function`, which applies a torch.autograd.Function that calls the operator."""
+
+    def call(*inputs):
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return function(*inputs)
+        return below_autograd(op, *inputs)
+
+    LIBRARY.impl(op.name(), torch._disable_dynamo(call), "Autograd")
+
+
+def below_autograd(op: torch._ops.OpOverload, *inputs):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that have none themselves."""
+
+    @staticmethod
+    def forward(ctx, *grads):
+        return grads
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("linear_attn is differentiable once: its gradients have no gradient")
+
+
+def once(op: torch._ops.OpOverload, *inputs) -> tuple[Tensor | None, ...]:
+    """What the operator of a backward returns. A gradient through it is refused."""
+    if not torch.is_grad_enabled():  # it is with create_graph=True
+        return op(*inputs)
+    with torch.no_grad():
+        grads = op(*inputs)
+    return _Once.apply(*(grad.requires_grad_() for grad in grads))
+
+
+@operator("linear_attn_state")
 def state_op(
     k: Tensor,
     v: Tensor,
@@ -33,16 +95,14 @@ def state_op(
     save_rotated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """S, z in fp32, and k as turned by the rotary embedding if the backward will want it."""
-    with torch.autocast(k.device.type, enabled=False):  # k's dtype is decided; sums stay in fp32
-        if not uses_kernels(k):
+    if not uses_kernels(k):
+        with torch.autocast(k.device.type, enabled=False):  # k's dtype is decided; sums stay in fp32
             return *chunked.state(k, v, weight, key_mask, cu_seqlens, feature_map), k.new_empty(0)
-        rope = None if cos is None else (cos, sin)
-        return _tensors(
-            k, *_kernels(k).state(k, v, weight, rope, key_mask, cu_seqlens, feature_map, precision, save_rotated)
-        )
+    rope = None if cos is None else (cos, sin)
+    return tensors(k, *kernels(k).state(k, v, weight, rope, key_mask, cu_seqlens, feature_map, precision, save_rotated))
 
 
-@torch.library.custom_op("linvideo::linear_attn_state_backward", mutates_args=())
+@operator("linear_attn_state_backward")
 def state_backward_op(
     dstate: Tensor,
     dz: Tensor,
@@ -59,18 +119,18 @@ def state_backward_op(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dk, dv, dweight; k as turned by the rotary embedding."""
-    with torch.autocast(k.device.type, enabled=False):
-        if not uses_kernels(k):
+    if not uses_kernels(k):
+        with torch.autocast(k.device.type, enabled=False):
             grads = chunked.state_backward(dstate, dz, k, v, weight, key_mask, cu_seqlens, feature_map)
-        else:
-            rope = None if cos is None else (cos, sin)
-            grads = _kernels(k).state_backward(
-                dstate, dz, k, v, weight, rope, key_mask, cu_seqlens, state, z, feature_map, precision
-            )
-    return _tensors(k, *grads[:2], _like(grads[2], weight))
+    else:
+        rope = None if cos is None else (cos, sin)
+        grads = kernels(k).state_backward(
+            dstate, dz, k, v, weight, rope, key_mask, cu_seqlens, state, z, feature_map, precision
+        )
+    return tensors(k, *grads[:2], _like(grads[2], weight))
 
 
-@torch.library.custom_op("linvideo::linear_attn_apply", mutates_args=())
+@operator("linear_attn_apply")
 def apply_op(
     q: Tensor,
     state: Tensor,
@@ -89,19 +149,19 @@ def apply_op(
     save_rotated: bool,
 ) -> tuple[Tensor, Tensor]:
     """o, and q as turned by the rotary embedding if the backward will want it."""
-    with torch.autocast(q.device.type, enabled=False):
-        if not uses_kernels(q):
+    if not uses_kernels(q):
+        with torch.autocast(q.device.type, enabled=False):
             o = chunked.apply(q, state, z, weight, cu_seqlens, feature_map, scale, normalize, eps)
-            return o, q.new_empty(0)
-        rope = None if cos is None else (cos, sin)
-        outputs = _kernels(q).apply(
-            q, state, z, weight, rope, softmax_out, r, cu_seqlens,
-            feature_map, scale, normalize, eps, precision, save_rotated,
-        )  # fmt: skip
-    return _tensors(q, *outputs)
+        return o, q.new_empty(0)
+    rope = None if cos is None else (cos, sin)
+    o, rotated, *_ = kernels(q).apply(
+        q, state, z, weight, rope, softmax_out, r, cu_seqlens,
+        feature_map, scale, normalize, eps, precision, save_rotated,
+    )  # fmt: skip
+    return tensors(q, o, rotated)
 
 
-@torch.library.custom_op("linvideo::linear_attn_apply_backward", mutates_args=())
+@operator("linear_attn_apply_backward")
 def apply_backward_op(
     do: Tensor,
     q: Tensor,
@@ -120,19 +180,21 @@ def apply_backward_op(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dstate, dz, dweight, dsoftmax_out, dr; q as turned by the rotary embedding."""
-    with torch.autocast(q.device.type, enabled=False):
-        if not uses_kernels(q):
-            settings = (feature_map, scale, normalize, eps)
+    if not uses_kernels(q):
+        settings = (feature_map, scale, normalize, eps)
+        with torch.autocast(q.device.type, enabled=False):
             grads = *chunked.apply_backward(do, q, state, z, weight, cu_seqlens, *settings), None, None
-        else:
-            rope = None if cos is None else (cos, sin)
-            grads = _kernels(q).apply_backward(
-                do, q, state, z, weight, rope, softmax_out, r, cu_seqlens, feature_map, scale, normalize, eps, precision
-            )
-    return _tensors(q, *grads[:3], _like(grads[3], weight), grads[4], _like(grads[5], r))
+    else:
+        rope = None if cos is None else (cos, sin)
+        prepared = kernels(q).prepare(state.contiguous(), z.contiguous(), q.dtype, normalize)
+        grads = kernels(q).apply_backward(
+            do, q, z, weight, rope, softmax_out, r, cu_seqlens, prepared,
+            feature_map, scale, normalize, eps, precision,
+        )  # fmt: skip
+    return tensors(q, *grads[:3], _like(grads[3], weight), grads[4], _like(grads[5], r))
 
 
-@state_op.register_fake
+@fake(state_op)
 def _(k, v, weight, cos, sin, key_mask, cu_seqlens, feature_map, precision, save_rotated):
     batch, _, heads, dim = k.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -142,67 +204,73 @@ def _(k, v, weight, cos, sin, key_mask, cu_seqlens, feature_map, precision, save
     return state, z, k.new_empty(k.shape if save_rotated else 0)
 
 
-@state_backward_op.register_fake
+@fake(state_backward_op)
 def _(dstate, dz, k, v, weight, cos, sin, key_mask, cu_seqlens, state, z, feature_map, precision):
-    return k.new_empty(k.shape), v.new_empty(v.shape), _new(k, weight)
+    return k.new_empty(k.shape), v.new_empty(v.shape), new(k, weight)
 
 
-@apply_op.register_fake
+@fake(apply_op)
 def _(q, state, z, weight, cos, sin, softmax_out, r, cu_seqlens, *settings):
     return q.new_empty(q.shape), q.new_empty(q.shape if settings[-1] else 0)
 
 
-@apply_backward_op.register_fake
+@fake(apply_backward_op)
 def _(do, q, state, z, weight, cos, sin, softmax_out, r, cu_seqlens, *settings):
-    return q.new_empty(q.shape), _new(q, state), _new(q, z), _new(q, weight), _new(q, softmax_out), _new(q, r)
+    return q.new_empty(q.shape), new(q, state), new(q, z), new(q, weight), new(q, softmax_out), new(q, r)
 
 
-def _state_context(ctx, inputs, output) -> None:
-    k, v, weight, cos, sin, key_mask, cu_seqlens, feature_map, precision, save_rotated = inputs
-    state, z, rotated = output
-    k = rotated if save_rotated else k
-    ctx.save_for_backward(k, v, weight, cos, sin, key_mask, cu_seqlens, state, z)
-    ctx.settings = feature_map, precision
-    ctx.set_materialize_grads(False)
+class _State(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        k, v, weight, cos, sin, key_mask, cu_seqlens, feature_map, precision, save_rotated = inputs
+        state, z, rotated = below_autograd(state_op, *inputs)
+        k = rotated if save_rotated else k
+        ctx.save_for_backward(k, v, weight, cos, sin, key_mask, cu_seqlens, state, z)
+        ctx.settings = feature_map, precision
+        ctx.set_materialize_grads(False)
+        return state, z, rotated
+
+    @staticmethod
+    def backward(ctx, dstate, dz, _drotated):
+        if dstate is None and dz is None:
+            return (None,) * 10
+        saved = ctx.saved_tensors  # once: under activation checkpointing a second read raises
+        state, z = saved[-2:]
+        dstate = torch.zeros_like(state) if dstate is None else dstate
+        dz = torch.zeros_like(z) if dz is None else dz
+        dk, dv, dweight = once(state_backward_op, dstate, dz, *saved, *ctx.settings)
+        return dk, dv, given(dweight, saved[2]), *(None,) * 7
 
 
-def _state_autograd(ctx, dstate, dz, _drotated):
-    if dstate is None and dz is None:
-        return (None,) * 10
-    saved = ctx.saved_tensors  # once: under activation checkpointing a second read raises
-    state, z = saved[-2:]
-    dstate = torch.zeros_like(state) if dstate is None else dstate
-    dz = torch.zeros_like(z) if dz is None else dz
-    dk, dv, dweight = torch.ops.linvideo.linear_attn_state_backward(dstate, dz, *saved, *ctx.settings)
-    return dk, dv, _given(dweight, saved[2]), *(None,) * 7
+class _Apply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        q, *tensors = inputs[:9]
+        *ctx.settings, save_rotated = inputs[9:]
+        o, rotated = below_autograd(apply_op, *inputs)
+        ctx.save_for_backward(rotated if save_rotated else q, *tensors)
+        ctx.set_materialize_grads(False)
+        return o, rotated
+
+    @staticmethod
+    def backward(ctx, do, _drotated):
+        if do is None:
+            return (None,) * 15
+        saved = ctx.saved_tensors
+        dq, dstate, dz, dweight, dsoftmax, dr = once(apply_backward_op, do, *saved, *ctx.settings)
+        mixed = given(dsoftmax, saved[6]), given(dr, saved[7])
+        return dq, dstate, dz, given(dweight, saved[3]), None, None, *mixed, *(None,) * 7
 
 
-def _apply_context(ctx, inputs, output) -> None:
-    q, *tensors = inputs[:9]
-    *ctx.settings, save_rotated = inputs[9:]
-    q = output[1] if save_rotated else q
-    ctx.save_for_backward(q, *tensors)
-    ctx.set_materialize_grads(False)
+differentiate(state_op, _State.apply)
+differentiate(apply_op, _Apply.apply)
 
 
-def _apply_autograd(ctx, do, _drotated):
-    if do is None:
-        return (None,) * 15
-    saved = ctx.saved_tensors
-    dq, dstate, dz, dweight, dsoftmax, dr = torch.ops.linvideo.linear_attn_apply_backward(do, *saved, *ctx.settings)
-    mixed = _given(dsoftmax, saved[6]), _given(dr, saved[7])
-    return dq, dstate, dz, _given(dweight, saved[3]), None, None, *mixed, *(None,) * 7
+def tensors(like: Tensor, *outputs: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(0, dtype=like.dtype, device=like.device) if x is None else x for x in outputs)
 
 
-state_op.register_autograd(_state_autograd, setup_context=_state_context)
-apply_op.register_autograd(_apply_autograd, setup_context=_apply_context)
-
-
-def _tensors(like: Tensor, *outputs: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if output is None else output for output in outputs)
-
-
-def _given(grad: Tensor, x: Tensor | None) -> Tensor | None:
+def given(grad: Tensor, x: Tensor | None) -> Tensor | None:
     return None if x is None else grad
 
 
@@ -210,15 +278,15 @@ def _like(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
     return None if x is None else grad.to(x.dtype).view(x.shape)
 
 
-def _new(like: Tensor, x: Tensor | None) -> Tensor:
+def new(like: Tensor, x: Tensor | None) -> Tensor:
     return like.new_empty(0) if x is None else x.new_empty(x.shape)
 
 
-def _kernels(x: Tensor):
+def kernels(x: Tensor):
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not linvideo_kernels.interpreter_bf16_ok:
         raise ValueError("expected float32 or float16 under TRITON_INTERPRET=1, whose bfloat16 is wrong, got bfloat16")
     try:
-        from linvideo_kernels import linear_attn as kernels
+        from linvideo_kernels import linear_attn
     except ImportError as error:
         raise RuntimeError("linear_attn on CUDA tensors needs Triton: pip install triton") from error
-    return kernels
+    return linear_attn

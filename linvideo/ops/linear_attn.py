@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from linvideo.ops import checks
+from linvideo.ops import checks, whole
 from linvideo.ops.library import apply_op, state_op, uses_kernels
 from linvideo.ops.reference import rotate
 
@@ -77,8 +77,11 @@ def linear_attn(
     _check_apply_arguments(q, feature_map, q_weight, rope, mix, cu_seqlens_q, scale, normalize, eps, fp32_precision)
     if rope is not None and k.shape[1] != q.shape[1]:
         raise ValueError(f"expected as many keys as queries with rope, got {q.shape[1]} and {k.shape[1]}")
-    state, z = _state(k, v, feature_map, k_weight, rope, key_mask, cu_seqlens_k, fp32_precision)
-    out = _apply(q, state, z, feature_map, q_weight, rope, mix, cu_seqlens_q, scale, normalize, eps, fp32_precision)
+    (q, k), cos, sin = _rope(rope, q, k)
+    fused, ends = _fused(mix, q), (key_mask, cu_seqlens_q, cu_seqlens_k)
+    settings = feature_map, 1.0 if scale is None else float(scale), normalize, float(eps), fp32_precision, False
+    out = whole.forward_op(q, k, v, q_weight, k_weight, cos, sin, *fused, *ends, *settings)[0]
+    out = _mixed(out, mix)
     return out.squeeze(0) if packed else out
 
 
@@ -110,7 +113,10 @@ def linear_attn_state(
         k, v = _unpacked(k), _unpacked(v)
     checks.check_rows("k", k)
     _check_state_arguments(k, v, feature_map, k_weight, rope, key_mask, cu_seqlens_k, fp32_precision)
-    return _state(k, v, feature_map, k_weight, rope, key_mask, cu_seqlens_k, fp32_precision)
+    (k,), cos, sin = _rope(rope, k)
+    save_rotated = cos is not None and _needs_grad(k, v, k_weight)
+    arguments = k_weight, cos, sin, key_mask, cu_seqlens_k, feature_map, fp32_precision, save_rotated
+    return state_op(k, v, *arguments)[:2]
 
 
 def linear_attn_apply(
@@ -144,7 +150,11 @@ def linear_attn_apply(
     checks.check_rows("q", q)
     _check_apply_arguments(q, feature_map, q_weight, rope, mix, cu_seqlens_q, scale, normalize, eps, fp32_precision)
     checks.check_state(S, z, q, cu_seqlens_q, feature_map)
-    out = _apply(q, S, z, feature_map, q_weight, rope, mix, cu_seqlens_q, scale, normalize, eps, fp32_precision)
+    (q,), cos, sin = _rope(rope, q)
+    fused = _fused(mix, q)
+    save_rotated = cos is not None and _needs_grad(q, S, z, q_weight, *fused)
+    settings = feature_map, 1.0 if scale is None else float(scale), normalize, float(eps), fp32_precision, save_rotated
+    out = _mixed(apply_op(q, S, z, q_weight, cos, sin, *fused, cu_seqlens_q, *settings)[0], mix)
     return out.squeeze(0) if packed else out
 
 
@@ -166,31 +176,27 @@ def _check_apply_arguments(
     checks.check_scaling(feature_map, scale, normalize, eps)
 
 
-def _state(k, v, feature_map, weight, rope, key_mask, cu_seqlens, precision) -> tuple[Tensor, Tensor]:
-    k, cos, sin = _rope(k, rope)
-    save_rotated = cos is not None and _needs_grad(k, v, weight)
-    return state_op(k, v, weight, cos, sin, key_mask, cu_seqlens, feature_map, precision, save_rotated)[:2]
-
-
-def _apply(q, state, z, feature_map, weight, rope, mix, cu_seqlens, scale, normalize, eps, precision) -> Tensor:
-    q, cos, sin = _rope(q, rope)
-    fused = uses_kernels(q)
-    softmax_out, r = mix if mix is not None and fused else (None, None)
-    save_rotated = cos is not None and _needs_grad(q, state, z, weight, softmax_out, r)
-    settings = feature_map, 1.0 if scale is None else float(scale), normalize, float(eps), precision, save_rotated
-    out = apply_op(q, state, z, weight, cos, sin, softmax_out, r, cu_seqlens, *settings)[0]
-    if mix is not None and not fused:
-        softmax_out, r = mix[0], mix[1].float().reshape(1)  # of one axis, so that the mixture is float32
-        out = (r * softmax_out + (1 - r) * out).to(out.dtype)
-    return out
-
-
-def _rope(x: Tensor, rope) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Turned at once where no kernel does it."""
+def _rope(rope, *rows: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
+    """The rows and the tables; where no kernel rotates, the rotated rows and no tables."""
     if rope is None:
-        return x, None, None
+        return rows, None, None
     cos, sin = rope[0].detach(), rope[1].detach()
-    return (x, cos, sin) if uses_kernels(x) else (rotate(x, cos.float(), sin.float()), None, None)
+    if uses_kernels(rows[0]):
+        return rows, cos, sin
+    return tuple(rotate(x, cos.float(), sin.float()) for x in rows), None, None
+
+
+def _fused(mix, q: Tensor):
+    """(softmax_out, r) where a kernel mixes."""
+    return mix if mix is not None and uses_kernels(q) else (None, None)
+
+
+def _mixed(out: Tensor, mix) -> Tensor:
+    """The mixture where no kernel mixes."""
+    if mix is None or uses_kernels(out):
+        return out
+    softmax_out, r = mix[0], mix[1].float().reshape(1)  # of one axis, so that the mixture is float32
+    return (r * softmax_out + (1 - r) * out).to(out.dtype)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

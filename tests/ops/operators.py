@@ -10,7 +10,8 @@ OPS = torch.ops.linvideo
 
 
 def operator_arguments(case: Case, device: str) -> dict[str, tuple]:
-    """{"state", "state_backward", "apply", "apply_backward"}; the tensors of the two forwards require gradients.
+    """Name after "linear_attn" -> arguments: the whole op, its two halves and their backwards; the tensors of the
+    three forwards require gradients.
 
     Off the kernels the operators never see a rotary embedding or a mixture.
     """
@@ -35,11 +36,18 @@ def operator_arguments(case: Case, device: str) -> dict[str, tuple]:
         _, q = OPS.linear_attn_apply(*apply_arguments)
     turned_q = (q if rope[0] is not None else inputs["q"], *queries[1:])
     sums_grad = torch.randn_like(state), torch.randn_like(z)
+    rows, weights = [inputs[x] for x in "qkv"], [inputs.get(f"{x}_weight") for x in "qk"]
+    tensors = *weights, *rope, *mix, options.get("key_mask"), *(options.get(f"cu_seqlens_{x}") for x in "qk")
+    with torch.no_grad():
+        _, kept = OPS.linear_attn(*rows, *tensors, name, *scaling, precision, True)
+    rotated = [*kept[4:], *(() if kept[4:] else rows[:2]), rows[2]]
     return {
-        "state": state_arguments,
-        "state_backward": _detached(*sums_grad, *turned, *ends, state, z, name, precision),
-        "apply": apply_arguments,
-        "apply_backward": _detached(grad, *turned_q, name, *scaling, precision),
+        "": (*rows, *tensors, name, *scaling, precision, False),
+        "_backward": _detached(grad, *rotated, *tensors, kept[:4], name, *scaling, precision, True),
+        "_state": state_arguments,
+        "_state_backward": _detached(*sums_grad, *turned, *ends, state, z, name, precision),
+        "_apply": apply_arguments,
+        "_apply_backward": _detached(grad, *turned_q, name, *scaling, precision),
     }
 
 
@@ -58,7 +66,7 @@ BACKWARD_CHECKS = ("test_schema", "test_faketensor")
 
 
 def check_operators(case: Case, device: str) -> None:
-    """torch.library.opcheck on all four."""
+    """torch.library.opcheck on all six."""
     for name, arguments in operator_arguments(case, device).items():
         checks = BACKWARD_CHECKS if name.endswith("backward") else FORWARD_CHECKS
-        torch.library.opcheck(getattr(OPS, f"linear_attn_{name}").default, arguments, test_utils=checks)
+        torch.library.opcheck(getattr(OPS, f"linear_attn{name}").default, arguments, test_utils=checks)

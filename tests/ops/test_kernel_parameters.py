@@ -60,8 +60,8 @@ def launches(length: int, sequences: int):
     with recording(Target(90, 132)) as recorded:
         state, z, turned = package.state(k, v, *keys, "hedgehog", "ieee", True)
         package.state_backward(state, z, turned, v, *keys, state, z, "hedgehog", "ieee")
-        _, turned = package.apply(q, state, z, *queries, *settings, True)
-        package.apply_backward(q, turned, state, z, *queries, *settings)
+        _, turned, *prepared = package.apply(q, state, z, *queries, *settings, True)
+        package.apply_backward(q, turned, z, *queries, prepared, *settings)
     return [(each.kernel.fn.__name__, each.tile, each.constexprs) for each in recorded]
 
 

@@ -1,5 +1,7 @@
 """Linear attention: four functions launch the kernels (passes.py). Importing this loads Triton."""
 
-from linvideo_kernels.linear_attn.passes import apply, apply_backward, state, state_backward
+from linvideo_kernels.linear_attn.passes import apply, apply_backward, prepared_shapes, state, state_backward
+from linvideo_kernels.linear_attn.prepare import prepare
+from linvideo_kernels.linear_attn.side import operand
 
-__all__ = ["apply", "apply_backward", "state", "state_backward"]
+__all__ = ["apply", "apply_backward", "operand", "prepare", "prepared_shapes", "state", "state_backward"]

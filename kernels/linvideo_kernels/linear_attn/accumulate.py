@@ -15,7 +15,7 @@ from linvideo_kernels.linear_attn import configs
 from linvideo_kernels.linear_attn.feature_maps import features
 from linvideo_kernels.linear_attn.launch import SIZES, launch
 from linvideo_kernels.linear_attn.products import floor_power, logits, operand, split
-from linvideo_kernels.linear_attn.side import Side, descriptor, expanded
+from linvideo_kernels.linear_attn.side import Side, descriptor, expanded, strides
 from linvideo_kernels.linear_attn.tiles import head_rows, kept, load_rows, locate
 
 
@@ -166,17 +166,19 @@ def accumulate(side: Side, y, *, key_heads, backward=False, scale=1.0, factors=N
     _, length, heads, dim = u.shape
     signs, width = side.signs, side.width
     tile = side.tile("accumulate_state", expanded=expanded(u, y), factors=factors is not None)
-    work = side.work(tile, halves=signs)
+    work = side.work(tile, halves=signs, partials=True)
     float32 = {"dtype": torch.float32, "device": u.device}
     partial = torch.empty((work.items, heads, signs, width, width), **float32)
     z_partial = torch.empty((work.items, heads, signs, width), **float32)
     gain = z if u.dtype == torch.float16 else None
     room = configs.room(side.feature_map) if gain is None else configs.ROOM
     launch(
-        accumulate_state, work.items * heads * signs, tile,
-        *(descriptor(u, tile, width), side.weight, descriptor(y, tile, width)) if tile.tma else (u, side.weight, y),
-        side.keep, factors, gain, side.cu_seqlens, partial, z_partial, *u.stride()[:3], *y.stride()[:3],
-        work.sequences, heads, length, work.splits, work.rows, 0 if factors is None else factors.stride(0),
+        accumulate_state, work.items * heads * signs, tile, u.device,
+        u_ptr=descriptor(u, tile, width) if tile.tma else u, w_ptr=side.weight,
+        y_ptr=descriptor(y, tile, width) if tile.tma else y, keep_ptr=side.keep, factors_ptr=factors, gain_ptr=gain,
+        cu_ptr=side.cu_seqlens, partial_ptr=partial, z_partial_ptr=z_partial, **strides("u", u), **strides("y", y),
+        SEQUENCES=work.sequences, HEADS=heads, N=length, splits=work.splits, rows=work.rows,
+        factors_plane=0 if factors is None else factors.stride(0),
         D=dim, WIDTH=width, SIGNS=signs, GROUP=heads // key_heads, BLOCK=tile.block, FEATURE_MAP=side.feature_map,
         ROOM=room, VALUE_FIRST=tile.value_first, Z_BY_DOT=tile.z_by_dot, TMA=tile.tma, PRECISION=side.precision,
     )  # fmt: skip
@@ -184,9 +186,10 @@ def accumulate(side: Side, y, *, key_heads, backward=False, scale=1.0, factors=N
     z_out = torch.empty((work.sequences, key_heads, signs * dim), **float32)
     tile = side.tile("reduce_state")
     launch(
-        reduce_state, work.sequences * key_heads * signs * (width // tile.block), tile,
-        partial, z_partial, gain, stats, r, side.cu_seqlens, state, z_out,
-        heads, work.splits, work.rows, scale / room,
+        reduce_state, work.sequences * key_heads * signs * (width // tile.block), tile, u.device,
+        partial_ptr=partial, z_partial_ptr=z_partial, gain_ptr=gain, stats_ptr=stats, r_ptr=r,
+        cu_ptr=side.cu_seqlens, state_ptr=state, z_ptr=z_out,
+        HEADS=heads, splits=work.splits, rows=work.rows, scale=scale / room,
         D=dim, WIDTH=width, SIGNS=signs, GROUP=heads // key_heads, ROWS=tile.block, BACKWARD=backward,
     )  # fmt: skip
     return state, z_out

@@ -93,11 +93,12 @@ def compile_jobs(
         keys = (k_weight, rope, key_mask, cu_seqlens)
         state, z, turned = passes.state(k, v, *keys, feature_map, precision, training)
         passes.state_backward(state, z, turned if training else k, v, *keys, state, z, feature_map, precision)
-        _, turned = passes.apply(q, state, z, q_weight, rope, *mix, cu_seqlens, *settings, training)
-        passes.apply_backward(do, turned if training else q, state, z, q_weight, rope, *mix, cu_seqlens, *settings)
+        queries = (q_weight, rope, *mix, cu_seqlens)
+        _, turned, *prepared = passes.apply(q, state, z, *queries, *settings, True)
+        passes.apply_backward(do, turned if training else q, z, *queries, prepared, *settings)
         if training:  # the forward without gradients is another kernel
             passes.state(k, v, *keys, feature_map, precision, False)
-            passes.apply(q, state, z, q_weight, rope, *mix, cu_seqlens, *settings, False)
+            passes.apply(q, state, z, *queries, *settings, False)
     what = [feature_map, f"d{head_dim}", TYPES[dtype], f"sm{capability}"]
     what += ([] if normalize else ["raw"]) + ([] if precision == "ieee" else [precision]) + list(options)
     jobs = [

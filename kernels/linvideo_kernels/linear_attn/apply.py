@@ -94,11 +94,11 @@ def apply(side: Side, state, stats, *, normalize, eps=0.0, scale=1.0, softmax_ou
     work = side.work(tile)
     width = state.shape[-1]
     launch(
-        apply_state, work.items * heads, tile,
-        descriptor(u, tile, width) if tile.tma else u, side.weight, state, stats, side.cos, side.sin, side.keep,
-        softmax_out, r, side.cu_seqlens, out,
-        *u.stride()[:3], *strides(softmax_out), *out.stride()[:3],
-        work.sequences, heads, length, work.splits, work.rows, scale, eps,
+        apply_state, work.items * heads, tile, u.device,
+        u_ptr=descriptor(u, tile, width) if tile.tma else u, w_ptr=side.weight, state_ptr=state, stats_ptr=stats,
+        cos_ptr=side.cos, sin_ptr=side.sin, keep_ptr=side.keep, mix_ptr=softmax_out, r_ptr=r, cu_ptr=side.cu_seqlens,
+        out_ptr=out, **strides("u", u), **strides("m", softmax_out), **strides("o", out),
+        SEQUENCES=work.sequences, HEADS=heads, N=length, splits=work.splits, rows=work.rows, scale=scale, eps=eps,
         D=dim, WIDTH=width, SIGNS=side.signs, GROUP=heads // state.shape[1], BLOCK=tile.block,
         FEATURE_MAP=side.feature_map, ROOM=configs.room(side.feature_map), NORMALIZE=normalize, KEEP=tile.keeps,
         TMA=tile.tma, PRECISION=side.precision,

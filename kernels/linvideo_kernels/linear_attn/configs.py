@@ -1,5 +1,6 @@
 """Tile shapes and grid sizes by kernel, head dimension, element size and architecture; no autotuning."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -36,9 +37,12 @@ NO_DESCRIPTOR = {
     "accumulate_state": frozenset({"packed", "expanded", "key_mask"}),
     "apply_state": frozenset({"packed", "expanded"}),
 }
+# Programs of an SM one after another, at most: those that write a partial sum each, and others.
+WAVES_OF_PARTIALS, WAVES = 5, 16
 ROOM = 32768.0  # features of at most 1 are multiplied by it, so that small ones stay in fp16's range
 
 
+@functools.cache
 def tile(
     kernel: str, head_dim: int, dtype: torch.dtype, capability: int, feature_map: str, options: frozenset = frozenset()
 ) -> Tile:
@@ -144,16 +148,25 @@ def room(feature_map: str) -> float:
     return ROOM if feature_map in ("hedgehog", "hedgehog_joint", "softmax") else 1.0
 
 
-def deal_out(tile: Tile, length: int, batch: int, sequences: int | None, programs: int, sm_count: int) -> Work:
-    """`programs`: per item. A function of these alone, so that reruns are bit-equal.
+@functools.lru_cache(1024)
+def deal_out(
+    tile: Tile, length: int, batch: int, sequences: int | None, programs: int, sm_count: int, partials: bool = False
+) -> Work:
+    """`programs`: per item; `partials`: each writes a partial sum. A function of these alone: reruns are bit-equal.
 
-    Of the splits that fill the SMs at most about four times, the least number that wastes the least.
+    The splits of least time, counted in tiles: programs that an SM runs one after another, times the tiles of each and
+    one more for what it loads before the first.
     """
     blocks = -(-length // tile.block)
     slots = tile.resident * sm_count
     per_split = programs * (batch if sequences is None else 1)
-    candidates = range(1, min(blocks, -(-4 * slots // per_split)) + 1)
-    splits = min(candidates, key=lambda splits: -(-per_split * splits // slots) / splits)
+
+    def time(splits: int) -> int:
+        tiles = -(-blocks // splits)
+        return -(-per_split * -(-blocks // tiles) // slots) * (tiles + 1)
+
+    most = (WAVES_OF_PARTIALS if partials else WAVES) * slots // per_split
+    splits = min(range(1, max(1, min(blocks, most)) + 1), key=time)
     rows = -(-blocks // splits) * tile.block
     if sequences is None:
         splits = -(-length // rows)

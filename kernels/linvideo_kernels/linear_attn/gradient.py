@@ -15,7 +15,7 @@ import triton.language as tl
 from linvideo_kernels.linear_attn.feature_maps import features, pull_back
 from linvideo_kernels.linear_attn.launch import SIZES, launch
 from linvideo_kernels.linear_attn.products import logits, operand, times
-from linvideo_kernels.linear_attn.side import Side
+from linvideo_kernels.linear_attn.side import Side, strides
 from linvideo_kernels.linear_attn.tiles import head_rows, kept, load_rows, locate, rotate, store_rows
 
 
@@ -157,10 +157,12 @@ def row_gradient(side: Side, y, state, stats, *, keys, normalize, rope=None, sca
     work = side.work(tile)
     width = state.shape[-1]
     launch(
-        map_grad, work.items * heads, tile,
-        u, side.weight, y, state, stats, side.cos, side.sin, side.keep, r, side.cu_seqlens, factors, dx,
-        *u.stride()[:3], *y.stride()[:3], *dx.stride()[:3],
-        work.sequences, heads, length, work.splits, work.rows, 0 if factors is None else factors.stride(0), scale, eps,
+        map_grad, work.items * heads, tile, u.device,
+        u_ptr=u, w_ptr=side.weight, y_ptr=y, state_ptr=state, stats_ptr=stats, cos_ptr=side.cos, sin_ptr=side.sin,
+        keep_ptr=side.keep, r_ptr=r, cu_ptr=side.cu_seqlens, factors_ptr=factors, dx_ptr=dx,
+        **strides("u", u), **strides("y", y), **strides("o", dx),
+        SEQUENCES=work.sequences, HEADS=heads, N=length, splits=work.splits, rows=work.rows,
+        factors_plane=0 if factors is None else factors.stride(0), scale=scale, eps=eps,
         D=dim, WIDTH=width, SIGNS=side.signs, GROUP=heads // state.shape[1], BLOCK=tile.block,
         FEATURE_MAP=side.feature_map, NORMALIZE=normalize, KEYS=keys, KEEP=tile.keeps,
         PRECISION=side.precision,
@@ -169,12 +171,13 @@ def row_gradient(side: Side, y, state, stats, *, keys, normalize, rope=None, sca
         return dx, None
     side = side._replace(cu_seqlens=None)
     tile = side.tile("project_grad")
-    work = side.work(tile)
+    work = side.work(tile, partials=True)
     dw_partial = torch.empty((work.items, heads, dim, dim), dtype=torch.float32, device=u.device)
     launch(
-        project_grad, work.items * heads, tile,
-        u, side.weight, side.cos, side.sin, side.keep, dx, dw_partial, *u.stride()[:3], *dx.stride()[:3],
-        batch, heads, length, work.splits, work.rows,
+        project_grad, work.items * heads, tile, u.device,
+        u_ptr=u, w_ptr=side.weight, cos_ptr=side.cos, sin_ptr=side.sin, keep_ptr=side.keep, dx_ptr=dx,
+        dw_partial_ptr=dw_partial, **strides("u", u), **strides("o", dx),
+        SEQUENCES=batch, HEADS=heads, N=length, splits=work.splits, rows=work.rows,
         D=dim, WIDTH=width, BLOCK=tile.block, PRECISION=side.precision,
     )  # fmt: skip
     return dx, dw_partial.sum(0)  # a plain sum over one axis: the same order every run

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from linvideo_kernels.linear_attn import configs
 from linvideo_kernels.linear_attn.launch import SIZES, launch
-from linvideo_kernels.linear_attn.side import Side, aligned
+from linvideo_kernels.linear_attn.side import Side, aligned, strides
 from linvideo_kernels.linear_attn.tiles import head_rows, load_rows, locate, store_rows
 
 
@@ -53,10 +53,12 @@ def mix_gradient(side: Side, do, softmax_out, r, stats, factors):
     work = side.work(tile)
     dr_partial = torch.empty(work.items * heads, dtype=torch.float32, device=do.device)
     launch(
-        mix_grad, work.items * heads, tile,
-        do, softmax_out, r, stats, factors, side.cu_seqlens, dsoftmax, dr_partial,
-        *do.stride()[:3], *softmax_out.stride()[:3], *dsoftmax.stride()[:3],
-        work.sequences, heads, length, work.splits, work.rows, factors.stride(0),
+        mix_grad, work.items * heads, tile, do.device,
+        do_ptr=do, softmax_ptr=softmax_out, r_ptr=r, stats_ptr=stats, factors_ptr=factors, cu_ptr=side.cu_seqlens,
+        dsoftmax_ptr=dsoftmax, dr_partial_ptr=dr_partial,
+        **strides("g", do), **strides("m", softmax_out), **strides("o", dsoftmax),
+        SEQUENCES=work.sequences, HEADS=heads, N=length, splits=work.splits, rows=work.rows,
+        factors_plane=factors.stride(0),
         D=dim, WIDTH=configs.padded(dim), SIGNS=side.signs, GROUP=heads // stats.shape[1], BLOCK=tile.block,
     )  # fmt: skip
     return dsoftmax, dr_partial.sum(0, keepdim=True)

@@ -2,18 +2,21 @@
 
     state           accumulate_state, reduce_state                                  S, z
     apply           prepare_state, apply_state                                      o
-    apply_backward  prepare_state, map_grad, project_grad                           dq, dW; a and delta of each row
+    apply_backward  map_grad, project_grad                                          dq, dW; a and delta of each row
                     accumulate_state, reduce_state [, mix_grad]                     dS, dz [, d softmax_out, dr]
     state_backward  prepare_state, apply_state                                      dv
                     map_grad, project_grad                                          dk, dW
 
 All take rows [B, N, H, D]; S [B, Hk, F, D] and z [B, Hk, F] are plain fp32 sums, so states of parts of the keys add.
-With a rotary embedding the keys, and in training the queries, are turned first (rotate_rows); the forwards return them
-and the backwards take them in place of u. Otherwise apply_state turns the queries' tiles as they come.
+The weight is one in any dtype, or what `operand` made of it. With a rotary embedding the keys, and in training the
+queries, are rotated first (rotate_rows); in training the forwards return them and the backwards take them in place of
+u. Otherwise apply_state rotates the queries' tiles as they come. In training `apply` also returns the state as
+prepare_state makes it, for its backward.
 """
 
 import torch
 
+from linvideo_kernels.linear_attn import configs
 from linvideo_kernels.linear_attn.accumulate import accumulate
 from linvideo_kernels.linear_attn.apply import apply as apply_rows
 from linvideo_kernels.linear_attn.gradient import row_gradient
@@ -23,17 +26,17 @@ from linvideo_kernels.linear_attn.rope import turned
 from linvideo_kernels.linear_attn.side import Side, aligned
 
 
-def state(k, v, weight, rope, key_mask, cu_seqlens, feature_map: str, precision: str, save_rotated: bool):
-    """Returns S, z and the turned k (None unless asked for)."""
+def state(k, v, weight, rope, key_mask, cu_seqlens, feature_map: str, precision: str, training: bool):
+    """Returns S, z and in training the rotated k (None without rope)."""
     side = Side.of(k, weight, feature_map, precision, rope, key_mask, cu_seqlens)
     side = side if rope is None else turned(side)
-    return *accumulate(side, aligned(v), key_heads=k.shape[2]), side.u if save_rotated else None
+    return *accumulate(side, aligned(v), key_heads=k.shape[2]), side.u if training and rope is not None else None
 
 
 def state_backward(
     dstate, dz, k, v, weight, rope, key_mask, cu_seqlens, state, z, feature_map: str, precision: str
 ):  # fmt: skip
-    """Returns dk, dv, dweight; k as turned by rope."""
+    """Returns dk, dv, dweight; k as `state` rotated it."""
     side = Side.of(k, weight, feature_map, precision, None, key_mask, cu_seqlens)
     grad, stats = prepare(state, z, k.dtype, feature_map != "identity", (dstate.contiguous(), dz.contiguous()))
     dv = apply_rows(side, grad, stats, normalize=False)
@@ -43,42 +46,40 @@ def state_backward(
 
 def apply(
     q, state, z, weight, rope, softmax_out, r, cu_seqlens,
-    feature_map: str, scale: float, normalize: bool, eps: float, precision: str, save_rotated: bool,
+    feature_map: str, scale: float, normalize: bool, eps: float, precision: str, training: bool,
 ):  # fmt: skip
-    """Returns o and the turned q (None unless asked for)."""
+    """Returns o, and in training the rotated q (None without rope), T and its statistics, else three times None."""
     side = Side.of(q, weight, feature_map, precision, rope, None, cu_seqlens)
-    side = turned(side) if save_rotated else side
+    rotate = training and rope is not None
+    side = turned(side) if rotate else side
     prepared, stats = prepare(state.contiguous(), z.contiguous(), q.dtype, normalize)
     o = apply_rows(side, prepared, stats, normalize=normalize, eps=eps, scale=scale, softmax_out=softmax_out, r=r)
-    return o, side.u if save_rotated else None
+    return (o, side.u if rotate else None, prepared, stats) if training else (o, None, None, None)
 
 
 def apply_backward(
-    do, q, state, z, weight, rope, softmax_out, r, cu_seqlens,
+    do, q, z, weight, rope, softmax_out, r, cu_seqlens, prepared,
     feature_map: str, scale: float, normalize: bool, eps: float, precision: str,
 ):  # fmt: skip
-    """Returns dq, dstate, dz, dweight, dsoftmax_out, dr (None for what is not there); q as turned by rope."""
+    """Returns dq, dstate, dz, dweight, dsoftmax_out, dr (None for what is not there).
+
+    q as `apply` rotated it; prepared: (T, statistics), of `apply` or `prepare`.
+    """
+    prepared, stats = prepared
     do, z = aligned(do), z.contiguous()
     side = Side.of(q, weight, feature_map, precision, None, None, cu_seqlens)
-    prepared, stats = prepare(state.contiguous(), z, q.dtype, normalize)
     factors = None
     if normalize or r is not None:
         batch, length, heads, _ = q.shape
         factors = torch.empty((2, batch, heads, length), dtype=torch.float32, device=q.device)
-    dq, dweight = row_gradient(
-        side,
-        do,
-        prepared,
-        stats,
-        keys=False,
-        normalize=normalize,
-        rope=rope,
-        scale=scale,
-        eps=eps,
-        r=r,
-        factors=factors,
-    )
+    settings = {"normalize": normalize, "rope": rope, "scale": scale, "eps": eps, "r": r, "factors": factors}
+    dq, dweight = row_gradient(side, do, prepared, stats, keys=False, **settings)
     backward = {"factors": factors, "z": z, "stats": stats} if normalize else {"scale": scale}
-    dstate, dz = accumulate(side, do, key_heads=state.shape[1], backward=True, r=r, **backward)
+    dstate, dz = accumulate(side, do, key_heads=prepared.shape[1], backward=True, r=r, **backward)
     mixed = (None, None) if r is None else mix_gradient(side, do, softmax_out, r, stats, factors)
     return dq, dstate, dz, dweight, *mixed
+
+
+def prepared_shapes(sequences: int, key_heads: int, head_dim: int, feature_map: str):
+    """Shapes of T and of its statistics, which `apply` returns in training."""
+    return configs.prepared_shapes(sequences, key_heads, head_dim, configs.signs(feature_map))

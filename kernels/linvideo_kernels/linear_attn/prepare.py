@@ -82,7 +82,8 @@ def prepare(state, z, dtype, center: bool, grads=(None, None)):
     stats = torch.empty(stats_shape, dtype=torch.float32, device=state.device)
     tile = configs.tile("prepare_state", dim, torch.float32, 0, "")
     launch(
-        prepare_state, batch * heads, tile, state, z, *grads, out, stats,
+        prepare_state, batch * heads, tile, state.device,
+        state_ptr=state, z_ptr=z, grad_ptr=grads[0], z_grad_ptr=grads[1], out_ptr=out, stats_ptr=stats,
         D=dim, WIDTH=out_shape[-1], SIGNS=signs, ROWS=min(tile.block, out_shape[-1]), CENTER=center,
     )  # fmt: skip
     return out, stats

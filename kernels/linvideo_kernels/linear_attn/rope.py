@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from linvideo_kernels.linear_attn.launch import SIZES, launch
-from linvideo_kernels.linear_attn.side import Side
+from linvideo_kernels.linear_attn.side import Side, strides
 from linvideo_kernels.linear_attn.tiles import head_rows, load_rows, rotate, store_rows
 
 
@@ -40,8 +40,9 @@ def turned(side: Side) -> Side:
     tile = side.tile("rotate_rows")
     splits = -(-length // tile.block)
     launch(
-        rotate_rows, batch * splits * heads, tile,
-        u, side.cos, side.sin, out, *u.stride()[:3], *out.stride()[:3], heads, length, splits,
+        rotate_rows, batch * splits * heads, tile, u.device,
+        u_ptr=u, cos_ptr=side.cos, sin_ptr=side.sin, out_ptr=out, **strides("u", u), **strides("o", out),
+        HEADS=heads, N=length, splits=splits,
         D=dim, WIDTH=side.width, BLOCK=tile.block,
     )  # fmt: skip
     return side._replace(u=out, cos=None, sin=None)

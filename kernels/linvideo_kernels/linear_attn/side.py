@@ -1,5 +1,7 @@
 """One side of linear attention, the queries or the keys, as the launchers see it."""
 
+import functools
+import sys
 from typing import NamedTuple
 
 import torch
@@ -21,11 +23,8 @@ class Side(NamedTuple):
 
     @classmethod
     def of(cls, u, weight, feature_map, precision, rope=None, keep=None, cu_seqlens=None) -> "Side":
-        """With the weight [H, D, D] cast to u's dtype and padded with zeros."""
-        if weight is not None:
-            missing = configs.padded(u.shape[-1]) - u.shape[-1]
-            weight = weight.to(u.dtype).contiguous()
-            weight = torch.nn.functional.pad(weight, (0, missing, 0, missing)) if missing else weight
+        """With the weight as `operand` makes it, or made it before."""
+        weight = None if weight is None else operand(weight, u)
         cos, sin = (None, None) if rope is None else (table.contiguous() for table in rope)
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
         keep = None if keep is None else keep.to(torch.int8).contiguous()
@@ -53,20 +52,28 @@ class Side(NamedTuple):
         return target_of(self.u)
 
     def tile(self, kernel: str, **more: bool) -> configs.Tile:
-        given = {
-            "rope": self.cos is not None,
-            "key_mask": self.keep is not None,
-            "packed": self.cu_seqlens is not None,
-            "tf32x3": self.precision == "tf32x3",
-        }
-        options = frozenset(name for name, there in (given | more).items() if there)
+        tf32x3 = self.precision == "tf32x3"
+        options = _options(self.cos is not None, self.keep is not None, self.cu_seqlens is not None, tf32x3, **more)
         dim, capability = self.u.shape[-1], self.target.capability
         return configs.tile(kernel, dim, self.u.dtype, capability, self.feature_map, options)
 
-    def work(self, tile: configs.Tile, halves: int = 1) -> configs.Work:
+    def work(self, tile: configs.Tile, halves: int = 1, partials: bool = False) -> configs.Work:
         batch, length, heads, _ = self.u.shape
         packed = None if self.cu_seqlens is None else self.sequences
-        return configs.deal_out(tile, length, batch, packed, heads * halves, self.target.sm_count)
+        return configs.deal_out(tile, length, batch, packed, heads * halves, self.target.sm_count, partials)
+
+
+@functools.cache
+def _options(rope: bool, key_mask: bool, packed: bool, tf32x3: bool, **more: bool) -> frozenset[str]:
+    given = {"rope": rope, "key_mask": key_mask, "packed": packed, "tf32x3": tf32x3} | more
+    return frozenset(name for name, there in given.items() if there)
+
+
+def operand(weight: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The weight [H, D, D] cast to u's dtype and padded with zeros to [H, WIDTH, WIDTH]; itself where it is so."""
+    missing = configs.padded(int(u.shape[-1])) - weight.shape[-1]
+    weight = weight.to(u.dtype).contiguous()
+    return torch.nn.functional.pad(weight, (0, missing, 0, missing)) if missing else weight
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
@@ -78,8 +85,14 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def strides(x: torch.Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if x is None else x.stride()[:3]
+def strides(name: str, x: torch.Tensor | None) -> dict[str, int]:
+    """A kernel's arguments stride_<name>b, n and h: the first three strides of x, 0 where there is no x."""
+    return dict(zip(_stride_names(name), (0, 0, 0) if x is None else x.stride(), strict=False))
+
+
+@functools.cache
+def _stride_names(name: str) -> tuple[str, ...]:
+    return tuple(sys.intern(f"stride_{name}{axis}") for axis in "bnh")  # interned: Python binds those faster
 
 
 def descriptor(x: torch.Tensor, tile: configs.Tile, width: int) -> TensorDescriptor:
@@ -94,11 +107,16 @@ def expanded(*tensors: torch.Tensor) -> bool:
     return any(0 in _steps(x) for x in tensors)
 
 
-def _steps(x: torch.Tensor) -> list[int]:
+def _steps(x: torch.Tensor) -> tuple[int, ...]:
+    return _steps_of(x.shape, x.stride())
+
+
+@functools.lru_cache(1024)
+def _steps_of(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
     """The first three strides; that of an axis of one element does not matter and is the one without gaps."""
-    steps, step = [], x.shape[3]
-    for size, stride in zip(reversed(x.shape[:3]), reversed(x.stride()[:3]), strict=True):
+    steps, step = [], shape[3]
+    for size, stride in zip(reversed(shape[:3]), reversed(strides[:3]), strict=True):
         step = stride if size > 1 else step
         steps.insert(0, step)
         step *= size
-    return steps
+    return tuple(steps)

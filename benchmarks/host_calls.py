@@ -1,0 +1,147 @@
+"""The calls that benchmarks/host.py times, of one source tree and in a process of their own.
+
+`python -P host_calls.py '{"shape": [1, 32760, 12, 128], "calls": 200}'` prints one line of JSON. PYTHONPATH names the
+tree, which may be older than this file: nothing but PyTorch, Triton and the tree's linvideo is imported.
+
+Tensors are on PyTorch's meta device and take the branch that CUDA tensors take. A launch goes through Triton's own path
+(it binds the arguments, derives the specialization and looks the kernel up), but what it finds starts nothing.
+"""
+
+import json
+import sys
+import time
+from collections import Counter
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+H100 = (90, 132)  # compute capability and multiprocessors
+
+
+class Driver:
+    """Triton's driver without a device."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", H100[0], 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiled:
+    """What a launch finds in Triton's cache."""
+
+    function, packed_metadata = None, ()
+    launched: Counter = Counter()
+
+    def __init__(self, source, **options):
+        source.fn.cache_key  # noqa: B018 - collects the globals that every launch compares, as compiling does
+        self.name = source.fn.__name__
+
+    def launch_metadata(self, grid, stream, *args) -> None:
+        return None
+
+    def run(self, *args) -> None:
+        self.launched[self.name] += 1
+
+
+class Autocast(torch.autocast):
+    """As costly as it is for a device that has autocast."""
+
+    def __init__(self, device_type: str, *args, **kwargs):
+        super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+
+def new_empty(x, size, dtype=None, layout=None, device=None, pin_memory=None) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype or x.dtype, device="meta")
+
+
+def sum_over(x, dim, keepdim=False, dtype=None) -> torch.Tensor:
+    """For the sum over the first axis."""
+    size = x.shape[1:]
+    return torch.empty((1, *size) if keepdim else size, dtype=dtype or x.dtype, device="meta")
+
+
+def load():
+    """The tree's linear_attn, made to launch kernels for meta tensors."""
+    triton.runtime.driver.set_active(Driver())
+    triton.compiler.compile = Compiled
+    torch.autocast = Autocast
+    implementations, impl = {}, torch.library.Library.impl
+
+    def recorded(library, name, function, key="", **options):
+        own = str(name).rpartition("::")[2].startswith("linear_attn")
+        if own and key in ("CompositeExplicitAutograd", "CUDA"):
+            implementations[name] = function
+        if not own or key != "Meta":  # of shapes alone; the kernels' implementation takes its place below
+            impl(library, name, function, key, **options)
+
+    torch.library.Library.impl = recorded
+    from linvideo_kernels.linear_attn import launch
+
+    from linvideo.ops import linear_attn
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("linvideo.")]:
+        if hasattr(module, "uses_kernels"):
+            module.uses_kernels = lambda x: True
+    launch.INTERPRETER = launch.Target(*H100)  # that of tensors on no GPU
+    # Registrations live as long as their libraries. PyTorch's own for meta take ten times as long as those of a device.
+    load.libraries = torch.library.Library("linvideo", "IMPL"), torch.library.Library("aten", "IMPL")
+    for name, function in implementations.items():
+        impl(load.libraries[0], name, function, "Meta")
+    for name, function in {"new_empty": new_empty, "sum.dim_IntList": sum_over}.items():
+        impl(load.libraries[1], name, function, "Meta")
+    return linear_attn
+
+
+def cases(linear_attn, shape: tuple[int, int, int, int]) -> dict:
+    """Name -> a call without arguments. Rows in bfloat16, weights and tables in float32."""
+    batch, length, heads, dim = shape
+
+    def meta(*size: int, dtype=torch.float32, **options) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta", **options)
+
+    q, k, v, do = (meta(*shape, dtype=torch.bfloat16) for _ in range(4))
+    weights = {name: meta(heads, dim, dim) for name in ("q_weight", "k_weight")}
+    table = meta(length, dim // 2)
+    trained = [x.detach().requires_grad_() for x in (q, k, v, *weights.values())]
+
+    def forward(rope):
+        with torch.no_grad():
+            linear_attn(q, k, v, **weights, rope=rope)
+
+    def training(rope):
+        *rows, q_weight, k_weight = trained
+        out = linear_attn(*rows, q_weight=q_weight, k_weight=k_weight, rope=rope)
+        torch.autograd.grad(out, trained, do)
+
+    return {
+        "forward": lambda: forward(None),
+        "forward, RoPE": lambda: forward((table, table)),
+        "forward + backward": lambda: training(None),
+        "forward + backward, RoPE": lambda: training((table, table)),
+    }
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    found = {}
+    for name, call in cases(load(), tuple(settings["shape"])).items():
+        call()  # what is made once is made
+        Compiled.launched.clear()
+        call()
+        launches, times = sum(Compiled.launched.values()), []
+        for _ in range(settings["calls"]):
+            start = time.perf_counter_ns()
+            call()
+            times.append((time.perf_counter_ns() - start) / 1000)
+        found[name] = {"launches": launches, "microseconds": times}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
