@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from triton.compiler import CompiledKernel
 
 # Run-time sizes of the kernels: another value is no other kernel.
 SIZES = ["SEQUENCES", "HEADS", "N", "splits", "rows", "factors_plane"]
@@ -36,24 +37,51 @@ def launch(kernel, programs: int, tile, device: torch.device, **arguments) -> No
         args = tuple(arguments.pop(p.name) for p in kernel.params if not p.is_constexpr)
         _recording.append(Launch(kernel, tile, args, arguments))
         return
-    ordered = _in_order(kernel.fn)(arguments)  # Triton binds positions in two thirds of the time of names
-    if len(arguments) > len(ordered):
-        raise TypeError(f"{kernel.__name__} has no {', '.join(arguments.keys() - set(kernel.arg_names))}")
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device
-            kernel[(programs,)](*ordered, **_options(tile))
+            _run(kernel, programs, tile, device, arguments)
     else:
-        kernel[(programs,)](*ordered, **_options(tile))
+        _run(kernel, programs, tile, device, arguments)
+
+
+_compiled: dict[tuple, CompiledKernel] = {}
+
+
+def _run(kernel, programs: int, tile, device: torch.device, arguments: dict) -> None:
+    """Launch through Triton once, and from then on what it compiled: finding that again is most of Triton's launch.
+
+    What it compiles depends on the tensors' dtypes, on whether their addresses are multiples of 16, and on the values
+    of the other arguments: the key holds no less.
+    """
+    ordered, plain, pointers = (get(arguments) for get in _getters(kernel.fn))
+    if len(arguments) > len(ordered):
+        raise TypeError(f"{kernel.fn.__name__} has no {', '.join(arguments.keys() - set(kernel.arg_names))}")
+    key = kernel.fn, device, tile, plain, *[_pointer(x) for x in pointers]
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[programs, 1, 1](*ordered)
+        return
+    compiled = kernel[(programs,)](*ordered, **tile.options)
+    if isinstance(compiled, CompiledKernel):  # the interpreter has none
+        if len(_compiled) >= 1024:  # lengths that are never the same
+            _compiled.clear()
+        _compiled[key] = compiled
+
+
+def _pointer(x) -> tuple | None:
+    if x is None:
+        return None
+    if isinstance(x, torch.Tensor):
+        return x.dtype, x.data_ptr() % 16
+    return x.base.dtype, *x.block_shape  # a TMA descriptor, which has its sizes and strides at run time
 
 
 @functools.cache
-def _in_order(function: Callable) -> operator.itemgetter:
-    return operator.itemgetter(*inspect.signature(function).parameters)
-
-
-@functools.cache
-def _options(tile) -> dict[str, int]:
-    return tile.options
+def _getters(function: Callable) -> tuple[operator.itemgetter, ...]:
+    """Of all arguments in the kernel's order, of those that are no pointers, and of the pointers."""
+    names = list(inspect.signature(function).parameters)
+    pointers = [name for name in names if name.endswith("_ptr")]
+    return tuple(operator.itemgetter(*some) for some in (names, [n for n in names if n not in pointers], pointers))
 
 
 def target_of(x: torch.Tensor) -> Target:

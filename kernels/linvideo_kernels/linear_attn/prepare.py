@@ -1,4 +1,7 @@
-"""From the fp32 state to what apply_state and map_grad multiply with: one program a head, a few microseconds.
+"""From the fp32 state to what apply_state and map_grad multiply with, in a few microseconds.
+
+Each program reads a head's whole state, for the mean and the power of two, and writes ROWS features of it: four programs
+a head at D = 128 and no second launch. The loops are unrolled, so that their loads are in flight together.
 
 Forward, normalised: T = S - z c^T with the overall mean c = sum_f S_f / sum_f z_f, so that a mean of v costs no
 precision; o = c + (phi T - eps c) / (phi z + eps). Not normalised: T = S, c = 0.
@@ -24,17 +27,18 @@ def prepare_state(
     D: tl.constexpr, WIDTH: tl.constexpr, SIGNS: tl.constexpr, ROWS: tl.constexpr, CENTER: tl.constexpr,
 ):  # fmt: skip
     """grad_ptr, z_grad_ptr: dS and dz, to prepare in place of S."""
-    head = tl.program_id(0).to(tl.int64)
+    chunks: tl.constexpr = WIDTH // ROWS
+    head = (tl.program_id(0) // (SIGNS * chunks)).to(tl.int64)
+    mine = tl.program_id(0) % (SIGNS * chunks)
     d = tl.arange(0, WIDTH)
     state_ptr += head * SIGNS * D * D
     z_ptr += head * SIGNS * D
     out_ptr += head * SIGNS * WIDTH * WIDTH
     stats_ptr += head * (2 * SIGNS + 2) * WIDTH
-    chunks: tl.constexpr = WIDTH // ROWS
     center = tl.zeros([WIDTH], tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     if CENTER:
-        for chunk in range(SIGNS * chunks):
+        for chunk in tl.static_range(SIGNS * chunks):
             f = chunk % chunks * ROWS + tl.arange(0, ROWS)
             real = (f < D)[:, None] & (d < D)[None, :]
             at = chunk // chunks * D + f
@@ -45,32 +49,32 @@ def prepare_state(
     if grad_ptr is not None:
         source_ptr = grad_ptr + head * SIGNS * D * D
         z_grad_ptr += head * SIGNS * D
-    top = tl.zeros([ROWS], tl.float32)
-    for chunk in range(SIGNS * chunks):
+    top = tl.zeros([ROWS, WIDTH], tl.float32)
+    for chunk in tl.static_range(SIGNS * chunks):
         f = chunk % chunks * ROWS + tl.arange(0, ROWS)
         real = (f < D)[:, None] & (d < D)[None, :]
         at = chunk // chunks * D + f
         t = tl.load(source_ptr + at[:, None] * D + d[None, :], real, 0.0)
         if CENTER and grad_ptr is None:
             t -= tl.load(z_ptr + at, f < D, 0.0)[:, None] * center[None, :]
-        top = tl.maximum(top, tl.max(tl.abs(t), axis=1))
-    power = floor_power(tl.max(top, axis=0)) / 16384.0
-    for chunk in range(SIGNS * chunks):
-        half, f = chunk // chunks, chunk % chunks * ROWS + tl.arange(0, ROWS)
-        real = (f < D)[:, None] & (d < D)[None, :]
-        at = half * D + f
-        t = tl.load(source_ptr + at[:, None] * D + d[None, :], real, 0.0)
-        z = tl.load(z_ptr + at, f < D, 0.0)
-        if grad_ptr is not None:
-            offset = tl.load(z_grad_ptr + at, f < D, 0.0) + tl.sum(t * center[None, :], axis=1)
-            tl.store(stats_ptr + (SIGNS + half) * WIDTH + f, offset / power)
-        elif CENTER:
-            t -= z[:, None] * center[None, :]
-        tl.store(stats_ptr + half * WIDTH + f, z)
-        t = (t / power).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + (half * WIDTH + f)[:, None] * WIDTH + d[None, :], t)
-    tl.store(stats_ptr + 2 * SIGNS * WIDTH + d, center)
-    tl.store(stats_ptr + (2 * SIGNS + 1) * WIDTH + d, tl.zeros([WIDTH], tl.float32) + power)
+        top = tl.maximum(top, tl.abs(t))
+    power = floor_power(tl.max(tl.max(top, axis=1), axis=0)) / 16384.0
+    half, f = mine // chunks, mine % chunks * ROWS + tl.arange(0, ROWS)
+    real = (f < D)[:, None] & (d < D)[None, :]
+    at = half * D + f
+    t = tl.load(source_ptr + at[:, None] * D + d[None, :], real, 0.0)
+    z = tl.load(z_ptr + at, f < D, 0.0)
+    if grad_ptr is not None:
+        offset = tl.load(z_grad_ptr + at, f < D, 0.0) + tl.sum(t * center[None, :], axis=1)
+        tl.store(stats_ptr + (SIGNS + half) * WIDTH + f, offset / power)
+    elif CENTER:
+        t -= z[:, None] * center[None, :]
+    tl.store(stats_ptr + half * WIDTH + f, z)
+    t = (t / power).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (half * WIDTH + f)[:, None] * WIDTH + d[None, :], t)
+    if mine == 0:
+        tl.store(stats_ptr + 2 * SIGNS * WIDTH + d, center)
+        tl.store(stats_ptr + (2 * SIGNS + 1) * WIDTH + d, tl.zeros([WIDTH], tl.float32) + power)
 
 
 def prepare(state, z, dtype, center: bool, grads=(None, None)):
@@ -81,9 +85,11 @@ def prepare(state, z, dtype, center: bool, grads=(None, None)):
     out = torch.empty(out_shape, dtype=dtype, device=state.device)
     stats = torch.empty(stats_shape, dtype=torch.float32, device=state.device)
     tile = configs.tile("prepare_state", dim, torch.float32, 0, "")
+    width = out_shape[-1]
+    rows = min(tile.block, width)
     launch(
-        prepare_state, batch * heads, tile, state.device,
+        prepare_state, batch * heads * signs * (width // rows), tile, state.device,
         state_ptr=state, z_ptr=z, grad_ptr=grads[0], z_grad_ptr=grads[1], out_ptr=out, stats_ptr=stats,
-        D=dim, WIDTH=out_shape[-1], SIGNS=signs, ROWS=min(tile.block, out_shape[-1]), CENTER=center,
+        D=dim, WIDTH=width, SIGNS=signs, ROWS=rows, CENTER=center,
     )  # fmt: skip
     return out, stats

@@ -1,0 +1,95 @@
+"""What `launch` takes for granted of Triton: arguments that compile to one kernel, and to two."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from linvideo_kernels.linear_attn import configs, launch  # noqa: E402
+from triton.compiler import CompiledKernel  # noqa: E402
+
+
+class Compiled(CompiledKernel):
+    def __init__(self):
+        self.launched = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.launched.append((grid, arguments))
+
+
+class Kernel:
+    """A jitted function: a launch through Triton returns what it compiled."""
+
+    arg_names = ("u_ptr", "w_ptr", "stride", "D")
+
+    def __init__(self):
+        self.compiled = []
+
+    @staticmethod
+    def fn(u_ptr, w_ptr, stride, D):
+        pass
+
+    def __getitem__(self, grid):
+        def call(*arguments, **options):
+            self.compiled.append(Compiled())
+            return self.compiled[-1]
+
+        return call
+
+
+@pytest.fixture
+def kernel(monkeypatch) -> Kernel:
+    monkeypatch.setattr(launch, "_compiled", {})
+    return Kernel()
+
+
+MEMORY = torch.zeros(100, dtype=torch.bfloat16)
+GIVEN = {"u_ptr": MEMORY, "w_ptr": MEMORY, "stride": 64, "D": 16}
+OTHERS = {
+    "address": {"u_ptr": MEMORY[1:]},
+    "dtype": {"u_ptr": MEMORY.half()},
+    "none": {"w_ptr": None},
+    "stride": {"stride": 72},
+    "constexpr": {"D": 32},
+}
+
+
+TILE = configs.Tile(64, 4, 1)
+
+
+def run(kernel: Kernel, tile: configs.Tile = TILE, **changes) -> None:
+    launch.launch(kernel, 7, tile, torch.device("cpu"), **GIVEN | changes)
+
+
+def test_the_same_kind_of_arguments_finds_the_compiled_kernel(kernel):
+    for u in (MEMORY, MEMORY.clone(), MEMORY[8:]):
+        run(kernel, u_ptr=u)
+    (compiled,) = kernel.compiled
+    assert [grid for grid, _ in compiled.launched] == [(7, 1, 1)] * 2
+    assert all(arguments[2:] == (64, 16) for _, arguments in compiled.launched)
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_another_kind_goes_through_triton(kernel, change):
+    run(kernel)
+    run(kernel, **OTHERS[change])
+    assert len(kernel.compiled) == 2 and not any(compiled.launched for compiled in kernel.compiled)
+
+
+def test_another_tile_goes_through_triton(kernel):
+    run(kernel)
+    run(kernel, TILE._replace(stages=2))
+    assert len(kernel.compiled) == 2
+
+
+def test_the_store_does_not_grow_without_end(kernel):
+    for stride in range(3000):
+        run(kernel, stride=stride)
+    assert len(launch._compiled) <= 1024
+
+
+@pytest.mark.parametrize("arguments", [{"other": 1}, {"stride": ...}])
+def test_a_wrong_name_is_refused(kernel, arguments):
+    given = {name: value for name, value in (GIVEN | arguments).items() if value is not ...}
+    with pytest.raises((TypeError, KeyError)):
+        launch.launch(kernel, 7, TILE, torch.device("cpu"), **given)
+    assert not kernel.compiled
