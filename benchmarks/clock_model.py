@@ -45,9 +45,10 @@ GPUS = {
     120: Gpu("RTX 5090", 209e12, 1.79e12, 170, 2.41e9),
 }
 GAP = 2e-6  # seconds between launches, assumed
-PREPARE = 7e-6  # seconds of prepare_state, which has one program per head, assumed
+PREPARE = 5e-6  # seconds of prepare_state, each of whose programs reads the state of a head twice, assumed
 # Rows that a pass reads and writes.
 MOVED = {"accumulate_state": 2, "apply_state": 2, "map_grad": 3, "project_grad": 3, "rotate_rows": 2, "mix_grad": 3}
+PARTIALS = ("accumulate_state", "project_grad", "mix_grad")  # each program writes a partial sum
 
 
 class Clocks(NamedTuple):
@@ -110,8 +111,8 @@ def flops(job: CompileJob) -> float:
 def dealt_out(job: CompileJob, shape: Shape) -> tuple[configs.Work, int]:
     """The work items of a kernel, and the programs of each."""
     programs = shape.heads * halves(job)
-    sm_count = GPUS[job.capability].sm_count
-    return configs.deal_out(job.launch.tile, shape.tokens, shape.batch, None, programs, sm_count), programs
+    sm_count, partials = GPUS[job.capability].sm_count, job.launch.kernel.__name__ in PARTIALS
+    return configs.deal_out(job.launch.tile, shape.tokens, shape.batch, None, programs, sm_count, partials), programs
 
 
 def utilisation(job: CompileJob, code: Code, shape: Shape) -> float:
@@ -153,7 +154,7 @@ OPS = {
         (
             *FORWARD.passes, "map_grad-normalize_factors", "project_grad-plain", "accumulate_state-factors",
             "apply_state-plain", "map_grad-keys", "project_grad-plain",
-        ), 3, 4, 40, 11,
+        ), 2, 4, 40, 11,
     ),
 }  # fmt: skip
 

@@ -57,7 +57,8 @@ def linear_attn(
 
     Returns q's shape and dtype; under torch.autocast the inputs are cast to its dtype first, as for
     scaled_dot_product_attention. Sums are float32. Differentiable (once) in q, k, v, the weights and mix; reruns are
-    bit-equal.
+    bit-equal. On CUDA nothing waits for the GPU: a CUDA graph can capture the forward, and the forward with its
+    backward, once the same call has been made outside of a capture, which compiles the kernels.
 
     Raises ValueError on anything that does not fit the above.
     """

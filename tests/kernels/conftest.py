@@ -27,6 +27,14 @@ def device() -> str:
     return "cpu" if INTERPRET else "cuda"
 
 
+@pytest.fixture(scope="session")
+def gpu(device) -> str:
+    """`device`, for what cannot fail in the interpreter, which runs one program after another in one thread."""
+    if device == "cpu":
+        pytest.skip("means something on a GPU only")
+    return device
+
+
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory():
     """torch.empty and its kin come filled with NaN, so that an element no kernel wrote is seen."""

@@ -81,9 +81,9 @@ def test_work_covers_every_row_once(length, block, sm_count):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reruns_are_bit_equal(dtype, splits, device):
+def test_reruns_are_bit_equal(dtype, splits, gpu):
     case = Case(head_dim=32, nq=130, nk=130, dtype=dtype)
-    inputs, grad = make_inputs(case, device)
+    inputs, grad = make_inputs(case, gpu)
     first, second = (run(linear_attn, inputs, grad, case.options) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

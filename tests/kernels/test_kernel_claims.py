@@ -16,5 +16,7 @@ FEW = 4  # the CPU path runs every case of each claim
     ("claim", "case"),
     [pytest.param(claim, case, id=f"{claim.__name__}-{case}") for claim, cases in ALL for case in cases[:FEW]],
 )
-def test_claim(claim, case, device):
+def test_claim(claim, case, device, request):
+    if claim is claims.reruns_are_equal:
+        request.getfixturevalue("gpu")
     claim(case, device)

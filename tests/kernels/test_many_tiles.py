@@ -1,4 +1,4 @@
-"""The tiles of wide heads on a GPU, with every option, each program walking over many of them.
+"""The tiles of a GPU, with every option, each program walking over many of them.
 
 At the sizes of the other tests a GPU's hundred multiprocessors give a program one tile: no second stage of a pipeline,
 no second phase of TMA's barriers, no sum that is carried on. Here the device is taken to have one multiprocessor.
@@ -43,6 +43,8 @@ CASES += [
 ]
 NARROWER = [{"head_dim": 64}, {"head_dim": 96}, {"head_dim": 96, "dtype": "fp16"}]
 NARROWER += [{"head_dim": 96, "rope": True, "mix": 0.3}]
+NARROWER += [{"head_dim": dim, **option} for dim in (16, 32) for option in ({}, {"map": ("elu", True)}, EVERYTHING)]
+NARROWER += [{"head_dim": dim, "dtype": dtype} for dim in (16, 32) for dtype in ("fp16", "fp32")]
 CASES += [dataclasses.replace(BASE, **option) for option in NARROWER]
 TF32X3 = [dataclasses.replace(BASE, head_dim=dim, dtype="fp32") for dim in (64, 128)]
 if INTERPRET:
@@ -94,8 +96,8 @@ def test_both_orders_of_the_state_product(value_first, one_multiprocessor, devic
     assert "accumulate_state" in asked
 
 
-def test_reruns_of_many_tiles_are_bit_equal(one_multiprocessor, device):
-    inputs, grad = make_inputs(CASES[0], device)
+def test_reruns_of_many_tiles_are_bit_equal(one_multiprocessor, gpu):
+    inputs, grad = make_inputs(CASES[0], gpu)
     first, second = (run(linear_attn, inputs, grad, CASES[0].options) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -1,7 +1,7 @@
 """From the fp32 state to what apply_state and map_grad multiply with, in a few microseconds.
 
-Each program reads a head's whole state, for the mean and the power of two, and writes ROWS features of it: four programs
-a head at D = 128 and no second launch. The loops are unrolled, so that their loads are in flight together.
+Each program reads a head's whole state, for the mean and the power of two, and writes ROWS features of it: at D = 128
+four programs share a head, without a second launch. The loops are unrolled, so that their loads are in flight together.
 
 Forward, normalised: T = S - z c^T with the overall mean c = sum_f S_f / sum_f z_f, so that a mean of v costs no
 precision; o = c + (phi T - eps c) / (phi z + eps). Not normalised: T = S, c = 0.
