@@ -24,7 +24,7 @@ def uses_kernels(x: Tensor) -> bool:
     return x.device.type == "cuda" or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
-LIBRARY = torch.library.Library("linvideo", "DEF")
+LIBRARY = torch.library.Library("linvideo", "FRAGMENT")
 
 
 def operator(name: str) -> Callable[[Callable], torch._ops.OpOverload]:

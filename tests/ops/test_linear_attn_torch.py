@@ -226,11 +226,24 @@ def test_only_one_of_the_sums_is_used():
         assert all(torch.equal(a, b) for a, b in zip(alone, both, strict=True))
 
 
-def test_second_derivatives_are_refused_not_wrong():
+@pytest.mark.parametrize("trained", ["q", "v", "q_weight", "k_weight"])
+def test_only_one_input_needs_a_gradient(trained):
+    """Without one of the keys' side, the backward leaves that side out."""
+    inputs, grad = make_inputs(CASE, "cpu")
+    whole = run(linear_attn, inputs, grad, CASE.options)
+    some = {name: x.detach().requires_grad_(name == trained) for name, x in inputs.items()}
+    (got,) = torch.autograd.grad(call(linear_attn, some, CASE.options), [some[trained]], grad)
+    assert torch.equal(got.double(), whole[f"d{trained}"])
+
+
+@pytest.mark.parametrize("op", [linear_attn, halves])
+@pytest.mark.parametrize("loss", [torch.square, torch.clone], ids=["square", "linear"])
+def test_second_derivatives_are_refused_not_wrong(op, loss):
+    """Also where the output's gradient has none, and another term of the sum has one."""
     inputs, _ = make_inputs(CASE, "cpu")
-    (dq,) = torch.autograd.grad(linear_attn(**inputs).square().sum(), inputs["q"], create_graph=True)
-    with pytest.raises(RuntimeError):
-        dq.square().sum().backward()
+    (dq,) = torch.autograd.grad(loss(op(**inputs)).sum(), inputs["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        (dq.square().sum() + inputs["q"].sum()).backward()
 
 
 def test_meta_and_fake_shapes():
