@@ -33,8 +33,9 @@ WAN = [name for name in MODELS if name.startswith("wan2.1-")]
 
 
 def tile_name(tile: Tile) -> str:
-    """Rows/warps/stages, T: read through TMA, R: the state is read again for each tile, P: phi comes first."""
-    flags = (tile.tma, "T"), (not tile.keeps, "R"), (not tile.value_first, "P")
+    """Rows/warps/stages, T: read through TMA, R: the state is read again for each tile, P: phi comes first, Z: z is
+    summed in registers."""
+    flags = (tile.tma, "T"), (not tile.keeps, "R"), (not tile.value_first, "P"), (not tile.z_by_dot, "Z")
     return f"{tile.block}/{tile.warps}/{tile.stages}{''.join(letter for is_set, letter in flags if is_set)}"
 
 
@@ -106,8 +107,9 @@ def text() -> str:
     gap, prepare = 1e6 * clock_model.GAP, 1e6 * clock_model.PREPARE
     return f"""
 Triton {triton.__version__} (ptxas {assemblers}), D = 128, hedgehog, bf16. A tile (rows/warps/stages,
-T: rows are read through TMA, R: the state is read again for each tile): registers, KB of shared memory, programs per
-SM, instructions in the loop per row and SM scheduler, tiles that the loop loads ahead.
+T: rows are read through TMA, R: the state is read again for each tile, P: accumulate_state forms phi^T v and not
+(v^T phi)^T, Z: it sums z in registers and not by a product): registers, KB of shared memory, programs per SM,
+instructions in the loop per row and SM scheduler, tiles that the loop loads ahead.
 
 {tiles()}
 

@@ -24,8 +24,9 @@ TRAIN_NOTE = "One optimizer step: batch 1, gradient checkpointing, AdamW over al
 KERNEL_NOTE = (
     "What one forward and backward launches, in order: the time of each kernel on the device, by PyTorch's profiler."
 )
-TILE_NOTE = """Rows / warps / stages (T: rows read through TMA, R: state read again for each tile, P: phi comes first).
-The time is that of the two passes that launch the kernel; the difference is from what the shipped tile computes."""
+TILE_NOTE = """Rows / warps / stages (T: rows read through TMA, R: state read again for each tile, P: phi comes first,
+Z: z summed in registers). The time is that of the function of passes.py that launches the kernel, its other launches
+included; the difference is from what the shipped tile computes."""
 FORWARD_AND_BOTH = ("forward", "forward+backward")
 
 
@@ -172,7 +173,7 @@ def _kernel(pairs: list) -> list[str]:
 
 
 def _tile(pairs: list) -> list[str]:
-    columns = ["shape", "kernel", "tile", "", "the passes that hold it, ms", "difference of the results"]
+    columns = ["shape", "kernel", "tile", "", "the function that launches it, ms", "difference of the results"]
     lines = ["### Tiles", "", TILE_NOTE, "", *_header(columns, texts=4)]
     for row, _ in pairs:
         shipped = "shipped" if row["shipped"] else ""

@@ -1,4 +1,4 @@
-"""Search kernels' tiles and print rows for the table: `python -m benchmarks.tune --kernel apply_state [...]`.
+"""Search kernels' tiles and print rows for the table: `python -m benchmarks.tune --kernel apply_state-o [...]`.
 
 Compiles every candidate ahead of time and drops those that fail a static gate. On a CUDA device the rest are checked
 against the shipped tile and timed inside the pass that holds the kernel; without one they are ranked by the clocks that
@@ -8,8 +8,10 @@ Shipped code never tunes: a row becomes a line of linvideo_kernels/linear_attn/c
 
 import argparse
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from linvideo_kernels.linear_attn import configs, passes
@@ -21,26 +23,37 @@ from benchmarks.measure import attempt, dtype_name, reason
 from benchmarks.shapes import SHAPES
 from linvideo.evaluation.latency import time_call
 
-PASS = {
-    "accumulate_state": ("state", "apply_backward"),
-    "apply_state": ("apply", "state_backward"),
-    "map_grad": ("state_backward", "apply_backward"),
-    "project_grad": ("state_backward", "apply_backward"),
+
+class Use(NamedTuple):
+    """One of the things that a kernel does; each has a tile of its own in the table."""
+
+    kernel: str
+    ran_by: str  # the function of passes.py that launches it
+    jobs: str  # pattern of the end of its jobs' names
+    options: frozenset = frozenset()  # of configs.tile
+
+
+USES = {
+    "accumulate_state-forward": Use("accumulate_state", "state", r"plain"),
+    "accumulate_state-backward": Use("accumulate_state", "apply_backward", r"factors", frozenset({"factors"})),
+    "apply_state-o": Use("apply_state", "apply", r"normalize\w*"),
+    "apply_state-dv": Use("apply_state", "state_backward", r"plain"),
+    "map_grad-queries": Use("map_grad", "apply_backward", r"normalize\w*"),
+    "map_grad-keys": Use("map_grad", "state_backward", r"keys\w*", frozenset({"keys"})),
+    "project_grad": Use("project_grad", "apply_backward", r"\w+"),
 }
 # Next to the table's tiles for hedgehog on sm_90, D = 128, 16 bits: what might be faster, each for a reason of its own.
 RIVALS = {
-    "accumulate_state": (
-        configs.Tile(128, 8, 2, tma=True, value_first=False),
-        configs.Tile(128, 8, 1, tma=True),
-        configs.Tile(64, 4, 3),
+    "accumulate_state-forward": (
+        configs.Tile(64, 4, 1, resident=2, tma=True),
+        configs.Tile(64, 4, 2, resident=2, tma=True, z_by_dot=False, value_first=False),
+        configs.Tile(64, 4, 3, tma=True),
     ),
-    "apply_state": (
-        configs.Tile(128, 8, 3, tma=True),
-        configs.Tile(128, 8, 1, tma=True),
-        configs.Tile(64, 4, 1, resident=2),
-    ),
-    "map_grad": (configs.Tile(64, 8, 3), configs.Tile(64, 8, 1)),
-    "project_grad": (configs.Tile(64, 4, 1, resident=2), configs.Tile(128, 8, 2), configs.Tile(64, 8, 3)),
+    "accumulate_state-backward": (configs.Tile(64, 4, 3, tma=True), configs.Tile(128, 8, 2, tma=True, z_by_dot=False)),
+    "apply_state-o": (configs.Tile(128, 8, 3, tma=True), configs.Tile(64, 4, 1, resident=2)),
+    "map_grad-queries": (configs.Tile(64, 8, 2), configs.Tile(64, 8, 4)),
+    "map_grad-keys": (configs.Tile(64, 8, 2), configs.Tile(128, 8, 2)),
+    "project_grad": (configs.Tile(64, 4, 1, resident=2), configs.Tile(64, 8, 3)),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -66,16 +79,18 @@ def candidates(kernel: str, capability: int, options: list[str]) -> list[configs
         "keeps": (True, False) if kernel in ("apply_state", "map_grad") else (True,),
         "tma": (False, True) if descriptors else (False,),
         "value_first": (True, False) if kernel == "accumulate_state" else (True,),
+        "z_by_dot": (True, False) if kernel == "accumulate_state" and capability // 10 == 9 else (True,),
     }
     return [configs.Tile(**dict(zip(axes, row, strict=True))) for row in itertools.product(*axes.values())]
 
 
-def compiled(kernel: str, tiles, compile_options: dict) -> list[tuple[configs.Tile, float]]:
+def compiled(use: Use, tiles, compile_options: dict) -> list[tuple[configs.Tile, float]]:
     """Tiles that pass, `resident` filled in, and the predicted clocks of an SM per row and head, the least first."""
     jobs, owners = [], []
     for tile in tiles:
-        with using(kernel, tile):
-            made = [job for job in compile_jobs(**compile_options) if job.launch.kernel.__name__ == kernel]
+        with using(use.kernel, tile):
+            made = [job for job in compile_jobs(**compile_options) if job.launch.kernel.__name__ == use.kernel]
+        made = [job for job in made if re.fullmatch(use.jobs, job.name.rpartition("-")[2])]
         jobs, owners = jobs + made, owners + [tile] * len(made)
     results = list(static_gates.check_all(jobs))
     good = []
@@ -118,37 +133,31 @@ def difference(a, b) -> torch.Tensor:
 
 
 def rows_of(shape_name: str, dtype: torch.dtype, device: str, attempt: Callable = attempt) -> Iterator[dict]:
-    """Rows of the suite "tile": each main kernel of hedgehog with the table's tile and with its RIVALS."""
+    """Rows of the suite "tile": the main kernels of hedgehog with the table's tile and with their RIVALS."""
     made = calls(SHAPES[shape_name], dtype, "hedgehog", "ieee", device)
     capability = target_of(torch.empty(0, device=device)).capability
-    for kernel, rivals in RIVALS.items():
-        shipped = configs.tile(kernel, SHAPES[shape_name].head_dim, dtype, capability, "hedgehog")
-        expected = {name: made[name]() for name in PASS[kernel]}
+    for name, rivals in RIVALS.items():
+        use = USES[name]
+        shipped = configs.tile(use.kernel, SHAPES[shape_name].head_dim, dtype, capability, "hedgehog", use.options)
+        expected = made[use.ran_by]()
         for tile in dict.fromkeys((shipped, *rivals)):
-            row = {"suite": "tile", "shape": shape_name, "dtype": dtype_name(dtype), "kernel": kernel}
+            row = {"suite": "tile", "shape": shape_name, "dtype": dtype_name(dtype), "kernel": name}
             row |= {"tile": gate_tables.tile_name(tile), "shipped": tile == shipped}
-            yield attempt(
-                row, lambda k=kernel, t=tile, e=expected: time_tile(k, t, made, e, device, measure.SECONDS / 2)
-            )
+            yield attempt(row, lambda u=use, t=tile, e=expected: time_tile(u, t, made, e, device, measure.SECONDS / 2))
 
 
 def time_tile(
-    kernel: str, tile: configs.Tile, made: dict, expected: dict, device: str = "cuda", seconds: float = 0.3
+    use: Use, tile: configs.Tile, made: dict, expected: tuple, device: str = "cuda", seconds: float = 0.3
 ) -> dict:
-    """{"ms": of the passes that hold the kernel, together; "passes": their medians; "difference" from `expected`}."""
-    with using(kernel, tile):
-        times = [time_call(made[name], device, seconds) for name in PASS[kernel]]
-        off = torch.stack([difference(made[name](), expected[name]) for name in PASS[kernel]]).max().item()
-    return {
-        "ms": [sum(percentile) for percentile in zip(*times, strict=True)],
-        "passes": [timing.median for timing in times],
-        "difference": off,
-    }
+    """{"ms": of the function that launches the kernel; "difference" of its results from `expected`}."""
+    call = made[use.ran_by]
+    with using(use.kernel, tile):
+        return {"ms": list(time_call(call, device, seconds)), "difference": difference(call(), expected).item()}
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", required=True, nargs="+", choices=PASS)
+    parser.add_argument("--kernel", nargs="+", choices=USES, default=list(USES), help="what to search (default: all)")
     parser.add_argument("--top", type=int, help="time only so many tiles of a kernel, those of fewest clocks")
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--feature_map", default="hedgehog", choices=static_gates.MAPS[:-1])
@@ -170,21 +179,22 @@ def main() -> None:
     if capability is None:
         parser.error("there is no CUDA device; name an architecture with --arch")
     dtype = DTYPES[args.dtype]
-    for kernel in args.kernel:
-        search(kernel, args, dtype, capability, timed=capability == here)
+    for name in args.kernel:
+        search(name, args, dtype, capability, timed=capability == here)
 
 
-def search(kernel: str, args: argparse.Namespace, dtype: torch.dtype, capability: int, timed: bool) -> None:
+def search(name: str, args: argparse.Namespace, dtype: torch.dtype, capability: int, timed: bool) -> None:
     """Print the tiles that pass, and the times of the best of them."""
+    use = USES[name]
     good = compiled(
-        kernel,
-        candidates(kernel, capability, args.options),
+        use,
+        candidates(use.kernel, capability, args.options),
         {"head_dim": args.head_dim, "feature_map": args.feature_map, "dtype": dtype, "capability": capability,
          "options": tuple(args.options), "precision": args.fp32_precision},
     )  # fmt: skip
-    options = frozenset([*args.options, *({"tf32x3"} & {args.fp32_precision})])
-    shipped = configs.tile(kernel, args.head_dim, dtype, capability, args.feature_map, options)
-    print(f"{kernel}: {len(good)} tiles pass the gates; predicted clocks per row and head")
+    options = use.options | {*args.options, *({"tf32x3"} & {args.fp32_precision})}
+    shipped = configs.tile(use.kernel, args.head_dim, dtype, capability, args.feature_map, options)
+    print(f"{name}: {len(good)} tiles pass the gates; predicted clocks per row and head")
     for tile, cost in good:
         mark = "  <- shipped" if tile._replace(resident=0) == shipped._replace(resident=0) else ""
         print(f"  {cost:6.1f}  {tile}{mark}")
@@ -192,16 +202,15 @@ def search(kernel: str, args: argparse.Namespace, dtype: torch.dtype, capability
         return
     batch, length, heads, _ = SHAPES[args.shape]
     made = calls((batch, length, heads, args.head_dim), dtype, args.feature_map, args.fp32_precision)
-    expected = {name: made[name]() for name in PASS[kernel]}
-    print(f"milliseconds of {' and '.join(PASS[kernel])} at {args.shape} (median), difference from shipped")
+    expected = made[use.ran_by]()
+    print(f"milliseconds of passes.{use.ran_by} at {args.shape} (median), difference from shipped")
     for tile in [shipped, *(tile for tile, _ in good[: args.top])]:
         try:
-            timed_tile = time_tile(kernel, tile, made, expected)
+            found = time_tile(use, tile, made, expected)
         except Exception as error:  # one tile that does not launch ends no search
             print(f"  {reason(error)}  {tile}", flush=True)
             continue
-        sum_of_passes = " + ".join(f"{t:.3f}" for t in timed_tile["passes"])
-        print(f"  {timed_tile['ms'][0]:8.3f} = {sum_of_passes}  {timed_tile['difference']:.1e}  {tile}", flush=True)
+        print(f"  {found['ms'][0]:8.3f}  {found['difference']:.1e}  {tile}", flush=True)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def _tiles(rows: list[dict]) -> list[str]:
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         chosen = [row for row in rows if row["kernel"] == kernel]
         shown = ", ".join(f"{row['tile']}{' (shipped)' * row['shipped']} {_digits(row['ms'][0])}" for row in chosen)
-        lines.append(f"- tiles of {kernel}, ms of the passes with it: {shown}")
+        lines.append(f"- tiles of {kernel}, ms of what launches it: {shown}")
     return [*lines, ""] if lines else []
 
 

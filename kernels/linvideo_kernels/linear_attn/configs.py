@@ -111,7 +111,7 @@ def _hopper(kernel: str, dtype: torch.dtype, feature_map: str, options: frozense
 
 
 def _blackwell(kernel: str, head_dim: int) -> Tile:
-    """sm_100: two or more stages of a tcgen05 loop fail to compile in Triton 3.6."""
+    """sm_100: Triton 3.6 fails to compile two or more stages of a tcgen05 loop; 3.7.1 may give wrong sums."""
     if kernel == "map_grad":
         return Tile(64, 4, 1) if padded(head_dim) < 128 else Tile(64, 8, 1, keeps=False)
     return Tile(64, 8 if head_dim > 32 else 4, 1)
