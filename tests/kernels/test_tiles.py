@@ -47,7 +47,7 @@ def test_descriptors_read_what_pointers_read(head_dim, dtype, layout, set_tiles,
 def test_the_table_takes_descriptors_only_where_they_can_read():
     """A descriptor leaves no row out, knows one length, and repeats nothing."""
     taken = set()
-    options = ("rope", "mix", "key_mask", "packed", "expanded", "tf32x3")
+    options = ("rope", "mix", "key_mask", "packed", "expanded", "factors", "keys")
     subsets = [frozenset(s) for n in range(len(options) + 1) for s in itertools.combinations(options, n)]
     kernels = ("accumulate_state", "apply_state", "map_grad", "project_grad")
     for kernel, capability, dim, dtype in itertools.product(kernels, (80, 89, 90, 100, 120), (16, 64, 96, 128), DTYPES):
