@@ -50,7 +50,8 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     },
     ("overlap", "apply_state-*-sm90-*mix*packed*"): "mixing packed rows spills where two programs share the registers",
     ("overlap", "apply_state-*-sm90-*rope-mix*"): "the same; both together happen in inference during a transfer only",
-    ("overlap", "accumulate_state-*-sm90-*packed*factors"): "three stages of 64 rows spill 64 bytes here",
+    ("overlap", "accumulate_state-*-sm90-*packed*factors"): "three stages of 64 rows spill 64 bytes",
+    ("overlap", "accumulate_state-*-sm90-*expanded*factors"): "the same, 40 bytes with Triton 3.6",
     ("overlap", "accumulate_state-*-fp16-sm90-*factors"): "fp16's gain takes the registers of a second program",
     ("exponentials", "accumulate_state-elu-*key_mask*"): (
         "masked rows come through registers, and two products want them in two layouts; the pass waits for bytes"
@@ -60,6 +61,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 }
 if triton.__version__.startswith("3.6."):
     EXCEPTIONS["exponentials", "map_grad-elu-*-normalize_factors"] = "Triton 3.6, in the same way"
+    EXCEPTIONS["two registers", "accumulate_state-hedgehog-*-sm90-*factors"] = "Triton 3.6: read back once in 64 rows"
 
 
 def faults(job: CompileJob, code: Code) -> dict[str, str]:

@@ -88,14 +88,14 @@ def _hopper(kernel: str, dtype: torch.dtype, feature_map: str, options: frozense
     """
     weighted, joint = signs(feature_map) == 2, feature_map == "hedgehog_joint"
     if kernel == "accumulate_state":
-        factors = "factors" in options
-        if options & NO_DESCRIPTOR[kernel]:
-            return Tile(128, 8, 1) if factors and (joint or "packed" in options) else Tile(64, 4, 3)
-        if factors and dtype == torch.float16:
-            return Tile(128, 8, 2, tma=True)
-        if factors and joint:
-            return Tile(64, 4, 3, tma=True)
-        if factors or joint:
+        factors, pointers = "factors" in options, options & NO_DESCRIPTOR[kernel]
+        if factors and (pointers or dtype == torch.float16):
+            return Tile(128, 8, 1)
+        if pointers:
+            return Tile(64, 4, 3)
+        if factors:
+            return Tile(64, 4, 3, tma=True) if joint else Tile(64, 4, 1, resident=2, tma=True)
+        if joint:
             return Tile(64, 4, 1, resident=2, tma=True)
         return Tile(64, 4, 2, resident=2, tma=True, z_by_dot=False)
     if kernel == "apply_state":
