@@ -6,7 +6,7 @@ driver's launch, the encoding of TMA descriptors and CUDA's allocator, a few mic
 take less than this waits for the host; CUDA graphs help there.
 
 --against REV checks a revision out into a temporary worktree and times both in turn, in processes of their own. Compare
-the two columns of one run only: a busy machine is twice as slow from one minute to the next.
+the two columns of one run only: a busy machine is twice as slow from one minute to the next. Times are the CPU's.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from statistics import quantiles
 
@@ -39,15 +39,47 @@ def checked_out(revision: str) -> Iterator[Path]:
             subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=True)
 
 
-def measure(tree: Path, shape: tuple[int, ...], calls: int) -> dict[str, dict]:
-    """Case -> {"launches", "microseconds" of each call} of the tree."""
+@contextmanager
+def running(tree: Path, shape: tuple[int, ...]) -> Iterator[subprocess.Popen]:
+    """host_calls.py on the tree's code, ended in the end."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tree), str(tree / "kernels")])}
     environment.pop("TRITON_INTERPRET", None)  # the interpreter launches in another way
-    command = [sys.executable, "-P", str(CALLS), json.dumps({"shape": shape, "calls": calls})]
-    done = subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{tree} cannot be measured:\n{done.stderr}")
-    return json.loads(done.stdout)
+    command = [sys.executable, "-P", str(CALLS), json.dumps(shape)]
+    with tempfile.TemporaryFile("w+") as errors:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        process = subprocess.Popen(command, env=environment, cwd=tree, **pipes)
+        try:
+            yield process
+        except EOFError as end:
+            if end.args[0] is not process:
+                raise
+            errors.seek(0)
+            raise RuntimeError(f"{tree} cannot be measured:\n{errors.read()}") from None
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def answer(process: subprocess.Popen):
+    line = process.stdout.readline()
+    if not line:
+        raise EOFError(process)
+    return json.loads(line)
+
+
+def measure(trees: dict[str, Path], shape: tuple[int, ...], rounds: int, calls: int) -> dict[str, dict[str, dict]]:
+    """Label of a tree -> case -> {"launches" of a call, "microseconds" of each}; the trees take turns."""
+    found: dict[str, dict[str, dict]] = {label: {} for label in trees}
+    with ExitStack() as stack:
+        processes = {label: stack.enter_context(running(tree, shape)) for label, tree in trees.items()}
+        cases = [answer(process) for process in processes.values()][-1]
+        for case in cases * rounds:
+            for label, process in processes.items():
+                process.stdin.write(json.dumps([case, calls]) + "\n")
+                process.stdin.flush()
+                row = answer(process)
+                found[label].setdefault(case, row | {"microseconds": []})["microseconds"] += row["microseconds"]
+    return found
 
 
 def summary(times: list[float]) -> tuple[float, float, float]:
@@ -57,7 +89,7 @@ def summary(times: list[float]) -> tuple[float, float, float]:
 
 
 def table(found: dict[str, dict[str, dict]]) -> str:
-    """found: label of a tree -> case -> what `measure` returns, the times of all rounds in one list."""
+    """found: what `measure` returns."""
     lines = [f"{'microseconds':26}" + "".join(f"{label:>40}" for label in found)]
     for case in next(iter(found.values())):
         row, medians = f"{case:26}", []
@@ -79,11 +111,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="wan2.1-1.3b-480p", help="the rows of q, k and v")
     parser.add_argument("--against", metavar="REV", help="a git revision to time in turn with this tree")
-    parser.add_argument("--rounds", type=int, default=5, help="processes of each tree (default: 5)")
-    parser.add_argument("--calls", type=int, default=100, help="timed calls of each case in a process (default: 100)")
+    parser.add_argument("--rounds", type=int, default=50, help="turns of each tree (default: 50)")
+    parser.add_argument("--calls", type=int, default=10, help="timed calls of each case in a turn (default: 10)")
     args = parser.parse_args()
-    if args.rounds < 1 or args.calls < 10:
-        parser.error(f"expected at least 1 round and 10 calls, got {args.rounds} and {args.calls}")
+    if args.rounds < 1 or args.calls < 1:
+        parser.error(f"expected at least 1 round and 1 call, got {args.rounds} and {args.calls}")
     commit = args.against and commit_of(args.against)
     if args.against and not commit:
         parser.error(f"expected --against to name a commit of the git repository {ROOT}, got {args.against!r}")
@@ -91,11 +123,7 @@ def main() -> None:
     print(f"{args.shape}: {shape}; median (10% to 90%) of {args.rounds * args.calls} calls")
     with checked_out(commit) if commit else nullcontext() as other:
         trees = ({commit: other} if other else {}) | {"this tree": ROOT}
-        found: dict[str, dict[str, dict]] = {label: {} for label in trees}
-        for _ in range(args.rounds):
-            for label, tree in trees.items():
-                for case, row in measure(tree, shape, args.calls).items():
-                    found[label].setdefault(case, row | {"microseconds": []})["microseconds"] += row["microseconds"]
+        found = measure(trees, tuple(shape), args.rounds, args.calls)
     print(table(found))
 
 

@@ -1,7 +1,8 @@
 """The calls that benchmarks/host.py times, of one source tree and in a process of their own.
 
-`python -P host_calls.py '{"shape": [1, 32760, 12, 128], "calls": 200}'` prints one line of JSON. PYTHONPATH names the
-tree, which may be older than this file: nothing but PyTorch, Triton and the tree's linvideo is imported.
+`python -P host_calls.py '[1, 32760, 12, 128]'` prints the names of its cases, and then a line of JSON for each line
+`["name", calls]` that comes in. PYTHONPATH names the tree, which may be older than this file: nothing but PyTorch,
+Triton and the tree's linvideo is imported.
 
 Tensors are on PyTorch's meta device and take the branch that CUDA tensors take. A launch goes through Triton's own path
 (it binds the arguments, derives the specialization and looks the kernel up), but what it finds starts nothing.
@@ -128,19 +129,19 @@ def cases(linear_attn, shape: tuple[int, int, int, int]) -> dict:
 
 
 def main() -> None:
-    settings = json.loads(sys.argv[1])
-    found = {}
-    for name, call in cases(load(), tuple(settings["shape"])).items():
+    made = cases(load(), tuple(json.loads(sys.argv[1])))
+    for call in made.values():
         call()  # what is made once is made
+    print(json.dumps(list(made)), flush=True)
+    for line in sys.stdin:
+        case, calls = json.loads(line)
         launched.clear()
-        call()
-        launches, times = sum(launched.values()), []
-        for _ in range(settings["calls"]):
-            start = time.perf_counter_ns()
-            call()
-            times.append((time.perf_counter_ns() - start) / 1000)
-        found[name] = {"launches": launches, "microseconds": times}
-    print(json.dumps(found))
+        times = []
+        for _ in range(calls):
+            start = time.thread_time_ns()  # what other processes take of the CPU is not in it
+            made[case]()
+            times.append((time.thread_time_ns() - start) / 1000)
+        print(json.dumps({"launches": sum(launched.values()) // calls, "microseconds": times}), flush=True)
 
 
 if __name__ == "__main__":

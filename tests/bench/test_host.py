@@ -9,7 +9,7 @@ from benchmarks import host  # noqa: E402
 
 
 def test_measures_a_call_and_counts_its_launches():
-    found = host.measure(host.ROOT, (1, 300, 2, 16), calls=10)
+    found = host.measure({"this": host.ROOT}, (1, 300, 2, 16), rounds=2, calls=5)["this"]
     launches = {case: row["launches"] for case, row in found.items()}
     assert launches == {"forward": 4, "forward, RoPE": 5, "forward + backward": 12, "forward + backward, RoPE": 14}
     assert all(len(row["microseconds"]) == 10 and min(row["microseconds"]) > 0 for row in found.values())
