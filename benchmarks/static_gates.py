@@ -48,10 +48,17 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         ("overlap", f"map_grad-{feature_map}-*-sm90-*"): "Triton prefetches what a product reads; these maps have no xW"
         for feature_map in ("elu", "relu", "softmax", "identity")
     },
+    ("overlap", "apply_state-*-sm80-*mix*"): "Triton prefetches what a product reads; none reads softmax_out",
     ("overlap", "apply_state-*-sm90-*mix*packed*"): "mixing packed rows spills where two programs share the registers",
     ("overlap", "apply_state-*-sm90-*rope-mix*"): "the same; both together happen in inference during a transfer only",
+    ("overlap", "apply_state-hedgehog_joint-*-sm90-*rope*_cos"): "the same of the angles next to a joint softmax",
     ("overlap", "accumulate_state-*-sm90-*packed*factors"): "three stages of 64 rows spill 64 bytes",
     ("overlap", "accumulate_state-*-sm90-*expanded*factors"): "the same, 40 bytes with Triton 3.6",
+    **{
+        ("overlap", f"accumulate_state-{feature_map}-*-sm90-*{option}*"): "the same, 8 to 72 bytes"
+        for feature_map in ("hedgehog_joint", "elu", "relu", "softmax", "identity")
+        for option in ("key_mask", "packed", "expanded")
+    },
     ("overlap", "accumulate_state-*-fp16-sm90-*factors"): "fp16's gain takes the registers of a second program",
     ("exponentials", "accumulate_state-elu-*key_mask*"): (
         "masked rows come through registers, and two products want them in two layouts; the pass waits for bytes"

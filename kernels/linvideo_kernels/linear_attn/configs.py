@@ -92,19 +92,17 @@ def _hopper(kernel: str, dtype: torch.dtype, feature_map: str, options: frozense
         if factors and (pointers or dtype == torch.float16):
             return Tile(128, 8, 1)
         if pointers:
-            return Tile(64, 4, 3)
+            return Tile(64, 4, 3) if feature_map == "hedgehog" else Tile(128, 8, 1)
         if factors:
             return Tile(64, 4, 3, tma=True) if joint else Tile(64, 4, 1, resident=2, tma=True)
         if joint:
             return Tile(64, 4, 1, resident=2, tma=True)
         return Tile(64, 4, 2, resident=2, tma=True, z_by_dot=False)
     if kernel == "apply_state":
-        tma = not options & NO_DESCRIPTOR[kernel]
-        if "mix" in options and "rope" in options:
-            return Tile(128, 8, 1, tma=True) if tma else Tile(64, 4, 2, keeps=False)
-        if "mix" in options and "packed" in options:
+        if "mix" in options and options & {"rope", "packed"} or joint and "rope" in options:
             return Tile(64, 4, 2, keeps=False)
-        return Tile(64, 4, 1, resident=2, tma=tma and "rope" not in options)
+        # Without descriptors the angles leave registers for a second program.
+        return Tile(64, 4, 1, resident=2, tma=not options & {"rope", *NO_DESCRIPTOR[kernel]})
     if kernel == "map_grad":
         return Tile(64, 8, 3) if weighted or "keys" not in options else Tile(64, 4, 1, resident=2)
     return Tile(64, 8, 3) if "rope" in options else Tile(64, 4, 2, resident=2)
