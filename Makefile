@@ -50,7 +50,7 @@ attack: $(INSTALLED)  ## damage files, kill, double and misuse the commands on t
 evidence: $(INSTALLED)  ## test and time everything that matters on this machine's GPU within ten minutes, into runs/evidence
 	$(PYTHON) -m benchmarks.evidence $(ARGS)
 
-gates: $(INSTALLED)  ## compile every kernel of the tile table for five GPU generations and check it (an hour, no GPU)
+gates: $(INSTALLED)  ## compile every kernel of the tile table for six NVIDIA and three AMD GPUs and check it (hours, no GPU)
 	$(PYTHON) -m benchmarks.static_gates --all
 
 bench: $(INSTALLED)  ## time linear_attn and its peers on this device; ARGS="--suite op,block,model,train" on a GPU

@@ -36,9 +36,11 @@ class Gpu(NamedTuple):
     clock: float  # Hz
 
 
-# H200: rates that large products and copies are known to reach. The others: data sheets, to rank tiles with.
+# H200: rates that large products and copies are known to reach. The others: data sheets, to rank tiles with. AMD's
+# units take turns in other ways: no model.
 GPUS = {
     80: Gpu("A100", 312e12, 2.04e12, 108, 1.41e9),
+    86: Gpu("RTX 3090", 71e12, 0.94e12, 82, 1.70e9),
     89: Gpu("RTX 4090", 165e12, 1.01e12, 128, 2.52e9),
     90: Gpu("H200", 790e12, 4.3e12, 132, 1.755e9),
     100: Gpu("B200", 2250e12, 8.0e12, 148, 1.85e9),

@@ -4,12 +4,13 @@
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import triton
 from linvideo_kernels.linear_attn.aot import CompileJob, compile_jobs
-from linvideo_kernels.linear_attn.configs import Tile
+from linvideo_kernels.linear_attn.configs import AMD, Tile, arch
 
 from benchmarks import clock_model
 from benchmarks.machine_code import ARCHITECTURES, Code, ptxas_version, read
@@ -49,19 +50,31 @@ def per_row(job: CompileJob, code: Code) -> float:
 
 
 def tiles() -> str:
-    """What the compiler made of each tile, by architecture."""
+    """What the compiler made of each tile, by architecture. sm_86 has sm_89's."""
+    return by_architecture(
+        [a for a in ARCHITECTURES if a not in AMD and a != 86],
+        lambda job, code: f"{per_row(job, code):.1f}, {'-' if code.ahead is None else f'{code.ahead:.1f}'}",
+    )
+
+
+def amd_tiles() -> str:
+    """The same of AMD's larger GPUs."""
+    return by_architecture([942, 950], lambda job, code: str(code.local))
+
+
+def by_architecture(capabilities: list[int], more: Callable[[CompileJob, Code], str]) -> str:
+    """Tile, registers, KB, programs per SM and `more` of each use."""
     cells: dict[str, list[str]] = {use: [] for use in USES}
-    for capability in ARCHITECTURES:
+    for capability in capabilities:
         for job in compile_jobs(128, "hedgehog", torch.bfloat16, capability):
             use = f"{job.launch.kernel.__name__}-{job.name.rpartition('-')[2]}"
             if use in USES:
                 code = read(job)
-                ahead = "-" if code.ahead is None else f"{code.ahead:.1f}"
                 cells[use].append(
                     f"{tile_name(job.launch.tile)}: {code.registers}, {code.shared / 1024:.0f}, {code.resident}, "
-                    f"{per_row(job, code):.1f}, {ahead}"
+                    f"{more(job, code)}"
                 )
-    return table(["", *(f"sm_{a}" for a in ARCHITECTURES)], [[USES[use], *row] for use, row in cells.items()])
+    return table(["", *map(arch, capabilities)], [[USES[use], *row] for use, row in cells.items()])
 
 
 def passes(compiled: dict[str, tuple[CompileJob, Code]]) -> str:
@@ -112,6 +125,11 @@ T: rows are read through TMA, R: the state is read again for each tile, P: accum
 instructions in the loop per row and SM scheduler, tiles that the loop loads ahead.
 
 {tiles()}
+
+AMD's GPUs have tiles of their own: registers (of a thread; of those that only matrix instructions use, too), KB of LDS,
+programs per compute unit, registers spilled. **Compiled and gated, not run.**
+
+{amd_tiles()}
 
 **A model, not a measurement** (benchmarks/clock_model.py), sm_90, with rates of an {gpu.name}:
 {gpu.flops / 1e12:.0f} TFLOP/s, {gpu.bandwidth / 1e12:.1f} TB/s, {gpu.clock / 1e9:.3f} GHz. Clocks of an SM per row

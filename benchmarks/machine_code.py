@@ -1,6 +1,6 @@
 """What the machine code of a compiled kernel says: `read(job)` gives a Code. The gates judge it (static_gates.py).
 
-Each kind of GPU has a reader of its own that fills in the same Code; NVIDIA's rests on sass.py.
+Each kind of GPU has a reader of its own that fills in the same Code; NVIDIA's rests on sass.py, AMD's on amdgcn.py.
 """
 
 import itertools
@@ -8,25 +8,29 @@ import re
 from typing import NamedTuple
 
 from linvideo_kernels.linear_attn.aot import CompileJob
+from linvideo_kernels.linear_attn.configs import AMD
 from triton.backends.nvidia.compiler import get_ptxas_version
 
-from benchmarks import sass, wgmma_hazards
+from benchmarks import amdgcn, sass, wgmma_hazards
 
 
 class Architecture(NamedTuple):
     shared: int  # KB that one program may have
     shared_per_sm: int  # KB
-    matrix: str  # the widest tensor-core instruction, in PTX
+    matrix: str  # the widest tensor-core instruction, in PTX or AMDGCN
 
 
 ARCHITECTURES = {
     80: Architecture(163, 164, "mma.sync"),
+    86: Architecture(99, 100, "mma.sync"),
     89: Architecture(99, 100, "mma.sync"),
     90: Architecture(227, 228, "wgmma.mma_async"),
     100: Architecture(227, 228, "tcgen05.mma"),
     120: Architecture(99, 100, "mma.sync"),
+    942: Architecture(64, 64, amdgcn.MATRIX),
+    950: Architecture(160, 160, amdgcn.MATRIX),
+    1100: Architecture(64, 128, amdgcn.MATRIX),  # of a pair of compute units, which shares the programs
 }
-
 
 # Of a tile. A wait for memory, about 1,000 clocks with its queue, hides behind half of one: on sm_90 a tile takes 3,000
 # clocks and more. Triton's stages give about 0 (the next copy closes the loop, its wait opens it) or 1 and more.
@@ -34,11 +38,14 @@ LEAST_AHEAD = 0.5
 
 
 class Code(NamedTuple):
-    """One compiled kernel. Counts "in the loop" are instructions of a warp in the loop over the tiles of rows."""
+    """One compiled kernel. Counts "in the loop" are instructions of a warp in the loop over the tiles of rows.
+
+    On AMD an SM is a compute unit, on gfx1100 a pair of them. Nothing is read there of loads and shuffles.
+    """
 
     registers: int
     stack: int  # bytes a thread
-    local: int  # local loads and stores: spills that are used
+    local: int  # local loads and stores: spills that are used; on AMD registers spilled, to AGPRs too
     shared: int  # bytes
     resident: int  # programs that fit one SM
     matrix: int  # instructions in PTX: Architecture.matrix, mma.sync where that needs wider tiles
@@ -59,8 +66,41 @@ class Code(NamedTuple):
 
 
 def read(job: CompileJob) -> Code:
-    """Compiles a kernel for an NVIDIA GPU and reads what came out."""
+    """Compiles a kernel and reads what came out."""
     compiled = job.compile()
+    return _read_amd(job, compiled) if job.capability in AMD else _read_nvidia(job, compiled)
+
+
+def _read_amd(job: CompileJob, compiled) -> Code:
+    text, architecture, warps = compiled.asm["amdgcn"], ARCHITECTURES[job.capability], job.launch.tile.warps
+    code = amdgcn.parse(text)
+    loop = amdgcn.hot_loop(code)
+    due = exponentials_due(job)
+
+    def count(pattern: str, lines=loop) -> int:
+        return sum(bool(re.match(pattern, line)) for line in lines)
+
+    shared = compiled.metadata.shared
+    return Code(
+        registers=amdgcn.figure(text, "vgpr_count"),
+        stack=amdgcn.figure(text, "private_segment_fixed_size"),
+        local=amdgcn.figure(text, "vgpr_spill_count"),
+        shared=shared,
+        resident=min(architecture.shared_per_sm * 1024 // max(shared, 1), 4 * amdgcn.occupancy(text) // warps, 32),
+        matrix=count(architecture.matrix, code),
+        register_a=0,
+        hazards=[],
+        loop=len(loop),
+        ahead=None,
+        exponentials=count("v_exp_f32") * AMD[job.capability] * warps / due if due else 0.0,
+        shuffles=0,
+        wide=count(r"(global|buffer)_(load|store)_(dwordx4|b128)"),
+        narrow=count(r"(global|buffer)_(load|store)_(u?short|short_d16|[ui]16|b16|d16)"),
+        trap=count("s_trap", code) > 0,
+    )
+
+
+def _read_nvidia(job: CompileJob, compiled) -> Code:
     text = sass.disassemble(compiled.asm["cubin"])
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
     code = sass.parse(text)

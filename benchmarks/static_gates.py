@@ -2,11 +2,12 @@
 
 Compiles the tile table ahead of time for each architecture, prints one line a kernel and fails on: spills, shared
 memory over the limit, no tensor-core instruction where 16-bit tiles want one, exponentials computed twice (sm_90,
-sm_100), sums that shuffle in the hot loop, rows read or written 2 bytes at a time, fewer programs per SM than the table
-counts on, loops that wait for the loads that they have just issued while no other program is on the SM, registers of
-asynchronous products touched before the wait (sm_90), stages that Triton is known to compile wrongly (sm_100), and
-kernels that ptxas gave up on; spills of one or two registers count by themselves. EXCEPTIONS names what is let through,
-each with its reason.
+sm_100, gfx942, gfx950), sums that shuffle in the hot loop, rows read or written 2 bytes at a time, fewer programs per
+SM than the table counts on, loops that wait for the loads that they have just issued while no other program is on the
+SM, registers of asynchronous products touched before the wait (sm_90), stages that Triton is known to compile wrongly
+(sm_100), and kernels that ptxas gave up on; spills of one or two registers count by themselves. On AMD's GPUs (gfx942,
+gfx950, gfx1100) every spilled register counts, and nothing is read of waits and shuffles. EXCEPTIONS names what is let
+through, each with its reason.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 import triton
 from linvideo_kernels.linear_attn.aot import OPTIONS, CompileJob, compile_jobs
+from linvideo_kernels.linear_attn.configs import AMD, arch
 
 from benchmarks import gate_tables
 from benchmarks.machine_code import ARCHITECTURES, Code, ptxas_version, read
@@ -42,7 +44,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     **{
         ("overlap", f"{kernel}-*-sm{capability}-*"): "100 KB of shared memory hold no state next to two tiles"
         for kernel in ("apply_state", "map_grad")
-        for capability in (89, 120)
+        for capability in (86, 89, 120)
     },
     **{
         ("overlap", f"map_grad-{feature_map}-*-sm90-*"): "Triton prefetches what a product reads; these maps have no xW"
@@ -63,10 +65,20 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("exponentials", "accumulate_state-elu-*key_mask*"): (
         "masked rows come through registers, and two products want them in two layouts; the pass waits for bytes"
     ),
+    ("exponentials", "*-elu-*-gfx*"): "without weights, sums and products want the features in two layouts",
+    ("exponentials", "apply_state-hedgehog*-d128-*-gfx942-*"): "with more of each row in registers, two warps share it",
+    ("spills", "apply_state-*-gfx1100-*"): "RDNA 3 holds each operand of a product twice in its 256 registers",
+    ("spills", "map_grad-*-d128-*-gfx1100-*"): "the same",
+    ("spills", "accumulate_state-*-d128-*-gfx1100-*"): "the same: 16 rows are the fewest",
+    (
+        "narrow",
+        "*-gfx1100-*",
+    ): "Triton stores results in the layout of RDNA's products: 2 bytes of a row for each thread",
     ("two registers", "accumulate_state-hedgehog_joint-d128-fp16-sm90-factors"): "read back once in 128 rows",
     ("two registers", "map_grad-hedgehog*-sm100-*normalize_factors*"): "read back once or twice in 64 rows",
 }
 if triton.__version__.startswith("3.6."):
+    EXCEPTIONS["spills", "apply_state-hedgehog*-d128-*-gfx942-*"] = "Triton 3.6 places registers worse"
     EXCEPTIONS["exponentials", "map_grad-elu-*-normalize_factors"] = "Triton 3.6, in the same way"
     EXCEPTIONS["two registers", "accumulate_state-hedgehog-*-sm90-*factors"] = "Triton 3.6: read back once in 64 rows"
 
@@ -74,19 +86,20 @@ if triton.__version__.startswith("3.6."):
 def faults(job: CompileJob, code: Code) -> dict[str, str]:
     """Gate -> what is wrong, exceptions included."""
     architecture, dtype = ARCHITECTURES[job.capability], job.name.split("-")[3]
-    name = job.launch.kernel.__name__
+    name, amd = job.launch.kernel.__name__, job.capability in AMD
     products = name in ("accumulate_state", "apply_state", "map_grad", "project_grad")
     moves = name in ("mix_grad", "rotate_rows")  # without products: bytes are all they cost
     rows = products or moves
     found = {
-        "spills": code.stack > 8 and f"{code.stack} bytes of stack, {code.local} local accesses",
+        "spills": (code.stack > 8 or (amd and code.local))
+        and f"{code.stack} bytes of stack, {code.local} {'registers spilled' if amd else 'local accesses'}",
         "two registers": 0 < code.stack <= 8 and f"{code.stack} bytes of stack, {code.local} local accesses",
         "shared": code.shared > architecture.shared * 1024 and f"{code.shared / 1024:.1f} KB of {architecture.shared}",
         "matrix": products
         and (dtype != "fp32" or "tf32x3" in job.name)
         and not code.matrix
         and "no tensor-core instruction",
-        "exponentials": job.capability in (90, 100)
+        "exponentials": job.capability in (90, 100, 942, 950)
         and code.exponentials > 1.01
         and f"{code.exponentials:.2f} of what is due",
         "shuffles": dtype != "fp32" and code.shuffles > 160 and f"{code.shuffles} shuffles a tile",
@@ -123,7 +136,7 @@ def jobs(arches, dims, maps, dtypes, options=((),), normalize=(True,), precision
     product = itertools.product(arches, dims, maps, dtypes, options, normalize, precisions)
     made = []
     for capability, dim, feature_map, dtype, option, normal, precision in product:
-        if feature_map == "identity" and normal:
+        if (feature_map == "identity" and normal) or (precision == "tf32x3" and capability in AMD):
             continue
         made += compile_jobs(dim, feature_map, dtype, capability, normal, precision, option)
     return made
@@ -134,14 +147,20 @@ def unique(chosen: list[CompileJob]) -> list[CompileJob]:
 
 
 def sample(arches) -> list[CompileJob]:
-    """What `make test` compiles: the shipped path everywhere, each option once."""
+    """What `make test` compiles: the shipped path everywhere, each option once.
+
+    Of sm_86, which has sm_89's tiles, only some kernels, and of AMD's GPUs gfx942, which has the least room.
+    """
     bf16, fp32 = torch.bfloat16, torch.float32
+    shipped = [a for a in arches if a not in (86, 950, 1100)]
     chosen = [
-        *jobs(arches, [64, 128], ["hedgehog"], [bf16]),
+        *jobs(shipped, [64, 128], ["hedgehog"], [bf16]),
         *jobs([a for a in arches if a in (80, 90, 100)], [128], ["elu"], [bf16]),
         *jobs([a for a in arches if a in (90, 100)], [96], ["hedgehog"], [bf16]),
         *jobs([a for a in arches if a in (80, 90)], [128], ["hedgehog"], [fp32]),
     ]
+    if 86 in arches:
+        chosen += [job for job in jobs([86], [128], ["hedgehog"], [bf16]) if job.name.startswith(("map_", "project_"))]
     if 90 in arches:
         every = [*((option,) for option in OPTIONS), ("rope", "mix", "key_mask", "packed")]
         chosen += [
@@ -211,7 +230,7 @@ HEADER = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = {f"sm_{a}": a for a in ARCHITECTURES}
+    names = {arch(a): a for a in ARCHITECTURES}
     parser.add_argument("--arch", nargs="+", choices=names, default=list(names), help="architectures (default: all)")
     parser.add_argument("--all", action="store_true", help="every map, dtype, option and size; an hour or more")
     parser.add_argument("--match", default="*", help="only kernels whose name fits this pattern")
@@ -230,8 +249,8 @@ def main() -> None:
             parser.error(str(error))
     arches = [names[name] for name in args.arch]
     chosen = [job for job in (everything if args.all else sample)(arches) if fnmatch.fnmatch(job.name, args.match)]
-    assemblers = {f"sm_{a}": ptxas_version(a) for a in arches}
-    print(f"triton {triton.__version__}; ptxas {', '.join(f'{v} ({a})' for a, v in assemblers.items())}")
+    assemblers = {arch(a): ptxas_version(a) for a in arches if a not in AMD}
+    print(", ".join([f"triton {triton.__version__}", *(f"ptxas {v} for {a}" for a, v in assemblers.items())]))
     print(f"{len(chosen)} kernels")
     print(HEADER)
     rows, bad = [], 0

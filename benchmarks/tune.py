@@ -162,9 +162,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--feature_map", default="hedgehog", choices=static_gates.MAPS[:-1])
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument(
-        "--arch", choices=[f"sm_{a}" for a in static_gates.ARCHITECTURES], help="default: this device's"
-    )
+    parser.add_argument("--arch", choices=[f"sm_{a}" for a in clock_model.GPUS], help="default: this device's")
     parser.add_argument("--options", nargs="*", choices=OPTIONS, default=[])
     parser.add_argument("--fp32_precision", choices=["ieee", "tf32x3"], default="ieee")
     parser.add_argument("--shape", choices=SHAPES, default="wan2.1-1.3b-480p", help="what to time on a GPU")

@@ -53,7 +53,8 @@ def linear_attn(
             checked (it would wait for the GPU), and rows that no sequence covers come back 0.
         scale: multiplies phi(q), so it acts only with normalize=False; default 1.
         normalize: divide by phi(q) z + eps. eps is added to the plain sum over Nk.
-        fp32_precision: products of float32 inputs on CUDA: "ieee", or "tf32x3" (three tensor-core products for one).
+        fp32_precision: products of float32 inputs on CUDA: "ieee", or "tf32x3" (three tensor-core products for one;
+            not on AMD's GPUs).
 
     Returns q's shape and dtype; under torch.autocast the inputs are cast to its dtype first, as for
     scaled_dot_product_attention. Sums are float32. Differentiable (once) in q, k, v, the weights and mix; reruns are

@@ -15,7 +15,8 @@ triton = pytest.importorskip("triton", reason="tests/aot needs triton")
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
 from linvideo_kernels.linear_attn import configs  # noqa: E402
-from linvideo_kernels.linear_attn.aot import OPTIONS, CompileJob, compile_jobs  # noqa: E402
+from linvideo_kernels.linear_attn.aot import OPTIONS, CompileJob, compile_jobs, gpu_target  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from benchmarks import static_gates  # noqa: E402
 
@@ -47,13 +48,19 @@ def test_the_sample_is_small_and_holds_every_kernel_option_and_map():
     assert len(SAMPLE) <= 350
     assert all(any(option in job.name for job in SAMPLE) for option in OPTIONS)
     assert all(any(f"-{feature_map}-" in job.name for job in SAMPLE) for feature_map in static_gates.MAPS)
+    for dim in ("d64", "d128"):
+        amd = {job.launch.kernel.__name__ for job in SAMPLE if f"-{dim}-bf16-gfx942-" in job.name}
+        assert amd == kernels - {"mix_grad", "rotate_rows"}
 
 
 class Gpu:
-    """A driver of no device: Triton binds a launch's arguments for sm_90 and compiles."""
+    """A driver of no device: Triton binds a launch's arguments for its architecture and compiles."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
 
     def get_current_target(self):
-        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+        return self.target
 
     def get_current_device(self):
         return 0
@@ -62,12 +69,18 @@ class Gpu:
         return 0
 
 
+TARGETS = {90: ("cuda", 90, 32), 942: ("hip", "gfx942", 64), 1100: ("hip", "gfx1100", 32)}  # as drivers name them
+
+
+@pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("options", [(), ("rope", "mix"), ("key_mask", "packed")], ids="-".join)
-def test_a_launch_finds_what_was_compiled_here(options, monkeypatch):
-    """The same source and options, so the same entry of Triton's cache; and the gates hold for what runs."""
-    monkeypatch.setattr(triton.runtime.driver, "_active", Gpu())
-    backend = triton.compiler.make_backend(Gpu().get_current_target())
-    for job in compile_jobs(128, "hedgehog", torch.bfloat16, 90, options=options):
+def test_a_launch_finds_what_was_compiled_here(options, capability, monkeypatch):
+    """The same source, options and target, so the same entry of Triton's cache; and the gates hold for what runs."""
+    gpu = Gpu(GPUTarget(*TARGETS[capability]))
+    monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
+    backend = triton.compiler.make_backend(gpu.get_current_target())
+    assert gpu.target == gpu_target(capability)
+    for job in compile_jobs(128, "hedgehog", torch.bfloat16, capability, options=options):
         kernel, tile, args, constexprs = job.launch
         monkeypatch.setattr(kernel, "device_caches", {0: kernel.create_binder()})  # of this driver
         compiled = []
@@ -108,7 +121,7 @@ def counting(ptr):
 
 def test_an_atomic_in_a_helper_shows_in_the_ptx():
     source = triton.compiler.ASTSource(counting, {"ptr": "*i32"})
-    compiled = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32))
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     assert re.search(ATOMICS, compiled.asm["ptx"])
 
 
@@ -148,6 +161,9 @@ def broken(kernel: str, dtype=torch.bfloat16, capability: int = 90, **tile) -> d
         ("resident", "map_grad", {"resident": 2}),
         ("overlap", "map_grad", {"block": 64, "warps": 8, "stages": 2}),
         ("overlap", "accumulate_state", {"block": 128, "warps": 8, "stages": 1, "tma": True}),
+        ("spills", "apply_state", {"capability": 942, "block": 64, "warps": 8}),
+        ("exponentials", "apply_state", {"capability": 942, "block": 32, "warps": 4}),
+        ("shared", "accumulate_state", {"capability": 942, "stages": 3, "value_first": True}),
     ],
 )
 def test_a_bad_tile_fails_its_gate(gate, kernel, tile):
@@ -191,7 +207,7 @@ def test_a_hazard_fails_its_gate():
 
 def test_ptxas_is_the_one_that_triton_uses():
     """sm_100 and above have one of their own."""
-    for capability in static_gates.ARCHITECTURES:
+    for capability in static_gates.ARCHITECTURES.keys() - configs.AMD.keys():
         text = triton.backends.nvidia.compiler.get_ptxas(capability).version
         assert static_gates.ptxas_version(capability).startswith(text)
 

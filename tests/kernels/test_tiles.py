@@ -5,6 +5,7 @@ import importlib
 import itertools
 
 import pytest
+import torch
 from cases import DTYPES, LAYOUTS, MAPS, Case, make_inputs
 from linvideo_kernels.linear_attn import configs, side
 from numerics import check, run
@@ -57,6 +58,28 @@ def test_the_table_takes_descriptors_only_where_they_can_read():
             assert not tile.tma or not given & unfit, (kernel, capability, dim, dtype, given)
             taken |= {kernel} if tile.tma else set()
     assert taken == {"accumulate_state", "apply_state"}
+
+
+@pytest.mark.parametrize("capability", configs.AMD)
+def test_amd_has_no_descriptors_and_takes_no_limit_of_registers(capability):
+    kernels = (
+        "accumulate_state",
+        "apply_state",
+        "map_grad",
+        "project_grad",
+        "reduce_state",
+        "prepare_state",
+        "mix_grad",
+    )
+    options = ("rope", "mix", "key_mask", "packed", "factors", "keys")
+    subsets = [frozenset(s) for n in range(3) for s in itertools.combinations(options, n)]
+    for kernel, dim, dtype, given in itertools.product(kernels, (16, 64, 96, 128), DTYPES.values(), subsets):
+        tile = configs.tile(kernel, dim, dtype, capability, "hedgehog", given)
+        assert not tile.tma and tile.z_by_dot and tile.options.keys() == {
+            "num_warps", "num_stages", "matrix_instr_nonkdim"
+        }  # fmt: skip
+    with pytest.raises(ValueError, match=f"needs an NVIDIA GPU; use 'ieee' on gfx{capability}"):
+        configs.tile("apply_state", 64, torch.float32, capability, "hedgehog", frozenset({"tf32x3"}))
 
 
 @pytest.mark.parametrize("map", [("identity", False), ("elu", True), ("hedgehog_joint", True)], ids=str)

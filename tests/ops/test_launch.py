@@ -75,6 +75,53 @@ def test_another_kind_goes_through_triton(kernel, change):
     assert len(kernel.compiled) == 2 and not any(compiled.launched for compiled in kernel.compiled)
 
 
+def test_on_amd_a_tensor_of_more_than_2_gb_is_of_another_kind(kernel, monkeypatch):
+    """Triton has 32-bit offsets for the others."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for elements in (2**30 - 1, 1000, 2**30):
+        run(kernel, u_ptr=torch.empty(elements, dtype=torch.bfloat16, device="meta"))
+    assert len(kernel.compiled) == 2
+
+
+class Properties:
+    """Of a GPU, as PyTorch gives them."""
+
+    multi_processor_count, major, minor, name = 304, 9, 4, "some GPU"
+
+    def __init__(self, arch: str):
+        self.gcnArchName = arch
+
+
+@pytest.fixture
+def hip(monkeypatch):
+    """Makes device 0 an AMD GPU."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    launch._cuda_target.cache_clear()
+    yield lambda arch: monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties(arch))
+    launch._cuda_target.cache_clear()
+
+
+@pytest.mark.parametrize("capability", configs.AMD)
+def test_the_target_of_an_amd_gpu(capability, hip):
+    hip(f"gfx{capability}:sramecc+:xnack-")
+    assert launch._cuda_target(0) == launch.Target(capability, 304)
+
+
+@pytest.mark.parametrize("arch", ["gfx90a:sramecc+:xnack-", "gfx906", "gfx1201"])
+def test_another_amd_gpu_is_refused(arch, hip):
+    hip(arch)
+    with pytest.raises(RuntimeError, match=f"an AMD GPU of gfx942, gfx950, gfx1100, got {arch.split(':')[0]}$"):
+        launch._cuda_target(0)
+
+
+def test_an_old_nvidia_gpu_is_refused(hip, monkeypatch):
+    hip("")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(Properties, "major", 7)
+    with pytest.raises(RuntimeError, match="compute capability 8.0 or newer, .* got some GPU$"):
+        launch._cuda_target(0)
+
+
 def test_another_tile_goes_through_triton(kernel):
     run(kernel)
     run(kernel, TILE._replace(stages=2))

@@ -34,8 +34,7 @@ class CompileJob(NamedTuple):
 
         It stands in Triton's cache then, where a launch finds it: many processes can compile what one will launch.
         """
-        target = GPUTarget("cuda", self.capability, 32)
-        return triton.compile(self.source(), target=target, options=self.launch.tile.options)
+        return triton.compile(self.source(), target=gpu_target(self.capability), options=self.launch.tile.options)
 
     def source(self) -> ASTSource:
         """As a launch makes it, to what is empty in it and the order of the parameters: the cache's key has both."""
@@ -53,7 +52,16 @@ class CompileJob(NamedTuple):
             signature[parameter.name] = _type(value)
             if _divisible(value) and not parameter.do_not_specialize:
                 attrs[(parameter.num,)] = [["tt.divisibility", 16]]
+                if self.capability in configs.AMD and isinstance(value, torch.Tensor):
+                    attrs[(parameter.num,)].append(["tt.pointer_range", 32])  # a tensor of at most 2 GB
         return ASTSource(kernel, signature, constants, attrs)
+
+
+def gpu_target(capability: int) -> GPUTarget:
+    """As Triton's driver names it."""
+    if capability in configs.AMD:
+        return GPUTarget("hip", configs.arch(capability), configs.AMD[capability])
+    return GPUTarget("cuda", capability, 32)
 
 
 def compile_jobs(
@@ -99,7 +107,7 @@ def compile_jobs(
         if training:  # the forward without gradients is another kernel
             passes.state(k, v, *keys, feature_map, precision, False)
             passes.apply(q, state, z, *queries, *settings, False)
-    what = [feature_map, f"d{head_dim}", TYPES[dtype], f"sm{capability}"]
+    what = [feature_map, f"d{head_dim}", TYPES[dtype], configs.arch(capability).replace("_", "")]
     what += ([] if normalize else ["raw"]) + ([] if precision == "ieee" else [precision]) + list(options)
     jobs = [
         CompileJob("-".join([launch.kernel.__name__, *what, _use(launch)]), launch, capability) for launch in launches

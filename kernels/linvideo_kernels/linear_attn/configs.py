@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+AMD = {942: 64, 950: 64, 1100: 32}  # capability: threads of a warp; 942 stands for gfx942 (MI300)
+
 
 class Tile(NamedTuple):
     block: int  # rows of a tile
@@ -15,10 +17,17 @@ class Tile(NamedTuple):
     tma: bool = False  # read rows through TMA descriptors where they allow it
     value_first: bool = True  # accumulate_state forms S^T = y^T phi, not S = phi^T y
     z_by_dot: bool = True  # accumulate_state sums z by a dot of 16 rows, not in registers (wgmma's layout)
+    amd: bool = False  # compiled for one of AMD, with other options
 
     @property
     def options(self) -> dict[str, int]:
-        """Triton's. A stated limit of registers keeps ptxas from spilling a few bytes for one more program on an SM."""
+        """Triton's. A stated limit of registers keeps ptxas from spilling a few bytes for one more program on an SM.
+
+        AMD's matrix instructions of 16 rows leave each row of a result to one warp, so that features made of it are
+        computed once; those of 32 rows, Triton's choice, spread a row over two.
+        """
+        if self.amd:
+            return {"num_warps": self.warps, "num_stages": self.stages, "matrix_instr_nonkdim": 16}
         limit = min(255, 65536 // (32 * self.warps * self.resident))
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": limit}
 
@@ -53,10 +62,10 @@ def tile(
     are the keys) that hold.
     """
     wide = padded(head_dim) == 128
-    if kernel in ("prepare_state", "reduce_state"):  # rows are features here
-        return Tile(64, 8, 1) if kernel == "prepare_state" else Tile(16, 4, 1)
-    if kernel in ("mix_grad", "rotate_rows"):
-        return Tile(64, 4, 1, resident=2)
+    if kernel in ("prepare_state", "reduce_state", "mix_grad", "rotate_rows"):
+        return _small(kernel)._replace(amd=capability in AMD)
+    if capability in AMD:
+        return _amd(kernel, wide, dtype, capability, options)._replace(amd=True)
     if capability == 0:
         return Tile(64, 1, 1)
     if dtype == torch.float32:
@@ -68,6 +77,15 @@ def tile(
     if capability // 10 == 10:
         return _blackwell(kernel, head_dim)
     return _mma(kernel, wide, signs(feature_map) == 2, capability, options)
+
+
+def _small(kernel: str) -> Tile:
+    """Kernels without products; the rows of the first two are features."""
+    if kernel == "prepare_state":
+        return Tile(64, 8, 1)
+    if kernel == "reduce_state":
+        return Tile(16, 4, 1)
+    return Tile(64, 4, 1, resident=2)
 
 
 def _float32(kernel: str, head_dim: int, wide: bool, tf32x3: bool) -> Tile:
@@ -135,6 +153,31 @@ def _mma(kernel: str, wide: bool, weighted: bool, capability: int, options: froz
         return Tile(32, 8, 3)
     full = kernel == "apply_state" and {"rope", "mix"} <= options  # more of each row in registers
     return Tile(16 if full else 32, 8, 1, keeps=False)
+
+
+def _amd(kernel: str, wide: bool, dtype: torch.dtype, capability: int, options: frozenset) -> Tile:
+    """gfx942, gfx950: one warp for each 16 rows. gfx1100 has half the registers, and products read them twice."""
+    if "tf32x3" in options:
+        raise ValueError(f"fp32_precision 'tf32x3' needs an NVIDIA GPU; use 'ieee' on {arch(capability)}")
+    if capability == 1100:
+        if wide:
+            return Tile(32, 16, 1, keeps=False) if kernel == "map_grad" else Tile(16, 8, 1, keeps=False)
+        return Tile(32, 8, 1, keeps=False)
+    if dtype == torch.float32:
+        return Tile(32, 4, 1)
+    if kernel == "accumulate_state":
+        return Tile(64, 4, 1, resident=1 if wide else 2, value_first=False)
+    if not wide:
+        return Tile(64, 4, 1, resident=2)
+    if kernel != "apply_state":
+        return Tile(64, 4, 1, keeps=False)
+    full = capability == 942 and (dtype == torch.float16 or options & {"rope", "mix"})  # more of each row in registers
+    return Tile(32, 4, 1, keeps=False) if full else Tile(32, 2, 1, resident=2, keeps=False)
+
+
+def arch(capability: int) -> str:
+    """The name that the compiler has for it: sm_90, gfx942."""
+    return f"gfx{capability}" if capability in AMD else f"sm_{capability}"
 
 
 def signs(feature_map: str) -> int:

@@ -10,12 +10,14 @@ from typing import NamedTuple
 import torch
 from triton.compiler import CompiledKernel
 
+from linvideo_kernels.linear_attn import configs
+
 # Run-time sizes of the kernels: another value is no other kernel.
 SIZES = ["SEQUENCES", "HEADS", "N", "splits", "rows", "factors_plane"]
 
 
 class Target(NamedTuple):
-    capability: int  # 90 for sm_90; 0 for the interpreter
+    capability: int  # 90 for sm_90, 942 for AMD's gfx942 (configs.AMD); 0 for the interpreter
     sm_count: int
 
 
@@ -50,8 +52,8 @@ _compiled: dict[tuple, CompiledKernel] = {}
 def _run(kernel, programs: int, tile, device: torch.device, arguments: dict) -> None:
     """Launch through Triton once, and from then on what it compiled: finding that again is most of Triton's launch.
 
-    What it compiles depends on the tensors' dtypes, on whether their addresses are multiples of 16, and on the values
-    of the other arguments: the key holds no less.
+    What it compiles depends on the tensors' dtypes, on whether their addresses are multiples of 16, on AMD on whether
+    they are larger than 2 GB, and on the values of the other arguments: the key holds no less.
     """
     ordered, plain, pointers = (get(arguments) for get in _getters(kernel.fn))
     if len(arguments) > len(ordered):
@@ -72,7 +74,8 @@ def _pointer(x) -> tuple | None:
     if x is None:
         return None
     if isinstance(x, torch.Tensor):
-        return x.dtype, x.data_ptr() % 16
+        large = torch.version.hip is not None and x.untyped_storage().nbytes() >= 2**31
+        return x.dtype, x.data_ptr() % 16, large  # on AMD, Triton addresses up to 2 GB with 32 bits
     return x.base.dtype, *x.block_shape  # a TMA descriptor, which has its sizes and strides at run time
 
 
@@ -93,11 +96,17 @@ def target_of(x: torch.Tensor) -> Target:
 @functools.cache
 def _cuda_target(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip is not None or properties.major < 8:
+    if torch.version.hip is not None:
+        found = properties.gcnArchName.split(":")[0]  # gfx942:sramecc+:xnack-
+        capability = {configs.arch(known): known for known in configs.AMD}.get(found)
+    else:
+        found, capability = properties.name, 10 * properties.major + properties.minor
+    if capability is None or capability < 80:
+        supported = ", ".join(configs.arch(known) for known in configs.AMD)
         raise RuntimeError(
-            f"the kernels need an NVIDIA GPU of compute capability 8.0 or newer, found {properties.name}"
+            f"expected an NVIDIA GPU of compute capability 8.0 or newer, or an AMD GPU of {supported}, got {found}"
         )
-    return Target(10 * properties.major + properties.minor, properties.multi_processor_count)
+    return Target(capability, properties.multi_processor_count)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from linvideo_kernels.linear_attn import configs
-from linvideo_kernels.linear_attn.launch import launch
+from linvideo_kernels.linear_attn.launch import launch, target_of
 from linvideo_kernels.linear_attn.products import floor_power
 
 
@@ -84,7 +84,7 @@ def prepare(state, z, dtype, center: bool, grads=(None, None)):
     out_shape, stats_shape = configs.prepared_shapes(batch, heads, dim, signs)
     out = torch.empty(out_shape, dtype=dtype, device=state.device)
     stats = torch.empty(stats_shape, dtype=torch.float32, device=state.device)
-    tile = configs.tile("prepare_state", dim, torch.float32, 0, "")
+    tile = configs.tile("prepare_state", dim, torch.float32, target_of(state).capability, "")
     width = out_shape[-1]
     rows = min(tile.block, width)
     launch(
