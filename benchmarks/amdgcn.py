@@ -24,7 +24,7 @@ def parse(text: str) -> list[str]:
 
 
 def hot_loop(code: list[str]) -> list[str]:
-    """The smallest loop with most of the products and exponentials that the longest has; all where there is none."""
+    """The smallest loop with most of the products and exponentials that any has; the longest where none has one."""
     at = {line[:-1]: i for i, line in enumerate(code) if line.endswith(":")}
     branches = [(at.get(line.split()[-1], i), i) for i, line in enumerate(code) if re.match(r"s_c?branch", line)]
     work = {
@@ -34,8 +34,9 @@ def hot_loop(code: list[str]) -> list[str]:
     }
     if not work:
         return instructions(code)
-    fitting = [loop for loop, amount in work.items() if amount > 0.8 * max(work.values())] or list(work)
-    first, last = min(fitting, key=lambda loop: loop[1] - loop[0])
+    most = max(work.values())
+    fitting = [loop for loop, amount in work.items() if amount > 0.8 * most] if most else work
+    first, last = (min if most else max)(fitting, key=lambda loop: loop[1] - loop[0])
     return instructions(code[first : last + 1])
 
 

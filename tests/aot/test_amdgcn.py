@@ -33,6 +33,11 @@ def test_the_loop_is_the_smallest_with_most_of_the_work():
     assert [line.split()[0].split("_")[1] for line in loop] == ["exp", "mfma", "mfma", "cbranch"]
 
 
+def test_without_work_it_is_the_longest():
+    listing = "\n".join(line for line in LISTING.splitlines() if "v_exp" not in line and "v_mfma" not in line)
+    assert len(amdgcn.hot_loop(amdgcn.parse(listing))) == 3
+
+
 def test_a_kernel_without_a_loop():
     code = amdgcn.parse("\tv_exp_f32_e32 v1, v1\n\ts_cbranch_scc0 .LBB0_1\n.LBB0_1:\n\ts_endpgm\n")
     assert amdgcn.hot_loop(code) == ["v_exp_f32_e32 v1, v1", "s_cbranch_scc0 .LBB0_1"]

@@ -65,7 +65,7 @@ def tile(
     if kernel in ("prepare_state", "reduce_state", "mix_grad", "rotate_rows"):
         return _small(kernel)._replace(amd=capability in AMD)
     if capability in AMD:
-        return _amd(kernel, wide, dtype, capability, options)._replace(amd=True)
+        return _amd(kernel, wide, dtype, capability, feature_map, options)._replace(amd=True)
     if capability == 0:
         return Tile(64, 1, 1)
     if dtype == torch.float32:
@@ -155,7 +155,7 @@ def _mma(kernel: str, wide: bool, weighted: bool, capability: int, options: froz
     return Tile(16 if full else 32, 8, 1, keeps=False)
 
 
-def _amd(kernel: str, wide: bool, dtype: torch.dtype, capability: int, options: frozenset) -> Tile:
+def _amd(kernel: str, wide: bool, dtype: torch.dtype, capability: int, feature_map: str, options: frozenset) -> Tile:
     """gfx942, gfx950: one warp for each 16 rows. gfx1100 has half the registers, and products read them twice."""
     if "tf32x3" in options:
         raise ValueError(f"fp32_precision 'tf32x3' needs an NVIDIA GPU; use 'ieee' on {arch(capability)}")
@@ -171,8 +171,9 @@ def _amd(kernel: str, wide: bool, dtype: torch.dtype, capability: int, options: 
         return Tile(64, 4, 1, resident=2)
     if kernel != "apply_state":
         return Tile(64, 4, 1, keeps=False)
-    full = capability == 942 and (dtype == torch.float16 or options & {"rope", "mix"})  # more of each row in registers
-    return Tile(32, 4, 1, keeps=False) if full else Tile(32, 2, 1, resident=2, keeps=False)
+    # More of each row is in registers here, and gfx942's products take more instructions than gfx950's.
+    more = dtype == torch.float16 or feature_map == "hedgehog_joint" or options & {"rope", "mix"}
+    return Tile(32, 4, 1, keeps=False) if capability == 942 and more else Tile(32, 2, 1, resident=2, keeps=False)
 
 
 def arch(capability: int) -> str:
