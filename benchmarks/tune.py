@@ -46,7 +46,7 @@ USES = {
 RIVALS = {
     "accumulate_state-forward": (
         configs.Tile(64, 4, 1, resident=2, tma=True),
-        configs.Tile(64, 4, 2, resident=2, tma=True, z_by_dot=False, value_first=False),
+        configs.Tile(64, 4, 1, resident=2, tma=True, value_first=False),
         configs.Tile(64, 4, 3, tma=True),
     ),
     "accumulate_state-backward": (configs.Tile(64, 4, 3, tma=True), configs.Tile(128, 8, 2, tma=True, z_by_dot=False)),

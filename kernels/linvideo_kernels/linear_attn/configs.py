@@ -144,7 +144,7 @@ def _mma(kernel: str, wide: bool, weighted: bool, capability: int, options: froz
             return Tile(32, 8, 1) if weighted else Tile(128, 8, 1)
         return Tile(64, 4, 1) if kernel == "accumulate_state" else Tile(32, 4, 2)
     if kernel == "accumulate_state":
-        return Tile(64 if capability == 80 else 32, 8, 3, value_first=False)
+        return Tile(64 if capability == 80 and weighted else 32, 8, 3, value_first=False)
     if kernel == "project_grad":
         return Tile(16, 4, 1, resident=2)
     if not weighted:
