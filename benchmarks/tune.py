@@ -170,12 +170,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    parser, cuda = make_parser(), torch.cuda.is_available()
+    parser = make_parser()
     args = parser.parse_args()
-    here = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1] if cuda else None
+    here = target_of(torch.empty(0, device="cuda")).capability if torch.cuda.is_available() else None
     capability = int(args.arch.removeprefix("sm_")) if args.arch else here
     if capability is None:
         parser.error("there is no CUDA device; name an architecture with --arch")
+    if capability not in clock_model.GPUS:
+        parser.error(f"expected one of {[*map(configs.arch, clock_model.GPUS)]}, got {configs.arch(capability)}")
     dtype = DTYPES[args.dtype]
     for name in args.kernel:
         search(name, args, dtype, capability, timed=capability == here)

@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 
 import torch
+from linvideo_kernels.linear_attn import configs
+from linvideo_kernels.linear_attn.launch import target_of
 
 from benchmarks.evidence import summary
 from benchmarks.evidence.rows import LOST, TILES
@@ -85,7 +87,7 @@ class Drill:
 
     def compile(self) -> None:
         """Compile the shipped kernels on all cores, so that launches find them in Triton's cache."""
-        arch = "sm_90" if self.dry_run else f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
+        arch = "sm_90" if self.dry_run else configs.arch(target_of(torch.empty(0, device="cuda")).capability)
         only = ["--match", "reduce_state-hedgehog-d64-bf16-*"] if self.dry_run else []
         gates = [sys.executable, "-m", "benchmarks.static_gates", "--arch", arch, *only]
         self.command(gates, COMPILE_SECONDS, {"TRITON_INTERPRET": "0"})
