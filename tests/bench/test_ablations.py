@@ -288,6 +288,7 @@ def test_lora_trains_low_rank_updates_only(bench):
     assert any("lora_B" in name and p.abs().max() > 0 for name, p in trainer.student.named_parameters())
 
 
+@pytest.mark.full
 def test_the_command_continues_and_reports(tmp_path, monkeypatch, capsys):
     names = (DEFAULT.name, "no fine-tuning")
     monkeypatch.setitem(SUITES, "small", Suite(**{**vars(TINY), "settings": names}))
@@ -329,6 +330,7 @@ def test_a_folder_of_another_scale_is_refused(tmp_path, capsys):
         suite.run(TINY, [DEFAULT.name], 1, teacher.FOLDER, tmp_path, 1)
 
 
+@pytest.mark.full
 def test_a_poor_teacher_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "TEACHER_GOOD", 1.01)
     with pytest.raises(ValueError, match="expected a teacher with at least 101% good videos, got 100%"):
