@@ -2,6 +2,8 @@
 
 import re
 
+from benchmarks.sass import hottest
+
 # Products on matrix cores: CDNA's and RDNA's.
 MATRIX = r"v_s?mfma|v_wmma"
 
@@ -34,9 +36,7 @@ def hot_loop(code: list[str]) -> list[str]:
     }
     if not work:
         return instructions(code)
-    most = max(work.values())
-    fitting = [loop for loop, amount in work.items() if amount > 0.8 * most] if most else work
-    first, last = (min if most else max)(fitting, key=lambda loop: loop[1] - loop[0])
+    first, last = hottest(work)
     return instructions(code[first : last + 1])
 
 

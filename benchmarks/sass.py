@@ -193,10 +193,16 @@ def hot_loop(code: list[Instruction]) -> list[Instruction]:
         return code
     heavy = [bool(re.search(r"[HQ]GMMA|HMMA|UTC\w*MMA|\bFFMA\b|MUFU", instruction.text)) for instruction in code]
     work = {(first, last): sum(heavy[first : last + 1]) for first, last in loops}
-    most = max(work.values())
-    fitting = [loop for loop in loops if work[loop] > 0.8 * most] if most else loops
-    first, last = (min if most else max)(fitting, key=lambda loop: loop[1] - loop[0])
+    first, last = hottest(work)
     return code[first : last + 1]
+
+
+def hottest(work: dict[tuple[int, int], int]) -> tuple[int, int]:
+    """Of loops (first, last instruction) and the number of heavy instructions in each: the shortest with most of those
+    that any has, or the longest where none has one."""
+    most = max(work.values())
+    fitting = [loop for loop, amount in work.items() if amount > 0.8 * most]
+    return (min if most else max)(fitting or work, key=lambda loop: loop[1] - loop[0])
 
 
 def _reaches(follow: list[list[int]], goal: int, without: int) -> bool:

@@ -94,7 +94,7 @@ def state_op(
     precision: str,
     save_rotated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """S, z in fp32, and k as turned by the rotary embedding if the backward will want it."""
+    """S, z in fp32, and k rotated, if the backward will want it."""
     if not uses_kernels(k):
         with torch.autocast(k.device.type, enabled=False):  # k's dtype is decided; sums stay in fp32
             return *chunked.state(k, v, weight, key_mask, cu_seqlens, feature_map), k.new_empty(0)
@@ -118,7 +118,7 @@ def state_backward_op(
     feature_map: str,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dk, dv, dweight; k as turned by the rotary embedding."""
+    """dk, dv, dweight; k as the forward rotated it."""
     if not uses_kernels(k):
         with torch.autocast(k.device.type, enabled=False):
             grads = chunked.state_backward(dstate, dz, k, v, weight, key_mask, cu_seqlens, feature_map)
@@ -148,7 +148,7 @@ def apply_op(
     precision: str,
     save_rotated: bool,
 ) -> tuple[Tensor, Tensor]:
-    """o, and q as turned by the rotary embedding if the backward will want it."""
+    """o, and q rotated, if the backward will want it."""
     if not uses_kernels(q):
         with torch.autocast(q.device.type, enabled=False):
             o = chunked.apply(q, state, z, weight, cu_seqlens, feature_map, scale, normalize, eps)
@@ -179,7 +179,7 @@ def apply_backward_op(
     eps: float,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dstate, dz, dweight, dsoftmax_out, dr; q as turned by the rotary embedding."""
+    """dq, dstate, dz, dweight, dsoftmax_out, dr; q as the forward rotated it."""
     if not uses_kernels(q):
         settings = (feature_map, scale, normalize, eps)
         with torch.autocast(q.device.type, enabled=False):

@@ -19,6 +19,7 @@ from linvideo_kernels.linear_attn.aot import OPTIONS, CompileJob, compile_jobs, 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from benchmarks import static_gates  # noqa: E402
+from benchmarks.host_calls import Driver  # noqa: E402
 
 SAMPLE = static_gates.sample(list(static_gates.ARCHITECTURES))
 
@@ -53,22 +54,6 @@ def test_the_sample_is_small_and_holds_every_kernel_option_and_map():
         assert amd == kernels - {"mix_grad", "rotate_rows"}
 
 
-class Gpu:
-    """A driver of no device: Triton binds a launch's arguments for its architecture and compiles."""
-
-    def __init__(self, target: GPUTarget):
-        self.target = target
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-
 TARGETS = {90: ("cuda", 90, 32), 942: ("hip", "gfx942", 64), 1100: ("hip", "gfx1100", 32)}  # as drivers name them
 
 
@@ -76,7 +61,7 @@ TARGETS = {90: ("cuda", 90, 32), 942: ("hip", "gfx942", 64), 1100: ("hip", "gfx1
 @pytest.mark.parametrize("options", [(), ("rope", "mix"), ("key_mask", "packed")], ids="-".join)
 def test_a_launch_finds_what_was_compiled_here(options, capability, monkeypatch):
     """The same source, options and target, so the same entry of Triton's cache; and the gates hold for what runs."""
-    gpu = Gpu(GPUTarget(*TARGETS[capability]))
+    gpu = Driver(GPUTarget(*TARGETS[capability]))
     monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
     backend = triton.compiler.make_backend(gpu.get_current_target())
     assert gpu.target == gpu_target(capability)

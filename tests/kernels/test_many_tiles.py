@@ -68,7 +68,7 @@ def test_many_tiles_a_program(case, one_multiprocessor, device):
     inputs, grad = make_inputs(case, device)
     actual = run(linear_attn, inputs, grad, case.options)
     check(case, inputs, grad, actual)
-    with torch.no_grad():  # with rope another kernel: the queries are turned on chip
+    with torch.no_grad():  # with rope another kernel: the queries are rotated on chip
         inference = call(linear_attn, inputs, case.options).double()
     check(case, inputs, grad, actual | {"o": inference})
 

@@ -28,13 +28,13 @@ def operator_arguments(case: Case, device: str) -> dict[str, tuple]:
     state_arguments = *keys, *ends, name, precision, rope[0] is not None
     with torch.no_grad():
         state, z, k = OPS.linear_attn_state(*state_arguments)
-    turned = (k if rope[0] is not None else inputs["k"], *keys[1:])
+    rotated_keys = (k if rope[0] is not None else inputs["k"], *keys[1:])
     sums = [x.detach().requires_grad_() for x in (state, z)]
     queries = inputs["q"], *sums, inputs.get("q_weight"), *rope, *mix, options.get("cu_seqlens_q")
     apply_arguments = *queries, name, *scaling, precision, rope[0] is not None
     with torch.no_grad():
         _, q = OPS.linear_attn_apply(*apply_arguments)
-    turned_q = (q if rope[0] is not None else inputs["q"], *queries[1:])
+    rotated_queries = (q if rope[0] is not None else inputs["q"], *queries[1:])
     sums_grad = torch.randn_like(state), torch.randn_like(z)
     rows, weights = [inputs[x] for x in "qkv"], [inputs.get(f"{x}_weight") for x in "qk"]
     tensors = *weights, *rope, *mix, options.get("key_mask"), *(options.get(f"cu_seqlens_{x}") for x in "qk")
@@ -45,9 +45,9 @@ def operator_arguments(case: Case, device: str) -> dict[str, tuple]:
         "": (*rows, *tensors, name, *scaling, precision, False),
         "_backward": _detached(grad, *rotated, *tensors, kept[:4], name, *scaling, precision, True),
         "_state": state_arguments,
-        "_state_backward": _detached(*sums_grad, *turned, *ends, state, z, name, precision),
+        "_state_backward": _detached(*sums_grad, *rotated_keys, *ends, state, z, name, precision),
         "_apply": apply_arguments,
-        "_apply_backward": _detached(grad, *turned_q, name, *scaling, precision),
+        "_apply_backward": _detached(grad, *rotated_queries, name, *scaling, precision),
     }
 
 

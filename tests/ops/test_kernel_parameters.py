@@ -58,10 +58,10 @@ def launches(length: int, sequences: int):
     queries = meta(8, 128, 128), (table, table), q, meta(1, dtype=torch.float32), ends
     settings = "hedgehog", 1.0, True, 1e-6, "ieee"
     with recording(Target(90, 132)) as recorded:
-        state, z, turned = package.state(k, v, *keys, "hedgehog", "ieee", True)
-        package.state_backward(state, z, turned, v, *keys, state, z, "hedgehog", "ieee")
-        _, turned, *prepared = package.apply(q, state, z, *queries, *settings, True)
-        package.apply_backward(q, turned, z, *queries, prepared, *settings)
+        state, z, rotated = package.state(k, v, *keys, "hedgehog", "ieee", True)
+        package.state_backward(state, z, rotated, v, *keys, state, z, "hedgehog", "ieee")
+        _, rotated, *prepared = package.apply(q, state, z, *queries, *settings, True)
+        package.apply_backward(q, rotated, z, *queries, prepared, *settings)
     return [(each.kernel.fn.__name__, each.tile, each.constexprs) for each in recorded]
 
 

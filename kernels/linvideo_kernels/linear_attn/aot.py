@@ -99,11 +99,11 @@ def compile_jobs(
     settings = (feature_map, 1.0, normalize, 1e-6, precision)
     with recording(Target(capability, 132)) as launches:
         keys = (k_weight, rope, key_mask, cu_seqlens)
-        state, z, turned = passes.state(k, v, *keys, feature_map, precision, training)
-        passes.state_backward(state, z, turned if training else k, v, *keys, state, z, feature_map, precision)
+        state, z, rotated = passes.state(k, v, *keys, feature_map, precision, training)
+        passes.state_backward(state, z, rotated if training else k, v, *keys, state, z, feature_map, precision)
         queries = (q_weight, rope, *mix, cu_seqlens)
-        _, turned, *prepared = passes.apply(q, state, z, *queries, *settings, True)
-        passes.apply_backward(do, turned if training else q, z, *queries, prepared, *settings)
+        _, rotated, *prepared = passes.apply(q, state, z, *queries, *settings, True)
+        passes.apply_backward(do, rotated if training else q, z, *queries, prepared, *settings)
         if training:  # the forward without gradients is another kernel
             passes.state(k, v, *keys, feature_map, precision, False)
             passes.apply(q, state, z, *queries, *settings, False)

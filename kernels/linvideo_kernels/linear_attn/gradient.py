@@ -146,7 +146,8 @@ def project_grad(
 def row_gradient(side: Side, y, state, stats, *, keys, normalize, rope=None, scale=1.0, eps=0.0, r=None, factors=None):
     """Returns du like u and the weight's gradient [H, D, D] in fp32 (None without weights).
 
-    side.u is as turned by `rope`, (cos, sin), and du as it was before. factors [2, B, H, N]: receives a and delta.
+    side.u has been rotated by `rope`, (cos, sin), and du is the gradient of the rows before that. factors [2, B, H, N]:
+    receives a and delta.
     """
     u = side.u
     batch, length, heads, dim = u.shape

@@ -22,14 +22,14 @@ from linvideo_kernels.linear_attn.apply import apply as apply_rows
 from linvideo_kernels.linear_attn.gradient import row_gradient
 from linvideo_kernels.linear_attn.mix import mix_gradient
 from linvideo_kernels.linear_attn.prepare import prepare
-from linvideo_kernels.linear_attn.rope import turned
+from linvideo_kernels.linear_attn.rope import rotated
 from linvideo_kernels.linear_attn.side import Side, aligned
 
 
 def state(k, v, weight, rope, key_mask, cu_seqlens, feature_map: str, precision: str, training: bool):
     """Returns S, z and in training the rotated k (None without rope)."""
     side = Side.of(k, weight, feature_map, precision, rope, key_mask, cu_seqlens)
-    side = side if rope is None else turned(side)
+    side = side if rope is None else rotated(side)
     return *accumulate(side, aligned(v), key_heads=k.shape[2]), side.u if training and rope is not None else None
 
 
@@ -51,7 +51,7 @@ def apply(
     """Returns o, and in training the rotated q (None without rope), T and its statistics, else three times None."""
     side = Side.of(q, weight, feature_map, precision, rope, None, cu_seqlens)
     rotate = training and rope is not None
-    side = turned(side) if rotate else side
+    side = rotated(side) if rotate else side
     prepared, stats = prepare(state.contiguous(), z.contiguous(), q.dtype, normalize)
     o = apply_rows(side, prepared, stats, normalize=normalize, eps=eps, scale=scale, softmax_out=softmax_out, r=r)
     return (o, side.u if rotate else None, prepared, stats) if training else (o, None, None, None)

@@ -32,8 +32,8 @@ def rotate_rows(
     store_rows(out_ptr, u, row, n < N, stride_on, D, WIDTH, BLOCK)
 
 
-def turned(side: Side) -> Side:
-    """The same rows, turned."""
+def rotated(side: Side) -> Side:
+    """The same rows, rotated, and no angles any more."""
     u = side.u
     batch, length, heads, dim = u.shape
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
