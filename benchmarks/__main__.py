@@ -44,11 +44,11 @@ def jobs(
                 arguments = (name, parts, compiled, device, dtype, model)
                 made.append((f"{label} {name}{', compiled' * compiled}", lambda a=arguments: blocks.rows_of(*a)))
     if "train" in suites:
-        from benchmarks import train
+        from benchmarks import train_steps
 
         chosen = {name: wan for name, wan in models.items() if tiny or names or name == "1.3b-480p"}
         for name, model in chosen.items():
-            made.append((f"train {name}", lambda n=name, m=model: train.rows_of(n, device, dtype, m)))
+            made.append((f"train {name}", lambda n=name, m=model: train_steps.rows_of(n, device, dtype, m)))
     return made
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from linvideo.training.devices import device_name
+from linvideo.trajectories.devices import device_name
 from linvideo.workspace import workspace
 
 FORMAT = 1

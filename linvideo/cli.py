@@ -31,7 +31,7 @@ DIMENSIONS = [
 
 
 def demo(args: argparse.Namespace) -> None:
-    from linvideo.demo.run import run_demo
+    from linvideo.demo.make_demo import run_demo
 
     options = {"overwrite": args.overwrite, "device": args.device, "seed": args.seed, "videos": args.videos}
     run_demo(args.output_dir, stages=args.stages.split(","), **options)
@@ -50,7 +50,7 @@ def convert(args: argparse.Namespace) -> None:
     converted = models.convert(pipeline, layers, mode=args.mode, feature_map=args.feature_map, copy=False)
     how, state = models.Training(f"conversion ({args.mode})"), "untrained"
     if args.feature_maps is not None:
-        from linvideo.training.warmup import load_feature_maps
+        from linvideo.transfer.warmup import load_feature_maps
 
         if getattr(pipeline, "transformer_2", None) is not None:
             raise ValueError("--feature_maps are of one transformer, got a pipeline with two")
@@ -66,10 +66,11 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def train(argv: list[str]) -> None:
-    from linvideo.training import Trainer, load_config
-    from linvideo.training.parallel import disconnect
+    from linvideo.run import load_config
+    from linvideo.run.parallel import disconnect
+    from linvideo.transfer import TrainConfig, Trainer
 
-    config = load_config(argv)
+    config = load_config(argv, TrainConfig)
     selection = config.selection.max_train_steps if config.selection.method == "learned" else 0
     stages = {"warm-up": config.warmup.max_train_steps, "selection": selection, "fine-tuning": config.max_train_steps}
     announce_run(config, stages)
@@ -94,10 +95,10 @@ def announce_run(config, stages: dict[str, int]) -> None:
 
 def distill(argv: list[str]) -> None:
     from linvideo.distillation import DistillConfig, Distiller
-    from linvideo.training import load_config
-    from linvideo.training.parallel import disconnect
+    from linvideo.run import load_config
+    from linvideo.run.parallel import disconnect
 
-    config = load_config(argv, DistillConfig, "distill")
+    config = load_config(argv, DistillConfig)
     announce_run(config, {"regression": config.regression.max_train_steps, "DMD": config.max_train_steps})
     result = Distiller(config).train()
     disconnect()  # not after an error, see train
@@ -106,13 +107,14 @@ def distill(argv: list[str]) -> None:
 
 
 def collect(args: argparse.Namespace) -> None:
-    from linvideo.training import Trainer, load_config
+    from linvideo.run import load_config
+    from linvideo.transfer import TrainConfig, Trainer
 
     number, _, count = args.worker.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise ValueError(f"--worker must be number/count with number from 0 to count - 1, got {args.worker}")
     # the folder is not empty once another worker has begun
-    config = load_config([*args.train_options, "--resume_from_checkpoint", "latest"])
+    config = load_config([*args.train_options, "--resume_from_checkpoint", "latest"], TrainConfig)
     announce_run(config, {})
     store = Trainer(config).collect(int(number), int(count))
     missing = len(store.missing_shards())
@@ -126,14 +128,15 @@ def plan(args: argparse.Namespace) -> None:
     import json
 
     from linvideo.planning.plan import make_plan
-    from linvideo.planning.report import text
+    from linvideo.planning.plan_text import text
     from linvideo.planning.sizes import read_sizes
-    from linvideo.training import load_config
+    from linvideo.run import load_config
+    from linvideo.transfer import TrainConfig
 
     video = {f"--trajectories.{name}": getattr(args, name) for name in ("height", "width", "num_frames")}
     video = [word for name, value in video.items() if value is not None for word in (name, str(value))]
     # nothing trains here: any folder will do, and the device may be elsewhere
-    config = load_config(["--output_dir", "run", *args.train_options, *video, "--device", "cpu"])
+    config = load_config(["--output_dir", "run", *args.train_options, *video, "--device", "cpu"], TrainConfig)
     model = args.model or config.pretrained_model_name_or_path
     if model is None:
         raise ValueError("plan needs --model, a known name, pipeline folder or Hub id, got none")
@@ -181,7 +184,7 @@ def generate(args: argparse.Namespace) -> None:
 def video_jobs(args: argparse.Namespace) -> list:
     """One for each prompt and seed; a video of --prompt goes to the file --output, several to the folder."""
     from linvideo.evaluation.sampling import Job
-    from linvideo.training.prompts import Prompt, read_prompts_with_images
+    from linvideo.trajectories.prompts import Prompt, read_prompts_with_images
 
     if args.prompts_file is None:
         prompts = [Prompt(args.prompt, args.image)]
@@ -257,7 +260,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def evaluate_fidelity(args: argparse.Namespace) -> None:
     from linvideo.evaluation.fidelity import fidelity, summary
-    from linvideo.training.prompts import read_prompts, some_of
+    from linvideo.trajectories.prompts import read_prompts, some_of
 
     if args.teacher is None:
         raise ValueError("--suite fidelity needs --teacher, the pipeline that the model was converted from")
@@ -329,10 +332,10 @@ def analyze(args: argparse.Namespace) -> None:
     from linvideo import models
     from linvideo.evaluation.analysis_report import text, write_report
     from linvideo.evaluation.analyze import analyze
-    from linvideo.training.prompts import read_prompts_with_images, some_of
-    from linvideo.training.sensitivity import SensitivityConfig
-    from linvideo.training.trajectories import TrajectoryConfig
-    from linvideo.training.warmup import WarmupConfig
+    from linvideo.trajectories.collect import TrajectoryConfig
+    from linvideo.trajectories.prompts import read_prompts_with_images, some_of
+    from linvideo.transfer.sensitivity import SensitivityConfig
+    from linvideo.transfer.warmup import WarmupConfig
 
     def trajectories_of(settings: dict) -> TrajectoryConfig:
         settings = {name: value for name, value in settings.items() if name != "negative_prompt"}
@@ -409,7 +412,7 @@ def load(args: argparse.Namespace, **components):
 def choose_device(name: str | None) -> str:
     import torch
 
-    from linvideo.training.devices import check_device
+    from linvideo.trajectories.devices import check_device
 
     check_device(name)
     return name or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,7 +14,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from tiny import TEXT_DIM, tiny_image, tiny_image_pipeline, tiny_pipeline, tiny_tokenizer, tiny_transformer
 
 from linvideo import cli, load_pipeline, models
-from linvideo.training import TrainingStopped
+from linvideo.run import TrainingStopped
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_bad_input_ends_in_one_line(folder, tmp_path, capsys, monkeypatch, words
 def test_words_that_the_model_does_not_know_are_named(recwarn):
     from linvideo.demo import teacher
     from linvideo.demo.world import WORLDS
-    from linvideo.training.prompts import warn_of_unknown_words
+    from linvideo.trajectories.prompts import warn_of_unknown_words
 
     caption = WORLDS["small"].training_captions()[0]
     tokenizer = teacher.build_tokenizer(WORLDS["small"])

@@ -10,8 +10,8 @@ from tiny_run import COMMON, PROMPTS, die, die_at, tiny_teacher
 
 from linvideo.distillation import DistillConfig, Distiller
 from linvideo.models import convert
-from linvideo.training import pipeline_run
-from linvideo.training.config import from_dict
+from linvideo.run import pipeline_run
+from linvideo.run.read_config import from_dict
 
 LINEAR = [1]  # layers of the student
 

@@ -15,7 +15,7 @@ import tiny_distill_run
 import tiny_run
 import torch
 
-from linvideo.training.parallel import disconnect
+from linvideo.run.parallel import disconnect
 
 
 def torchrun_arguments(processes: int, folder: Path, runs: dict[str, dict]) -> dict:

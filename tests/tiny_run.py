@@ -11,9 +11,12 @@ from pathlib import Path
 import torch
 from tiny import tiny_pipeline, tiny_transformer
 
-from linvideo.training import Trainer, TrainResult, checkpoint, files, store
-from linvideo.training.config import TrainConfig, from_dict
-from linvideo.training.resumable import ResumableRun
+from linvideo.run import checkpoint
+from linvideo.run.read_config import from_dict
+from linvideo.run.session import ResumableRun
+from linvideo.trajectories import files, store
+from linvideo.transfer import Trainer, TrainResult
+from linvideo.transfer.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 # of processes that run this file, or import it, from the checkout
@@ -55,7 +58,7 @@ def tiny_config(output_dir, **overrides) -> TrainConfig:
         "objective": {"name": "hybrid", "mse_steps": 1},
         "optimizer": {"lr_scheduler": "cosine", "lr_warmup_steps": 1},
     }
-    return from_dict({**values, **overrides})
+    return from_dict({**values, **overrides}, TrainConfig)
 
 
 def tiny_teacher():

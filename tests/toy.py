@@ -2,8 +2,8 @@
 
 import torch
 
-from linvideo.training.prompts import PromptEmbeddings
-from linvideo.training.store import TrajectoryStore
+from linvideo.trajectories.prompts import PromptEmbeddings
+from linvideo.trajectories.store import TrajectoryStore
 
 SHAPE = (2, 1, 2, 2)  # C, F, H, W
 

@@ -10,7 +10,7 @@ small takes about an hour on two CPU cores; middle and large need a GPU and a te
 import argparse
 
 from benchmarks import worlds
-from benchmarks.ablations import report, suite
+from benchmarks.ablations import ablations_report, suite
 from benchmarks.ablations.settings import GROUPS, SETTINGS, SUITES
 
 
@@ -30,8 +30,12 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     if not args.no_report:
-        path = report.save(rows, args.suite, scale)
-        print("\n".join(f"wrote {x}" for x in [path, *report.write(report.FOLDER, report.DOCS)]))
+        path = ablations_report.save(rows, args.suite, scale)
+        print(
+            "\n".join(
+                f"wrote {x}" for x in [path, *ablations_report.write(ablations_report.FOLDER, ablations_report.DOCS)]
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -9,19 +9,13 @@ import torch
 
 from linvideo.distillation.dmd import critic_loss, matching_loss
 from linvideo.distillation.rollout import noised
-from linvideo.training.conditions import Conditions
-from linvideo.training.flow import NUM_TRAIN_TIMESTEPS, like, predict_velocity
-from linvideo.training.lanes import StudentLanes
-from linvideo.training.objectives import (
-    adm_gradient,
-    adm_sampler_step,
-    descend,
-    mean_square,
-    score_weight,
-    teacher_state_mse,
-)
-from linvideo.training.seeding import generator
-from linvideo.training.step import GradientStep
+from linvideo.run.gradient import descend, mean_square
+from linvideo.trajectories.conditions import Conditions
+from linvideo.trajectories.flow import NUM_TRAIN_TIMESTEPS, like, predict_velocity
+from linvideo.trajectories.seeding import generator
+from linvideo.transfer.gradient_step import GradientStep
+from linvideo.transfer.lanes import StudentLanes
+from linvideo.transfer.objectives import adm_gradient, adm_sampler_step, score_weight, teacher_state_mse
 
 SCORE_NETS = ("adm_score_net", "dmd")
 

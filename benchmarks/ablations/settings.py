@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from linvideo.training.seeding import generator
+from linvideo.trajectories.seeding import generator
 
 # Time of one step, in steps of MSE on stored teacher states: measured on the small world (CPU, one thread, batch 8,
 # guided lanes). What it came to stands in the rows.

@@ -4,8 +4,8 @@ from contextlib import closing
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.ablations import report
-from benchmarks.ablations.run import Bench
+from benchmarks.ablations import ablations_report
+from benchmarks.ablations.bench import Bench
 from benchmarks.ablations.settings import DEFAULT, SETTINGS, Suite
 from benchmarks.worlds import side_by_side
 from linvideo.evaluation.work_folder import WorkFolder, identity
@@ -34,7 +34,7 @@ def run(suite: Suite, settings: list[str], seeds: int, teacher: Path, folder: Pa
     with closing(side_by_side(Bench, (suite, teacher, folder), rounds, processes)) as rows:
         for finished, row in enumerate(rows, 1):
             work.add(row | {"commit": commit})
-            print(f"[{finished}/{total}] {report.one_line(row)}", flush=True)
+            print(f"[{finished}/{total}] {ablations_report.one_line(row)}", flush=True)
             check_teacher(row)
     return work.rows
 

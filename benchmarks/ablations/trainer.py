@@ -10,11 +10,11 @@ import torch
 from benchmarks.ablations.objectives import AblationStep
 from benchmarks.ablations.settings import Setting
 from benchmarks.ablations.variants import lora, rope_after
-from linvideo.training import TrainConfig, Trainer
-from linvideo.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from linvideo.training.flow import sampler_grid
-from linvideo.training.objectives import ObjectiveConfig
-from linvideo.training.step import GradientStep
+from linvideo.run.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from linvideo.trajectories.flow import sampler_grid
+from linvideo.transfer import TrainConfig, Trainer
+from linvideo.transfer.gradient_step import GradientStep
+from linvideo.transfer.objectives import ObjectiveConfig
 
 PROBES = 4  # times in fine-tuning at which the curve has a point
 

@@ -2,9 +2,9 @@
 
 import torch
 
+from linvideo.models.branches import feature_weights, linear_branches
 from linvideo.nn import LinearAttentionBranch
 from linvideo.ops.reference import features, rotate
-from linvideo.training.branches import feature_weights, linear_branches
 
 
 class RopeAfterBranch(LinearAttentionBranch):

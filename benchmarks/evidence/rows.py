@@ -56,10 +56,10 @@ def parts(device: str, dtype: torch.dtype, dry_run: bool, attempt: Callable = me
                 yield from wan.rows_of(name, {"block", "model"}, compiled, device, dtype, model, attempt)
 
     def training() -> Iterator[dict]:
-        from benchmarks import train
+        from benchmarks import train_steps
 
         name, model = ("tiny", TINY) if dry_run else ("1.3b-480p", WAN["1.3b-480p"])
-        return train.rows_of(name, device, dtype, model, attempt)
+        return train_steps.rows_of(name, device, dtype, model, attempt)
 
     runs_kernels = uses_kernels(torch.empty(0, device=device))  # on a CPU only in Triton's interpreter
     return [

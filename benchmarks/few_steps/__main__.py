@@ -12,8 +12,8 @@ small takes about an hour on two CPU cores; middle and large need a GPU and a te
 import argparse
 
 from benchmarks import worlds
-from benchmarks.few_steps import report, suite
-from benchmarks.few_steps.run import SCALES
+from benchmarks.few_steps import few_steps_report, suite
+from benchmarks.few_steps.few_steps_bench import SCALES
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,8 +30,12 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     if not args.no_report:
-        path = report.save(rows, args.world, scale)
-        print("\n".join(f"wrote {x}" for x in [path, report.write(report.FOLDER, report.DOCS)]))
+        path = few_steps_report.save(rows, args.world, scale)
+        print(
+            "\n".join(
+                f"wrote {x}" for x in [path, few_steps_report.write(few_steps_report.FOLDER, few_steps_report.DOCS)]
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from contextlib import closing
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.few_steps import report
-from benchmarks.few_steps.run import DISTILLED, FewStepBench, Scale
+from benchmarks.few_steps import few_steps_report
+from benchmarks.few_steps.few_steps_bench import DISTILLED, FewStepBench, Scale
 from benchmarks.worlds import side_by_side
 from linvideo.evaluation.work_folder import WorkFolder, identity
 from linvideo.models import load_pipeline
@@ -24,5 +24,5 @@ def run(scale: Scale, seeds: int, teacher: Path, folder: Path, processes: int) -
         for group in groups:
             for row in group:
                 work.add(row | {"commit": commit})
-                print(report.one_line(row), flush=True)
+                print(few_steps_report.one_line(row), flush=True)
     return work.rows

@@ -2,12 +2,12 @@
 
 import torch
 
-from linvideo.demo import metrics
+from linvideo.demo import judge
 from linvideo.demo.teacher import SETTINGS, tokens
 from linvideo.demo.world import WORLDS, World
 from linvideo.evaluation.velocity import velocity_errors
 from linvideo.models.generate import generate_video
-from linvideo.training import encode_prompts
+from linvideo.trajectories import encode_prompts
 
 TOKENS_AT_ONCE = 2**16  # of all videos of a batch: 512 videos of the small world, 16 of the large one
 
@@ -48,8 +48,8 @@ def evaluate(
             negative_prompt_embeds=embeddings.take(numbers[:1], torch.tensor([True]), noise.device),
             guidance_scale=settings.guidance_scale,
         )
-        outcome[name] = metrics.judge(films[name], captions, world) | {
-            "psnr_to_teacher": metrics.psnr(films[name], films["teacher"]) if name != "teacher" else None,
+        outcome[name] = judge.judge(films[name], captions, world) | {
+            "psnr_to_teacher": judge.psnr(films[name], films["teacher"]) if name != "teacher" else None,
             "own_state_error": errors["own_state_error"],
             "teacher_state_error": errors["teacher_state_error"],
         }

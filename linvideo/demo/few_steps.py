@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from linvideo.demo import metrics
+from linvideo.demo import judge
 from linvideo.demo.evaluate import sample_videos, start_noise, with_transformer
 from linvideo.demo.world import World
 from linvideo.distillation import DistillConfig, Distiller
-from linvideo.training import load_config
+from linvideo.run import load_config
 
 
 def distill_and_compare(
@@ -34,7 +34,7 @@ def distill_and_compare(
     }
     outcome = {"timesteps": result.timesteps, "seconds": result.seconds, "models": {}}
     for name, film in films.items():
-        found = metrics.judge(film, captions, world) | {"psnr_to_teacher": metrics.psnr(film, reference)}
+        found = judge.judge(film, captions, world) | {"psnr_to_teacher": judge.psnr(film, reference)}
         outcome["models"][name] = found
         print(f"{name}, {steps} steps: all words right {found['all_right']:.0%}, good {found['good']:.0%}")
     return outcome, films

@@ -41,14 +41,14 @@ import torch
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from linvideo.demo import metrics
+from linvideo.demo import judge
 from linvideo.demo.evaluate import sample_videos, start_noise
 from linvideo.demo.teacher import SETTINGS, build_pipeline
 from linvideo.demo.world import WORLDS, World
 from linvideo.models import load_pipeline, new_folder
-from linvideo.training.checkpoint import list_checkpoints, load_checkpoint, remove_newer, save_checkpoint
-from linvideo.training.devices import check_device, device_name
-from linvideo.training.files import write_json
+from linvideo.run.checkpoint import list_checkpoints, load_checkpoint, remove_newer, save_checkpoint
+from linvideo.trajectories.devices import check_device, device_name
+from linvideo.trajectories.files import write_json
 from linvideo.workspace import locked, remove_dead
 
 
@@ -213,7 +213,7 @@ class TeacherRun:
         noise = start_noise(self.world, num_videos).to(self.device)
         with torch.compiler.set_stance("force_eager"):  # a few calls of other shapes: compiling takes longer
             videos = sample_videos(self.pipeline, captions, noise, self.world)
-        outcome = metrics.judge(videos, captions, self.world) | {
+        outcome = judge.judge(videos, captions, self.world) | {
             "videos": num_videos,
             "run": self.identity | {"steps": self.step},
             "loss": self.loss.item(),

@@ -11,7 +11,7 @@
     step          one step's gradients over a global batch
 """
 
-from linvideo.distillation.config import DistillConfig
-from linvideo.distillation.distiller import Distiller, DistillResult
+from linvideo.distillation.distill import Distiller, DistillResult
+from linvideo.distillation.distill_config import DistillConfig
 
 __all__ = ["DistillConfig", "DistillResult", "Distiller"]

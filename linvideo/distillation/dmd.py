@@ -18,9 +18,9 @@ from collections.abc import Callable
 import torch
 
 from linvideo.distillation.rollout import noised
-from linvideo.training.conditions import Conditions
-from linvideo.training.flow import NUM_TRAIN_TIMESTEPS, guide, like, predict_velocity
-from linvideo.training.objectives import descend, mean_square, teacher_velocity
+from linvideo.run.gradient import descend, mean_square, teacher_velocity
+from linvideo.trajectories.conditions import Conditions
+from linvideo.trajectories.flow import NUM_TRAIN_TIMESTEPS, guide, like, predict_velocity
 
 TINY = 1e-6
 

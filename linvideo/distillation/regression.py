@@ -8,11 +8,11 @@ distribution matching sharpens them.
 
 import torch
 
-from linvideo.training.flow import like, predict_velocity
-from linvideo.training.objectives import mean_square
-from linvideo.training.prompts import PromptEmbeddings
-from linvideo.training.seeding import draw_indices
-from linvideo.training.store import TrajectoryStore
+from linvideo.run.gradient import mean_square
+from linvideo.trajectories.flow import like, predict_velocity
+from linvideo.trajectories.prompts import PromptEmbeddings
+from linvideo.trajectories.seeding import draw_indices
+from linvideo.trajectories.store import TrajectoryStore
 
 
 class TrajectoryJumps:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from linvideo.training.conditions import Conditions
-from linvideo.training.flow import NUM_TRAIN_TIMESTEPS, like, predict_velocity
+from linvideo.trajectories.conditions import Conditions
+from linvideo.trajectories.flow import NUM_TRAIN_TIMESTEPS, like, predict_velocity
 
 
 def noised(clean: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

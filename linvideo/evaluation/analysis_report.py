@@ -4,11 +4,11 @@ import html
 import shlex
 from pathlib import Path
 
-from linvideo.evaluation import report
+from linvideo.evaluation import html_page
 from linvideo.evaluation.analyze import Analysis, LayerSet
 from linvideo.models.describe import ranges
-from linvideo.training.files import write_text
-from linvideo.training.run_folder import FEATURE_MAPS
+from linvideo.run.run_folder import FEATURE_MAPS
+from linvideo.trajectories.files import write_text
 
 LAYER_COLUMNS = ["layer", "attention output", "velocity error", "of the velocity", "rank"]
 SET_COLUMNS = ["linear", "velocity error", "of the velocity", "ms (p20 - p80)", "speed-up", "layers"]
@@ -35,14 +35,16 @@ def text(analysis: Analysis, folder: str | Path) -> str:
 
 def write_report(analysis: Analysis, folder: str | Path) -> None:
     """Write report.html into the analysis's output_dir."""
-    steps = "".join(f"{report.note(what)}<pre>{html.escape(line)}</pre>" for what, line in commands(analysis, folder))
+    steps = "".join(
+        f"{html_page.note(what)}<pre>{html.escape(line)}</pre>" for what, line in commands(analysis, folder)
+    )
     sections = [
-        ("Proposal", "".join(map(report.note, conclusion(analysis))) + steps),
+        ("Proposal", "".join(map(html_page.note, conclusion(analysis))) + steps),
         (
             "Each layer linear alone",
-            report.plot(lambda axes: draw_layers(axes, analysis), size=(9, 3.4))
-            + report.table(LAYER_COLUMNS, layer_rows(analysis))
-            + report.note(
+            html_page.plot(lambda axes: draw_layers(axes, analysis), size=(9, 3.4))
+            + html_page.table(LAYER_COLUMNS, layer_rows(analysis))
+            + html_page.note(
                 "attention output: |linear - softmax|² / |softmax|² after the fit of the feature maps. velocity error:"
                 f" mean |u - u_teacher|² over {analysis.states} of the teacher's states, and its share of the mean"
                 f" |u_teacher|², {analysis.velocity_square:.4g}. With no layer linear it is {analysis.floor:.2g}."
@@ -50,16 +52,16 @@ def write_report(analysis: Analysis, folder: str | Path) -> None:
         ),
         (
             "Sets of layers",
-            report.plot(lambda axes: draw_sets(axes, analysis), size=(9, 4))
-            + report.table(SET_COLUMNS, set_rows(analysis))
-            + report.note(
+            html_page.plot(lambda axes: draw_sets(axes, analysis), size=(9, 4))
+            + html_page.table(SET_COLUMNS, set_rows(analysis))
+            + html_page.note(
                 "The least sensitive layers, by the order above, linear together; errors of layers do not add, so each"
                 " set is measured. Times are of one whole forward, batch 1 without gradients; speed-ups are over"
                 " the stock model. Guidance takes two such forwards a step."
             ),
         ),
     ]
-    write_text(Path(folder) / "report.html", report.page("linvideo analyze", heading(analysis), sections))
+    write_text(Path(folder) / "report.html", html_page.page("linvideo analyze", heading(analysis), sections))
 
 
 def heading(analysis: Analysis) -> str:

@@ -20,20 +20,20 @@ from tqdm.auto import tqdm
 from linvideo.evaluation.latency import Timing, time_call
 from linvideo.evaluation.work_folder import WorkFolder
 from linvideo.models import attention_types, convert, wan_transformer
-from linvideo.training.branches import feature_weights
-from linvideo.training.devices import device_name
-from linvideo.training.files import read_cached, read_json, write_cached, write_json
-from linvideo.training.fingerprint import fingerprint
-from linvideo.training.flow import predict_velocity
-from linvideo.training.forward_times import remember
-from linvideo.training.images import add_images, check_images, digest, takes_images
-from linvideo.training.prompts import PromptConfig, choose_prompts, encode_prompts
-from linvideo.training.run_folder import FEATURE_MAPS, IMAGE_CACHE, PROMPT_CACHE
-from linvideo.training.selection import lowest
-from linvideo.training.sensitivity import SensitivityConfig, velocity_error
-from linvideo.training.store import StateBatch
-from linvideo.training.trajectories import TrajectoryConfig, collect, latent_shape, open_store, with_flow_shift
-from linvideo.training.warmup import WarmupConfig, attention_output_errors, fit_feature_maps, load_feature_maps
+from linvideo.models.branches import feature_weights
+from linvideo.run.forward_times import remember
+from linvideo.run.run_folder import FEATURE_MAPS, IMAGE_CACHE, PROMPT_CACHE
+from linvideo.trajectories.collect import TrajectoryConfig, collect, latent_shape, open_store, with_flow_shift
+from linvideo.trajectories.devices import device_name
+from linvideo.trajectories.files import read_cached, read_json, write_cached, write_json
+from linvideo.trajectories.fingerprint import fingerprint
+from linvideo.trajectories.flow import predict_velocity
+from linvideo.trajectories.images import add_images, check_images, digest, takes_images
+from linvideo.trajectories.prompts import PromptConfig, choose_prompts, encode_prompts
+from linvideo.trajectories.store import StateBatch
+from linvideo.transfer.selection import lowest
+from linvideo.transfer.sensitivity import SensitivityConfig, velocity_error
+from linvideo.transfer.warmup import WarmupConfig, attention_output_errors, fit_feature_maps, load_feature_maps
 from linvideo.workspace import locked
 
 SUITE = "analyze"  # in request.json

@@ -14,19 +14,19 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from linvideo.models import convert, default_fps, wan_transformer
+from linvideo.models.branches import feature_weights, gates
 from linvideo.models.generate import generate_video
 from linvideo.models.video_file import check_output, save_video
-from linvideo.training.branches import feature_weights, gates
-from linvideo.training.config import TrainConfig
-from linvideo.training.flow import predict_velocity, sampler_grid
-from linvideo.training.forward_times import remember
-from linvideo.training.images import add_images, check_images, takes_images
-from linvideo.training.objectives import ObjectiveConfig
-from linvideo.training.prompts import encode_prompts
-from linvideo.training.step import GradientStep
-from linvideo.training.store import StateBatch
-from linvideo.training.trajectories import TrajectoryConfig, collect, open_store
-from linvideo.training.warmup import attention_output_errors, fit_feature_maps
+from linvideo.run.forward_times import remember
+from linvideo.trajectories.collect import TrajectoryConfig, collect, open_store
+from linvideo.trajectories.flow import predict_velocity, sampler_grid
+from linvideo.trajectories.images import add_images, check_images, takes_images
+from linvideo.trajectories.prompts import encode_prompts
+from linvideo.trajectories.store import StateBatch
+from linvideo.transfer.gradient_step import GradientStep
+from linvideo.transfer.objectives import ObjectiveConfig
+from linvideo.transfer.train_config import TrainConfig
+from linvideo.transfer.warmup import attention_output_errors, fit_feature_maps
 
 STEPS = 4  # of the sampler
 PROMPT = "A red kite rises over a grey sea, the camera follows it slowly."

@@ -14,8 +14,8 @@ from linvideo.evaluation.work_folder import WorkFolder, identity
 from linvideo.models import default_fps, own_settings
 from linvideo.models.generate import generate_video
 from linvideo.models.video_file import check_output, save_video
-from linvideo.training.prompts import warn_of_unknown_words
-from linvideo.training.video_metrics import compare
+from linvideo.run.video_metrics import compare
+from linvideo.trajectories.prompts import warn_of_unknown_words
 from linvideo.workspace import locked
 
 METRICS = ("psnr", "ssim", "lpips", "flicker", "teacher_flicker")

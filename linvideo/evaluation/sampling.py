@@ -19,10 +19,10 @@ from PIL import Image
 from linvideo.models import default_fps, video_transformers
 from linvideo.models.generate import generate_video
 from linvideo.models.video_file import check_output, save_video
-from linvideo.training.files import write_text
-from linvideo.training.images import read_image
-from linvideo.training.prompts import Prompt, warn_of_unknown_words
-from linvideo.training.video_metrics import compare
+from linvideo.run.video_metrics import compare
+from linvideo.trajectories.files import write_text
+from linvideo.trajectories.images import read_image
+from linvideo.trajectories.prompts import Prompt, warn_of_unknown_words
 from linvideo.workspace import in_turn
 
 INDEX = "videos.jsonl"  # in a folder of numbered videos: what each was made of

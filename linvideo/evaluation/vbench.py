@@ -14,8 +14,8 @@ from linvideo.evaluation.work_folder import WorkFolder, identity
 from linvideo.models import default_fps
 from linvideo.models.generate import generate_video
 from linvideo.models.video_file import check_output, save_video
-from linvideo.training.files import crc32, read_json
-from linvideo.training.prompts import some_of, warn_of_unknown_words
+from linvideo.trajectories.files import crc32, read_json
+from linvideo.trajectories.prompts import some_of, warn_of_unknown_words
 from linvideo.workspace import locked
 
 LONGEST_NAME = 220  # bytes; file systems take 255, and a video's name is longer, most of all while it is written

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from linvideo.training.conditions import Conditions
-from linvideo.training.flow import predict_velocity, sample_steps
+from linvideo.trajectories.conditions import Conditions
+from linvideo.trajectories.flow import predict_velocity, sample_steps
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from linvideo.training.files import json_checksum, read_json, write_json
-from linvideo.training.fingerprint import fingerprint
+from linvideo.trajectories.files import json_checksum, read_json, write_json
+from linvideo.trajectories.fingerprint import fingerprint
 from linvideo.workspace import LOCK, TEMPORARY, remove_dead
 
 

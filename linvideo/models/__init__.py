@@ -18,7 +18,7 @@ from linvideo.models.few_step import FewStepScheduler, own_settings
 from linvideo.models.hub import push_to_hub
 from linvideo.models.hunyuan_video15 import LinVideoHunyuanVideo15Transformer3DModel
 from linvideo.models.ltx import LinVideoLTXVideoTransformer3DModel
-from linvideo.models.pipelines import load_pipeline, new_folder, packaged, save_pipeline, wan_transformer
+from linvideo.models.pipelines import load_pipeline, new_folder, save_pipeline, wan_transformer
 from linvideo.models.sampling_settings import sampling_settings
 from linvideo.models.wan import (
     LinVideoChronoEditTransformer3DModel,
@@ -51,7 +51,6 @@ __all__ = [
     "finalize",
     "load_pipeline",
     "own_settings",
-    "packaged",
     "new_folder",
     "push_to_hub",
     "sampling_settings",

@@ -5,7 +5,6 @@ import inspect
 import os
 import warnings
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from linvideo.models.attention import FAMILIES
 from linvideo.models.card import Training, write_card
 from linvideo.models.read_back import check_saveable, check_saved
 from linvideo.models.sampling_settings import write_settings
+from linvideo.packaged import packaged
 from linvideo.workspace import move_into_place, remove_dead, use_umask, workspace
 
 _INDEX = "model_index.json"
@@ -35,18 +35,12 @@ def wan_dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
 
 
-def packaged(path: str) -> str:
-    """Where "linvideo/..." is in the installed package, unless the current folder has it; any other path as it is."""
-    inside = str(resources.files("linvideo").joinpath(path.removeprefix("linvideo/")))
-    return inside if path.startswith("linvideo/") and not os.path.exists(path) and os.path.exists(inside) else path
-
-
 def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipeline:
     """Load a diffusers pipeline, converted or stock, from a local folder or a Hugging Face Hub repository.
 
     Args:
         path_or_repo: a folder with model_index.json, a repository id "owner/name", or a folder of the package; see
-            `packaged`.
+            `linvideo.packaged`.
         kwargs: passed to `DiffusionPipeline.from_pretrained`, for instance `dtype`, which diffusers below 0.40 calls
             `torch_dtype`; either name does with every version.
 

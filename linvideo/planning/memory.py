@@ -15,8 +15,8 @@ from math import ceil, prod
 
 from linvideo.ops.reference import WEIGHTED_MAPS
 from linvideo.planning.sizes import TEXT_TOKENS, Sizes
-from linvideo.training.config import TrainConfig
-from linvideo.training.trajectories import TrajectoryConfig
+from linvideo.trajectories.collect import TrajectoryConfig
+from linvideo.transfer.train_config import TrainConfig
 
 FP32, BF16 = 4, 2
 TRAINING = ("mixed stage", "fine-tuning")

@@ -7,8 +7,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from linvideo.planning.memory import TRAINING, Layout, condition_bytes, saved, stage_memory, stages, store_bytes
-from linvideo.planning.pace import (
+from linvideo.planning.hours import (
     RESULTS,
     collection_hours,
     measured_here,
@@ -17,10 +16,11 @@ from linvideo.planning.pace import (
     stage_hours,
     steps_per_hour,
 )
+from linvideo.planning.memory import TRAINING, Layout, condition_bytes, saved, stage_memory, stages, store_bytes
 from linvideo.planning.sizes import TEXT_TOKENS, Sizes
-from linvideo.training.config import TrainConfig
-from linvideo.training.parallel import check_divisible
-from linvideo.training.prompts import check_length
+from linvideo.run.parallel import check_divisible
+from linvideo.trajectories.prompts import check_length
+from linvideo.transfer.train_config import TrainConfig
 
 RESERVE = 0.1  # of a GPU's memory, for the CUDA context, libraries, kernels' scratch and fragmentation; a rule of thumb
 MOST_GPUS, LARGEST_BATCH = 100_000, 10**9  # layouts for every divisor are tried

@@ -10,13 +10,13 @@ import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline, WanTransformer3DModel
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-from linvideo.models import packaged
+from linvideo.models.branches import kept_whole
 from linvideo.models.pipelines import ONLY_WAN
 from linvideo.nn import LinearAttentionBranch
+from linvideo.packaged import packaged
 from linvideo.planning.known import HUB, KNOWN
-from linvideo.training.branches import kept_whole
-from linvideo.training.images import check_images
-from linvideo.training.trajectories import TrajectoryConfig, latent_shape
+from linvideo.trajectories.collect import TrajectoryConfig, latent_shape
+from linvideo.trajectories.images import check_images
 
 EXPECTED = f"one of {', '.join(KNOWN)}, a pipeline folder or a Hub id"
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}

@@ -61,7 +61,8 @@ def commands(bench: Bench) -> dict[str, tuple[list[str], dict[str, tuple[str, ..
     """Name -> (words that would do, option -> values to try)."""
     from linvideo import cli
     from linvideo.distillation import DistillConfig
-    from linvideo.training.config import TrainConfig, make_parser
+    from linvideo.run.read_config import make_parser
+    from linvideo.transfer.train_config import TrainConfig
 
     stock, linear, new = str(bench.base / "stock"), str(bench.base / "linear"), ["--output_dir", "out"]
     small = SIZE[:6]  # the size alone
@@ -86,7 +87,7 @@ def commands(bench: Bench) -> dict[str, tuple[list[str], dict[str, tuple[str, ..
                 options[option] = NUMBERS if is_number else PLACES
         found[name] = some, options
     for name, kind in {"train": TrainConfig, "distill": DistillConfig}.items():
-        parser = make_parser(kind, name)
+        parser = make_parser(kind)
         names = [option for action in parser._actions for option in action.option_strings[-1:] if "help" not in option]
         options = {option: NUMBERS for option in names if option.startswith("--")}
         paths = [option for option in options if option.endswith(("path", "_file", "_dir", "config", "checkpoint"))]

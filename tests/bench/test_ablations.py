@@ -8,21 +8,21 @@ import torch
 from tiny_run import PROMPTS, tiny_config, tiny_teacher
 from toy import AffineFlow, toy_prompts, toy_store
 
-from benchmarks.ablations import report, suite
+from benchmarks.ablations import ablations_report, suite
 from benchmarks.ablations.__main__ import main
+from benchmarks.ablations.bench import Bench
 from benchmarks.ablations.distance import kernel_distance, labels
 from benchmarks.ablations.objectives import AblationStep, RecordingLanes
-from benchmarks.ablations.run import Bench
 from benchmarks.ablations.settings import COST, DEFAULT, SETTINGS, SUITES, Setting, Suite, fixed_layers, steps
 from benchmarks.ablations.trainer import AblationTrainer, start_after
 from benchmarks.ablations.variants import RopeAfterBranch
 from linvideo.demo import teacher
 from linvideo.demo.world import WORLDS
 from linvideo.ops.reference import features
-from linvideo.training import Trainer
-from linvideo.training.checkpoint import list_checkpoints, load_checkpoint
-from linvideo.training.config import TrainConfig
-from linvideo.training.objectives import ObjectiveConfig
+from linvideo.run.checkpoint import list_checkpoints, load_checkpoint
+from linvideo.transfer import Trainer
+from linvideo.transfer.objectives import ObjectiveConfig
+from linvideo.transfer.train_config import TrainConfig
 
 TINY = Suite("small", tuple(SETTINGS), 4, 2, 1, 4, num_trajectories=4, batch_size=2, videos=2)
 
@@ -292,8 +292,8 @@ def test_lora_trains_low_rank_updates_only(bench):
 def test_the_command_continues_and_reports(tmp_path, monkeypatch, capsys):
     names = (DEFAULT.name, "no fine-tuning")
     monkeypatch.setitem(SUITES, "small", Suite(**{**vars(TINY), "settings": names}))
-    monkeypatch.setattr(report, "FOLDER", tmp_path / "results")
-    monkeypatch.setattr(report, "DOCS", tmp_path)
+    monkeypatch.setattr(ablations_report, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(ablations_report, "DOCS", tmp_path)
     arguments = ["--suite", "small", "--seeds", "1", "--output_dir", str(tmp_path / "work"), "--processes", "1"]
     main([*arguments, "--no_report"])
     rows = json.loads((tmp_path / "work" / "rows.json").read_text())
@@ -357,7 +357,7 @@ def test_the_report_shows_mean_and_spread(tmp_path):
     rows.append(row("100.0% linear", 0, 0.1, layers_linear=[0, 1, 2]))
     (tmp_path / "a.json").write_text(json.dumps(document(rows)))
     (tmp_path / "older.json").write_text(json.dumps(document([row("default", 0, 0.1)], "2025-01-02T03:04:05Z")))
-    files = report.write(tmp_path, tmp_path / "docs")
+    files = ablations_report.write(tmp_path, tmp_path / "docs")
     text = files[0].read_text()
     assert "| default | 95.0 ± 7.1 |" in text
     assert "| elu | 50.0 |" in text and "1 of 2 diverged" in text
@@ -368,9 +368,9 @@ def test_the_report_shows_mean_and_spread(tmp_path):
 
 
 def test_saving_keeps_what_is_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "FOLDER", tmp_path)
-    first = report.save([row("default", 0, 0.9)], "small", TINY)
+    monkeypatch.setattr(ablations_report, "FOLDER", tmp_path)
+    first = ablations_report.save([row("default", 0, 0.9)], "small", TINY)
     content = first.read_text()
-    assert report.save([row("default", 0, 0.9)], "small", TINY) == first
-    second = report.save([row("default", 0, 0.8)], "small", TINY)
+    assert ablations_report.save([row("default", 0, 0.9)], "small", TINY) == first
+    second = ablations_report.save([row("default", 0, 0.8)], "small", TINY)
     assert second != first and first.read_text() == content

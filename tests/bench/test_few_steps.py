@@ -8,8 +8,8 @@ import torch
 from tiny import sampled_states, tiny_pipeline
 
 from benchmarks.few_steps import __main__ as command
-from benchmarks.few_steps import report, run, suite
-from benchmarks.few_steps.run import SCALES, EulerSteps, Scale
+from benchmarks.few_steps import few_steps_bench, few_steps_report, suite
+from benchmarks.few_steps.few_steps_bench import SCALES, EulerSteps, Scale
 
 SMALL = SCALES["small"]
 QUICK = Scale(
@@ -35,10 +35,10 @@ class Fake:
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setitem(SCALES, "small", QUICK)
-    monkeypatch.setattr("benchmarks.ablations.run.WorldDistance", Fake)
-    monkeypatch.setattr(run, "DISTILLED", {"distilled": (2,), "joint": (2,)})
-    monkeypatch.setattr(suite, "DISTILLED", run.DISTILLED)
-    monkeypatch.setattr(run, "STEPS", (2,))
+    monkeypatch.setattr("benchmarks.ablations.bench.WorldDistance", Fake)
+    monkeypatch.setattr(few_steps_bench, "DISTILLED", {"distilled": (2,), "joint": (2,)})
+    monkeypatch.setattr(suite, "DISTILLED", few_steps_bench.DISTILLED)
+    monkeypatch.setattr(few_steps_bench, "STEPS", (2,))
     # in this process, with what is replaced here
     monkeypatch.setattr("benchmarks.worlds.ProcessPoolExecutor", InThisProcess)
 
@@ -112,17 +112,17 @@ def row(model: str, steps, seed: int, **figures) -> dict:
 
 
 def test_a_result_is_kept_and_told_in_a_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(few_steps_report, "FOLDER", tmp_path / "results")
     rows = [row("teacher", "full", seed, good=1.0, psnr_to_teacher=None) for seed in (0, 1)]
     rows += [row("distilled", 2, 0, good=0.9), row("distilled", 2, 1, good=0.8, diverged="it did")]
-    path = report.save(rows, "small", SMALL)
-    assert report.save(rows, "small", SMALL) == path  # the same rows are one result
-    assert report.save(rows[:3], "small", SMALL) != path
-    written = report.write(tmp_path / "results", tmp_path).read_text()
+    path = few_steps_report.save(rows, "small", SMALL)
+    assert few_steps_report.save(rows, "small", SMALL) == path  # the same rows are one result
+    assert few_steps_report.save(rows[:3], "small", SMALL) != path
+    written = few_steps_report.write(tmp_path / "results", tmp_path).read_text()
     assert written.count("## World small") == 1  # the newest
 
     path.touch()
-    lines = report.section(json.loads(path.read_text()))
+    lines = few_steps_report.section(json.loads(path.read_text()))
     text = "\n".join(lines)
     assert "### Full number of steps" in text and "### 2 steps" in text and "### 1 step" not in text
     assert "| distilled | 85.0 ± 7.1 |" in text and "1 of 2 diverged" in text

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as bench
-from benchmarks import op, peers, results, train, wan
+from benchmarks import op, peers, results, train_steps, wan
 from benchmarks.measure import PASSES, attempt
 from benchmarks.shapes import SHAPES, TINY, WAN
-from linvideo.training.config import TrainConfig
+from linvideo.transfer.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,8 +73,8 @@ def test_the_eager_training_step_has_the_same_loss(tmp_path):
     """What the train suite compares computes the same."""
     config = TrainConfig(output_dir=str(tmp_path), pretrained_model_name_or_path="tiny", train_batch_size=1)
     norms = []
-    for attention in (nullcontext, train.eager_attention):
-        step = train.training_step("selective transfer", TINY, config, "cpu", torch.float32)
+    for attention in (nullcontext, train_steps.eager_attention):
+        step = train_steps.training_step("selective transfer", TINY, config, "cpu", torch.float32)
         with attention():
             norms.append(step())
     assert norms[0] == pytest.approx(norms[1], rel=1e-3) and norms[0] > 0
@@ -195,7 +195,9 @@ def test_costs():
 
 def test_the_plan_beside_a_training_step(tmp_path):
     config = TrainConfig(output_dir=str(tmp_path), train_batch_size=1, mixed_precision="bf16")
-    planned = {step: train.planned_mib(step, WAN["1.3b-480p"], config)["planned_mib"] for step in train.STEPS}
+    planned = {
+        step: train_steps.planned_mib(step, WAN["1.3b-480p"], config)["planned_mib"] for step in train_steps.STEPS
+    }
     # 16 bytes a parameter, the teacher's 2, and activations
     assert all(18 * 1.42e9 / 2**20 < size < 40_000 for size in planned.values())
-    assert planned["selective transfer"] != planned["ADM"] and train.planned_mib("ADM", TINY, config) == {}
+    assert planned["selective transfer"] != planned["ADM"] and train_steps.planned_mib("ADM", TINY, config) == {}

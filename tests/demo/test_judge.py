@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from linvideo.demo import metrics
+from linvideo.demo import judge
 from linvideo.demo.world import WORLDS, Scenes, World
 
 SPOILED = {"small": 64, "middle": 24, "large": 4}  # videos to spoil: as few as the time of larger ones asks for
@@ -21,7 +21,7 @@ def test_small_judgement_stays_what_it_was():
     """The figures of the README were made with it; half a million pixels of noise reach every part of it."""
     world, sample, video = truth("small", 64, 7)
     noisy = video + 0.6 * (torch.rand(video.shape, generator=torch.Generator().manual_seed(8)) - 0.5)
-    assert metrics.judge(video, sample.captions(), world) == pytest.approx(
+    assert judge.judge(video, sample.captions(), world) == pytest.approx(
         {
             "colour": 1.0,
             "shape": 1.0,
@@ -35,7 +35,7 @@ def test_small_judgement_stays_what_it_was():
         },
         rel=1e-5,
     )
-    assert metrics.judge(noisy, sample.captions(), world) == pytest.approx(
+    assert judge.judge(noisy, sample.captions(), world) == pytest.approx(
         {
             "colour": 1.0,
             "shape": 1.0,
@@ -54,11 +54,11 @@ def test_small_judgement_stays_what_it_was():
 @pytest.mark.parametrize("name", WORLDS)
 def test_judge_calls_the_truth_good_and_wrong_captions_bad(name):
     world, sample, video = truth(name, 200)
-    found = metrics.judge(video, sample.captions(), world)
+    found = judge.judge(video, sample.captions(), world)
     assert found["all_right"] >= 0.99 and found["good"] >= 0.99, found
     assert ("camera" in found) == bool(world.camera)
     part = SPOILED[name]
-    shuffled = metrics.judge(video[:part], sample.captions()[1 : part + 1], world)
+    shuffled = judge.judge(video[:part], sample.captions()[1 : part + 1], world)
     assert shuffled["all_right"] <= 0.05 and shuffled["good"] <= 0.05
     assert shuffled["colour"] < 0.7 and shuffled["direction"] < 0.5, shuffled
 
@@ -66,7 +66,7 @@ def test_judge_calls_the_truth_good_and_wrong_captions_bad(name):
 @pytest.mark.parametrize("name", WORLDS)
 def test_fit_recovers_every_parameter(name):
     world, sample, video = truth(name, SPOILED[name])
-    found = metrics.fit(video, world, sample.colour)
+    found = judge.fit(video, world, sample.colour)
     for part in ("colour", "shape", "direction", "camera"):
         assert torch.equal(getattr(found.scenes, part), getattr(sample, part)), part
     torch.testing.assert_close(found.scenes.speed, sample.speed, atol=0.05, rtol=0)
@@ -78,8 +78,8 @@ def test_fit_recovers_every_parameter(name):
         apart = (found.scenes.phase - sample.phase + half).remainder(world.period) - half
         assert apart.abs().max() < 0.3
     # Far from the thresholds of a good video; what remains is the soft edge that the mask cuts off.
-    assert found.straightness.max() < metrics.STRAIGHT / 3
-    assert found.rerender_error.max() < metrics.CLEAN[name] / 10
+    assert found.straightness.max() < judge.STRAIGHT / 3
+    assert found.rerender_error.max() < judge.CLEAN[name] / 10
 
 
 def spoil_jitter(video: torch.Tensor) -> torch.Tensor:
@@ -118,8 +118,8 @@ def spoil_colours(video: torch.Tensor) -> torch.Tensor:
 )
 def test_each_metric_sees_its_fault(name, spoil, metric):
     world, sample, video = truth(name, SPOILED[name])
-    clean = metrics.judge(video, sample.captions(), world)
-    spoiled = metrics.judge(spoil(video), sample.captions(), world)
+    clean = judge.judge(video, sample.captions(), world)
+    spoiled = judge.judge(spoil(video), sample.captions(), world)
     if metric == "colour":
         assert spoiled["colour"] < 0.7
     else:
@@ -133,14 +133,14 @@ def test_a_missing_background_is_not_good(name):
     world, sample, _ = truth(name, SPOILED[name])
     masks = world.masks(sample.shape, world.paths(sample.direction, sample.speed, sample.start))
     video = world.compose(sample.colour, masks, torch.full((1, 1, 1, 1), 0.125))
-    assert metrics.judge(video, sample.captions(), world)["good"] == 0
+    assert judge.judge(video, sample.captions(), world)["good"] == 0
 
 
 @pytest.mark.parametrize("name", WORLDS)
 @pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
 def test_a_video_of_nothing_is_judged_not_good(name, value):
     world, sample, video = truth(name, SPOILED[name])
-    found = metrics.judge(torch.full_like(video, value), sample.captions(), world)
+    found = judge.judge(torch.full_like(video, value), sample.captions(), world)
     assert found["good"] == 0 and all(number == number for number in found.values()), found
 
 
@@ -151,9 +151,9 @@ def test_coverage_sees_collapse():
     stuck = world.scenes_from_numbers(numbers, torch.Generator().manual_seed(2))
     stuck.start[:] = stuck.start[0]
     stuck.speed[:] = stuck.speed[0]
-    assert metrics.coverage(stuck, numbers) > 4 * metrics.coverage(free, numbers)
+    assert judge.coverage(stuck, numbers) > 4 * judge.coverage(free, numbers)
 
 
 def test_psnr_is_ten_log_ten():
     video = truth("small", 64)[2] * 0.5
-    assert metrics.psnr(video + 0.02, video) == pytest.approx(40.0, abs=1e-2)  # 10 log10(4 / 0.02^2)
+    assert judge.psnr(video + 0.02, video) == pytest.approx(40.0, abs=1e-2)  # 10 log10(4 / 0.02^2)

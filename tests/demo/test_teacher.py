@@ -3,7 +3,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
 from linvideo import load_pipeline
-from linvideo.demo import evaluate, metrics, teacher
+from linvideo.demo import evaluate, judge, teacher
 from linvideo.demo.world import WORLDS
 
 SMALL = WORLDS["small"]
@@ -84,7 +84,7 @@ def test_teacher_makes_the_videos_that_captions_ask_for(pipeline):
     noise = torch.randn(24, 3, SMALL.frames, SMALL.size, SMALL.size, generator=generator)
     videos = evaluate.sample_videos(pipeline, captions, noise, SMALL)
     assert videos.shape == (24, 3, SMALL.frames, SMALL.size, SMALL.size)
-    found = metrics.judge(videos, captions, SMALL)
+    found = judge.judge(videos, captions, SMALL)
     # Over 200 videos the teacher reaches more; 24 videos leave a standard error of about 7 points.
     assert found["colour"] == 1 and found["all_right"] >= 0.7 and found["good"] >= 0.6, found
 

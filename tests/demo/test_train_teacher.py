@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from linvideo import load_pipeline
-from linvideo.demo import metrics, teacher, train_teacher
+from linvideo.demo import judge, teacher, train_teacher
 from linvideo.demo.world import WORLDS
 from linvideo.workspace import locked
 
@@ -74,7 +74,7 @@ def test_a_run_killed_while_it_is_judged_is_judged_again(tmp_path, monkeypatch):
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(metrics, "judge", fail)
+        patch.setattr(judge, "judge", fail)
         train_teacher.main(flags(tmp_path / "run", steps=1))
     assert not (tmp_path / "run" / "teacher.json").exists()
     kill_at(monkeypatch, 1)  # no step more

@@ -7,10 +7,10 @@ from torch.nn.functional import logsigmoid
 
 from linvideo.distillation import DistillConfig
 from linvideo.distillation.adversarial import Discriminator, attach_discriminator, fake_loss, real_loss
-from linvideo.distillation.step import DmdStep
-from linvideo.training.config import from_dict
-from linvideo.training.prompts import PromptEmbeddings
-from linvideo.training.store import TrajectoryStore
+from linvideo.distillation.dmd_step import DmdStep
+from linvideo.run.read_config import from_dict
+from linvideo.trajectories.prompts import PromptEmbeddings
+from linvideo.trajectories.store import TrajectoryStore
 
 SHAPE = (16, 1, 4, 4)  # 4 tokens
 WEIGHT = 0.25

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from linvideo.distillation import DistillConfig
-from linvideo.training import TrainConfig, load_config
-from linvideo.training.config import from_dict, make_parser
+from linvideo.run import load_config
+from linvideo.run.read_config import from_dict, make_parser
+from linvideo.transfer import TrainConfig
 
 BAD = {
     "output_dir=": "output_dir must name a folder",
@@ -46,7 +47,7 @@ BAD = {
 
 
 def load(*argv: str) -> DistillConfig:
-    return load_config(["--output_dir", "a", *argv], DistillConfig, "distill")
+    return load_config(["--output_dir", "a", *argv], DistillConfig)
 
 
 @pytest.mark.parametrize("setting", BAD)
@@ -114,14 +115,14 @@ def test_yaml_with_dotted_overrides(tmp_path):
 def test_a_saved_config_loads_as_itself(tmp_path):
     config = load("--timesteps", "[1000, 400]", "--dmd.flow_shift", "5", "--trajectories.path", "there")
     config.save(tmp_path / "config.yaml")
-    loaded = load_config(["--config", str(tmp_path / "config.yaml")], DistillConfig, "distill")
+    loaded = load_config(["--config", str(tmp_path / "config.yaml")], DistillConfig)
     assert loaded == config == from_dict(config.to_dict(), DistillConfig)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["dmd"]["flow_shift"] == 5
 
 
 def test_every_option_has_a_description(monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
-    text = make_parser(DistillConfig, "distill").format_help()
+    text = make_parser(DistillConfig).format_help()
     entries = dict(re.findall(r"^  --([\w.]+)[^\n]*? {2,}(\S.*)$", re.sub(r"\n {6,}", "  ", text), re.MULTILINE))
     fields = {f.name: f for f in dataclasses.fields(DistillConfig)}
     names = [name for name, f in fields.items() if not dataclasses.is_dataclass(f.type)]

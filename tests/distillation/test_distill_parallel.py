@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from tiny_distill_run import run
 from tiny_parallel_run import torchrun_arguments
 
-from linvideo.training import read_metrics
-from linvideo.training.checkpoint import list_checkpoints, load_checkpoint
+from linvideo.run import read_metrics
+from linvideo.run.checkpoint import list_checkpoints, load_checkpoint
 
 # Adam gives a weight whose gradient is nothing but rounding error, about 1e-8, a step of full size; with this epsilon
 # it is a hundredth of the learning rate: 1e-6, in the 8 steps of a run less than the tolerance. A step of full size is

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from tiny_distill_run import distiller, run
 from tiny_run import ENVIRONMENT, ROOT
 
-from linvideo.distillation.step import DmdStep
-from linvideo.training import metrics, read_metrics
-from linvideo.training.checkpoint import list_checkpoints, load_checkpoint
-from linvideo.training.resumable import TrainingStopped
+from linvideo.distillation.dmd_step import DmdStep
+from linvideo.run import metrics_log, read_metrics
+from linvideo.run.checkpoint import list_checkpoints, load_checkpoint
+from linvideo.run.session import TrainingStopped
 
 TENSORS = "shard-00001-model-00001-of-00001.safetensors"
 
@@ -121,7 +121,7 @@ def test_resume_does_not_repeat_what_is_done(tmp_path, uninterrupted, monkeypatc
 
 @pytest.mark.parametrize("stage, step", [pytest.param("regression", 1, marks=pytest.mark.full), ("dmd", 3)])
 def test_sigterm_saves_the_step_and_ends_the_run(stage, step, tmp_path, uninterrupted, monkeypatch):
-    write, folder, (reference, _) = metrics.MetricsLog.write, tmp_path / "run", uninterrupted
+    write, folder, (reference, _) = metrics_log.MetricsLog.write, tmp_path / "run", uninterrupted
 
     def write_and_terminate(log, row):
         write(log, row)
@@ -129,7 +129,7 @@ def test_sigterm_saves_the_step_and_ends_the_run(stage, step, tmp_path, uninterr
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(metrics.MetricsLog, "write", write_and_terminate)
+        patch.setattr(metrics_log.MetricsLog, "write", write_and_terminate)
         with pytest.raises(TrainingStopped, match=f"after step {step} of {stage}, which is saved"):
             run(folder)
     saved = list_checkpoints(folder)[-1]

@@ -10,8 +10,8 @@ from toy import SHAPE, AffineFlow, gaussian_velocity, toy_prompts
 
 from linvideo.distillation import DistillConfig
 from linvideo.distillation.dmd import critic_loss, draw_t, guided_velocity, matching_loss
-from linvideo.distillation.step import DmdStep
-from linvideo.training.config import from_dict
+from linvideo.distillation.dmd_step import DmdStep
+from linvideo.run.read_config import from_dict
 
 PROMPTS = toy_prompts()
 

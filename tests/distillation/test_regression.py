@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from toy import SHAPE, AffineFlow, toy_prompts, toy_store
 
 from linvideo.distillation.regression import TrajectoryJumps
-from linvideo.training.store import TrajectoryStore
+from linvideo.trajectories.store import TrajectoryStore
 
 STORED = torch.tensor([1000.0, 800.0, 510.0, 200.0])
 PROMPTS = toy_prompts()

@@ -6,7 +6,7 @@ from toy import SHAPE, AffineFlow, toy_prompts
 
 from linvideo.distillation.rollout import jump, noised, states_at
 from linvideo.models import FewStepScheduler
-from linvideo.training.flow import predict_velocity
+from linvideo.trajectories.flow import predict_velocity
 
 TIMESTEPS = [[1000.0], [1000.0, 500.0], [1000.0, 750.0, 500.0, 250.0], [980.0, 930.0, 410.0]]
 

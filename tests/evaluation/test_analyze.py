@@ -18,12 +18,14 @@ from linvideo.evaluation.analysis_report import commands, conclusion, text, writ
 from linvideo.evaluation.analyze import LayerSet, analyze, propose, set_sizes, smallest_number
 from linvideo.evaluation.latency import Timing
 from linvideo.models.describe import ranges
-from linvideo.training import Trainer, TrajectoryStore, encode_prompts, load_config
-from linvideo.training.images import digest
-from linvideo.training.prompts import PromptConfig
-from linvideo.training.selection import lowest
-from linvideo.training.sensitivity import velocity_error
-from linvideo.training.warmup import attention_output_errors, load_feature_maps
+from linvideo.run import load_config
+from linvideo.trajectories import TrajectoryStore, encode_prompts
+from linvideo.trajectories.images import digest
+from linvideo.trajectories.prompts import PromptConfig
+from linvideo.transfer import TrainConfig, Trainer
+from linvideo.transfer.selection import lowest
+from linvideo.transfer.sensitivity import velocity_error
+from linvideo.transfer.warmup import attention_output_errors, load_feature_maps
 
 CONFIG = tiny_config("unused", selection={"method": "sensitivity", "num_linear_layers": 2}, max_train_steps=0)
 MEASURED = {name: getattr(CONFIG, name) for name in ("trajectories", "warmup", "sensitivity")}
@@ -205,7 +207,7 @@ def test_only_the_same_images_continue_an_analysis(of_images, tmp_path, monkeypa
     files = [tmp_path / f"{i}.png" for i in range(3)]
     for image, file in zip(IMAGES, files, strict=True):
         image.save(file)
-    monkeypatch.setattr("linvideo.training.images._encode", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr("linvideo.trajectories.images._encode", lambda *_: pytest.fail("encoded again"))
     assert run(folder, tiny_image_pipeline(), images=files) == analysis
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
@@ -335,7 +337,7 @@ def test_the_command_and_what_it_proposes(tmp_path, capsys, monkeypatch):
     assert words[-2] == "--feature_maps" and cli.main(words) == 2
     assert "of one transformer, got a pipeline with two" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
-    config = load_config(shlex.split(train_line.replace("RECIPE", "wan2.1-1.3b-480p-1gpu"))[2:])
+    config = load_config(shlex.split(train_line.replace("RECIPE", "wan2.1-1.3b-480p-1gpu"))[2:], TrainConfig)
     assert config.selection.layers == layers and config.pretrained_model_name_or_path == str(stock)
 
     capsys.readouterr()

@@ -6,7 +6,7 @@ from tiny import tiny_image_pipeline, tiny_image_transformer, tiny_pipeline
 
 from linvideo import cli, convert
 from linvideo.evaluation.check import check_pipeline
-from linvideo.training.forward_times import recall
+from linvideo.run.forward_times import recall
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5}
 FLAGS = [word for name, value in SIZE.items() for word in (f"--{name}", str(value))]

@@ -17,9 +17,9 @@ from linvideo.evaluation.analyze import analyze
 from linvideo.evaluation.sampling import Job, add_to_index, read_index
 from linvideo.evaluation.work_folder import WorkFolder
 from linvideo.models import FewStepScheduler
-from linvideo.training.prompts import Prompt
-from linvideo.training.trajectories import TrajectoryConfig
-from linvideo.training.video_metrics import compare, flicker
+from linvideo.run.video_metrics import compare, flicker
+from linvideo.trajectories.collect import TrajectoryConfig
+from linvideo.trajectories.prompts import Prompt
 from linvideo.workspace import LOCK, locked
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 1.0}

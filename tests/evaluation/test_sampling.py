@@ -5,7 +5,7 @@ import pytest
 from tiny import generate, tiny_pipeline, tiny_transformer
 
 from linvideo.evaluation.sampling import Cost, Job, Made, make_videos, measured, summary
-from linvideo.training.prompts import Prompt
+from linvideo.trajectories.prompts import Prompt
 
 
 def untouched(pipeline) -> bool:

@@ -463,8 +463,8 @@ def context_parallel_outcomes() -> dict[str, str]:
 def context_parallel_process(rank: int, folder: str) -> None:
     from torch import distributed
 
-    from linvideo.training.parallel import ParallelConfig, Ranks
-    from linvideo.training.sharding import split_tokens
+    from linvideo.run.parallel import ParallelConfig, Ranks
+    from linvideo.run.sharding import split_tokens
 
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

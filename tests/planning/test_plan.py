@@ -10,13 +10,14 @@ from tiny import tiny_image_pipeline, tiny_image_transformer, tiny_pipeline, tin
 
 from linvideo import cli
 from linvideo.planning import plan
+from linvideo.planning.hours import read_results
 from linvideo.planning.memory import TRAINING, Layout, held
-from linvideo.planning.pace import read_results
-from linvideo.planning.report import text
+from linvideo.planning.plan_text import text
 from linvideo.planning.sizes import read_sizes
-from linvideo.training import TrainConfig, load_config
-from linvideo.training.forward_times import cache_file, remember
-from linvideo.training.trajectories import TrajectoryConfig
+from linvideo.run import load_config
+from linvideo.run.forward_times import cache_file, remember
+from linvideo.trajectories.collect import TrajectoryConfig
+from linvideo.transfer import TrainConfig
 
 SMALL, LARGE, IMAGE = (read_sizes(name, TrajectoryConfig()) for name in ("wan2.1-1.3b", "wan2.1-14b", "wan2.1-i2v-14b"))
 USUAL = "--mixed_precision bf16 --gradient_checkpointing true --train_batch_size 1 --gradient_accumulation_steps 8"
@@ -24,7 +25,7 @@ USUAL += " --warmup.batch_size 1 --sensitivity.batch_size 1"
 
 
 def make(sizes, options: str = USUAL, **arguments) -> dict:
-    return plan.make_plan(sizes, load_config(["--output_dir", "run", *options.split()]), **arguments)
+    return plan.make_plan(sizes, load_config(["--output_dir", "run", *options.split()], TrainConfig), **arguments)
 
 
 @pytest.fixture(scope="module")

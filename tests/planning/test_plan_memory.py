@@ -32,18 +32,19 @@ from linvideo.planning import memory
 from linvideo.planning.known import KNOWN
 from linvideo.planning.memory import Layout
 from linvideo.planning.sizes import UMT5_XXL, Sizes, read_sizes
-from linvideo.training import run_folder
-from linvideo.training.adapters import AdapterConfig, add_adapters
-from linvideo.training.conditions import Conditions
-from linvideo.training.config import TrainConfig, from_dict
-from linvideo.training.flow import predict_velocity
-from linvideo.training.images import encode_images
-from linvideo.training.optimizer import StudentOptimizer
-from linvideo.training.prompts import encode_prompts
-from linvideo.training.store import StateBatch
-from linvideo.training.trajectories import TrajectoryConfig, collect, open_store
-from linvideo.training.validation import ValidationConfig, decode_latents
-from linvideo.training.warmup import attention_output_errors
+from linvideo.run import run_folder
+from linvideo.run.adapters import AdapterConfig, add_adapters
+from linvideo.run.optimizer import StudentOptimizer
+from linvideo.run.read_config import from_dict
+from linvideo.run.sample import ValidationConfig, decode_latents
+from linvideo.trajectories.collect import TrajectoryConfig, collect, open_store
+from linvideo.trajectories.conditions import Conditions
+from linvideo.trajectories.flow import predict_velocity
+from linvideo.trajectories.images import encode_images
+from linvideo.trajectories.prompts import encode_prompts
+from linvideo.trajectories.store import StateBatch
+from linvideo.transfer.train_config import TrainConfig
+from linvideo.transfer.warmup import attention_output_errors
 
 TEXT = 512
 KINDS = ("softmax", "linear", "mixed")
@@ -249,7 +250,7 @@ def test_largest_moment_of_a_step_on_cuda(name, kinds, checkpointing, precision)
     """Forward and backward of three layers of a real model at 480p: never less than counted, 15% more at most."""
     sizes, model = known(name, 3), meta_model(KNOWN[name] | {"num_layers": 3}, kinds)
     stage = "mixed stage" if "mixed" in kinds else "fine-tuning"
-    config = from_dict({"output_dir": "run", "selection": {"num_linear_layers": 2}})
+    config = from_dict({"output_dir": "run", "selection": {"num_linear_layers": 2}}, TrainConfig)
     layout = Layout(gradient_checkpointing=checkpointing, autocast=precision == "bf16")
     with like_cuda():
         model = without_data(model)
@@ -324,7 +325,7 @@ def test_encoding_prompts_on_cuda(batch, dtype):
         encoder = UMT5EncoderModel(UMT5Config(**UMT5_XXL)).to(dtype).requires_grad_(False)
     with like_cuda(), torch.no_grad(), Live(without_data(encoder)) as live:
         encoder(*(torch.empty(batch, TEXT, dtype=torch.long) for _ in range(2)))  # ids and mask
-    config = from_dict({"output_dir": "run", "prompts": {"encode_batch_size": batch}})
+    config = from_dict({"output_dir": "run", "prompts": {"encode_batch_size": batch}}, TrainConfig)
     moment = memory.moments(known("wan2.1-1.3b"), config, Layout(autocast=dtype == torch.bfloat16), "trajectories")[1]
     most = 1.15 if Version(transformers.__version__) >= Version("5.23") else 1.6  # older ones need less
     assert moment["frozen teacher"] == 0 and 1 <= moment[memory.WORKING] / live.peak < most
@@ -475,7 +476,7 @@ def test_the_image_conditions(tmp_path, clip, autocast):
 def test_the_mixed_model_is_judged_while_its_optimizer_lives():
     """Right after the mixed stage, with the sensitivity pass's batch: no gradients, but AdamW's state."""
     sizes = known("wan2.1-1.3b")
-    config = from_dict({"output_dir": "run", "sensitivity": {"batch_size": 32}})
+    config = from_dict({"output_dir": "run", "sensitivity": {"batch_size": 32}}, TrainConfig)
     layout = Layout(gradient_checkpointing=True, autocast=True, forward_batch=(1, 1, 32))
     parts = memory.stage_memory(sizes, config, layout, "mixed stage")
     assert parts["gradients"] == 0 and parts["AdamW state"] == 8 * sizes.parameters

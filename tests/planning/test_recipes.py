@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from linvideo.demo.run import WORLD
+from linvideo.demo.make_demo import WORLD
 from linvideo.demo.teacher import SETTINGS
 from linvideo.distillation import DistillConfig
 from linvideo.models import load_pipeline
 from linvideo.planning.plan import make_plan
 from linvideo.planning.sizes import read_sizes
-from linvideo.training import TrainConfig, load_config
-from linvideo.training.config import RECIPES
-from linvideo.training.prompts import read_prompts
-from linvideo.training.run_config import RunConfig
+from linvideo.run import load_config
+from linvideo.run.read_config import RECIPES
+from linvideo.run.run_config import RunConfig
+from linvideo.trajectories.prompts import read_prompts
+from linvideo.transfer import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.name.removesuffix(".yaml") for path in RECIPES.iterdir())
@@ -35,8 +36,8 @@ def load(name: str, output_dir: Path) -> tuple[TrainConfig, bool]:
     """(what can be planned, whether it is a distillation, which has a critic)."""
     words = ["--config", name, "--output_dir", str(output_dir)]
     if not name.startswith("distill"):
-        return load_config(words), False
-    config = load_config(words, DistillConfig, "distill")
+        return load_config(words, TrainConfig), False
+    config = load_config(words, DistillConfig)
     return TrainConfig(**{field.name: getattr(config, field.name) for field in fields(RunConfig)}), True
 
 
@@ -56,7 +57,7 @@ def test_it_fits(name, tmp_path):
 
 
 def test_the_demo_is_sampled_as_its_teacher_is_meant_to_be(tmp_path):
-    config = load_config(["--config", "demo", "--output_dir", str(tmp_path)])
+    config = load_config(["--config", "demo", "--output_dir", str(tmp_path)], TrainConfig)
     sampler, settings = config.trajectories, SETTINGS[WORLD.name]
     names = ("num_inference_steps", "guidance_scale")
     assert all(getattr(sampler, name) == getattr(settings, name) for name in names)
@@ -88,9 +89,9 @@ def test_the_guide_names_every_recipe():
 def test_an_unknown_recipe_is_named(tmp_path):
     for words in (["--config", "wan9"], ["--config=wan9"]):
         with pytest.raises(ValueError, match="or the name of a recipe, got wan9; recipes: demo, distill-demo"):
-            load_config([*words, "--output_dir", str(tmp_path)])
+            load_config([*words, "--output_dir", str(tmp_path)], TrainConfig)
 
 
 def test_only_config_takes_a_recipes_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert load_config(["--config", "demo", "--output_dir", "demo"]).output_dir == "demo"
+    assert load_config(["--config", "demo", "--output_dir", "demo"], TrainConfig).output_dir == "demo"

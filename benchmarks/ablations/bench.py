@@ -1,0 +1,177 @@
+"""One run: a setting and a seed on a suite's world, to one row of figures."""
+
+import gc
+import shutil
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.ablations.distance import WorldDistance
+from benchmarks.ablations.settings import COST, DEFAULT, Setting, Suite, fixed_layers, steps
+from benchmarks.ablations.trainer import AblationTrainer, start_after
+from benchmarks.results import slug
+from linvideo.demo import teacher
+from linvideo.demo.judge import judge, psnr
+from linvideo.demo.world import WORLDS
+from linvideo.evaluation.velocity import trajectory_error
+from linvideo.models import load_pipeline
+from linvideo.run.read_config import from_dict
+from linvideo.run.session import TrainingDiverged
+from linvideo.trajectories import encode_prompts
+from linvideo.trajectories.files import read_json, write_safetensors
+from linvideo.trajectories.seeding import draw_noise
+from linvideo.transfer import TrainConfig
+
+PROBED = 4  # videos that a point of the curve is taken over
+
+
+class Bench:
+    """One suite at work in `folder`, with the teacher in memory.
+
+    Args:
+        teacher_folder: the teacher's pipeline.
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(self, suite: Suite, teacher_folder: str | Path, folder: Path, device: str):
+        self.suite, self.folder, self.device = suite, folder, device
+        self.world, self.sampler = WORLDS[suite.world], teacher.SETTINGS[suite.world]
+        dtype = torch.bfloat16 if suite.mixed_precision == "bf16" else torch.float32
+        self.pipeline = load_pipeline(teacher_folder, dtype=dtype).to(device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.prompts = self.world.training_captions()
+        self.start = lru_cache(maxsize=1)(self._start)  # every point of a curve begins from it
+
+    @cached_property
+    def distance(self) -> WorldDistance:
+        return WorldDistance(self.folder / "video_net.safetensors", self.world, self.device)
+
+    def row(self, setting: Setting, seed: int) -> dict[str, Any]:
+        """Train and judge. The default run of the seed must be done before any other setting's; its folder stays,
+        the others' are deleted once they are judged."""
+        config = self.config(setting, seed)
+        if setting.after == "trajectories":
+            shutil.rmtree(config.output_dir, ignore_errors=True)
+        trainer = AblationTrainer(config, self.pipeline, self.prompts, setting, self.probe(seed))
+        row: dict[str, Any] = {"setting": setting.name, "seed": seed}
+        try:
+            result = trainer.train()
+            row |= {"layers_linear": result.layers_linear, "seconds": result.seconds}
+            row |= {"r": result.r, "sensitivity": result.sensitivity}
+            if (chosen := Path(config.output_dir) / "selection.json").is_file():  # its own, not the default run's
+                row |= {k: v for k, v in read_json(chosen).items() if k in ("error_mixed", "error_rounded")}
+        except TrainingDiverged as error:
+            row |= {"diverged": str(error), "layers_linear": trainer.results.get("linear_layers")}
+        row |= {"steps": config.max_train_steps, "curve": trainer.curve, **trainer.cost}
+        row |= self.judge(trainer.student.eval(), seed)
+        if setting != DEFAULT:
+            shutil.rmtree(config.output_dir)
+        del trainer
+        gc.collect()
+        return row
+
+    def teacher_row(self, seed: int) -> dict[str, Any]:
+        """The teacher itself; leaves its videos for the others' PSNR."""
+        _, videos = self.sample(self.pipeline.transformer, seed, self.suite.videos)
+        write_safetensors(self.teacher_videos(seed), {"videos": videos})
+        return {"setting": "teacher", "seed": seed, **self.figures(videos, seed)}
+
+    def config(self, setting: Setting, seed: int) -> TrainConfig:
+        """The run's config; its folder stands where the default run was after the stages they share, if any."""
+        suite, folder = self.suite, self.folder / "runs"
+        output_dir = folder / f"{slug(setting.name)}-{seed}"
+        base = folder / f"{slug(DEFAULT.name)}-{seed}"
+        num_layers = len(self.pipeline.transformer.blocks)
+        count = max(1, round(setting.share * num_layers))
+        values = TrainConfig(
+            output_dir=str(output_dir),
+            seed=seed,
+            train_batch_size=suite.batch_size,
+            mixed_precision=suite.mixed_precision,
+            checkpointing_steps=10**9,
+            progress=False,
+        ).to_dict()
+        values["trajectories"] |= {
+            "path": str(self.folder / f"trajectories-{seed}"),
+            "num_trajectories": suite.num_trajectories,
+            "num_inference_steps": self.sampler.num_inference_steps,
+            "guidance_scale": self.sampler.guidance_scale,
+            "height": self.world.size,
+            "width": self.world.size,
+            "num_frames": self.world.frames,
+            "batch_size": 16,
+        }
+        values["warmup"]["max_train_steps"] = suite.warmup_steps
+        values["sensitivity"]["num_states"] = suite.num_states
+        values["optimizer"]["learning_rate"] = suite.learning_rate
+        values["selection"] |= {"max_train_steps": suite.selection_steps, "num_linear_layers": count}
+        layers = None
+        if setting.layers == "default":
+            layers = read_json(base / "selection.json")["linear_layers"]
+        elif setting.layers is not None:
+            layers = fixed_layers(setting.layers, count, num_layers, seed)
+        if layers is not None:
+            values["selection"] |= {"method": "layers", "layers": layers}
+        for name, value in setting.changes.items():
+            section = values
+            *path, last = name.split(".")
+            for key in path:
+                section = section[key]
+            section[last] = value * section[last] if name == "optimizer.learning_rate" else value
+        objective = values["objective"]
+        if isinstance(objective["mse_steps"], float):
+            objective["mse_steps"] = round(objective["mse_steps"] * suite.budget)
+        if "max_train_steps" not in setting.changes:
+            name = setting.objective if setting.objective in COST else objective["name"]
+            second = "own_mse" if setting.objective == "own_mse_for_adm" else "adm"
+            values["max_train_steps"] = steps(name, suite.budget, objective["mse_steps"], second)
+        config = from_dict(values, TrainConfig)
+        if setting.after != "trajectories":
+            return start_after(setting.after, base, config)
+        return config
+
+    def judge(self, student: torch.nn.Module, seed: int) -> dict[str, Any]:
+        error, videos = self.sample(student, seed, self.suite.videos)
+        if not videos.isfinite().all():
+            return {"good": 0.0}
+        reference = load_file(self.teacher_videos(seed))["videos"]
+        return self.figures(videos, seed) | {"own_state_error": error, "psnr_to_teacher": psnr(videos, reference)}
+
+    def figures(self, videos: torch.Tensor, seed: int) -> dict[str, float]:
+        *_, captions = self.start(seed)
+        return judge(videos, captions, self.world) | {"distance": self.distance(videos.float().clamp(-1, 1))}
+
+    def probe(self, seed: int):
+        """Velocity error on own states over a few videos, for the curve."""
+        return lambda student: self.sample(student, seed, PROBED)[0]
+
+    def sample(self, student: torch.nn.Module, seed: int, count: int) -> tuple[float, torch.Tensor]:
+        """(velocity error, videos on the CPU) of the first `count` starts of the seed."""
+        noise, embeds, negative, _ = self.start(seed)
+        error, videos = trajectory_error(
+            student,
+            self.pipeline.transformer,
+            noise[:count],
+            embeds[:count],
+            self.pipeline.scheduler,
+            self.sampler.num_inference_steps,
+            negative,
+            self.sampler.guidance_scale,
+        )
+        return error, videos.cpu()
+
+    def _start(self, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+        """(noise, prompt embeddings, the negative one, captions) that every model of the seed is judged from."""
+        captions = self.world.evaluation_captions(self.suite.videos, seed=901 + seed)  # not the demo's
+        embeddings = encode_prompts(self.pipeline, captions)
+        number = torch.arange(len(captions))
+        shape = (3, self.world.frames, self.world.size, self.world.size)
+        noise = torch.stack([draw_noise(shape, "ablations", seed, i) for i in range(len(captions))])
+        negative = embeddings.take(number[:1], torch.ones(1, dtype=torch.bool), self.device)
+        return noise.to(self.device), embeddings.take(number, device=self.device), negative, captions
+
+    def teacher_videos(self, seed: int) -> Path:
+        return self.folder / f"teacher-{seed}.safetensors"

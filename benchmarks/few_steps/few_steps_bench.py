@@ -1,0 +1,203 @@
+"""The models that are compared at few steps, and one row of figures for each."""
+
+import gc
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.ablations.bench import Bench
+from benchmarks.ablations.settings import DEFAULT, SUITES, Suite
+from linvideo.demo.judge import psnr
+from linvideo.distillation import DistillConfig, Distiller
+from linvideo.models import FewStepScheduler, convert, load_pipeline, wan_transformer
+from linvideo.run.read_config import from_dict
+from linvideo.run.session import TrainingDiverged
+from linvideo.trajectories.conditions import Conditions
+from linvideo.trajectories.files import read_json, write_json, write_safetensors
+from linvideo.trajectories.flow import sample_steps
+from linvideo.transfer import TrainConfig, Trainer
+
+STEPS = (1, 2, 4)
+FULL = "full"  # the teacher's own number of steps
+# what is distilled, how, and for which numbers of steps
+DISTILLED = {
+    "distilled": STEPS,
+    "distilled, no regression": (2,),
+    "joint": (2,),
+}
+NOTES = {
+    "teacher": "softmax, its own sampler and guidance",
+    "converted": "half of the layers linear, sampled like the teacher",
+    "teacher, student's timesteps": "Euler steps at the timesteps the students are distilled for, guided",
+    "converted, student's timesteps": "the same of the converted model",
+    "regression": "the distilled model's first stage alone",
+    "distilled": "the converted model after regression and distribution matching",
+    "distilled, no regression": "distribution matching alone",
+    "joint": "one stage: the teacher with the same layers made linear, neither warmed up nor trained, distribution"
+    " matching alone",
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """transfer: the ablations' suite whose default run is the converted model. The rest is DistillConfig's."""
+
+    transfer: Suite
+    regression_steps: int
+    dmd_steps: int
+    regression_learning_rate: float
+    learning_rate: float
+    critic_learning_rate: float
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """For files: what the results depend on."""
+        return asdict(self) | {"transfer": self.transfer.scale}
+
+
+SCALES = {
+    "small": Scale(SUITES["small"], 400, 1000, 5e-4, 2e-4, 4e-4),
+    "middle": Scale(SUITES["middle"], 2000, 4000, 3e-4, 5e-5, 1e-4),
+    "large": Scale(SUITES["large"], 2000, 4000, 2e-4, 2e-5, 4e-5),
+}
+
+
+class FewStepBench(Bench):
+    """Bench with students of few steps. Arguments are Bench's."""
+
+    def __init__(self, scale: Scale, teacher_folder: str | Path, folder: Path, device: str):
+        super().__init__(scale.transfer, teacher_folder, folder, device)
+        self.scale = scale
+
+    def base_rows(self, seed: int) -> list[dict[str, Any]]:
+        """Teacher and converted model at all numbers of steps; leaves the converted pipeline and the layers."""
+        teacher = self.pipeline.transformer
+        full = self.videos(teacher, None, None, seed)
+        write_safetensors(self.teacher_videos(seed), {"videos": full})
+        rows = [self.figured("teacher", FULL, full, full, seed)]
+        config = self.transfer_config(seed)
+        shutil.rmtree(config.output_dir, ignore_errors=True)  # of a benchmark that was interrupted
+        result = Trainer(config, self.pipeline, self.prompts).train()
+        write_json(self.layers_file(seed), result.layers_linear)
+        converted = wan_transformer(result.pipeline)
+        for steps in STEPS:
+            euler = EulerSteps([1000 * (steps - k) / steps for k in range(steps)])
+            for name, model in (("teacher", teacher), ("converted", converted)):
+                rows.append(self.figured(name, steps, self.videos(model, None, steps, seed), full, seed))
+                videos = self.videos(model, euler, steps, seed)
+                rows.append(self.figured(f"{name}, student's timesteps", steps, videos, full, seed))
+        last = self.figured("converted", FULL, self.videos(converted, None, None, seed), full, seed)
+        return [*rows, last | {"layers_linear": result.layers_linear}]
+
+    def distilled_rows(self, name: str, steps: int, seed: int) -> list[dict[str, Any]]:
+        """One distillation, which gives two rows where regression comes first. The seed's base rows must be there."""
+        full = load_file(self.teacher_videos(seed))["videos"]
+
+        def judge(student: torch.nn.Module, model: str) -> dict[str, Any]:
+            return self.figured(model, steps, self.videos(student, config.scheduler(), steps, seed, 1.0), full, seed)
+
+        config = self.distill_config(name, steps, seed)
+        distiller = RecordingDistiller(config, self.pipeline, self.student(name, seed), self.prompts)
+        if name == "distilled":
+            distiller.judge = judge
+        outcome = {}
+        try:
+            distiller.train()
+        except TrainingDiverged as error:
+            outcome["diverged"] = str(error)
+        rows = [*distiller.rows, judge(distiller.student.eval(), name) | outcome]
+        shutil.rmtree(config.output_dir)
+        del distiller
+        gc.collect()
+        return rows
+
+    def transfer_config(self, seed: int) -> TrainConfig:
+        return self.config(DEFAULT, seed)
+
+    def distill_config(self, name: str, steps: int, seed: int) -> DistillConfig:
+        scale, transfer = self.scale, self.transfer_config(seed)
+        values = DistillConfig(
+            output_dir=str(self.folder / "runs" / f"{name.replace(', ', '-').replace(' ', '-')}-{steps}-{seed}"),
+            seed=seed,
+            num_steps=steps,
+            max_train_steps=scale.dmd_steps,
+            train_batch_size=transfer.train_batch_size,
+            mixed_precision=transfer.mixed_precision,
+            trajectories=transfer.trajectories,
+            checkpointing_steps=10**9,
+            overwrite_output_dir=True,
+            progress=False,
+        ).to_dict()
+        values["regression"] = {
+            "max_train_steps": scale.regression_steps if name == "distilled" else 0,
+            "learning_rate": scale.regression_learning_rate,
+        }
+        values["optimizer"]["learning_rate"] = scale.learning_rate
+        values["critic_optimizer"]["learning_rate"] = scale.critic_learning_rate
+        return from_dict(values, DistillConfig)
+
+    def student(self, name: str, seed: int) -> torch.nn.Module:
+        """What distillation starts from."""
+        if name == "joint":
+            return convert(self.pipeline.transformer, read_json(self.layers_file(seed)), mode="linear")
+        path = Path(self.transfer_config(seed).output_dir) / "pipeline"
+        return load_pipeline(path, text_encoder=None, vae=None).transformer.to(self.device)
+
+    @torch.no_grad()
+    def videos(self, model, scheduler, steps: int | None, seed: int, guidance: float | None = None) -> torch.Tensor:
+        """Samples on the CPU; None is what the teacher is sampled with."""
+        noise, embeds, negative, _ = self.start(seed)
+        scheduler = self.pipeline.scheduler if scheduler is None else scheduler
+        steps = self.sampler.num_inference_steps if steps is None else steps
+        guidance = self.sampler.guidance_scale if guidance is None else guidance
+        parts = []
+        for start in range(0, len(noise), 16):
+            part = slice(start, start + 16)
+            under = Conditions(embeds[part])
+            without = Conditions(negative.expand(len(noise[part]), -1, -1))
+            for step in sample_steps(model, scheduler, steps, noise[part], under, without, guidance):
+                last = step.x_next
+            parts.append(last.cpu())
+        return torch.cat(parts)
+
+    def figured(self, name: str, steps: int | str, videos: torch.Tensor, full: torch.Tensor, seed: int) -> dict:
+        row = {"model": name, "steps": steps, "seed": seed}
+        if not videos.isfinite().all():
+            return row | {"good": 0.0}
+        figures = self.figures(videos, seed)
+        return row | figures | {"psnr_to_teacher": psnr(videos, full) if videos is not full else None}
+
+    def layers_file(self, seed: int) -> Path:
+        return self.folder / f"layers-{seed}.json"
+
+
+class EulerSteps(FewStepScheduler):
+    """The same timesteps without noise: x + (t' - t) u."""
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        sigma, sigma_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
+        self._step_index += 1
+        return (sample + (sigma_next - sigma) * model_output,)
+
+
+class RecordingDistiller(Distiller):
+    """Judges the student between regression and distribution matching, where it has a `judge`."""
+
+    judge: Callable[[torch.nn.Module, str], dict] | None = None
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.rows: list[dict] = []
+
+    def _end_stage(self) -> None:
+        if self.stage == "regression" and self.judge is not None:
+            self.rows.append(self.judge(self.student.eval(), "regression"))
+            self.student.train()
+        super()._end_stage()

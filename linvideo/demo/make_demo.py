@@ -1,0 +1,168 @@
+"""The demo: the embedded teacher is converted, half of its layers linear, and compared with itself.
+
+Everything goes through the public API, the way a real Wan folder would: load_pipeline, Trainer, convert, generate.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+
+from linvideo.demo import teacher
+from linvideo.demo.demo_page import write_report
+from linvideo.demo.evaluate import evaluate
+from linvideo.demo.few_steps import distill_and_compare
+from linvideo.demo.kernel_check import check_kernels
+from linvideo.demo.world import WORLDS
+from linvideo.evaluation import html_page
+from linvideo.evaluation.latency import attention_latency
+from linvideo.models import convert, load_pipeline, new_folder
+from linvideo.models.video_file import check_output, save_video
+from linvideo.run import load_config
+from linvideo.trajectories.devices import check_device, device_name
+from linvideo.transfer import TrainConfig, Trainer
+from linvideo.workspace import remove_dead
+
+WORLD = WORLDS["small"]
+STAGES = ("transfer", "adm", "distill")
+CONTENT = {"pipeline", "training", "distilled", "distillation", "metrics.json", "report.html"}
+CONTENT |= {"side_by_side.mp4", "frames.png", "few_steps.png"}
+SHOWN = 4  # videos in the side-by-side film; the report shows the first of each
+
+
+def run_demo(
+    output_dir: str | os.PathLike,
+    overwrite: bool = False,
+    device: str | None = None,
+    seed: int = 0,
+    videos: int = 48,
+    stages: Sequence[str] = ("transfer",),
+) -> dict:
+    """Run the whole demo and return what it writes to metrics.json.
+
+    Args:
+        output_dir: gets pipeline/ (the converted folder), training/ (the run), side_by_side.mp4, frames.png,
+            metrics.json and report.html. It appears, complete, when the demo ends. Distillation adds distilled/ (its
+            folder), distillation/ (its run) and few_steps.png.
+        overwrite: replace what an earlier demo left in output_dir.
+        device: "cpu" or "cuda"; None takes a GPU where there is one.
+        seed: of the training run; the videos that are judged always start from the same noise.
+        videos: per model that metrics are taken over.
+        stages: of STAGES. "transfer" is always there: choice of layers and fine-tuning. "adm": fine-tuning alternates
+            with anytime distribution matching. "distill": the converted model learns to sample in two steps.
+
+    Raises:
+        ValueError: output_dir is in use and overwrite is False or no demo made it, fewer videos than the film shows,
+            unknown stages, or a device that is not there.
+    """
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        raise ValueError(f"stages must be of {', '.join(STAGES)}, got {', '.join(map(repr, unknown))}")
+    if "transfer" not in stages:
+        raise ValueError(f"stages must have transfer, which the others build on, got {', '.join(stages) or 'none'}")
+    output_dir = Path(output_dir)
+    if output_dir.is_file():
+        raise ValueError(f"expected a folder to write to, got the file {output_dir}")
+    remove_dead(output_dir.resolve().parent)  # a killed call may have moved the folder aside
+    if output_dir.exists() and any(output_dir.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{output_dir} exists; choose another --output_dir or pass --overwrite")
+        if not (output_dir / "report.html").is_file():
+            raise ValueError(
+                f"refusing to overwrite {output_dir}: it has content but no report.html, so no demo made it"
+            )
+        if foreign := sorted({path.name for path in output_dir.iterdir()} - CONTENT):
+            raise ValueError(f"refusing to overwrite {output_dir}: no demo made {foreign[0]}; move it elsewhere first")
+    if videos < SHOWN:
+        raise ValueError(f"videos must be at least {SHOWN}, got {videos}")
+    check_device(device)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    started = time.time()
+    with new_folder(output_dir) as folder:
+        outcome = write_demo(folder, device, seed, videos, stages)
+    print(f"done in {time.time() - started:.0f} s: open {output_dir / 'report.html'}")
+    return outcome
+
+
+def write_demo(folder: Path, device: str, seed: int, videos: int, stages: Sequence[str]) -> dict:
+    started = time.time()
+    check_output(folder / "side_by_side.mp4")
+    print(f"loading the embedded teacher from {teacher.FOLDER}")
+    pipeline = load_pipeline(teacher.FOLDER).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    config = demo_config(folder / "training", seed, adm="adm" in stages)
+    trainer = Trainer(config, pipeline, prompts=WORLD.training_captions())
+    result = trainer.train()
+    os.rename(result.pipeline_path, folder / "pipeline")
+    print(f"linear layers: {result.layers_linear} of {len(pipeline.transformer.blocks)}")
+
+    stage_started = time.time()
+    alternate = list(range(1, len(pipeline.transformer.blocks), 2))
+    transformers = {
+        "teacher": pipeline.transformer,
+        "same_layers_untrained": trainer.warmed_up(result.layers_linear),
+        "alternate_untrained": convert(pipeline.transformer, alternate, mode="linear"),
+        "final": load_pipeline(folder / "pipeline").to(device).transformer,
+    }
+    outcome, films = evaluate(pipeline, transformers, videos, WORLD)
+    seconds = result.seconds | {"evaluation": time.time() - stage_started}
+
+    few_films = {}
+    if "distill" in stages:
+        stage_started = time.time()
+        models_and_reference = (pipeline, transformers["final"], films["teacher"])
+        few_steps, few_films = distill_and_compare(folder, *models_and_reference, seed, WORLD)
+        outcome["few_steps"] = few_steps
+        seconds["distillation"] = time.time() - stage_started
+
+    stage_started = time.time()
+    outcome["kernel_check"] = check_kernels(folder / "pipeline", device)
+    print_kernel_check(outcome["kernel_check"])
+    seconds["kernel_check"] = time.time() - stage_started
+
+    stage_started = time.time()
+    lengths = [256, 1024, 4096, 16384] if device.startswith("cpu") else [1024, 4096, 16384, 65536]
+    outcome["latency_ms"] = attention_latency(device, lengths)
+    seconds["latency"] = time.time() - stage_started
+
+    outcome |= {
+        "layers_linear": result.layers_linear,
+        "sensitivity": {str(layer): error for layer, error in result.sensitivity.items()},
+        "r": {str(layer): value for layer, value in result.r.items()},
+        "videos": videos,
+        "seconds": seconds | {"total": time.time() - started},
+        "environment": {
+            "device": device_name(device),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    film = html_page.side_by_side([film[:SHOWN] for film in films.values()])
+    save_video(film, folder / "side_by_side.mp4", fps=8, crf=5)
+    (folder / "metrics.json").write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
+    write_report(folder, outcome, films, WORLD.evaluation_captions(videos), few_films)
+    return outcome
+
+
+def print_kernel_check(check: dict | None) -> None:
+    if check is None:
+        print("no training step through the kernels: Triton is not installed here")
+        return
+    loss_error = abs(check["loss_kernels"] - check["loss_reference"])
+    print(
+        f"one training step through the kernels ({check['kernels']}): loss differs by {loss_error:.1e}, gradients by"
+        f" {check['gradient_error']:.1e} (relative) from the reference"
+    )
+
+
+def demo_config(output_dir: Path, seed: int, adm: bool = False) -> TrainConfig:
+    """The recipe "demo", without its validation: the demo compares in a way of its own."""
+    options = {"output_dir": output_dir, "seed": seed, "checkpoints_total_limit": 1, "validation.steps": 0}
+    options |= {"objective.name": "hybrid"} if adm else {}
+    words = (word for name, value in options.items() for word in (f"--{name}", str(value)))
+    return load_config(["--config", "demo", *words], TrainConfig)

@@ -1,0 +1,111 @@
+"""How long a run takes, from measured times only: of one forward, given, measured on this machine or in the
+repository's results, or of steps."""
+
+import math
+from math import ceil
+from pathlib import Path
+
+import torch
+
+from linvideo.planning.known import KNOWN
+from linvideo.planning.memory import TRAINING, Layout, stages
+from linvideo.planning.sizes import Sizes
+from linvideo.run.forward_times import recall
+from linvideo.trajectories.files import read_json
+from linvideo.transfer.train_config import TrainConfig
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # there in a checkout only
+# the train suite's steps: all layers mixed; the paper's number linear
+_STEPS = {"selective transfer": "mse", "ADM": "adm"}
+
+
+def read_results(folder: Path, sizes: Sizes) -> dict[str, dict]:
+    """What the newest results of a GPU have of this model and number of tokens in bf16, a video at a time: "forward",
+    "mse", "adm" -> {"seconds", "source"}."""
+    names = [name for name, known in KNOWN.items() if known.items() <= vars(sizes.config).items()]
+    name = max(names, key=lambda name: len(KNOWN[name]), default=None)  # an image-to-video model has all of another's
+    documents = [(read_json(path), path.name) for path in folder.glob("*.json")] if name else []
+    found = {}
+    for document, file in sorted(documents, key=lambda pair: pair[0]["environment"]["time"]):
+        source = f"{document['environment']['device']}, {file}"
+        for row in document["rows"] if document["environment"]["cuda"] else ():
+            same = (row.get("tokens"), row["dtype"]) == (sizes.tokens, "bfloat16")
+            if "ms" not in row or not same or not row["model"].startswith(name.removeprefix("wan2.1-")):
+                continue
+            whole = (row.get("linear_layers"), row.get("how"), row.get("compiled")) == (0, "whole", False)
+            step = _STEPS.get(row.get("step")) if row.get("attention") == "fused" else None
+            if key := "forward" if row["suite"] == "model" and whole else step:
+                found[key] = {"seconds": row["ms"][0] / 1000, "source": source}
+    return found
+
+
+def measured_here(sizes: Sizes, config: TrainConfig) -> dict[str, dict]:
+    """The same of a forward that `linvideo check` or `linvideo analyze` has measured on this machine, of the number of
+    tokens that is nearest; from another number it is scaled by the operations of Linear layers and attention."""
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    rows = recall(sizes.config, dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if not rows:
+        return {}
+
+    def operations(tokens: int) -> int:
+        return 2 * tokens * sizes.parameters + 4 * tokens**2 * sizes.width * sizes.config.num_layers
+
+    row = min(rows, key=lambda row: abs(math.log(row["tokens"] / sizes.tokens)))
+    scaled = "" if row["tokens"] == sizes.tokens else f", scaled from {row['tokens']:,} tokens"
+    seconds = row["seconds"] * operations(sizes.tokens) / operations(row["tokens"])
+    return {"forward": {"seconds": seconds, "source": f"{row['device']}, by {row['command']}{scaled}"}}
+
+
+def stage_hours(
+    sizes: Sizes, config: TrainConfig, layout: Layout, measured: dict[str, dict]
+) -> dict[str, float] | None:
+    """Stage -> hours in this layout, without communication between GPUs, checkpoints and validation; None where a
+    forward is not measured, and for a distillation, whose steps are others."""
+    if "forward" not in measured or layout.critic:
+        return None
+    # every GPU has its share of the states; a step of the warm-up counts as two forwards
+    forward, rates = measured["forward"]["seconds"] / 3600 / layout.gpus, steps_per_hour(config, layout, measured)
+    mixed = config.selection.target(sizes.config.num_layers) if config.selection.layers else sizes.config.num_layers
+    found = {
+        "trajectories": shared_hours(collection_hours(config, measured), config, layout.gpus),
+        "warm-up": 2 * config.warmup.max_train_steps * config.warmup.batch_size * forward,
+        "sensitivity": config.sensitivity.num_states * (mixed + 1) * forward,
+    }
+    counts = {"mixed stage": config.selection.max_train_steps, "fine-tuning": config.max_train_steps}
+    return found | {stage: counts[stage] / rate for stage, rate in rates.items()}
+
+
+def collection_hours(config: TrainConfig, measured: dict[str, dict]) -> float | None:
+    """Of one GPU, for all trajectories; None when a forward is not measured."""
+    wanted = config.trajectories
+    forwards = wanted.num_inference_steps * (2 if wanted.guidance_scale > 1 else 1)
+    return wanted.num_trajectories * forwards * measured["forward"]["seconds"] / 3600 if "forward" in measured else None
+
+
+def shared_hours(hours: float, config: TrainConfig, gpus: int) -> float:
+    """Collection on several GPUs, which take whole shards."""
+    shards = ceil(config.trajectories.num_trajectories / config.trajectories.shard_size)
+    return hours * ceil(shards / gpus) / shards
+
+
+def steps_per_hour(config: TrainConfig, layout: Layout, measured: dict[str, dict]) -> dict[str, float | None]:
+    """Training stage -> optimizer steps an hour, without communication between GPUs; None where nothing is measured."""
+    rates = {}
+    for stage in [stage for stage in stages(config) if stage in TRAINING]:
+        name = config.objective.name if stage == "fine-tuning" else config.selection.objective
+        names = ("mse", "adm") if name == "hybrid" else (name,)  # in turn
+        seconds = [_sample_seconds(each, config, layout, measured) for each in names]
+        share = layout.micro_batch * layout.accumulation / layout.context_parallel / len(names)
+        rates[stage] = None if None in seconds else 3600 / (share * sum(seconds))
+    return rates
+
+
+def _sample_seconds(objective: str, config: TrainConfig, layout: Layout, measured: dict[str, dict]) -> float | None:
+    """As measured, else an estimate in forwards of the teacher: a backward counts as two, a recomputation as one."""
+    if objective in measured and layout.gradient_checkpointing:
+        return measured[objective]["seconds"]
+    # on the student's own states the teacher is evaluated too, under guidance the other condition for the lanes' way,
+    # and ADM evaluates the student again at x_hat
+    own = 0 if objective == "mse" else 1 + (config.trajectories.guidance_scale > 1)
+    forwards = 3 + layout.gradient_checkpointing + own + objective.startswith("adm")
+    return forwards * measured["forward"]["seconds"] if "forward" in measured else None

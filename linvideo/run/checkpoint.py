@@ -1,0 +1,289 @@
+"""checkpoint-<step>/ folders: safetensors files and state.json, moved into place when complete.
+
+torch.distributed.checkpoint writes them, every rank its own shards, and reads them back into however many shards there
+are then. Optimizer, schedule, EMA, lanes and random state are ordinary nested state dicts: their tensors go to the
+safetensors files, what is left, with a reference in each tensor's place, to state.json. So a checkpoint can hold data
+only, never code. state.json also has the other files' checksums, and its own.
+"""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from linvideo.run.parallel import Ranks
+from linvideo.trajectories.files import crc32, read_checked, with_checksum, write_text
+from linvideo.workspace import discard, move_into_place, workspace
+
+FORMAT = 3
+MODEL, STATE = "model/", "state"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoint folders, oldest step first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+
+
+def save_checkpoint(
+    output_dir: str | Path,
+    step: int,
+    model: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    limit: int | None = None,
+    ranks: Ranks | None = None,
+) -> Path:
+    """Write checkpoint-<step> and delete the oldest ones beyond `limit` (checkpoints_total_limit; None keeps all).
+
+    ranks: those that call this together; tensors that are not sharded must be the same on all of them.
+
+    Raises:
+        OSError: it cannot be written (a full disk); the earlier ones are as they were.
+        KeyboardInterrupt: as it came; the same holds.
+    """
+    ranks = Ranks.alone() if ranks is None else ranks
+    target = Path(output_dir) / f"checkpoint-{step}"
+    tensors = {MODEL + name: tensor.detach() for name, tensor in model.items()}
+    plain = _strip(state, STATE, tensors)
+    with ExitStack() as stack:
+
+        def prepare() -> Path:
+            space = stack.enter_context(workspace(target))
+            (space / target.name).mkdir()
+            return space
+
+        def finish() -> None:
+            content = {"format": FORMAT, "step": step, "checksums": checksums, "state": plain}
+            write_text(new / "state.json", json.dumps(with_checksum(content)))
+            if target.is_dir() and not _is_ours(target):  # it is in the way, but it is not lost
+                os.rename(target, target.with_name(f"{target.name}-moved-{space.name.split('-')[1]}"))
+            move_into_place(new, target, space)
+            if limit is not None:
+                for path in [path for path in list_checkpoints(output_dir) if _is_ours(path)][:-limit]:
+                    discard(path)
+
+        try:
+            space = ranks.on_first(prepare)
+            new = space / target.name
+            writer = HuggingFaceStorageWriter(str(new), save_distributed=True)
+            with _quiet():
+                dcp.save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
+            mine = {path.name: crc32(path) for path in new.glob(f"shard-{ranks.rank + 1:05d}-*")}
+            checksums = {name: value for part in ranks.gather_objects(mine) for name, value in part.items()}
+            ranks.on_first(finish)
+        except (CheckpointException, OSError, SafetensorError) as error:
+            raise OSError(f"cannot write {target}, the earlier checkpoints are untouched: {_reason(error)}") from error
+    return target
+
+
+def remove_newer(output_dir: str | Path, step: int) -> None:
+    """Delete the checkpoints after `step`, which a run taken back to it would otherwise count as its newest."""
+    for path in list_checkpoints(output_dir):
+        if int(_NAME.fullmatch(path.name)[1]) > step and _is_ours(path):
+            discard(path)
+
+
+def _is_ours(path: Path) -> bool:
+    """Not a link, or a folder that only has the name of a checkpoint."""
+    return (path / "state.json").is_file() and not path.is_symlink()
+
+
+class Checkpoint:
+    """A checkpoint to continue from, checked; tensors are read when they are asked for.
+
+    ranks: those that open it together, each checking its part of the files.
+    entries: that `state` must have.
+
+    Raises:
+        ValueError: no checkpoint is there, or it is damaged.
+    """
+
+    def __init__(self, path: str | Path, ranks: Ranks | None = None, entries: tuple[str, ...] = ()):
+        self.path, self.ranks = Path(path), Ranks.alone() if ranks is None else ranks
+        content, references = self.ranks.on_first(lambda: self._content(entries))
+        self.plain, self.checksums = dict(content["state"]["items"]), content["checksums"]
+        damage = [self._damage(name) for name in sorted(self.checksums)[self.ranks.rank :: self.ranks.size]]
+        found = [text for texts in self.ranks.gather_objects(damage) for text in texts if text]
+        if not found and not references <= self._sizes().keys():
+            found = [f"it has no tensor {min(references - self._sizes().keys())}"]
+        if found:
+            raise ValueError(f"the checkpoint {path} is damaged: {found[0]}")
+
+    def _content(self, entries: tuple[str, ...]) -> tuple[dict[str, Any], set[str]]:
+        """state.json, and the names of the tensors in it."""
+        file = self.path / "state.json"
+        if not file.is_file():
+            raise ValueError(f"{self.path} is no checkpoint folder (no state.json)")
+        content = read_checked(file, {"format", "step", "checksums", "state"})
+        if content["format"] != FORMAT:
+            raise ValueError(f"{self.path} is not a linvideo checkpoint of format {FORMAT}")
+        try:  # files of earlier versions have no checksum
+            references, there = set(_references(content["state"])), dict(content["state"]["items"])
+            if missing := [name for name in entries if name not in there]:
+                raise ValueError(f"it has no {missing[0]}")
+            if not isinstance(content["checksums"], dict):
+                raise ValueError("it has no checksums")
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from None
+        except RecursionError:
+            raise ValueError(f"{file} is damaged: it is nested too deeply") from None
+        return content, references
+
+    def _damage(self, name: str) -> str | None:
+        file = self.path / name
+        if not file.is_file():  # opening a pipe would wait for ever
+            return f"there is no file {name}"
+        try:
+            return None if crc32(file) == self.checksums[name] else f"{name} has another checksum than when written"
+        except OSError as error:
+            return str(error)
+
+    def __getitem__(self, key: str) -> Any:
+        """The entry of `state` as it was given to `save_checkpoint`, tensors whole and on the CPU."""
+        wanted = list(_references(self.plain[key]))
+        sizes = self._sizes() if wanted else {}
+        tensors = {name: torch.empty(sizes[name].size, dtype=sizes[name].properties.dtype) for name in wanted}
+        self._read(tensors)
+        return _fill(self.plain[key], tensors)
+
+    def model(self) -> dict[str, torch.Tensor]:
+        """The model's tensors, whole and on the CPU."""
+        wanted = {name: size for name, size in self._sizes().items() if name.startswith(MODEL)}
+        tensors = {name: torch.empty(size.size, dtype=size.properties.dtype) for name, size in wanted.items()}
+        self._read(tensors)
+        return {name.removeprefix(MODEL): tensor for name, tensor in tensors.items()}
+
+    def load_model(self, model: dict[str, torch.Tensor]) -> None:
+        """Fill a model's tensors, sharded or not, in place.
+
+        Raises:
+            ValueError: the checkpoint has other tensors.
+        """
+        saved = {name.removeprefix(MODEL) for name in self._sizes() if name.startswith(MODEL)}
+        if saved != model.keys():
+            raise ValueError(f"{self.path} is of another model, in {sorted(saved ^ model.keys())[0]}")
+        self._read({MODEL + name: tensor.detach() for name, tensor in model.items()})
+
+    @property
+    def components(self) -> list[str]:
+        """The names of state["components"]."""
+        return [name for name, _ in self.plain["components"]["items"]]
+
+    def load_component(self, name: str, component: Any) -> None:
+        """Give a component of state["components"] its state back; its own state dict says which shards it wants.
+
+        Raises:
+            ValueError: it has other parts than the one that was saved.
+        """
+        saved = dict(self.plain["components"]["items"])[name]
+        tensors: dict[str, torch.Tensor] = {}
+        _strip(component.state_dict(), f"{STATE}/components/{name}", tensors)
+        if tensors.keys() != set(_references(saved)):
+            raise ValueError(f"{self.path} was made with another {name}: it has other tensors")
+        self._read(tensors)
+        component.load_state_dict(_fill(saved, tensors))
+
+    def _sizes(self) -> dict[str, Any]:
+        return self._reader().read_metadata().state_dict_metadata
+
+    def _reader(self) -> HuggingFaceStorageReader:
+        reader = HuggingFaceStorageReader(str(self.path))
+        reader.fs = _FilesOf(self.checksums)
+        return reader
+
+    def _read(self, tensors: dict[str, torch.Tensor]) -> None:
+        """In place; every rank reads what its shards need."""
+        if not tensors:
+            return
+        try:
+            with _quiet():
+                dcp.load(tensors, storage_reader=self._reader(), no_dist=self.ranks.size == 1)
+        except (CheckpointException, OSError, SafetensorError, LookupError) as error:
+            raise ValueError(f"cannot read the checkpoint {self.path}: {_reason(error)}") from error
+
+
+class _FilesOf(FileSystem):
+    """Lists these files only: the reader would open whatever else lies in the folder."""
+
+    def __init__(self, names: Iterable[str]):
+        self.names = set(names)
+
+    def ls(self, path: str | os.PathLike) -> list[str]:
+        return [file for file in super().ls(path) if Path(file).name in self.names]
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(model, state) as given to `save_checkpoint`, all tensors whole and on the CPU.
+
+    Raises:
+        ValueError: no checkpoint is there, or it is damaged.
+    """
+    checkpoint = Checkpoint(path)
+    return checkpoint.model(), {key: checkpoint[key] for key in checkpoint.plain}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():  # one process is what we asked for
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong on the first rank where something did; an interruption, which is no fault, is raised again."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        raise error from None
+    return str(error) or type(error).__name__
+
+
+def _strip(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """`value` as JSON; tensors move into `tensors` under their path. Dicts become item lists, so that integer keys
+    live."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"items": [[key, _strip(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_strip(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a checkpoint holds tensors and plain values, got {type(value).__name__} at {name}")
+
+
+def _references(value: Any) -> Iterator[str]:
+    """The names of the tensors in a stripped value."""
+    if isinstance(value, dict):
+        ((kind, content),) = value.items()
+        if kind == "tensor":
+            yield content
+        else:
+            for item in content:
+                yield from _references(item[1] if kind == "items" else item)
+
+
+def _fill(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "items":
+        return {key: _fill(item, tensors) for key, item in content}
+    items = [_fill(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items

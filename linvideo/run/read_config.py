@@ -1,0 +1,85 @@
+"""How a configuration is read: from YAML files and recipes, and from the command line, where later values win."""
+
+import dataclasses
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from linvideo.run.bounded_yaml import MOST_CHARACTERS, read_yaml
+from linvideo.run.run_config import RunConfig
+
+LONGEST = 400  # characters of a message
+RECIPES = resources.files("linvideo") / "recipes"
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def make_parser(kind: type[RunConfig]):
+    """The jsonargparse parser of the command of `kind`: one option per field, with the docstrings as help."""
+    import yaml
+    from jsonargparse import ArgumentParser, set_loader
+
+    set_loader("bounded_yaml", read_yaml, exceptions=(yaml.YAMLError,))
+    parser = ArgumentParser(prog=f"linvideo {kind.command}", exit_on_error=False, parser_mode="bounded_yaml")
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below, or a recipe's name")
+    # Each section's options are added on their own. An option whose type is the section's class would take a
+    # class_path too, and jsonargparse would import whatever module a config names there.
+    sections = _sections(kind)
+    parser.add_class_arguments(kind, as_group=False, skip=set(sections))
+    for name, default in sections.items():
+        group = parser.add_argument_group(name)
+        group.add_class_arguments(type(default()), name, as_group=False, default=default())
+    return parser
+
+
+def _sections(kind: type[RunConfig]) -> dict[str, Callable[[], Any]]:
+    """Name -> what makes the section's default."""
+    return {f.name: f.default_factory for f in dataclasses.fields(kind) if dataclasses.is_dataclass(f.type)}
+
+
+def load_config(argv: list[str], kind: type[Config]) -> Config:
+    """A config from `--config file.yaml` and dotted `--name value` arguments; later ones win.
+
+    In place of a file --config takes the name of a recipe in linvideo/recipes.
+
+    Raises:
+        ValueError: anything that is no valid configuration, in one line. `--help` prints the options and exits.
+    """
+    from jsonargparse import ArgumentError
+
+    names = {path.name.removesuffix(".yaml"): str(path) for path in RECIPES.iterdir()}
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    for place, word in enumerate(argv):
+        if place and argv[place - 1] == "--config" and not Path(word).exists():
+            if word not in names and ":" not in word:  # with one it may be the YAML itself
+                known = ", ".join(sorted(names))
+                raise ValueError(f"--config must be a YAML file or the name of a recipe, got {word}; recipes: {known}")
+            argv = [*argv[:place], names.get(word, word), *argv[place + 1 :]]
+        elif place and argv[place - 1] == "--config" and Path(word).stat().st_size > MOST_CHARACTERS:
+            raise ValueError(f"expected a config of at most {MOST_CHARACTERS} characters, got the file {word}")
+    try:
+        values = make_parser(kind).parse_args(argv)
+        values = values.as_dict()
+        values.pop("config", None)
+        return from_dict(values, kind)
+    except (ArgumentError, TypeError, OSError) as error:
+        raise ValueError(_one_line(error)) from None
+
+
+def from_dict(values: dict[str, Any], kind: type[Config]) -> Config:
+    """A config from nested plain values, the inverse of `to_dict`."""
+    sections = _sections(kind)
+    for name in sections.keys() & values.keys():
+        if not isinstance(values[name], dict):
+            raise ValueError(f"{name} must be a section of options, got {values[name]!r:.200}")
+    try:
+        parts = {n: dataclasses.replace(default(), **values[n]) for n, default in sections.items() if n in values}
+        return kind(**{**values, **parts})
+    except TypeError as error:
+        raise ValueError(_one_line(error)) from None
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines) or type(error).__name__
+    return text if len(text) <= LONGEST else text[:LONGEST] + " ..."

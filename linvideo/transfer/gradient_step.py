@@ -1,0 +1,88 @@
+"""One training step's gradient: which objective, on which states, over how many micro-batches."""
+
+import torch
+
+from linvideo.run.gradient import accumulate
+from linvideo.run.parallel import Ranks
+from linvideo.trajectories.prompts import PromptEmbeddings
+from linvideo.trajectories.seeding import generator
+from linvideo.trajectories.store import TrajectoryStore
+from linvideo.transfer import objectives
+from linvideo.transfer.lanes import StudentLanes
+from linvideo.transfer.objectives import ObjectiveConfig
+from linvideo.transfer.train_config import TrainConfig
+
+
+class GradientStep:
+    """Calls add a step's gradient to the student's parameters; devices are the models' own.
+
+    A step sees one global batch: gradient_accumulation_steps micro-batches of train_batch_size samples on each data
+    rank. Everything drawn belongs to a sample's position in it, so that another number of ranks, with another number
+    of micro-batches each, trains on the same samples.
+
+    Args:
+        grid: (timesteps, sigmas) of the sampler the trajectories were made with.
+        stage: names the draws. objective: names the loss.
+        ranks: those that share the work; None is this process alone.
+    """
+
+    def __init__(
+        self,
+        student: torch.nn.Module,
+        teacher: torch.nn.Module,
+        store: TrajectoryStore,
+        prompts: PromptEmbeddings,
+        grid: tuple[torch.Tensor, torch.Tensor],
+        config: TrainConfig,
+        stage: str,
+        objective: ObjectiveConfig,
+        ranks: Ranks | None = None,
+    ):
+        self.student, self.teacher, self.store, self.prompts = student, teacher, store, prompts
+        self.config, self.stage, self.objective = config, stage, objective
+        self.ranks = Ranks.alone(student.device) if ranks is None else ranks
+        self.micro_batches = range(config.gradient_accumulation_steps)
+        self.all_lanes: list[StudentLanes] = []  # of each micro-batch
+        if objective.name != "mse":
+            arguments = (store, prompts, *grid, config.seed, student.device)
+            self.all_lanes = [StudentLanes(self.positions(micro), *arguments) for micro in self.micro_batches]
+
+    @property
+    def global_batch(self) -> int:
+        return self.config.global_batch(self.ranks.size)
+
+    def positions(self, micro: int) -> range:
+        return self.ranks.micro_batch(micro, self.config.train_batch_size)
+
+    def __call__(self, step: int) -> tuple[str, float]:
+        """(name of the objective at `step`, mean loss over the global batch); gradients are the global batch's."""
+        name = self.objective.at(step)
+        return name, accumulate(lambda micro: self._loss(name, step, micro), self.student, self.config, self.ranks)
+
+    def _loss(self, name: str, step: int, micro: int) -> torch.Tensor:
+        positions, draws = self.positions(micro), (self.config.seed, self.stage)
+        if name == "mse":
+            batch = self.store.draw(positions, *draws, step, prompts=self.prompts, device=self.student.device)
+            return objectives.teacher_state_mse(self.student, batch)
+        lanes = self.all_lanes[micro]
+        if name == "own_mse":
+            return objectives.own_state_mse(self.student, self.teacher, lanes)
+        if name == "adm_step":
+            return objectives.adm_sampler_step(self.student, self.teacher, lanes, self.objective)
+        share = torch.rand(self.global_batch, generator=generator(*draws, "dt", step))[list(positions)]
+        # in (0, 1] of the largest step, which takes at most half of the room that t has
+        dt = (1 - share).to(self.student.device) * (lanes.room / 2).clamp_max(self.objective.max_dt)
+        return objectives.adm_small_step(self.student, self.teacher, lanes, dt, self.objective)
+
+    def state_dict(self) -> dict:
+        """The lanes of all ranks, in the order of the global batch."""
+        if not self.all_lanes:
+            return {}
+        states = [lanes.state_dict() for lanes in self.all_lanes]
+        mine = {name: torch.stack([state[name] for state in states]) for name in states[0]}  # [micro, B, ...]
+        every = {name: self.ranks.gather_samples(part) for name, part in mine.items()}  # [rank, micro, B, ...]
+        return {"lanes": {name: part.transpose(0, 1).flatten(0, 2) for name, part in every.items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        for lanes in self.all_lanes:
+            lanes.load_state_dict({name: part[lanes.positions] for name, part in state["lanes"].items()})

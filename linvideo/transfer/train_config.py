@@ -1,0 +1,58 @@
+"""The configuration of selective transfer.
+
+Every value can come from a YAML file and be overridden on the command line by its dotted name:
+
+    linvideo train --config run.yaml --selection.num_linear_layers 16 --optimizer.learning_rate 1e-5
+
+Defaults are what worked in short runs (about 100 steps a stage) of the embedded model. The paper's own form, for runs
+of thousands of steps, is selection.count=rounded, selection.rounding=threshold,
+selection.lambda_con=selection.lambda_reg=0.01, selection.objective=adm_step, selection.r_learning_rate about 1e-3,
+objective.name=adm_step.
+"""
+
+from dataclasses import dataclass, field
+
+from linvideo.nn import FEATURE_MAPS
+from linvideo.run.adapters import AdapterConfig
+from linvideo.run.run_config import RunConfig
+from linvideo.trajectories.experts import EXPERTS
+from linvideo.transfer.objectives import ObjectiveConfig
+from linvideo.transfer.selection import SelectionConfig
+from linvideo.transfer.sensitivity import SensitivityConfig
+from linvideo.transfer.warmup import WarmupConfig
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """Selective transfer of one Wan pipeline, from trajectories to the exported pipeline folder.
+
+    Of the options that every run has: output_dir also gets selection.json; max_train_steps and use_ema are of
+    fine-tuning, compile is for selection and fine-tuning; train_batch_size counts teacher states, or lanes of student
+    states; offload_teacher is of use with objectives that ask the teacher in every step, all but "mse", and with lora
+    the teacher costs nothing anyway.
+
+    Args:
+        expert: which transformer of a pipeline with two (Wan 2.2) is trained, "high_noise" or "low_noise"; the other is
+            exported as it is. To convert both, give the pipeline of one run to a second.
+        feature_map: of the linear branch.
+    """
+
+    command = "train"
+
+    expert: str | None = None
+    feature_map: str = "hedgehog"
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_choice("expert", (None, *EXPERTS))
+        self.check_choice("feature_map", FEATURE_MAPS)
+        if self.offload_teacher and self.lora.rank is not None:
+            raise ValueError("offload_teacher and lora.rank exclude each other: the teacher is the student's own base")
+        ranks_layers = self.selection.method == "sensitivity" or self.selection.r_from_sensitivity
+        if ranks_layers and not self.sensitivity.num_states:
+            raise ValueError("selection by sensitivity needs sensitivity.num_states of at least 1, got 0")

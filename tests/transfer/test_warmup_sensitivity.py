@@ -1,0 +1,137 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import tiny_inputs, tiny_transformer
+
+from linvideo.models import attention_types, convert
+from linvideo.models.branches import feature_weights, linear_branches
+from linvideo.trajectories.conditions import Conditions
+from linvideo.trajectories.files import write_cached
+from linvideo.trajectories.flow import predict_velocity
+from linvideo.trajectories.store import StateBatch
+from linvideo.transfer.sensitivity import layer_sensitivity, velocity_error
+from linvideo.transfer.warmup import attention_output_errors, load_feature_maps, square_sums
+
+
+def make_batch(teacher, seed=1):
+    inputs = tiny_inputs(batch=2, seed=seed)
+    x, t, embeds = (inputs[name] for name in ("hidden_states", "timestep", "encoder_hidden_states"))
+    with torch.no_grad():
+        u = predict_velocity(teacher, x, t, Conditions(embeds))
+    return StateBatch(x, u, t, Conditions(embeds), torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.bool))
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return tiny_transformer()
+
+
+def test_square_sums():
+    assert square_sums(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])).tolist() == [4, 17]
+
+
+def test_warmup_errors_are_of_attention_outputs_on_teacher_activations(teacher):
+    """Captured independently: q, k, v and softmax attention in the unconverted teacher, layer by layer."""
+    student, batch = convert(teacher, layers=[0, 2], r_init=0.1), make_batch(teacher)
+    errors = attention_output_errors(student, batch)
+    assert list(errors) == [0, 2]
+
+    seen = {}
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def record(query, key, value, **kwargs):
+        out = original(query, key, value, **kwargs)
+        if query.shape[2] == key.shape[2]:  # self-attention, [B, H, N, D]
+            seen[len(seen)] = [x.transpose(1, 2) for x in (query, key, value, out)]
+        return out
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+        predict_velocity(teacher, batch.x, batch.timestep, batch.conditions)
+    assert len(seen) == 3
+    for layer in (0, 2):
+        q, k, v, out = seen[layer]
+        difference, norm = square_sums(linear_branches(student)[layer](q, k, v), out)
+        expected = difference / norm
+        assert float(errors[layer]) == pytest.approx(float(expected.detach()), rel=1e-3)
+
+
+def test_warmup_trains_the_feature_weights_only_and_lowers_the_error(teacher):
+    student = convert(teacher)
+    optimizer = torch.optim.Adam(feature_weights(student).values(), lr=2e-2)
+    before = attention_output_errors(student, make_batch(teacher, seed=9))
+    for step in range(25):
+        attention_output_errors(student, make_batch(teacher, seed=step + 10), backward=True)
+        trained = {name for name, p in student.named_parameters() if p.grad is not None}
+        assert trained == set(feature_weights(student))
+        optimizer.step()
+        optimizer.zero_grad()
+    after = attention_output_errors(student, make_batch(teacher, seed=9))
+    assert all(float(after[layer]) < 0.8 * float(before[layer]) for layer in before)
+
+
+def test_warmup_gradient_is_the_sum_of_the_layers_own(teacher):
+    student, batch = convert(teacher), make_batch(teacher)
+    attention_output_errors(student, batch, backward=True)
+    weight = student.blocks[1].attn1.linear_attn.q_weight
+    analytic, step = weight.grad[1, 3, 5].item(), 1e-2
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight[1, 3, 5] += sign * step
+            values.append(float(attention_output_errors(student, batch)[1]))
+            weight[1, 3, 5] -= sign * step
+    assert analytic == pytest.approx((values[0] - values[1]) / (2 * step), rel=2e-2, abs=1e-6)
+
+
+def test_sensitivity_is_the_error_of_one_layer_linear(teacher):
+    student, batch = convert(teacher, r_init=0.3), make_batch(teacher)
+    errors, floor = layer_sensitivity(student, lambda: [batch], progress=False)
+    assert floor < 1e-10  # all softmax is the teacher
+    for layer in range(3):
+        alone = convert(teacher, layers=[layer], mode="linear")
+        assert errors[layer] == pytest.approx(velocity_error(alone, [batch]), rel=1e-5)
+    assert all(block.attn1.attention_type == "mixed" for block in student.blocks)
+    assert len({round(error, 9) for error in errors.values()}) == 3
+
+
+def test_velocity_error_weighs_every_element_alike(teacher):
+    student, batches = convert(teacher, mode="linear"), [make_batch(teacher, seed) for seed in (1, 2)]
+    whole = [velocity_error(student, [batch]) for batch in batches]
+    assert velocity_error(student, batches) == pytest.approx(sum(whole) / 2, rel=1e-6)
+    with attention_types(student, dict.fromkeys(range(3), "softmax")):
+        assert velocity_error(student, batches) < 1e-10
+
+
+def test_feature_maps_without_weights_have_nothing_to_warm_up(teacher):
+    assert feature_weights(convert(teacher, feature_map="elu")) == {}
+
+
+def test_load_feature_maps_refuses_other_files(teacher, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read .*missing\.safetensors"):
+        load_feature_maps(convert(teacher), tmp_path / "missing.safetensors")
+    weights = {name: x.detach().clone() for name, x in feature_weights(convert(teacher)).items()}
+    name = next(iter(weights))
+    for change, message in (
+        (weights[name][:, :1], "expected .* of shape .* got"),  # would be repeated
+        (weights[name] * float("nan"), "is not finite"),
+    ):
+        save_file(weights | {name: change.contiguous()}, tmp_path / "feature_maps.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load_feature_maps(convert(teacher), tmp_path / "feature_maps.safetensors")
+    file = tmp_path / "maps.safetensors"
+    write_cached(file, weights, "maps")
+    load_feature_maps(convert(teacher), file)
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1  # of a weight, which stays finite
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="maps.safetensors is damaged"):
+        load_feature_maps(convert(teacher), file)
+
+
+def test_sensitivities_that_are_not_finite_choose_no_layers(teacher):
+    student, batch = convert(teacher), make_batch(teacher)
+    with torch.no_grad():
+        student.blocks[1].attn1.linear_attn.q_weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the velocity error with layer 1 alone linear is nan"):
+        layer_sensitivity(student, lambda: [batch], progress=False)
