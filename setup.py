@@ -38,7 +38,7 @@ setup(
     package_data={"linvideo": ["data/*", "recipes/*.yaml", "demo/teacher/**/*", "demo/teacher/*"]},
     install_requires=["torch>=2.11", "numpy", 'triton>=3.6; sys_platform == "linux"'],
     extras_require={"train": TRAIN, "bench": BENCH, "8bit": EIGHT_BIT, "test": TEST},
-    entry_points={"console_scripts": ["linvideo=linvideo.cli:main"]},
+    entry_points={"console_scripts": ["linvideo=linvideo.commands.main:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

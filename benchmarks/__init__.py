@@ -1,3 +1,3 @@
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in linvideo/cli.py
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in linvideo/commands

@@ -2,6 +2,6 @@
 
 import sys
 
-from linvideo.cli import main
+from linvideo.commands.main import main
 
 sys.exit(main())

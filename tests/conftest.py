@@ -9,7 +9,7 @@ import os
 import signal
 import uuid
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as in linvideo/cli.py
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as in linvideo/commands
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

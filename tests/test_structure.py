@@ -31,7 +31,7 @@ RANK = {
     "linvideo.evaluation": 6,
     "linvideo.planning": 6,
     "linvideo.demo": 7,
-    "linvideo.cli": 8,
+    "linvideo.commands": 8,
     "linvideo.__main__": 9,
 }
 HEAVY = {"torch", "triton", "diffusers", "transformers", "peft", "fla", "matplotlib", "numpy"}
@@ -131,7 +131,7 @@ def test_commands_make_openmp_wait_without_spinning(given, monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if given:
         monkeypatch.setenv("OMP_WAIT_POLICY", given)
-    for module in ("linvideo.cli", "benchmarks"):
+    for module in ("linvideo.commands.main", "benchmarks"):
         code = f"import os, sys, {module}; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
         assert run_python(code) == f"{given or 'PASSIVE'} False"
 

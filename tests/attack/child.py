@@ -51,9 +51,9 @@ class Child:
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (used + self.memory,) * 2)
             self.prepare()
-            from linvideo import cli
+            from linvideo.commands import main as command_line
 
-            status = cli.main(self.words)
+            status = command_line.main(self.words)
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except BaseException:

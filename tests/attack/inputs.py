@@ -59,7 +59,7 @@ def make_places(place: Path) -> None:
 
 def commands(bench: Bench) -> dict[str, tuple[list[str], dict[str, tuple[str, ...]]]]:
     """Name -> (words that would do, option -> values to try)."""
-    from linvideo import cli
+    from linvideo.commands import main as command_line
     from linvideo.distillation import DistillConfig
     from linvideo.run.read_config import make_parser
     from linvideo.transfer.train_config import TrainConfig
@@ -76,7 +76,7 @@ def commands(bench: Bench) -> dict[str, tuple[list[str], dict[str, tuple[str, ..
         "analyze": ["analyze", stock, *new, "--warmup_steps", "1", "--num_states", "2", *SIZE],
         "info": ["info", "--model", stock],
     }
-    subparsers = next(a for a in cli.make_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    subparsers = next(a for a in command_line.make_parser()._actions if isinstance(a, argparse._SubParsersAction))
     found = {}
     for name, some in words.items():
         options = {}

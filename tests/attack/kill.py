@@ -58,11 +58,11 @@ def count(bench: Bench, subject: Subject) -> int:
     file = bench.base / "events.json"
 
     def prepare() -> None:
-        from linvideo import cli
+        from linvideo.commands import main as command_line
 
-        seen, main = [], cli.main
+        seen, main = [], command_line.main
         watch(bench.place, lambda *event: seen.append(event))
-        cli.main = lambda words: (main(words), file.write_text(json.dumps(seen)))[0]
+        command_line.main = lambda words: (main(words), file.write_text(json.dumps(seen)))[0]
 
     succeed(bench.run(subject.words, prepare))
     return len(json.loads(file.read_text()))

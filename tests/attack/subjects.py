@@ -163,13 +163,13 @@ def succeed(child: Child) -> Child:
 
 
 def _at_exit_say_modules(path: Path) -> None:
-    from linvideo import cli
+    from linvideo.commands import main as command_line
 
-    main = cli.main
+    main = command_line.main
 
     def run_and_say(words):
         status = main(words)
         path.write_text(json.dumps([name for name in sys.modules if name != "__main__"]))
         return status
 
-    cli.main = run_and_say
+    command_line.main = run_and_say

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from linvideo import describe, load_pipeline
-from linvideo.cli import main
+from linvideo.commands.main import main
 from linvideo.demo import demo_page, evaluate, few_steps, kernel_check, make_demo, teacher
 from linvideo.demo.world import WORLDS
 from linvideo.models.generate import generate_video

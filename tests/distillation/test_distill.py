@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from command_line import refused
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from test_cli import refused
 from tiny import generate, tiny_image, tiny_image_pipeline, tiny_image_transformer, tiny_inputs, tiny_transformer
 from tiny_distill_run import LINEAR, distill_config, distiller, run, tiny_student
 from tiny_run import PROMPTS, tiny_config, tiny_experts, tiny_teacher
 
-from linvideo import cli
+from linvideo.commands.main import main
 from linvideo.distillation import Distiller
 from linvideo.distillation.dmd_step import DmdStep
 from linvideo.models import FewStepScheduler, convert, describe, load_pipeline
@@ -361,7 +361,7 @@ def folders(tmp_path_factory):
     path, teacher = tmp_path_factory.mktemp("folders"), tiny_teacher()
     teacher.save_pretrained(path / "teacher")
     words = ["--model", str(path / "teacher"), "--output_dir", str(path / "student"), "--layers", "1"]
-    assert cli.main(["convert", *words]) == 0
+    assert main(["convert", *words]) == 0
     return path / "teacher", path / "student"
 
 
@@ -372,7 +372,7 @@ def test_the_command_distils_what_is_in_folders(folders, whole, tmp_path, capsys
     (tmp_path / "captions.txt").write_text("\n".join(PROMPTS))
     flags = ["--config", tmp_path / "run.yaml", "--student_model_name_or_path", student]
     flags += ["--prompts.prompts_file", tmp_path / "captions.txt"]
-    assert cli.main(["distill", *map(str, flags)]) == 0
+    assert main(["distill", *map(str, flags)]) == 0
     assert f"timesteps: [1000.0, 500.0]; saved the distilled pipeline to {tmp_path / 'run' / 'pipeline'}" in (
         capsys.readouterr().out
     )

@@ -12,7 +12,8 @@ import torch
 from tiny import tiny_image, tiny_image_pipeline, tiny_pipeline
 from tiny_run import PROMPTS, tiny_config, tiny_experts, tiny_teacher
 
-from linvideo import cli, convert, load_pipeline
+from linvideo import convert, load_pipeline
+from linvideo.commands.main import main
 from linvideo.evaluation import analyze as module
 from linvideo.evaluation.analysis_report import commands, conclusion, text, write_report
 from linvideo.evaluation.analyze import LayerSet, analyze, propose, set_sizes, smallest_number
@@ -318,13 +319,13 @@ def test_the_command_and_what_it_proposes(tmp_path, capsys, monkeypatch):
     tiny_teacher().save_pretrained(stock)
     flags = "--height 32 --width 32 --num_frames 5 --num_inference_steps 2 --num_trajectories 2 --num_states 4"
     command = ["analyze", str(stock), "--output_dir", str(output), *flags.split(), "--warmup_steps", "2"]
-    assert cli.main([*command, "--device", "cpu"]) == 0
+    assert main([*command, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "Proposed for a speed-up of 1.3" in out and (output / "report.html").exists()
     convert_line, train_line = (line for line in out.splitlines() if line.startswith("linvideo "))
 
     words = shlex.split(convert_line.replace("converted", shlex.quote(str(tmp_path / "converted"))))
-    assert cli.main(words[1:]) == 0
+    assert main(words[1:]) == 0
     layers = json.loads((output / "analysis.json").read_text())["proposal"]["layers"]
     expected = load_feature_maps(
         convert(tiny_teacher().transformer, layers, mode="linear"), output / module.FEATURE_MAPS
@@ -334,15 +335,15 @@ def test_the_command_and_what_it_proposes(tmp_path, capsys, monkeypatch):
 
     tiny_experts().save_pretrained(tmp_path / "experts")
     words = ["convert", "--model", str(tmp_path / "experts"), "--output_dir", str(tmp_path / "no"), *words[-4:-2]]
-    assert words[-2] == "--feature_maps" and cli.main(words) == 2
+    assert words[-2] == "--feature_maps" and main(words) == 2
     assert "of one transformer, got a pipeline with two" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
     config = load_config(shlex.split(train_line.replace("RECIPE", "wan2.1-1.3b-480p-1gpu"))[2:], TrainConfig)
     assert config.selection.layers == layers and config.pretrained_model_name_or_path == str(stock)
 
     capsys.readouterr()
-    assert cli.main([*command, "--seed", "1"]) == 2 and "another request" in capsys.readouterr().err
-    assert cli.main([*command, "--speedup", "none"]) == 0
+    assert main([*command, "--seed", "1"]) == 2 and "another request" in capsys.readouterr().err
+    assert main([*command, "--speedup", "none"]) == 0
     assert "No speed-up was asked for" in capsys.readouterr().out
 
 
@@ -358,17 +359,17 @@ def test_the_command_with_images(tmp_path, capsys, monkeypatch):
     flags = "--height 32 --width 32 --num_frames 5 --num_inference_steps 2 --num_trajectories 2 --num_states 4"
     flags = [*flags.split(), "--warmup_steps", "2", "--device", "cpu", "--output_dir", str(tmp_path / "analysis")]
     prompts = ["--prompts_file", str(tmp_path / "prompts.jsonl")]
-    assert cli.main(["analyze", str(tmp_path / "text"), *prompts, *flags]) == 2
+    assert main(["analyze", str(tmp_path / "text"), *prompts, *flags]) == 2
     assert "must have no image, got 2 of 2" in capsys.readouterr().err
-    assert cli.main(["analyze", str(tmp_path / "image"), *flags]) == 2
+    assert main(["analyze", str(tmp_path / "image"), *flags]) == 2
     assert "needs an image, 2 of 2 have none" in capsys.readouterr().err
     assert not (tmp_path / "analysis").exists()
-    assert cli.main(["analyze", str(tmp_path / "image"), *prompts, *flags]) == 0
+    assert main(["analyze", str(tmp_path / "image"), *prompts, *flags]) == 0
     assert "Proposed for a speed-up of 1.3" in capsys.readouterr().out
     request = json.loads((tmp_path / "analysis" / "request.json").read_text())
     assert request["captions"] == PROMPTS[::2]  # two of three, from all over the list
     assert request["images"] == [digest(image) for image in IMAGES[::2]]
     IMAGES[1].save(tmp_path / "2.png")
-    assert cli.main(["analyze", str(tmp_path / "image"), *prompts, *flags]) == 2
+    assert main(["analyze", str(tmp_path / "image"), *prompts, *flags]) == 2
     assert "another request: images" in capsys.readouterr().err
-    assert cli.main(["analyze", str(tmp_path / "image"), *prompts, *flags, "--overwrite"]) == 0
+    assert main(["analyze", str(tmp_path / "image"), *prompts, *flags, "--overwrite"]) == 0

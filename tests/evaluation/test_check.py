@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny import tiny_image_pipeline, tiny_image_transformer, tiny_pipeline
 
-from linvideo import cli, convert
+from linvideo import convert
+from linvideo.commands.main import main
 from linvideo.evaluation.check import check_pipeline
 from linvideo.run.forward_times import recall
 
@@ -93,19 +94,19 @@ def test_the_command(pipeline, tmp_path, capsys):
     folder, output = tmp_path / "stock", tmp_path / "check.mp4"
     pipeline.save_pretrained(folder)
     command = ["check", str(folder), "--output", str(output), *FLAGS, "--device", "cpu"]
-    assert cli.main(command) == 0
+    assert main(command) == 0
     out, err = capsys.readouterr()
     loading, what, *lines = out.splitlines()
     assert "a trajectory of the teacher" in err and "trajectories: 100%" in err  # progress bars
     assert loading == f"loading {folder}" and what.startswith("check with videos of 32x32, 5 frames, 4 steps")
     assert len(lines) == 5 and all(line.startswith("ok ") for line in lines)
     kept = output.read_bytes()
-    assert cli.main(command) == 2 and "exists" in capsys.readouterr().err
+    assert main(command) == 2 and "exists" in capsys.readouterr().err
     assert output.read_bytes() == kept
     with torch.no_grad():
         pipeline.transformer.proj_out.bias.fill_(float("nan"))
     pipeline.save_pretrained(folder)
-    assert cli.main([*command, "--overwrite"]) == 1
+    assert main([*command, "--overwrite"]) == 1
     assert "FAILED" in capsys.readouterr().out
 
 

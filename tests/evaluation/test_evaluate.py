@@ -11,7 +11,9 @@ import pytest
 import torch
 from tiny import tiny_pipeline
 
-from linvideo import cli, convert, save_pipeline
+from linvideo import convert, save_pipeline
+from linvideo.commands.evaluate import DIMENSIONS
+from linvideo.commands.main import main
 from linvideo.evaluation import fidelity, vbench
 from linvideo.evaluation.analyze import analyze
 from linvideo.evaluation.sampling import Job, add_to_index, read_index
@@ -164,8 +166,8 @@ def test_the_fidelity_command(folders, tmp_path, capsys):
         str(tmp_path / "out"),
         *FLAGS,
     ]
-    assert cli.main(command) == 2 and "needs --teacher" in capsys.readouterr().err
-    assert cli.main([*command, "--teacher", str(folders / "stock"), "--num_prompts", "2"]) == 0
+    assert main(command) == 2 and "needs --teacher" in capsys.readouterr().err
+    assert main([*command, "--teacher", str(folders / "stock"), "--num_prompts", "2"]) == 0
     out = capsys.readouterr().out
     assert "[2/2] PSNR" in out and "psnr " in out and "over 2 prompts" in out
 
@@ -197,7 +199,7 @@ def test_prompts_of_dimensions(full_info, tmp_path):
         (tmp_path / "other.json").write_text(json.dumps(other))
         with pytest.raises(ValueError, match="expected a list of prompt_en and dimension"):
             vbench.prompts_of(tmp_path / "other.json", ["color"])
-    assert set(cli.DIMENSIONS) == set(vbench.PAPER)
+    assert set(DIMENSIONS) == set(vbench.PAPER)
 
 
 def test_no_entry_of_an_index_is_lost_when_several_write(tmp_path):
@@ -233,9 +235,9 @@ def test_the_vbench_command(folders, full_info, tmp_path, capsys, monkeypatch):
     """Without the package it says how to get the scores; with it they stand beside the paper's."""
     command = ["evaluate", str(folders / "linear"), "--suite", "vbench", "--output_dir", str(tmp_path / "out")]
     command += [*FLAGS, "--num_prompts", "1", "--dimensions", "imaging_quality"]
-    assert cli.main(command) == 2 and "package vbench" in capsys.readouterr().err
+    assert main(command) == 2 and "package vbench" in capsys.readouterr().err
     command += ["--full_info", str(full_info)]
-    assert cli.main(command) == 0
+    assert main(command) == 0
     assert "vbench evaluate --videos_path" in capsys.readouterr().out
     assert len(list((tmp_path / "out" / "videos").iterdir())) == 5
 
@@ -251,6 +253,6 @@ def test_the_vbench_command(folders, full_info, tmp_path, capsys, monkeypatch):
     package = types.ModuleType("vbench")
     package.VBench, package.__spec__ = Judge, types.SimpleNamespace(origin=str(full_info))
     monkeypatch.setitem(sys.modules, "vbench", package)
-    assert cli.main(command) == 0
+    assert main(command) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("imaging_quality"))
     assert line.split() == ["imaging_quality", "50.00", "66.25", "66.07", "65.62"]

@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import generate, tiny_pipeline
 
 import linvideo
-from linvideo import cli
+from linvideo.commands.main import main
 from linvideo.models import FewStepScheduler, load_pipeline
 
 FOUR = [1000.0, 750.0, 500.0, 250.0]
@@ -124,7 +124,7 @@ def test_generate_takes_its_steps_and_no_guidance(folder, tmp_path, capsys, monk
     command = ["generate", "--model", str(folder), "--output", str(tmp_path / "x.mp4"), *size]
     for more in ([], ["--num_inference_steps", "2", "--guidance_scale", "1"]):
         with pytest.raises(ZeroDivisionError):
-            cli.main([*command, *more])
+            main([*command, *more])
         assert (asked[-1]["num_inference_steps"], asked[-1]["guidance_scale"]) == (2, 1.0)
-    assert cli.main([*command, "--guidance_scale", "2"]) == 2 and len(asked) == 2
+    assert main([*command, "--guidance_scale", "2"]) == 2 and len(asked) == 2
     assert "guidance_scale of this distilled model must be 1.0, got 2.0" in capsys.readouterr().err

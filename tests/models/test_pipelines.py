@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, WanPipeline
 from safetensors.torch import load_file
 from tiny import generate, tiny_image_pipeline, tiny_pipeline, tiny_transformer
 
-from linvideo.cli import main
+from linvideo.commands.main import main
 from linvideo.models import LinVideoWanTransformer3DModel, convert, finalize, load_pipeline, save_pipeline
 
 
@@ -350,7 +350,7 @@ def test_what_comes_to_the_target_meanwhile_stays(converted, tmp_path, monkeypat
 
 KILLED = """
 import os, signal, sys
-from linvideo.cli import main
+from linvideo.commands.main import main
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main(["convert", "--model", sys.argv[1], "--output_dir", sys.argv[1], "--overwrite"])
 """

@@ -6,7 +6,8 @@ import pytest
 from diffusers import WanPipeline
 from tiny import tiny_pipeline
 
-from linvideo import cli, convert, load_pipeline, save_pipeline
+from linvideo import convert, load_pipeline, save_pipeline
+from linvideo.commands.main import main
 from linvideo.models import FewStepScheduler, default_fps, sampling_settings
 from linvideo.models.generate import generate_video
 from linvideo.models.sampling_settings import FILE, KINDS
@@ -93,7 +94,7 @@ def test_commands_start_from_them_and_say_so(folders, tmp_path, capsys, monkeypa
         "check": [stock, "--output", f"{output}.mp4"],
         "analyze": [stock, "--output_dir", output],
     }
-    assert cli.main([command, *words[command], "--height", "64"]) == 2
+    assert main([command, *words[command], "--height", "64"]) == 2
     out = capsys.readouterr().out
     assert f"loading {stock}" in out and "64x48, 5 frames" in out
     (args, kwargs) = seen[0]
@@ -107,7 +108,7 @@ def test_commands_start_from_them_and_say_so(folders, tmp_path, capsys, monkeypa
 
 def test_the_distilled_ones_guidance_is_refused_by_the_command(folders, tmp_path, capsys):
     words = ["generate", "--model", str(folders / "few"), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4")]
-    assert cli.main([*words, "--guidance_scale", "5"]) == 2
+    assert main([*words, "--guidance_scale", "5"]) == 2
     assert "guidance_scale of this distilled model must be 1.0, got 5.0" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny_image_pipeline, tiny_image_transformer, tiny_pipeline, tiny_transformer
 
-from linvideo import cli
+from linvideo.commands.main import main
 from linvideo.planning import plan
 from linvideo.planning.hours import read_results
 from linvideo.planning.memory import TRAINING, Layout, held
@@ -36,13 +36,13 @@ def folder(tmp_path_factory):
 
 
 def said(capsys, *argv: object) -> str:
-    assert cli.main(["plan", *map(str, argv)]) == 0
+    assert main(["plan", *map(str, argv)]) == 0
     return capsys.readouterr().out
 
 
 def refused(capsys, *argv: object) -> str:
     try:
-        status = cli.main(["plan", *map(str, argv)])
+        status = main(["plan", *map(str, argv)])
     except SystemExit as stop:  # argparse's own refusals
         status = stop.code
     assert status == 2
@@ -289,7 +289,7 @@ def test_models_that_train_does_not_take(tmp_path, capsys):
     assert "cannot build from the configs of" in refused(capsys, "--model", tmp_path / "empty")
     two = tiny_pipeline(transformer_2=tiny_transformer(), boundary_ratio=0.9)
     two.save_pretrained(tmp_path / "two")
-    cli.main(["convert", "--model", str(tmp_path / "two"), "--output_dir", str(tmp_path / "made"), "--layers", "0"])
+    main(["convert", "--model", str(tmp_path / "two"), "--output_dir", str(tmp_path / "made"), "--layers", "0"])
     assert "LinVideoWanTransformer3DModel" in refused(capsys, "--model", tmp_path / "made")
 
 
@@ -318,5 +318,5 @@ def test_a_damaged_config(folder, tmp_path, capsys):
 
 def test_other_commands_still_refuse_unknown_options(capsys):
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["info", "--model", "x", "--nonsense", "1"])
+        main(["info", "--model", "x", "--nonsense", "1"])
     assert "unrecognized arguments: --nonsense 1" in capsys.readouterr().err

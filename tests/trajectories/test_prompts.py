@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, tiny_tokenizer
 
 from linvideo.trajectories.prompts import PromptConfig, PromptEmbeddings, encode_prompts, read_prompts, some_of, spread
 
@@ -134,3 +134,17 @@ def test_the_tokenizer_stays_as_it_was(pipeline):
 def test_embeddings_of_other_shapes_are_refused():
     with pytest.raises(ValueError, match=r"\[P, L, E\]"):
         PromptEmbeddings(torch.zeros(3, 4, 5), torch.zeros(2, 4, 5))
+
+
+def test_words_that_the_model_does_not_know_are_named(recwarn):
+    from linvideo.demo import teacher
+    from linvideo.demo.world import WORLDS
+    from linvideo.trajectories.prompts import warn_of_unknown_words
+
+    caption = WORLDS["small"].training_captions()[0]
+    tokenizer = teacher.build_tokenizer(WORLDS["small"])
+    warn_of_unknown_words(tokenizer, [caption, ""])
+    warn_of_unknown_words(tiny_tokenizer(), ["any word \u4e2d"])
+    assert not recwarn
+    with pytest.warns(UserWarning, match="does not know these words of the captions: 'zebra', 'flies'$"):
+        warn_of_unknown_words(tokenizer, [f"{caption} zebra", "zebra flies"])

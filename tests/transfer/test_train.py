@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_inputs, tiny_pipeline, tiny_transformer
 from tiny_run import PROMPTS, run, tiny_config, tiny_teacher
 
-from linvideo import cli
+from linvideo.commands.main import main
 from linvideo.models import convert, describe, load_pipeline
 from linvideo.run import TrainingDiverged, read_metrics
 from linvideo.trajectories import TrajectoryStore
@@ -241,9 +241,9 @@ def test_workers_on_their_own_fill_one_store(tmp_path, capsys):
     (tmp_path / "captions.txt").write_text("\n".join(PROMPTS))
     flags = ["--config", tmp_path / "options.yaml", "--prompts.prompts_file", tmp_path / "captions.txt"]
     for worker, said in (("1/2", "1 of 3 shards"), ("0/2", "3 of 3 shards")):
-        assert cli.main(["collect", "--worker", worker, *map(str, flags)]) == 0
+        assert main(["collect", "--worker", worker, *map(str, flags)]) == 0
         assert said in capsys.readouterr().out
-    assert cli.main(["train", *map(str, flags), "--resume_from_checkpoint", "latest"]) == 0
+    assert main(["train", *map(str, flags), "--resume_from_checkpoint", "latest"]) == 0
     run(tmp_path / "whole")
     for number in range(3):
         name = f"trajectories/shard-{number:06d}.safetensors"
@@ -254,5 +254,5 @@ def test_workers_on_their_own_fill_one_store(tmp_path, capsys):
 
 @pytest.mark.parametrize("worker", ["2/2", "1", "a/b", "-1/2"])
 def test_workers_are_numbered(worker, tmp_path, capsys):
-    assert cli.main(["collect", f"--worker={worker}", "--output_dir", str(tmp_path / "run")]) == 2
+    assert main(["collect", f"--worker={worker}", "--output_dir", str(tmp_path / "run")]) == 2
     assert f"got {worker}" in capsys.readouterr().err and not (tmp_path / "run").exists()

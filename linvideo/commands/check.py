@@ -1,0 +1,50 @@
+"""`linvideo check`."""
+
+import argparse
+from pathlib import Path
+
+from linvideo.commands.shared import (
+    add_device,
+    add_dtype,
+    add_setting,
+    announce,
+    given,
+    load,
+    refuse_existing_video,
+)
+
+SUMMARY = "try every part of a training run once with the real weights, in minutes"
+EXAMPLES = """
+linvideo check Wan-AI/Wan2.1-T2V-1.3B-Diffusers --output check.mp4
+"""
+SIZE = {"height": 256, "width": 256, "num_frames": 17}  # small, so that a check takes minutes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="stock pipeline folder or Hub id")
+    add_dtype(parser)
+    for name, value in SIZE.items():
+        add_setting(parser, name, value, f"default: as the pipeline's folder says, else {value}")
+    add_device(parser)
+    parser.add_argument("--output", type=Path, default=Path("check.mp4"), help="the mp4 file of a short video")
+    parser.add_argument("--overwrite", action="store_true", help="replace a video that is there")
+
+
+def run(args: argparse.Namespace) -> int:
+    from linvideo import models
+    from linvideo.evaluation.check import STEPS, check_pipeline
+    from linvideo.models.video_file import check_output
+
+    refuse_existing_video(args)
+    check_output(args.output)  # before a long load
+    pipeline = load(args.model, args.dtype).to(args.device)
+    pipeline.set_progress_bar_config(leave=False)
+    settings = SIZE | models.sampling_settings(pipeline) | given(args)
+    size = {name: settings[name] for name in SIZE}
+    announce("check with videos", pipeline, size | {"num_inference_steps": STEPS}, args)
+    failed = 0
+    for finding in check_pipeline(pipeline, args.output, **size):
+        failed += not finding.passed
+        mark = "ok    " if finding.passed else "FAILED"
+        print(f"{mark} {finding.name}: {finding.detail} ({finding.seconds:.1f} s)", flush=True)
+    return min(failed, 1)

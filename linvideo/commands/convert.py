@@ -1,0 +1,73 @@
+"""`linvideo convert`."""
+
+import argparse
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from linvideo.commands.shared import (
+    add_dtype,
+    add_model,
+    add_output_dir,
+    load,
+    print_transformers,
+    refuse_existing,
+)
+
+SUMMARY = "give layers of a pipeline linear attention, without training"
+EXAMPLES = """
+linvideo convert --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --layers 0 2 5-7 --output_dir untrained
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_dtype(parser)
+    add_output_dir(parser)
+    what = '0-based layer numbers and ranges, such as 0 2 5-7 or 0,2,5-7, or "all"'
+    parser.add_argument("--layers", nargs="+", type=layer_numbers, default=["all"], help=what)
+    parser.add_argument("--mode", choices=["mixed", "linear"], default="linear")
+    parser.add_argument("--feature_map", default="hedgehog")
+    what = "fitted weights: feature_maps.safetensors of analyze or train"
+    parser.add_argument("--feature_maps", type=Path, help=what)
+
+
+def layer_numbers(text: str) -> list[int] | str:
+    """A type for argparse: "all", or numbers and ranges as they stand in what `info` prints: 1,2,3 or 0-4."""
+    if text == "all":
+        return text
+    layers = []
+    for word in text.strip(",").split(","):
+        if not (found := re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", word.strip())):
+            raise argparse.ArgumentTypeError(f'expected 0-based layer numbers, such as 0 2 5-7, or "all", got {text!r}')
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise argparse.ArgumentTypeError(f"expected a range of layers from low to high, got {word.strip()}")
+        layers += range(first, last + 1)
+    return layers
+
+
+def run(args: argparse.Namespace) -> None:
+    from linvideo import models
+    from linvideo.workspace import remove_dead
+
+    remove_dead(args.output_dir.resolve().parent)  # a killed call may have left what stood there in a folder next to it
+    refuse_existing(args)
+    pipeline = load(args.model, args.dtype)
+    if "all" in args.layers and len(args.layers) > 1:
+        raise ValueError("--layers takes layer numbers or all, got both")
+    layers = "all" if args.layers == ["all"] else [layer for some in args.layers for layer in some]
+    converted = models.convert(pipeline, layers, mode=args.mode, feature_map=args.feature_map, copy=False)
+    how, state = models.Training(f"conversion ({args.mode})"), "untrained"
+    if args.feature_maps is not None:
+        from linvideo.transfer.warmup import load_feature_maps
+
+        if getattr(pipeline, "transformer_2", None) is not None:
+            raise ValueError("--feature_maps are of one transformer, got a pipeline with two")
+        load_feature_maps(models.wan_transformer(converted), args.feature_maps)
+        how = replace(how, untrained="only the feature maps are fitted")
+        state = "fitted, all other weights as they were"
+    models.save_pipeline(converted, args.output_dir, overwrite=args.overwrite, training=how)
+    if len(print_transformers(converted)) > 1:
+        print("both experts were converted, with the same layers")
+    print(f"saved to {args.output_dir}; its new linear layers are {state}: `linvideo train` makes good ones, of Wan")

@@ -1,0 +1,124 @@
+"""`linvideo generate`."""
+
+import argparse
+from pathlib import Path
+
+from linvideo.commands.shared import (
+    add_device,
+    add_dtype,
+    add_model,
+    add_video,
+    announce,
+    given,
+    load,
+    load_teacher,
+    print_transformers,
+    refuse_existing_video,
+    teachers_settings,
+    whole_number,
+)
+
+SUMMARY = "make videos with a pipeline, converted or stock, and say what they cost"
+EXAMPLES = """
+linvideo generate --model run/pipeline --prompt "a red kite over a grey sea" --output kite.mp4
+linvideo generate --model run/pipeline --prompts_file captions.txt --num_videos_per_prompt 2 --output videos
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_dtype(parser)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt")
+    what = "one caption a line, or .jsonl with caption and image; --output is a folder"
+    prompt.add_argument("--prompts_file", type=Path, help=what)
+    parser.add_argument("--image", type=Path, help="with --prompt, for a pipeline that takes one")
+    what = "from noise of --seed, --seed + 1, ...; --output is a folder"
+    parser.add_argument("--num_videos_per_prompt", type=whole_number(1, 10_000), default=1, help=what)
+    add_video(parser)
+    add_device(parser)
+    what = "a pipeline whose video from the same noise is to stand at the left"
+    parser.add_argument("--compare", metavar="TEACHER", help=what)
+    parser.add_argument("--attention_backend", help="of the softmax layers, a name of diffusers' set_attention_backend")
+    parser.add_argument("--cpu_offload", choices=["model", "sequential"], help="keep on the GPU only what computes")
+    parser.add_argument("--vae_tiling", action="store_true", help="less GPU memory for the VAE")
+    parser.add_argument("--output", type=Path, help="the mp4 file, default output.mp4; of several videos a folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace videos that are there")
+
+
+def run(args: argparse.Namespace) -> None:
+    from linvideo import models
+    from linvideo.evaluation.sampling import add_to_index, make_videos, read_index, summary
+    from linvideo.models.video_file import check_output
+
+    jobs = video_jobs(args)
+    if args.cpu_offload is not None and (args.device == "cpu" or args.compare):
+        raise ValueError("--cpu_offload needs a GPU and goes without --compare, whose two pipelines share parts")
+    check_output(jobs[0].path)  # before a long load
+    numbered = jobs[0].path != args.output
+    if numbered:
+        read_index(jobs[0].path.parent)
+    pipeline = load(args.model, args.dtype)
+    models.video_transformers(pipeline)  # before a long load of the teacher
+    settings, asked, teacher, of_teacher = models.sampling_settings(pipeline), given(args), None, None
+    if args.compare is None:
+        settings |= asked
+    else:
+        teacher = load_teacher(args.compare, args.dtype, pipeline)
+        # of a distilled model steps and guidance are its own, those asked for are the other's
+        of_teacher = teachers_settings(teacher, pipeline) | asked | models.own_settings(teacher)
+        settings |= asked | models.own_settings(pipeline)
+    announce(f"{len(jobs)} videos", pipeline, settings, args)
+    for part in filter(None, (pipeline, teacher)):
+        place(part, args)
+    made = []
+    for video in make_videos(pipeline, jobs, settings, teacher, of_teacher, args.fps, args.overwrite):
+        made.append(video)
+        if numbered:
+            add_to_index(video.job.path.parent, video.job)
+        compared = "" if video.psnr is None else f", PSNR {video.psnr:.2f} dB and SSIM {video.ssim:.4f} to the teacher"
+        print(f"wrote {video.job.path}, seed {video.job.seed}{compared}", flush=True)
+    print_transformers(pipeline)
+    print(summary(made, args.device))
+
+
+def video_jobs(args: argparse.Namespace) -> list:
+    """One for each prompt and seed; a video of --prompt goes to the file --output, several to the folder."""
+    from linvideo.evaluation.sampling import Job
+    from linvideo.trajectories.prompts import Prompt, read_prompts_with_images
+
+    if args.prompts_file is None:
+        prompts = [Prompt(args.prompt, args.image)]
+    elif args.image is None:
+        prompts = read_prompts_with_images(args.prompts_file)
+    else:
+        raise ValueError("--image goes with --prompt; a .jsonl --prompts_file names an image in each line")
+    seeds = range(args.seed, args.seed + args.num_videos_per_prompt)
+    if args.prompts_file is None and len(seeds) == 1:
+        args.output = args.output or Path("output.mp4")
+        refuse_existing_video(args)
+        return [Job(prompts[0], args.seed, args.output)]
+    folder = args.output or Path("outputs")
+    if folder.suffix == ".mp4" or folder.is_file():
+        raise ValueError(f"--output must name a folder for several videos, got {folder}")
+    jobs = [Job(prompt, seed, folder / f"{i:04d}-{seed}.mp4") for i, prompt in enumerate(prompts) for seed in seeds]
+    there = [job.path for job in jobs if job.path.exists()]
+    if there and not args.overwrite:
+        raise ValueError(f"{there[0]} exists; choose another --output or pass --overwrite")
+    return jobs
+
+
+def place(pipeline, args: argparse.Namespace) -> None:
+    """Onto the device, as the flags say that diffusers-cli has too."""
+    from linvideo import models
+
+    if args.attention_backend is not None:
+        for transformer in models.video_transformers(pipeline).values():
+            models.choose_backend(transformer, args.attention_backend, args.device)
+    if args.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if args.cpu_offload is None:
+        pipeline.to(args.device)
+    else:
+        name = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}[args.cpu_offload]
+        getattr(pipeline, name)(device=args.device)

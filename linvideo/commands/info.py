@@ -1,0 +1,25 @@
+"""`linvideo info`."""
+
+import argparse
+
+from linvideo.commands.shared import add_dtype, add_model, load, print_transformers
+
+SUMMARY = "say what a pipeline's attention layers are"
+EXAMPLES = """
+linvideo info --model run/pipeline
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_dtype(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from linvideo import models
+
+    # without the text encoder, the largest part, which says nothing about attention
+    pipeline = load(args.model, args.dtype, text_encoder=None)
+    models.video_transformers(pipeline)
+    print(f"{type(pipeline).__name__}, scheduler {type(pipeline.scheduler).__name__}")
+    print_transformers(pipeline)

@@ -1,0 +1,29 @@
+"""`linvideo train`."""
+
+import argparse
+
+from linvideo.commands.shared import add_config_options, announce_run
+
+SUMMARY = "selective transfer and fine-tuning: --config FILE, --section.key VALUE; also under torchrun"
+EXAMPLES = """
+linvideo train --config demo --output_dir run
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from linvideo.run import load_config
+    from linvideo.run.parallel import disconnect
+    from linvideo.transfer import TrainConfig, Trainer
+
+    config = load_config(args.config_options, TrainConfig)
+    selection = config.selection.max_train_steps if config.selection.method == "learned" else 0
+    stages = {"warm-up": config.warmup.max_train_steps, "selection": selection, "fine-tuning": config.max_train_steps}
+    announce_run(config, stages)
+    result = Trainer(config).train()
+    disconnect()  # not after an error: the others may wait in a collective that this process will not join
+    if result.pipeline is not None:  # of several processes the first has it
+        print(f"linear layers: {result.layers_linear}; saved the converted pipeline to {result.pipeline_path}")

@@ -1,0 +1,124 @@
+"""The `linvideo` command as a whole: bad input ends with one line and status 2 and changes nothing; exit statuses."""
+
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+from command_line import refused
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from linvideo.commands.main import main
+from linvideo.run import TrainingStopped
+
+NEVER = "f" * 300
+RUN = ["--pretrained_model_name_or_path", "MODEL", "--output_dir", "run"]
+BAD = [
+    (["generate", "--model", "MODEL", "--prompts_file", "/dev/full", "--output", "o"], "cannot read the prompts file"),
+    (["generate", "--model", NEVER, "--prompt", "x"], NEVER[:50]),
+    (["generate", "--model", "MODEL", "--prompt", "x", "--output", f"{NEVER}.mp4"], "too long"),
+    (["convert", "--model", "MODEL", "--output_dir", NEVER], "too long"),
+    (["convert", "--model", "MODEL", "--output_dir", "LOOP"], "loop"),
+    (["convert", "--model", "MODEL", "--output_dir", "o", "--feature_maps", "/dev/null"], "/dev/null"),
+    (["info", "--model", "DEEP"], "cannot load a pipeline from"),
+    (["check", "MODEL", "--height", "31"], "multiple of 16"),
+    (["check", "MODEL", "--output", "/dev/null"], ".mp4"),
+    (["check", "MODEL", "--width", str(16 * 10**12)], "must be at most 100000"),
+    (["generate", "--model", "MODEL", "--prompt", "x", "--num_inference_steps", "9" * 9], "must be at most 100000"),
+    (["train", *RUN, "--trajectories.height", str(16 * 10**12)], "trajectories.height must be at most 100000"),
+    (["train", *RUN, "--validation.num_inference_steps", "9" * 9], "must be at most 100000"),
+    (["analyze", "MODEL", "--output_dir", "o", "--speedup", "nan"], "speedup"),
+    (["analyze", "MODEL", "--output_dir", "o", "--num_trajectories", "-1"], "must be at least 1"),
+    (["analyze", "MODEL", "--output_dir", "o", "--timed_size", "0", "0", "0"], "must be at least 1"),
+    (["analyze", "MODEL", "--output_dir", "o", "--prompts_file", "/"], "cannot read the prompts file"),
+    (["evaluate", "MODEL", "--suite", "fidelity", "--output_dir", "o"], "--teacher"),
+    (["evaluate", "MODEL", "--suite", "fidelity", "--output_dir", "o", "--num_prompts", "-1"], "must be at least 1"),
+    (["evaluate", "MODEL", "--suite", "vbench", "--output_dir", "o", "--full_info", "/dev/null"], "not valid JSON"),
+    (["plan", "--model", "MODEL", "--gpus", str(10**9)], "gpus must be from 1 to 100000"),
+    (["plan", "--model", "MODEL", "--gpus", "1e9"], "expected a whole number"),
+    (["plan", "--model", "wan2.1-1.3b", "--train_batch_size", str(10**12)], "the global batch must be at most"),
+    (["plan", "--model", "MODEL", "--max_train_steps", str(10**30)], "max_train_steps must lie within"),
+    (["plan", "--model", "MODEL", "--gpu_memory", "1e400"], "must be finite"),
+    (["train", *RUN, "--seed", "9" * 30], "seed must lie within"),
+    (["train", *RUN, "--optimizer.learning_rate", "1e400"], "optimizer.learning_rate must be finite"),
+    (["train", *RUN, "--attention_backend", "sage", "--device", "cpu"], "cannot use attention_backend 'sage' here"),
+    (["train", *RUN, "--prompts.prompts_file", "/dev/full"], "cannot read the prompts file"),
+    (["train", "--config", "/"], "/"),
+    (["distill", *RUN, "--num_steps", "0"], "num_steps must be at least 1"),
+    (["distill", *RUN, "--timesteps", "[.nan]"], "timesteps must fall"),
+    (["collect", "--worker", "1/1", *RUN], "--worker must be number/count"),
+    (["collect", "--worker", "\u00b2/3", *RUN], "--worker must be number/count"),
+    (["demo", "--output_dir", "o", "--videos", "3"], "videos must be at least 4"),
+    (["demo", "--output_dir", "o", "--stages", ""], "stages must be of"),
+]
+
+
+@pytest.mark.parametrize("words, expected", BAD, ids=[f"{words[0]}-{i}" for i, (words, _) in enumerate(BAD)])
+def test_bad_input_ends_in_one_line(folder, tmp_path, capsys, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "model_index.json").write_text("[" * 100_000)
+    (tmp_path / "loop").symlink_to("loop")
+    places = {"MODEL": folder, "DEEP": tmp_path / "deep", "LOOP": tmp_path / "loop"}
+    message = refused(capsys, *(places.get(word, word) for word in words))
+    assert expected in message and "\n" not in message
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".mp4", ".safetensors")]
+
+
+def test_no_command_is_one_line(capsys):
+    assert "COMMAND" in refused(capsys)
+
+
+def test_existing_output_is_kept_without_overwrite(folder, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "mine.mp4").write_text("mine")
+    assert "exists" in refused(capsys, "convert", "--model", folder, "--output_dir", kept)
+    assert "exists" in refused(capsys, "demo", "--output_dir", kept)
+    assert "exists" in refused(capsys, "generate", "--model", folder, "--prompt", "x", "--output", kept / "mine.mp4")
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["mine.mp4"]
+    assert (kept / "mine.mp4").read_text() == "mine"
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "model_index.json" in refused(capsys, "info", "--model", empty)
+    assert "missing" in refused(capsys, "info", "--model", tmp_path / "missing")
+
+
+def test_a_pipeline_of_another_family(tmp_path, capsys):
+    other = DDPMPipeline(
+        UNet2DModel(
+            8,
+            block_out_channels=(8,),
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+            norm_num_groups=4,
+        ),
+        DDPMScheduler(),
+    )
+    other.save_pretrained(tmp_path / "ddpm")
+    assert "video transformer" in refused(capsys, "info", "--model", tmp_path / "ddpm")
+    words = ["--model", tmp_path / "ddpm", "--prompt", "x", "--output", tmp_path / "v.mp4"]
+    assert "video transformer" in refused(capsys, "generate", *words)
+    train = ["--pretrained_model_name_or_path", tmp_path / "ddpm", "--output_dir", tmp_path / "run"]
+    assert "Wan transformer" in refused(capsys, "train", *train)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 1)])
+def test_the_exit_status_of_a_stopped_run(number, status, capsys, monkeypatch):
+    def stopped(_):
+        raise TrainingStopped("after step 3 of warmup, which is saved", number)
+
+    monkeypatch.setattr("linvideo.commands.train.run", stopped)
+    assert main(["train"]) == status
+    assert "which is saved; continue with --resume_from_checkpoint latest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("call", [lambda _: torch.empty(2**60), lambda _: bytearray(2**62), lambda _: np.empty(2**59)])
+def test_too_little_memory_ends_in_one_line(call, capsys, monkeypatch):
+    monkeypatch.setattr("linvideo.commands.train.run", call)
+    assert main(["train"]) == 1
+    assert re.fullmatch("linvideo: error: not enough memory: .+\n", capsys.readouterr().err)

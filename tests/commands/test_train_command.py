@@ -1,0 +1,53 @@
+"""`linvideo train` on a tiny pipeline, from YAML to a video."""
+
+import json
+import os
+
+from command_line import refused
+
+from linvideo import load_pipeline, models
+from linvideo.commands.main import main
+
+
+def test_train_from_yaml_then_generate(folder, tmp_path, capsys, monkeypatch):
+    run, config = tmp_path / "run", tmp_path / "run.yaml"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "captions.txt").write_text("a cat\na dog\n")
+    config.write_text(
+        f"pretrained_model_name_or_path: {os.path.relpath(folder)}\noutput_dir: run\nmax_train_steps: 1\n"
+        "progress: false\noverwrite_output_dir: true\nprompts: {prompts_file: captions.txt}\n"
+        "trajectories: {num_trajectories: 2, num_inference_steps: 2, height: 32, width: 32, num_frames: 9}\n"
+        "warmup: {max_train_steps: 1}\nsensitivity: {num_states: 2}\nselection: {num_linear_layers: 1}\n"
+        "validation: {steps: 9, num_videos: 1, num_inference_steps: 1}\n"
+    )
+    assert main(["train", "--config", str(config), "--selection.max_train_steps", "1"]) == 0
+    assert "linear layers: [" in capsys.readouterr().out
+    assert len(models.describe(load_pipeline(run / "pipeline").transformer).layers_linear) == 1
+    card = (run / "pipeline" / "README.md").read_text()
+    assert "- selective transfer: optimizer steps: warm-up 1, selection 1, fine-tuning 1; " in card
+    assert "objective mse" in card and "32x32, 9 frames" in card and str(tmp_path) not in card
+    row = json.loads((run / "validation.jsonl").read_text().splitlines()[-1])
+    assert row["stage"] == "finetune" and f"| PSNR, dB | {row['psnr']:.4g} |" in card
+    stored = json.loads((run / "pipeline" / "scheduler" / "sampling.json").read_text())
+    assert stored.pop("fps") == 16 and stored.pop("guidance_scale") == 5.0
+    assert stored == {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2}
+    size = ["--num_frames", "5", "--num_inference_steps", "1"]
+    words = ["--model", str(run / "pipeline"), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4")]
+    assert main(["generate", *words, *size]) == 0
+    assert (tmp_path / "v.mp4").stat().st_size > 0
+
+    (tmp_path / "elsewhere").mkdir()  # the recorded config does the same again, in any folder
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "is not empty" in refused(capsys, "train", "--config", run / "config.yaml", "--output_dir", run)
+    for words in (["--output_dir", "again"], ["--output_dir", run, "--resume_from_checkpoint", "latest"]):
+        assert main(["train", "--config", str(run / "config.yaml"), *map(str, words)]) == 0
+    weights = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    assert (run / weights).read_bytes() == (tmp_path / "elsewhere" / "again" / weights).read_bytes()
+
+
+def test_a_target_larger_than_the_model(folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = ["--pretrained_model_name_or_path", folder, "--output_dir", run, "--selection.num_linear_layers", "9"]
+    assert "3 layers" in refused(capsys, "train", *flags)
+    assert "nonsense" in refused(capsys, "train", "--output_dir", run, "--nonsense", "1")
+    assert not run.exists()
