@@ -7,6 +7,7 @@ from linvideo.commands.shared import (
     DEFAULTS,
     add_device,
     add_dtype,
+    add_model,
     add_output_dir,
     add_setting,
     announce,
@@ -25,7 +26,7 @@ linvideo analyze Wan-AI/Wan2.1-T2V-1.3B-Diffusers --speedup 1.3 --output_dir ana
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="stock pipeline folder or Hub id")
+    add_model(parser, "stock pipeline folder or Hub id")
     add_dtype(parser)
     add_output_dir(parser)
     add_device(parser)

@@ -6,6 +6,7 @@ from pathlib import Path
 from linvideo.commands.shared import (
     add_device,
     add_dtype,
+    add_model,
     add_setting,
     announce,
     given,
@@ -21,7 +22,7 @@ SIZE = {"height": 256, "width": 256, "num_frames": 17}  # small, so that a check
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="stock pipeline folder or Hub id")
+    add_model(parser, "stock pipeline folder or Hub id")
     add_dtype(parser)
     for name, value in SIZE.items():
         add_setting(parser, name, value, f"default: as the pipeline's folder says, else {value}")

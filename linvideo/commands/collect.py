@@ -2,7 +2,7 @@
 
 import argparse
 
-from linvideo.commands.shared import add_config_options, announce_run
+from linvideo.commands.shared import TEACHER, add_config_options, announce_run, read_config
 
 SUMMARY = "only sample a run's trajectories, a part of them; takes linvideo train's options too"
 EXAMPLES = """
@@ -11,19 +11,18 @@ linvideo collect --config demo --output_dir run --worker 0/4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_options(parser, TEACHER)
     parser.add_argument("--worker", default="0/1", help="number/count: which part, say 0/4 to 3/4 for four workers")
-    add_config_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from linvideo.run import load_config
     from linvideo.transfer import TrainConfig, Trainer
 
     number, _, count = args.worker.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise ValueError(f"--worker must be number/count with number from 0 to count - 1, got {args.worker}")
     # the folder is not empty once another worker has begun
-    config = load_config([*args.config_options, "--resume_from_checkpoint", "latest"], TrainConfig)
+    config = read_config(args, TrainConfig, last=["--resume_from_checkpoint", "latest"])
     announce_run(config, {})
     store = Trainer(config).collect(int(number), int(count))
     missing = len(store.missing_shards())

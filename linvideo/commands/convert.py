@@ -16,20 +16,20 @@ from linvideo.commands.shared import (
 
 SUMMARY = "give layers of a pipeline linear attention, without training"
 EXAMPLES = """
-linvideo convert --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --layers 0 2 5-7 --output_dir untrained
+linvideo convert Wan-AI/Wan2.1-T2V-1.3B-Diffusers --layers 0 2 5-7 --output_dir untrained
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_dtype(parser)
+    add_dtype(parser, default="float32")
     add_output_dir(parser)
     what = '0-based layer numbers and ranges, such as 0 2 5-7 or 0,2,5-7, or "all"'
     parser.add_argument("--layers", nargs="+", type=layer_numbers, default=["all"], help=what)
     parser.add_argument("--mode", choices=["mixed", "linear"], default="linear")
-    parser.add_argument("--feature_map", default="hedgehog")
-    what = "fitted weights: feature_maps.safetensors of analyze or train"
-    parser.add_argument("--feature_maps", type=Path, help=what)
+    parser.add_argument("--feature_map", default="hedgehog", help="of the linear branches, say hedgehog or relu")
+    what = "fitted weights of the feature maps: feature_maps.safetensors of analyze or train"
+    parser.add_argument("--fitted_maps", type=Path, help=what)
 
 
 def layer_numbers(text: str) -> list[int] | str:
@@ -59,12 +59,12 @@ def run(args: argparse.Namespace) -> None:
     layers = "all" if args.layers == ["all"] else [layer for some in args.layers for layer in some]
     converted = models.convert(pipeline, layers, mode=args.mode, feature_map=args.feature_map, copy=False)
     how, state = models.Training(f"conversion ({args.mode})"), "untrained"
-    if args.feature_maps is not None:
+    if args.fitted_maps is not None:
         from linvideo.transfer.warmup import load_feature_maps
 
         if getattr(pipeline, "transformer_2", None) is not None:
-            raise ValueError("--feature_maps are of one transformer, got a pipeline with two")
-        load_feature_maps(models.wan_transformer(converted), args.feature_maps)
+            raise ValueError("--fitted_maps are of one transformer, got a pipeline with two")
+        load_feature_maps(models.wan_transformer(converted), args.fitted_maps)
         how = replace(how, untrained="only the feature maps are fitted")
         state = "fitted, all other weights as they were"
     models.save_pipeline(converted, args.output_dir, overwrite=args.overwrite, training=how)

@@ -2,24 +2,24 @@
 
 import argparse
 
-from linvideo.commands.shared import add_config_options, announce_run
+from linvideo.commands.shared import add_config_options, announce_run, read_config
 
 SUMMARY = "a converted model to few steps: options as of train; also under torchrun"
 EXAMPLES = """
-linvideo distill --config distill-demo --student_model_name_or_path run/pipeline --output_dir distilled
+linvideo distill run/pipeline --config distill-demo --output_dir distilled
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_options(parser)
+    what = "the converted model, a pipeline folder or Hub id; default: the config's student_model_name_or_path"
+    add_config_options(parser, what)
 
 
 def run(args: argparse.Namespace) -> None:
     from linvideo.distillation import DistillConfig, Distiller
-    from linvideo.run import load_config
     from linvideo.run.parallel import disconnect
 
-    config = load_config(args.config_options, DistillConfig)
+    config = read_config(args, DistillConfig, model="student_model_name_or_path")
     announce_run(config, {"regression": config.regression.max_train_steps, "DMD": config.max_train_steps})
     result = Distiller(config).train()
     disconnect()  # not after an error, see train

@@ -7,6 +7,7 @@ from linvideo.commands.shared import (
     DEFAULTS,
     add_device,
     add_dtype,
+    add_model,
     add_video,
     announce,
     given,
@@ -32,7 +33,7 @@ DIMENSIONS = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="pipeline folder or Hub id")
+    add_model(parser)
     parser.add_argument("--suite", choices=["fidelity", "vbench"], required=True, help="against its teacher, or VBench")
     add_dtype(parser)
     parser.add_argument("--output_dir", type=Path, required=True)

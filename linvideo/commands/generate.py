@@ -20,8 +20,8 @@ from linvideo.commands.shared import (
 
 SUMMARY = "make videos with a pipeline, converted or stock, and say what they cost"
 EXAMPLES = """
-linvideo generate --model run/pipeline --prompt "a red kite over a grey sea" --output kite.mp4
-linvideo generate --model run/pipeline --prompts_file captions.txt --num_videos_per_prompt 2 --output videos
+linvideo generate run/pipeline --prompt "a red kite over a grey sea" --output kite.mp4
+linvideo generate run/pipeline --prompts_file captions.txt --num_videos_per_prompt 2 --output videos
 """
 
 

@@ -6,13 +6,13 @@ from linvideo.commands.shared import add_dtype, add_model, load, print_transform
 
 SUMMARY = "say what a pipeline's attention layers are"
 EXAMPLES = """
-linvideo info --model run/pipeline
+linvideo info run/pipeline
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_dtype(parser)
+    add_dtype(parser, default="float32")
 
 
 def run(args: argparse.Namespace) -> None:

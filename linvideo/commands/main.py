@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from linvideo.commands import analyze, check, collect, convert, demo, distill, evaluate, generate, info, plan, train
-from linvideo.commands.shared import choose_device
+from linvideo.commands.shared import choose_device, choose_dtype
 
 # in the order of a user's day
 COMMANDS = (demo, info, check, analyze, convert, plan, collect, train, distill, generate, evaluate)
@@ -50,6 +50,8 @@ def underscored(word: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
+        if any(word.partition("=")[0] == "--model" for word in argv):
+            raise ValueError("MODEL is positional: expected linvideo COMMAND MODEL [options], got --model")
         parser = make_parser()
         args, rest = parser.parse_known_args([underscored(word) for word in argv])
         if "config_options" in args:
@@ -58,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         if "device" in args:
             args.device = choose_device(args.device)
+            if "dtype" in args:
+                args.dtype = choose_dtype(args.dtype, args.device)
         return args.run(args) or 0
     except (ValueError, OSError) as error:
         print(f"linvideo: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -8,6 +8,8 @@ from pathlib import Path
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}  # Wan's
 AS_DISTILLED = ("num_inference_steps", "guidance_scale")  # a distilled model has these of its own
+# MODEL of the commands that read a config
+TEACHER = "the teacher, a stock pipeline folder or Hub id; default: the config's pretrained_model_name_or_path"
 LARGEST = 100_000  # as linvideo.trajectories.collect.LARGEST, without its imports
 
 
@@ -48,11 +50,13 @@ positive, natural, extent = whole_number(1), whole_number(0), whole_number(1, LA
 
 
 def add_model(parser, what: str = "pipeline folder or Hub id, converted or stock") -> None:
-    parser.add_argument("--model", required=True, help=what)
+    parser.add_argument("model", metavar="MODEL", help=what)
 
 
-def add_dtype(parser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+def add_dtype(parser, default: str | None = None) -> None:
+    """Without a default the device decides, see choose_dtype."""
+    what = "of the weights; default: " + (default or "bfloat16 on CUDA, else float32")
+    parser.add_argument("--dtype", choices=DTYPES, default=default, help=what)
 
 
 def add_device(parser) -> None:
@@ -79,21 +83,46 @@ def add_setting(parser, name: str, value: int | float, what: str) -> None:
     parser.add_argument(f"--{name}", type=number if isinstance(value, float) else extent, help=what)
 
 
-def add_config_options(parser) -> None:
-    """The command also takes the options of a run's config: `main` puts them into args.config_options."""
+def add_config_options(parser, what: str) -> None:
+    """The command takes the options of a run's config, and before them MODEL: see read_config.
+
+    argparse would take the value of an option that it does not know for MODEL. So `main` leaves all these words in
+    args.config_options.
+    """
+    parser.usage = f"{parser.prog} [MODEL] [options]"
+    parser.add_argument_group("MODEL", what)
     parser.set_defaults(config_options=[])
 
 
 # loading
 
 
+def read_config(args: argparse.Namespace, kind, first=(), last=(), model: str = "pretrained_model_name_or_path"):
+    """The config of class `kind` from MODEL, which is the option `model` and wins, and from the config's options.
+
+    first, last: options of the command's own, before the user's and after them, where they win.
+    """
+    from linvideo.run import load_config
+
+    words = args.config_options
+    if words and not words[0].startswith("-"):
+        words = [*words[1:], f"--{model}", words[0]]
+    return load_config([*first, *words, *last], kind)
+
+
 def choose_device(name: str | None) -> str:
+    """The device that is asked for, if it is there, else CUDA or the CPU."""
     import torch
 
     from linvideo.trajectories.devices import check_device
 
     check_device(name)
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(name: str | None, device: str) -> str:
+    """The dtype that is asked for, else the one that suits the device."""
+    return name or ("bfloat16" if device.startswith("cuda") else "float32")
 
 
 def load(model: str, dtype: str, **components):
@@ -104,7 +133,7 @@ def load(model: str, dtype: str, **components):
     from linvideo.models.pipelines import wan_dtypes
 
     chosen = getattr(torch, dtype)
-    print(f"loading {model}", flush=True)
+    print(f"loading {model} in {dtype}", flush=True)
     pipeline = models.load_pipeline(model, dtype=wan_dtypes(chosen), **components)
     if type(getattr(pipeline, "vae", None)).__name__ != "AutoencoderKLWan":  # of another family all are meant for dtype
         for part in (getattr(pipeline, name, None) for name in ("vae", "image_encoder")):

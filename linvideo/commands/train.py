@@ -2,7 +2,7 @@
 
 import argparse
 
-from linvideo.commands.shared import add_config_options, announce_run
+from linvideo.commands.shared import TEACHER, add_config_options, announce_run, read_config
 
 SUMMARY = "selective transfer and fine-tuning: --config FILE, --section.key VALUE; also under torchrun"
 EXAMPLES = """
@@ -11,15 +11,14 @@ linvideo train --config demo --output_dir run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_options(parser)
+    add_config_options(parser, TEACHER)
 
 
 def run(args: argparse.Namespace) -> None:
-    from linvideo.run import load_config
     from linvideo.run.parallel import disconnect
     from linvideo.transfer import TrainConfig, Trainer
 
-    config = load_config(args.config_options, TrainConfig)
+    config = read_config(args, TrainConfig)
     selection = config.selection.max_train_steps if config.selection.method == "learned" else 0
     stages = {"warm-up": config.warmup.max_train_steps, "selection": selection, "fine-tuning": config.max_train_steps}
     announce_run(config, stages)

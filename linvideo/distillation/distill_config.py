@@ -1,6 +1,6 @@
 """The configuration of a distillation. Read like that of selective transfer:
 
-    linvideo distill --config run.yaml --student_model_name_or_path run/pipeline --num_steps 4
+    linvideo distill run/pipeline --config run.yaml --num_steps 4
 
 Defaults are what worked in runs of about 1,000 steps of the embedded model. For Wan, FastVideo's published runs are a
 start: learning rates 2e-6 (student) and 8e-6 (critic), 4,000 steps of batch 64.

@@ -107,12 +107,12 @@ def commands(analysis: Analysis, folder: str | Path) -> list[tuple[str, str]]:
     return [
         (
             "Convert without training, with the fitted feature maps:",
-            f"linvideo convert --model {model} --dtype {analysis.environment['dtype']}"
-            f" --layers {' '.join(map(str, layers))} --feature_maps {maps} --output_dir converted",
+            f"linvideo convert {model} --dtype {analysis.environment['dtype']}"
+            f" --layers {' '.join(map(str, layers))} --fitted_maps {maps} --output_dir converted",
         ),
         (
             "Train with these layers linear (better; RECIPE is one of docs/training.md):",
-            f"linvideo train --config RECIPE --pretrained_model_name_or_path {model} --selection.method layers"
+            f"linvideo train {model} --config RECIPE --selection.method layers"
             f' --selection.layers "{layers}" --selection.num_linear_layers {len(layers)} --output_dir run',
         ),
     ]

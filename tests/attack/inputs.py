@@ -68,13 +68,13 @@ def commands(bench: Bench) -> dict[str, tuple[list[str], dict[str, tuple[str, ..
     small = SIZE[:6]  # the size alone
     words = {
         "demo": ["demo", *new],
-        "convert": ["convert", "--model", stock, *new],
-        "plan": ["plan", "--model", "wan2.1-1.3b"],
-        "generate": ["generate", "--model", linear, "--prompt", "a", "--output", "v.mp4", *SIZE],
+        "convert": ["convert", stock, *new],
+        "plan": ["plan", "wan2.1-1.3b"],
+        "generate": ["generate", linear, "--prompt", "a", "--output", "v.mp4", *SIZE],
         "evaluate": ["evaluate", linear, "--suite", "fidelity", "--teacher", stock, "--num_prompts", "1", *new, *SIZE],
         "check": ["check", stock, "--output", "c.mp4", *small],
         "analyze": ["analyze", stock, *new, "--warmup_steps", "1", "--num_states", "2", *SIZE],
-        "info": ["info", "--model", stock],
+        "info": ["info", stock],
     }
     subparsers = next(a for a in command_line.make_parser()._actions if isinstance(a, argparse._SubParsersAction))
     found = {}

@@ -70,7 +70,7 @@ class Bench:
             (self.base / f"{name}.yaml").write_text(yaml.safe_dump(config))
         options, distilled = (["--config", str(self.base / f"{name}.yaml")] for name in ("train", "distill"))
         there, several = ["--output_dir", "out"], ["--prompts_file", str(prompts)]
-        convert_words = ["convert", "--model", stock, *there, "--overwrite"]
+        convert_words = ["convert", stock, *there, "--overwrite"]
         few = "--warmup_steps 2 --num_states 2 --num_trajectories 2".split()
         vbench = ["evaluate", linear, "--suite", "vbench", "--full_info", str(info), "--dimensions", "color", *there]
         pair = ["evaluate", linear, "--suite", "fidelity", "--teacher", stock, *several, *there]
@@ -80,7 +80,7 @@ class Bench:
             "collect": Subject(["collect", *options], ("trajectories/*", "*.safetensors")),
             "convert": Subject([*convert_words, "--layers", "0"], ("*",), [*convert_words, "--layers", "1"]),
             "generate": Subject(
-                ["generate", "--model", linear, *several, "--output", "out", *SIZE], ("*",), insist=["--overwrite"]
+                ["generate", linear, *several, "--output", "out", *SIZE], ("*",), insist=["--overwrite"]
             ),
             "evaluate": Subject([*pair, *SIZE], ("rows.json", "*.mp4")),
             "vbench": Subject([*vbench, *SIZE], ("videos/*",)),

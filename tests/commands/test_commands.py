@@ -2,6 +2,7 @@
 
 import re
 import signal
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -9,23 +10,26 @@ import torch
 from command_line import refused
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from linvideo.commands.main import main
+from linvideo.commands.main import main, make_parser
+from linvideo.commands.shared import choose_dtype, read_config
+from linvideo.distillation import DistillConfig
 from linvideo.run import TrainingStopped
+from linvideo.transfer import TrainConfig
 
 NEVER = "f" * 300
 RUN = ["--pretrained_model_name_or_path", "MODEL", "--output_dir", "run"]
 BAD = [
-    (["generate", "--model", "MODEL", "--prompts_file", "/dev/full", "--output", "o"], "cannot read the prompts file"),
-    (["generate", "--model", NEVER, "--prompt", "x"], NEVER[:50]),
-    (["generate", "--model", "MODEL", "--prompt", "x", "--output", f"{NEVER}.mp4"], "too long"),
-    (["convert", "--model", "MODEL", "--output_dir", NEVER], "too long"),
-    (["convert", "--model", "MODEL", "--output_dir", "LOOP"], "loop"),
-    (["convert", "--model", "MODEL", "--output_dir", "o", "--feature_maps", "/dev/null"], "/dev/null"),
-    (["info", "--model", "DEEP"], "cannot load a pipeline from"),
+    (["generate", "MODEL", "--prompts_file", "/dev/full", "--output", "o"], "cannot read the prompts file"),
+    (["generate", NEVER, "--prompt", "x"], NEVER[:50]),
+    (["generate", "MODEL", "--prompt", "x", "--output", f"{NEVER}.mp4"], "too long"),
+    (["convert", "MODEL", "--output_dir", NEVER], "too long"),
+    (["convert", "MODEL", "--output_dir", "LOOP"], "loop"),
+    (["convert", "MODEL", "--output_dir", "o", "--fitted_maps", "/dev/null"], "/dev/null"),
+    (["info", "DEEP"], "cannot load a pipeline from"),
     (["check", "MODEL", "--height", "31"], "multiple of 16"),
     (["check", "MODEL", "--output", "/dev/null"], ".mp4"),
     (["check", "MODEL", "--width", str(16 * 10**12)], "must be at most 100000"),
-    (["generate", "--model", "MODEL", "--prompt", "x", "--num_inference_steps", "9" * 9], "must be at most 100000"),
+    (["generate", "MODEL", "--prompt", "x", "--num_inference_steps", "9" * 9], "must be at most 100000"),
     (["train", *RUN, "--trajectories.height", str(16 * 10**12)], "trajectories.height must be at most 100000"),
     (["train", *RUN, "--validation.num_inference_steps", "9" * 9], "must be at most 100000"),
     (["analyze", "MODEL", "--output_dir", "o", "--speedup", "nan"], "speedup"),
@@ -35,11 +39,11 @@ BAD = [
     (["evaluate", "MODEL", "--suite", "fidelity", "--output_dir", "o"], "--teacher"),
     (["evaluate", "MODEL", "--suite", "fidelity", "--output_dir", "o", "--num_prompts", "-1"], "must be at least 1"),
     (["evaluate", "MODEL", "--suite", "vbench", "--output_dir", "o", "--full_info", "/dev/null"], "not valid JSON"),
-    (["plan", "--model", "MODEL", "--gpus", str(10**9)], "gpus must be from 1 to 100000"),
-    (["plan", "--model", "MODEL", "--gpus", "1e9"], "expected a whole number"),
-    (["plan", "--model", "wan2.1-1.3b", "--train_batch_size", str(10**12)], "the global batch must be at most"),
-    (["plan", "--model", "MODEL", "--max_train_steps", str(10**30)], "max_train_steps must lie within"),
-    (["plan", "--model", "MODEL", "--gpu_memory", "1e400"], "must be finite"),
+    (["plan", "MODEL", "--gpus", str(10**9)], "gpus must be from 1 to 100000"),
+    (["plan", "MODEL", "--gpus", "1e9"], "expected a whole number"),
+    (["plan", "wan2.1-1.3b", "--train_batch_size", str(10**12)], "the global batch must be at most"),
+    (["plan", "MODEL", "--max_train_steps", str(10**30)], "max_train_steps must lie within"),
+    (["plan", "MODEL", "--gpu_memory", "1e400"], "must be finite"),
     (["train", *RUN, "--seed", "9" * 30], "seed must lie within"),
     (["train", *RUN, "--optimizer.learning_rate", "1e400"], "optimizer.learning_rate must be finite"),
     (["train", *RUN, "--attention_backend", "sage", "--device", "cpu"], "cannot use attention_backend 'sage' here"),
@@ -74,9 +78,9 @@ def test_existing_output_is_kept_without_overwrite(folder, tmp_path, capsys):
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "mine.mp4").write_text("mine")
-    assert "exists" in refused(capsys, "convert", "--model", folder, "--output_dir", kept)
+    assert "exists" in refused(capsys, "convert", folder, "--output_dir", kept)
     assert "exists" in refused(capsys, "demo", "--output_dir", kept)
-    assert "exists" in refused(capsys, "generate", "--model", folder, "--prompt", "x", "--output", kept / "mine.mp4")
+    assert "exists" in refused(capsys, "generate", folder, "--prompt", "x", "--output", kept / "mine.mp4")
     assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["mine.mp4"]
     assert (kept / "mine.mp4").read_text() == "mine"
 
@@ -84,8 +88,8 @@ def test_existing_output_is_kept_without_overwrite(folder, tmp_path, capsys):
 def test_a_folder_that_is_no_pipeline(tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "model_index.json" in refused(capsys, "info", "--model", empty)
-    assert "missing" in refused(capsys, "info", "--model", tmp_path / "missing")
+    assert "model_index.json" in refused(capsys, "info", empty)
+    assert "missing" in refused(capsys, "info", tmp_path / "missing")
 
 
 def test_a_pipeline_of_another_family(tmp_path, capsys):
@@ -100,8 +104,8 @@ def test_a_pipeline_of_another_family(tmp_path, capsys):
         DDPMScheduler(),
     )
     other.save_pretrained(tmp_path / "ddpm")
-    assert "video transformer" in refused(capsys, "info", "--model", tmp_path / "ddpm")
-    words = ["--model", tmp_path / "ddpm", "--prompt", "x", "--output", tmp_path / "v.mp4"]
+    assert "video transformer" in refused(capsys, "info", tmp_path / "ddpm")
+    words = [tmp_path / "ddpm", "--prompt", "x", "--output", tmp_path / "v.mp4"]
     assert "video transformer" in refused(capsys, "generate", *words)
     train = ["--pretrained_model_name_or_path", tmp_path / "ddpm", "--output_dir", tmp_path / "run"]
     assert "Wan transformer" in refused(capsys, "train", *train)
@@ -122,3 +126,27 @@ def test_too_little_memory_ends_in_one_line(call, capsys, monkeypatch):
     monkeypatch.setattr("linvideo.commands.train.run", call)
     assert main(["train"]) == 1
     assert re.fullmatch("linvideo: error: not enough memory: .+\n", capsys.readouterr().err)
+
+
+def test_model_stands_before_the_options_of_a_config_and_wins():
+    words = "plan here --gpus 2 --config demo --output-dir run".split()
+    args, rest = make_parser().parse_known_args(words)
+    assert args.gpus == 2 and rest == ["here", "--config", "demo", "--output-dir", "run"]
+    demo = ["--config", "demo", "--output_dir", "run"]
+    for words, teacher in ((["here", *demo], "here"), (demo, "linvideo/demo/teacher")):
+        config = read_config(Namespace(config_options=words), TrainConfig, last=["--seed", "3"])
+        assert (config.pretrained_model_name_or_path, config.seed) == (teacher, 3)
+    words = ["run/pipeline", "--config", "distill-demo", "--output_dir", "run"]
+    config = read_config(Namespace(config_options=words), DistillConfig, model="student_model_name_or_path")
+    assert config.student_model_name_or_path == "run/pipeline"
+    assert config.pretrained_model_name_or_path == "linvideo/demo/teacher"
+
+
+@pytest.mark.parametrize("words", [["generate", "--model", "m", "--prompt", "x"], ["train", "--model=m"], ["--model"]])
+def test_the_old_option_of_the_model_is_named(capsys, words):
+    assert "MODEL is positional: expected linvideo" in refused(capsys, *words)
+
+
+def test_the_device_decides_the_dtype():
+    chosen = [choose_dtype(None, device) for device in ("cuda", "cuda:1", "cpu", "mps")]
+    assert chosen == ["bfloat16", "bfloat16", "float32", "float32"] and choose_dtype("float16", "cuda") == "float16"

@@ -10,27 +10,27 @@ from linvideo.commands.main import main, make_parser
 
 def test_convert_then_info(folder, tmp_path, capsys):
     target = tmp_path / "converted"
-    assert main(["convert", "--model", str(folder), "--output_dir", str(target), "--layers", "0", "2"]) == 0
+    assert main(["convert", str(folder), "--output_dir", str(target), "--layers", "0", "2"]) == 0
     assert models.describe(load_pipeline(target).transformer).layers_linear == [0, 2]
     capsys.readouterr()
-    assert main(["info", "--model", str(target)]) == 0
+    assert main(["info", str(target)]) == 0
     assert "linear  (2): 0, 2" in capsys.readouterr().out
 
 
 def test_layers_are_named_as_info_names_them():
     parser = make_parser()
     for text in ("0 2 3 4", "0,2-4", "0 2-4", "0, 2-4"):
-        args = parser.parse_args(["convert", "--model", "m", "--output_dir", "o", "--layers", *text.split(" ")])
+        args = parser.parse_args(["convert", "m", "--output_dir", "o", "--layers", *text.split(" ")])
         assert [layer for some in args.layers for layer in some] == [0, 2, 3, 4]
 
 
 def test_two_experts_are_both_converted(tmp_path, capsys):
     tiny_pipeline(transformer_2=tiny_transformer(seed=1), boundary_ratio=0.9).save_pretrained(tmp_path / "two")
-    words = ["convert", "--model", str(tmp_path / "two"), "--output_dir", str(tmp_path / "new"), "--layers", "1"]
+    words = ["convert", str(tmp_path / "two"), "--output_dir", str(tmp_path / "new"), "--layers", "1"]
     assert main(words) == 0
     assert "both experts were converted" in capsys.readouterr().out
     assert "**untrained**" in (tmp_path / "new" / "README.md").read_text()
-    assert main(["info", "--model", str(tmp_path / "new")]) == 0
+    assert main(["info", str(tmp_path / "new")]) == 0
     out = capsys.readouterr().out
     assert "transformer: LinVideoWan" in out and "transformer_2: LinVideoWan" in out
     assert out.count("linear  (1): 1") == 2
@@ -55,5 +55,5 @@ def test_two_experts_are_both_converted(tmp_path, capsys):
     ],
 )
 def test_bad_conversion_changes_nothing(folder, tmp_path, capsys, flags, words):
-    assert words in refused(capsys, "convert", "--model", folder, "--output_dir", tmp_path / "new", *flags)
+    assert words in refused(capsys, "convert", folder, "--output_dir", tmp_path / "new", *flags)
     assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ def test_generate_writes_a_video_of_the_asked_length(folder, tmp_path):
     imageio = pytest.importorskip("imageio")
     output = tmp_path / "new" / "video.mp4"
     size = ["--height", "32", "--width", "32", "--num_frames", "9", "--num_inference_steps", "2"]
-    assert main(["generate", "--model", str(folder), "--prompt", "a cat", "--output", str(output), *size]) == 0
+    assert main(["generate", str(folder), "--prompt", "a cat", "--output", str(output), *size]) == 0
     assert len(imageio.mimread(output)) == 9
     assert [file.name for file in output.parent.iterdir()] == ["video.mp4"]
 
@@ -28,7 +28,7 @@ def test_generate_writes_a_video_of_the_asked_length(folder, tmp_path):
 def test_generate_says_what_it_cost_and_what_is_linear(folder, tmp_path, capfd):
     converted = tmp_path / "converted"
     models.save_pipeline(models.convert(load_pipeline(folder), layers=[1], mode="linear"), converted)
-    words = ["generate", "--model", str(converted), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4"), *SMALL]
+    words = ["generate", str(converted), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4"), *SMALL]
     assert main(words) == 0
     out, err = capfd.readouterr()
     assert "linear  (1): 1" in out and "s a step" in out and "s in all" in out and "GB" in out
@@ -39,7 +39,7 @@ def test_generate_many_videos(folder, tmp_path, capsys):
     imageio = pytest.importorskip("imageio")
     (tmp_path / "prompts.txt").write_text("a cat\n# no prompt\na dog\n")
     output = tmp_path / "videos"
-    words = ["generate", "--model", folder, "--prompts_file", tmp_path / "prompts.txt", "--output", output, *SMALL]
+    words = ["generate", folder, "--prompts_file", tmp_path / "prompts.txt", "--output", output, *SMALL]
     words += ["--num_videos_per_prompt", "2", "--seed", "7"]
     assert main([str(word) for word in words]) == 0
     names = [f"{prompt}-{seed}.mp4" for prompt in ("0000", "0001") for seed in (7, 8)]
@@ -49,7 +49,6 @@ def test_generate_many_videos(folder, tmp_path, capsys):
     assert index[1] == {"video": "0000-8.mp4", "caption": "a cat", "seed": 8} and index[2]["caption"] == "a dog"
     single = [
         "generate",
-        "--model",
         folder,
         "--prompt",
         "a dog",
@@ -86,12 +85,12 @@ def test_compare_puts_the_teacher_at_the_left(folder, tmp_path, capsys):
     words = ["generate", "--prompt", "a cat", *SMALL]
     for name, more in (("alone", []), ("both", ["--compare", str(folder)])):
         output = ["--output", str(tmp_path / f"{name}.mp4")]
-        assert main([*words, "--model", str(converted), *output, *more]) == 0
+        assert main([*words, str(converted), *output, *more]) == 0
     assert "PSNR" in capsys.readouterr().out
     alone, both = (np.stack(imageio.mimread(tmp_path / f"{name}.mp4")).astype(int) for name in ("alone", "both"))
     assert both.shape == (5, 32, 64, 3) and abs(both[:, :, 32:] - alone).mean() < 3  # as far as the codec lets it
     itself = ["--output", str(tmp_path / "itself.mp4"), "--compare", str(folder)]
-    assert main([*words, "--model", str(folder), *itself]) == 0
+    assert main([*words, str(folder), *itself]) == 0
     assert "PSNR 100.00 dB and SSIM 1.0000" in capsys.readouterr().out
 
 
@@ -103,13 +102,13 @@ def test_a_distilled_model_and_its_teacher_keep_their_own_settings(folder, tmp_p
     monkeypatch.setattr(
         "linvideo.evaluation.sampling.make_videos", lambda *arguments: seen.append(arguments) or iter(())
     )
-    words = ["generate", "--model", str(tmp_path / "few"), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4")]
+    words = ["generate", str(tmp_path / "few"), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4")]
     assert main([*words, "--compare", str(folder), "--num_inference_steps", "30"]) == 0
     _, _, settings, teacher, teacher_settings, *_ = seen[0]
     assert (settings["num_inference_steps"], settings["guidance_scale"]) == (2, 1.0)
     assert teacher_settings == {"negative_prompt": "", "num_inference_steps": 30}
     assert type(teacher.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
-    words[2] = str(folder)
+    words[1] = str(folder)
     assert main([*words, "--compare", str(tmp_path / "few"), "--guidance_scale", "3"]) == 0
     assert seen[1][2]["guidance_scale"] == 3.0 and seen[1][4]["guidance_scale"] == 1.0
     assert "num_inference_steps" not in seen[1][2] and seen[1][4]["num_inference_steps"] == 2
@@ -118,9 +117,9 @@ def test_a_distilled_model_and_its_teacher_keep_their_own_settings(folder, tmp_p
 def test_a_pipeline_that_takes_an_image(folder, tmp_path, capsys):
     tiny_image_pipeline().save_pretrained(tmp_path / "image")
     tiny_image().save(tmp_path / "i.png")
-    words = ["generate", "--model", tmp_path / "image", "--prompt", "a cat", "--output", tmp_path / "v.mp4", *SMALL]
+    words = ["generate", tmp_path / "image", "--prompt", "a cat", "--output", tmp_path / "v.mp4", *SMALL]
     assert "takes an image" in refused(capsys, *words)
-    assert "takes no image" in refused(capsys, *words, "--image", tmp_path / "i.png", "--model", folder)
+    assert "takes no image" in refused(capsys, words[0], folder, *words[2:], "--image", tmp_path / "i.png")
     (tmp_path / "no.png").write_text("no image")
     assert "cannot read" in refused(capsys, *words, "--image", tmp_path / "no.png")
     assert "WanPipeline" in refused(capsys, *words, "--image", tmp_path / "i.png", "--compare", folder)
@@ -156,9 +155,7 @@ def test_a_pipeline_that_takes_an_image(folder, tmp_path, capsys):
     ],
 )
 def test_bad_sizes_are_refused(folder, tmp_path, capsys, flags, words):
-    assert words in refused(
-        capsys, "generate", "--model", folder, "--prompt", "x", "--output", tmp_path / "v.mp4", *flags
-    )
+    assert words in refused(capsys, "generate", folder, "--prompt", "x", "--output", tmp_path / "v.mp4", *flags)
     assert not list(tmp_path.iterdir())
 
 
@@ -171,7 +168,7 @@ def test_a_video_that_cannot_be_written_is_found_before_the_model_is_loaded(tmp_
     monkeypatch.setattr(models, "load_pipeline", None)
     wrong = tmp_path / "v.mp4" / "w.mp4"
     assert "Not a directory" in refused(capsys, "evaluate", "m", "--suite", "vbench", "--output_dir", output)
-    for command in (["generate", "--model", "m", "--prompt", "x"], ["check", "m"]):
+    for command in (["generate", "m", "--prompt", "x"], ["check", "m"]):
         line = refused(capsys, *command, "--output", wrong)
         assert f"cannot write the video {wrong}: Not a directory" in line
         with monkeypatch.context() as patch:
@@ -210,7 +207,7 @@ def test_vae_and_image_encoder_of_wan_stay_fp32(tmp_path):
 
 
 def test_an_image_is_asked_for_where_it_is_needed(tmp_path, capsys):
-    words = ["generate", "--prompt", "a cat", "--output", tmp_path / "v.mp4", *SMALL, "--num_frames", "9", "--model"]
+    words = ["generate", "--prompt", "a cat", "--output", tmp_path / "v.mp4", *SMALL, "--num_frames", "9"]
     for name in ("LTXConditionPipeline", "LTXImageToVideoPipeline"):
         ltx_pipeline(name).save_pretrained(tmp_path / name)
     assert "takes an image" in refused(capsys, *words, tmp_path / "LTXImageToVideoPipeline")
@@ -226,16 +223,16 @@ def test_an_image_is_asked_for_where_it_is_needed(tmp_path, capsys):
 
 def test_another_family_converts_and_generates_but_does_not_train(tmp_path, capsys):
     ltx_pipeline().save_pretrained(tmp_path / "ltx")
-    words = ["convert", "--model", str(tmp_path / "ltx"), "--output_dir", str(tmp_path / "new"), "--layers", "1"]
+    words = ["convert", str(tmp_path / "ltx"), "--output_dir", str(tmp_path / "new"), "--layers", "1"]
     assert main(words) == 0
-    assert main(["info", "--model", str(tmp_path / "new")]) == 0
+    assert main(["info", str(tmp_path / "new")]) == 0
     assert "LinVideoLTXVideoTransformer3DModel: 2 layers" in capsys.readouterr().out
     words = ["generate", "--prompt", "a cat", "--output", str(tmp_path / "v.mp4"), *SMALL, "--num_frames", "9"]
-    assert main([*words, "--model", str(tmp_path / "new"), "--compare", str(tmp_path / "ltx")]) == 0
+    assert main([*words, str(tmp_path / "new"), "--compare", str(tmp_path / "ltx")]) == 0
     assert "PSNR" in capsys.readouterr().out
     run = ["--pretrained_model_name_or_path", tmp_path / "ltx", "--output_dir", tmp_path / "run"]
     reason = "rectified flow only"
     assert reason in refused(capsys, "train", *run)
     assert reason in refused(capsys, "distill", *run, "--student_model_name_or_path", tmp_path / "new")
-    assert reason in refused(capsys, "plan", "--model", tmp_path / "ltx")
+    assert reason in refused(capsys, "plan", tmp_path / "ltx")
     assert reason in refused(capsys, "check", tmp_path / "ltx", "--output", tmp_path / "c.mp4")

@@ -32,7 +32,7 @@ def test_train_from_yaml_then_generate(folder, tmp_path, capsys, monkeypatch):
     assert stored.pop("fps") == 16 and stored.pop("guidance_scale") == 5.0
     assert stored == {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2}
     size = ["--num_frames", "5", "--num_inference_steps", "1"]
-    words = ["--model", str(run / "pipeline"), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4")]
+    words = [str(run / "pipeline"), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4")]
     assert main(["generate", *words, *size]) == 0
     assert (tmp_path / "v.mp4").stat().st_size > 0
 

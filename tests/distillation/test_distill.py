@@ -360,7 +360,7 @@ def folders(tmp_path_factory):
     """(teacher, student) as pipeline folders."""
     path, teacher = tmp_path_factory.mktemp("folders"), tiny_teacher()
     teacher.save_pretrained(path / "teacher")
-    words = ["--model", str(path / "teacher"), "--output_dir", str(path / "student"), "--layers", "1"]
+    words = [str(path / "teacher"), "--output_dir", str(path / "student"), "--layers", "1"]
     assert main(["convert", *words]) == 0
     return path / "teacher", path / "student"
 

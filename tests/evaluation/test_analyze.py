@@ -1,5 +1,6 @@
 """`linvideo analyze`: its numbers are those of training's own functions, its proposal follows from them."""
 
+import argparse
 import json
 import re
 import shlex
@@ -14,12 +15,12 @@ from tiny_run import PROMPTS, tiny_config, tiny_experts, tiny_teacher
 
 from linvideo import convert, load_pipeline
 from linvideo.commands.main import main
+from linvideo.commands.shared import read_config
 from linvideo.evaluation import analyze as module
 from linvideo.evaluation.analysis_report import commands, conclusion, text, write_report
 from linvideo.evaluation.analyze import LayerSet, analyze, propose, set_sizes, smallest_number
 from linvideo.evaluation.latency import Timing
 from linvideo.models.describe import ranges
-from linvideo.run import load_config
 from linvideo.trajectories import TrajectoryStore, encode_prompts
 from linvideo.trajectories.images import digest
 from linvideo.trajectories.prompts import PromptConfig
@@ -334,11 +335,12 @@ def test_the_command_and_what_it_proposes(tmp_path, capsys, monkeypatch):
     assert all(torch.equal(x, made[name]) for name, x in expected.state_dict().items())
 
     tiny_experts().save_pretrained(tmp_path / "experts")
-    words = ["convert", "--model", str(tmp_path / "experts"), "--output_dir", str(tmp_path / "no"), *words[-4:-2]]
-    assert words[-2] == "--feature_maps" and main(words) == 2
+    words = ["convert", str(tmp_path / "experts"), "--output_dir", str(tmp_path / "no"), *words[-4:-2]]
+    assert words[-2] == "--fitted_maps" and main(words) == 2
     assert "of one transformer, got a pipeline with two" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
-    config = load_config(shlex.split(train_line.replace("RECIPE", "wan2.1-1.3b-480p-1gpu"))[2:], TrainConfig)
+    words = shlex.split(train_line.replace("RECIPE", "wan2.1-1.3b-480p-1gpu"))
+    config = read_config(argparse.Namespace(config_options=words[2:]), TrainConfig)
     assert config.selection.layers == layers and config.pretrained_model_name_or_path == str(stock)
 
     capsys.readouterr()

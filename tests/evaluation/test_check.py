@@ -98,7 +98,8 @@ def test_the_command(pipeline, tmp_path, capsys):
     out, err = capsys.readouterr()
     loading, what, *lines = out.splitlines()
     assert "a trajectory of the teacher" in err and "trajectories: 100%" in err  # progress bars
-    assert loading == f"loading {folder}" and what.startswith("check with videos of 32x32, 5 frames, 4 steps")
+    assert loading == f"loading {folder} in float32"
+    assert what.startswith("check with videos of 32x32, 5 frames, 4 steps")
     assert len(lines) == 5 and all(line.startswith("ok ") for line in lines)
     kept = output.read_bytes()
     assert main(command) == 2 and "exists" in capsys.readouterr().err

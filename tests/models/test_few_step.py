@@ -121,7 +121,7 @@ def test_generate_takes_its_steps_and_no_guidance(folder, tmp_path, capsys, monk
     asked = []
     monkeypatch.setattr("diffusers.WanPipeline.__call__", lambda self, **settings: asked.append(settings) or 1 / 0)
     size = ["--height", "32", "--width", "32", "--num_frames", "5", "--prompt", "a fox", "--device", "cpu"]
-    command = ["generate", "--model", str(folder), "--output", str(tmp_path / "x.mp4"), *size]
+    command = ["generate", str(folder), "--output", str(tmp_path / "x.mp4"), *size]
     for more in ([], ["--num_inference_steps", "2", "--guidance_scale", "1"]):
         with pytest.raises(ZeroDivisionError):
             main([*command, *more])

@@ -352,7 +352,7 @@ KILLED = """
 import os, signal, sys
 from linvideo.commands.main import main
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-main(["convert", "--model", sys.argv[1], "--output_dir", sys.argv[1], "--overwrite"])
+main(["convert", sys.argv[1], "--output_dir", sys.argv[1], "--overwrite"])
 """
 
 
@@ -366,7 +366,7 @@ def test_a_killed_overwrite_is_put_right_by_the_next_call(tmp_path, capsys):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     killed = subprocess.run([sys.executable, "-c", KILLED, str(target)], env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL and not target.exists()
-    convert_again = ["convert", "--model", str(target), "--output_dir", str(target)]
+    convert_again = ["convert", str(target), "--output_dir", str(target)]
     assert main(convert_again) == 2  # the old pipeline is back, and stays without --overwrite
     assert "exists" in capsys.readouterr().err
     assert type(load_pipeline(target).transformer).__name__ == "WanTransformer3DModel"

@@ -89,7 +89,7 @@ def test_commands_start_from_them_and_say_so(folders, tmp_path, capsys, monkeypa
     monkeypatch.setattr(f"linvideo.evaluation.{places.get(command, 'analyze.analyze')}", stop)
     stock, output = str(folders / "stock"), str(tmp_path / "new")
     words = {
-        "generate": ["--model", stock, "--prompt", "a cat", "--output", f"{output}.mp4"],
+        "generate": [stock, "--prompt", "a cat", "--output", f"{output}.mp4"],
         "evaluate": [stock, "--suite", "fidelity", "--teacher", stock, "--output_dir", output],
         "check": [stock, "--output", f"{output}.mp4"],
         "analyze": [stock, "--output_dir", output],
@@ -107,7 +107,7 @@ def test_commands_start_from_them_and_say_so(folders, tmp_path, capsys, monkeypa
 
 
 def test_the_distilled_ones_guidance_is_refused_by_the_command(folders, tmp_path, capsys):
-    words = ["generate", "--model", str(folders / "few"), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4")]
+    words = ["generate", str(folders / "few"), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4")]
     assert main([*words, "--guidance_scale", "5"]) == 2
     assert "guidance_scale of this distilled model must be 1.0, got 5.0" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
