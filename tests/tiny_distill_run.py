@@ -4,13 +4,14 @@ stage may also be "export", where there is but one step to die at."""
 import copy
 import json
 import sys
+from types import SimpleNamespace
 
 import torch
-from tiny_run import COMMON, PROMPTS, die, die_at, tiny_teacher
+from tiny_run import COMMON, PROMPTS, die, die_at, tiny_teacher, watched
 
-from linvideo.distillation import DistillConfig, Distiller
+from linvideo.distillation import DistillConfig, distill, distiller
 from linvideo.models import convert
-from linvideo.run import pipeline_run
+from linvideo.run import export
 from linvideo.run.read_config import from_dict
 
 LINEAR = [1]  # layers of the student
@@ -35,23 +36,19 @@ def tiny_student(teacher):
     return convert(teacher.transformer, LINEAR, mode="linear")
 
 
-def distiller(output_dir, **overrides) -> Distiller:
+def run(output_dir, **overrides) -> SimpleNamespace:
+    """What the finished run has made on its way; see tiny_run.watched."""
     teacher = tiny_teacher()
-    return Distiller(distill_config(output_dir, **overrides), teacher, tiny_student(teacher), PROMPTS)
-
-
-def run(output_dir, **overrides) -> Distiller:
-    """The finished run: its critic is there still."""
-    done = distiller(output_dir, **overrides)
-    done.train()
-    return done
+    with watched(distiller) as seen:
+        distill(distill_config(output_dir, **overrides), teacher, tiny_student(teacher), PROMPTS)
+    return seen
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, overrides, *point = sys.argv[1:]
     if point and point[0] == "export":
-        pipeline_run.save_pipeline = lambda *_, **__: die()
+        export.save_pipeline = lambda *_, **__: die()
     elif point:
         die_at(point[0], int(point[1]))
     run(folder, **json.loads(overrides))

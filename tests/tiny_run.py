@@ -6,16 +6,20 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import torch
 from tiny import tiny_pipeline, tiny_transformer
 
 from linvideo.run import checkpoint
 from linvideo.run.read_config import from_dict
-from linvideo.run.session import ResumableRun
+from linvideo.run.session import Run
 from linvideo.trajectories import files, store
-from linvideo.transfer import Trainer, TrainResult
+from linvideo.transfer import TrainResult, train, trainer
 from linvideo.transfer.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +77,28 @@ def tiny_experts(**transformers):
 
 def run(output_dir, **overrides) -> TrainResult:
     teacher = tiny_experts() if "expert" in overrides else tiny_teacher()
-    return Trainer(tiny_config(output_dir, **overrides), teacher, prompts=PROMPTS).train()
+    return train(tiny_config(output_dir, **overrides), teacher, prompts=PROMPTS)
+
+
+@contextmanager
+def watched(module: ModuleType = trainer) -> Iterator[SimpleNamespace]:
+    """What `train` of the module trainer, or `distill` of distiller, makes on its way: run, source, converted, data,
+    student and teacher, or models."""
+    seen = SimpleNamespace()
+
+    def keep(function: str, *names: str):
+        original = getattr(module, function)
+
+        def call(*arguments):
+            result = original(*arguments)
+            vars(seen).update(zip(names, result if isinstance(result, tuple) else (result,), strict=False))
+            return result
+
+        return mock.patch.object(module, function, call)
+
+    models = ("student", "teacher") if module is trainer else ("models",)
+    with keep("prepare", "run", "source", "converted"), keep("open_data", "data"), keep("make_models", *models):
+        yield seen
 
 
 def die(*_):
@@ -100,14 +125,14 @@ def die_at(stage: str, step: int) -> None:
             die() if len(written) == step else (written.append(path), original_text(path, text))
         )
     else:
-        report = ResumableRun._report
+        report = Run.report
 
         def report_and_die(self, **values):
             report(self, **values)
             if (self.stage, self.stage_step) == (stage, step):
                 die()
 
-        ResumableRun._report = report_and_die
+        Run.report = report_and_die
 
 
 if __name__ == "__main__":

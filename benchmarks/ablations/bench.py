@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.ablations.ablate import ablate, start_after
 from benchmarks.ablations.distance import WorldDistance
 from benchmarks.ablations.settings import COST, DEFAULT, Setting, Suite, fixed_layers, steps
-from benchmarks.ablations.trainer import AblationTrainer, start_after
 from benchmarks.results import slug
 from linvideo.demo import teacher
 from linvideo.demo.judge import judge, psnr
@@ -19,7 +19,6 @@ from linvideo.demo.world import WORLDS
 from linvideo.evaluation.velocity import trajectory_error
 from linvideo.models import load_pipeline
 from linvideo.run.read_config import from_dict
-from linvideo.run.session import TrainingDiverged
 from linvideo.trajectories import encode_prompts
 from linvideo.trajectories.files import read_json, write_safetensors
 from linvideo.trajectories.seeding import draw_noise
@@ -55,21 +54,21 @@ class Bench:
         config = self.config(setting, seed)
         if setting.after == "trajectories":
             shutil.rmtree(config.output_dir, ignore_errors=True)
-        trainer = AblationTrainer(config, self.pipeline, self.prompts, setting, self.probe(seed))
-        row: dict[str, Any] = {"setting": setting.name, "seed": seed}
-        try:
-            result = trainer.train()
-            row |= {"layers_linear": result.layers_linear, "seconds": result.seconds}
-            row |= {"r": result.r, "sensitivity": result.sensitivity}
+        outcome = ablate(config, self.pipeline, self.prompts, setting, self.probe(seed))
+        results = outcome.results
+        row: dict[str, Any] = {"setting": setting.name, "seed": seed, "layers_linear": results.get("linear_layers")}
+        if outcome.diverged is None:
+            row |= {"seconds": results["seconds"], "r": results.get("r", {})}
+            row |= {"sensitivity": results.get("sensitivity", {})}
             if (chosen := Path(config.output_dir) / "selection.json").is_file():  # its own, not the default run's
                 row |= {k: v for k, v in read_json(chosen).items() if k in ("error_mixed", "error_rounded")}
-        except TrainingDiverged as error:
-            row |= {"diverged": str(error), "layers_linear": trainer.results.get("linear_layers")}
-        row |= {"steps": config.max_train_steps, "curve": trainer.curve, **trainer.cost}
-        row |= self.judge(trainer.student.eval(), seed)
+        else:
+            row["diverged"] = outcome.diverged
+        row |= {"steps": config.max_train_steps, "curve": outcome.curve, **outcome.cost}
+        row |= self.judge(outcome.student, seed)
         if setting != DEFAULT:
             shutil.rmtree(config.output_dir)
-        del trainer
+        del outcome
         gc.collect()
         return row
 

@@ -2,7 +2,6 @@
 
 import gc
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,15 @@ from safetensors.torch import load_file
 from benchmarks.ablations.bench import Bench
 from benchmarks.ablations.settings import DEFAULT, SUITES, Suite
 from linvideo.demo.judge import psnr
-from linvideo.distillation import DistillConfig, Distiller
+from linvideo.distillation import DistillConfig, distiller
 from linvideo.models import FewStepScheduler, convert, load_pipeline, wan_transformer
+from linvideo.run.data import open_data
 from linvideo.run.read_config import from_dict
 from linvideo.run.session import TrainingDiverged
 from linvideo.trajectories.conditions import Conditions
 from linvideo.trajectories.files import read_json, write_json, write_safetensors
 from linvideo.trajectories.flow import sample_steps
-from linvideo.transfer import TrainConfig, Trainer
+from linvideo.transfer import TrainConfig, train
 
 STEPS = (1, 2, 4)
 FULL = "full"  # the teacher's own number of steps
@@ -82,7 +82,7 @@ class FewStepBench(Bench):
         rows = [self.figured("teacher", FULL, full, full, seed)]
         config = self.transfer_config(seed)
         shutil.rmtree(config.output_dir, ignore_errors=True)  # of a benchmark that was interrupted
-        result = Trainer(config, self.pipeline, self.prompts).train()
+        result = train(config, self.pipeline, self.prompts)
         write_json(self.layers_file(seed), result.layers_linear)
         converted = wan_transformer(result.pipeline)
         for steps in STEPS:
@@ -102,17 +102,23 @@ class FewStepBench(Bench):
             return self.figured(model, steps, self.videos(student, config.scheduler(), steps, seed, 1.0), full, seed)
 
         config = self.distill_config(name, steps, seed)
-        distiller = RecordingDistiller(config, self.pipeline, self.student(name, seed), self.prompts)
-        if name == "distilled":
-            distiller.judge = judge
-        outcome = {}
-        try:
-            distiller.train()
-        except TrainingDiverged as error:
-            outcome["diverged"] = str(error)
-        rows = [*distiller.rows, judge(distiller.student.eval(), name) | outcome]
+        run, source, converted = distiller.prepare(config, self.pipeline, self.student(name, seed), self.prompts)
+        rows, outcome = [], {}
+        with run:
+            data = open_data(run, source, config.needs_trajectories, config.scheduler())
+            models = distiller.make_models(run, source, converted)
+            run.restore(models.student, models.of_stages)
+            try:
+                for stage in run.remaining():
+                    stage(run, data, models)
+                    if stage is distiller.regress and name == "distilled":
+                        rows.append(judge(models.student.eval(), "regression"))
+                        models.student.train()
+            except TrainingDiverged as error:
+                outcome["diverged"] = str(error)
+            rows.append(judge(models.student.eval(), name) | outcome)
         shutil.rmtree(config.output_dir)
-        del distiller
+        del run, data, models
         gc.collect()
         return rows
 
@@ -185,19 +191,3 @@ class EulerSteps(FewStepScheduler):
         sigma, sigma_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
         self._step_index += 1
         return (sample + (sigma_next - sigma) * model_output,)
-
-
-class RecordingDistiller(Distiller):
-    """Judges the student between regression and distribution matching, where it has a `judge`."""
-
-    judge: Callable[[torch.nn.Module, str], dict] | None = None
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.rows: list[dict] = []
-
-    def _end_stage(self) -> None:
-        if self.stage == "regression" and self.judge is not None:
-            self.rows.append(self.judge(self.student.eval(), "regression"))
-            self.student.train()
-        super()._end_stage()

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from linvideo.transfer import TrainConfig, Trainer
+    from linvideo.transfer import TrainConfig, collect
 
     number, _, count = args.worker.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     # the folder is not empty once another worker has begun
     config = read_config(args, TrainConfig, last=["--resume_from_checkpoint", "latest"])
     announce_run(config, {})
-    store = Trainer(config).collect(int(number), int(count))
+    store = collect(config, int(number), int(count))
     missing = len(store.missing_shards())
     print(
         f"{store.num_shards - missing} of {store.num_shards} shards are in {store.path}; linvideo train with the same"

@@ -16,12 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from linvideo.distillation import DistillConfig, Distiller
+    from linvideo.distillation import DistillConfig, distill
     from linvideo.run.parallel import disconnect
 
     config = read_config(args, DistillConfig, model="student_model_name_or_path")
     announce_run(config, {"regression": config.regression.max_train_steps, "DMD": config.max_train_steps})
-    result = Distiller(config).train()
+    result = distill(config)
     disconnect()  # not after an error, see train
     if result.pipeline is not None:
         print(f"timesteps: {result.timesteps}; saved the distilled pipeline to {result.pipeline_path}")

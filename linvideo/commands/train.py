@@ -16,13 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from linvideo.run.parallel import disconnect
-    from linvideo.transfer import TrainConfig, Trainer
+    from linvideo.transfer import TrainConfig, train
 
     config = read_config(args, TrainConfig)
     selection = config.selection.max_train_steps if config.selection.method == "learned" else 0
     stages = {"warm-up": config.warmup.max_train_steps, "selection": selection, "fine-tuning": config.max_train_steps}
     announce_run(config, stages)
-    result = Trainer(config).train()
+    result = train(config)
     disconnect()  # not after an error: the others may wait in a collective that this process will not join
     if result.pipeline is not None:  # of several processes the first has it
         print(f"linear layers: {result.layers_linear}; saved the converted pipeline to {result.pipeline_path}")

@@ -8,7 +8,7 @@ import torch
 from linvideo.demo import judge
 from linvideo.demo.evaluate import sample_videos, start_noise, with_transformer
 from linvideo.demo.world import World
-from linvideo.distillation import DistillConfig, Distiller
+from linvideo.distillation import DistillConfig, distill
 from linvideo.run import load_config
 
 
@@ -22,7 +22,7 @@ def distill_and_compare(
     Returns what metrics.json gets, and name -> videos, all sampled in as many steps as the student takes.
     """
     config = distill_config(folder / "distillation", folder / "training" / "trajectories", seed)
-    result = Distiller(config, pipeline, converted, world.training_captions()).train()
+    result = distill(config, pipeline, converted, world.training_captions())
     os.rename(result.pipeline_path, folder / "distilled")
 
     captions, noise = world.evaluation_captions(len(reference)), start_noise(world, len(reference)).to(pipeline.device)

@@ -1,6 +1,6 @@
 """The demo: the embedded teacher is converted, half of its layers linear, and compared with itself.
 
-Everything goes through the public API, the way a real Wan folder would: load_pipeline, Trainer, convert, generate.
+Everything goes through the public API, the way a real Wan folder would: load_pipeline, train, convert, generate.
 """
 
 import json
@@ -25,7 +25,8 @@ from linvideo.models import convert, load_pipeline, new_folder
 from linvideo.models.video_file import check_output, save_video
 from linvideo.run import load_config
 from linvideo.trajectories.devices import check_device, device_name
-from linvideo.transfer import TrainConfig, Trainer
+from linvideo.transfer import TrainConfig, train
+from linvideo.transfer.trainer import warmed_up
 from linvideo.workspace import remove_dead
 
 WORLD = WORLDS["small"]
@@ -95,8 +96,7 @@ def write_demo(folder: Path, device: str, seed: int, videos: int, stages: Sequen
     pipeline = load_pipeline(teacher.FOLDER).to(device)
     pipeline.set_progress_bar_config(disable=True)
     config = demo_config(folder / "training", seed, adm="adm" in stages)
-    trainer = Trainer(config, pipeline, prompts=WORLD.training_captions())
-    result = trainer.train()
+    result = train(config, pipeline, prompts=WORLD.training_captions())
     os.rename(result.pipeline_path, folder / "pipeline")
     print(f"linear layers: {result.layers_linear} of {len(pipeline.transformer.blocks)}")
 
@@ -104,7 +104,7 @@ def write_demo(folder: Path, device: str, seed: int, videos: int, stages: Sequen
     alternate = list(range(1, len(pipeline.transformer.blocks), 2))
     transformers = {
         "teacher": pipeline.transformer,
-        "same_layers_untrained": trainer.warmed_up(result.layers_linear),
+        "same_layers_untrained": warmed_up(pipeline.transformer, config, result.layers_linear),
         "alternate_untrained": convert(pipeline.transformer, alternate, mode="linear"),
         "final": load_pipeline(folder / "pipeline").to(device).transformer,
     }

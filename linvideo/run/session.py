@@ -1,4 +1,4 @@
-"""What makes a run of several stages resumable: counting steps, checkpoints, signals, the log. Trainer has the stages.
+"""A run: its folder and lock, its place among the stages, its steps, checkpoints and logs.
 
 Stages that train count their optimizer steps in one global step; a checkpoint names the stage and the step in it, and
 everything drawn at random is drawn by (seed, stage, step, position in the global batch), so a continued run does what
@@ -6,28 +6,27 @@ an uninterrupted one would have done, on any number of processes.
 """
 
 import math
-import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from tqdm.auto import tqdm
 
-from linvideo.models import finalize
-from linvideo.run.checkpoint import Checkpoint, save_checkpoint
-from linvideo.run.metrics_log import MetricsLog
-from linvideo.run.pace import Pace
-from linvideo.run.parallel import Ranks
+from linvideo.run import run_folder
+from linvideo.run.checkpoint import Checkpoint, remove_newer, save_checkpoint
+from linvideo.run.optimizer import StudentOptimizer
+from linvideo.run.parallel import Ranks, connect
 from linvideo.run.run_config import RunConfig
-from linvideo.run.trackers import Trackers
+from linvideo.run.signals import StopSignals
+from linvideo.run.step_log import StepLog
 from linvideo.trajectories.seeding import random_state, set_random_state
+from linvideo.workspace import locked, remove_dead
 
+Stage = TypeVar("Stage")
+EXPORT = "export"  # what comes after the last stage
 # of a checkpoint's state
 ENTRIES = ("config", "processes", "stage", "stage_step", "global_step", "nonfinite", "results", "components", "random")
 
@@ -36,105 +35,206 @@ class TrainingDiverged(RuntimeError):
     """Too many steps had a non-finite loss or gradient."""
 
 
-class TrainingStopped(RuntimeError):
-    """SIGTERM came, as schedulers send it before they take a machine away, or Ctrl-C (SIGINT).
+class Run:
+    """One run in config.output_dir; under torchrun, this process's part of it. How it is used:
+
+        run = Run(config, {"warmup": warm_up, "finetune": finetune})  # nothing is written yet
+        with run:  # holds the folder's lock, hears signals, knows where an earlier call has stopped
+            run.check_continues()
+            student = ...
+            run.restore(student)
+            for stage in run.remaining():
+                stage(run, student)
+
+    and in a stage
+
+        run.register(optimizer=optimizer)
+        for step in run.steps(count, batch_size):
+            loss = ...
+            norm = run.optimize(optimizer, loss)
+            run.report(loss=loss, grad_norm=norm)
+
+    Args:
+        stages: the stages in their order: name in checkpoints and logs -> what `remaining` gives for it. The last one's
+            steps are config.max_train_steps.
+        device: the device to train on; None is config.device.
 
     Attributes:
-        exit_status: of the command.
+        stage, stage_step, global_step: where the run is; steps count from 1 once they are made.
+        nonfinite: the number of steps so far whose loss or gradient was not finite.
+        results: what finished stages have found, plain values, kept in checkpoints; results["seconds"] has the stages'
+            times.
+
+    Raises:
+        ValueError: the folder is in use or holds nothing to continue, or the processes cannot be divided as configured.
     """
 
-    def __init__(self, when: str, number: int = signal.SIGTERM):
-        name, self.exit_status = ("Ctrl-C", 130) if number == signal.SIGINT else ("SIGTERM", 1)
-        super().__init__(f"stopped by {name} {when}; continue with --resume_from_checkpoint latest")
+    def __init__(self, config: RunConfig, stages: Mapping[str, Stage], device: torch.device | None = None):
+        self.config, self.stages = config, stages
+        self.output_dir = Path(config.output_dir)
+        self.ranks = Ranks.connected(config.parallel, connect(config.device if device is None else str(device)))
+        self.device = self.ranks.device
+        self.stage, self.stage_step, self.global_step, self.nonfinite = next(iter(stages)), 0, 0, 0
+        self.results: dict[str, Any] = {"seconds": {}}
+        self.signals = StopSignals(self.ranks)
+        self.log: StepLog | None = None
+        self._saved: Checkpoint | None = None  # the checkpoint to continue from
+        self._components: dict[str, Any] = {}  # what the current stage adds to a checkpoint
+        self._trained: Callable[[], dict[str, torch.Tensor]] = dict
+        self._open = ExitStack()
+        self.ranks.on_first(lambda: run_folder.check(config))
 
+    def __enter__(self) -> "Run":
+        """
+        Raises:
+            ValueError: another run writes into the folder, or has done so since this one was made; or no checkpoint is
+                whole.
+        """
+        config = self.config
+        with ExitStack() as stack:
 
-class ResumableRun:
-    """A run in config.output_dir; subclasses set `student`, and have a method `_<stage>` for each of `stages`, and
-    `_validate` for those that are `validated`.
+            def lock() -> list[Path]:
+                stack.enter_context(locked(self.output_dir))
+                remove_dead(self.output_dir)
+                return run_folder.check(config)
 
-    checkpoints: to continue from, the first that is whole.
-    """
+            checkpoints = self.ranks.on_first(lock)
+            stack.enter_context(self.signals)
+            torch.manual_seed(config.seed)  # nothing here draws from it; a model with dropout would
+            self._saved = newest(checkpoints, self.ranks)
+            if self._saved is not None:
+                names = ("stage", "stage_step", "global_step", "nonfinite", "results")
+                self.stage, self.stage_step, self.global_step, self.nonfinite, self.results = map(
+                    self._saved.__getitem__, names
+                )
+            if config.overwrite_output_dir:
+                self.ranks.on_first(lambda: run_folder.clear(self.output_dir))
+            self._open = stack.pop_all()
+        return self
 
-    stages: tuple[str, ...]
-    validated: tuple[str, ...] = ()
+    def __exit__(self, *error: Any) -> None:
+        with self._open:
+            if self.log is not None:
+                self.log.close()
 
-    def __init__(self, config: RunConfig, ranks: Ranks, checkpoints: list[Path]):
-        self.config, self.ranks, self.checkpoints = config, ranks, checkpoints
-        self.output_dir, self.device = Path(config.output_dir), ranks.device
-        self.student: torch.nn.Module
-        self.log: MetricsLog | None = None  # on the first rank, as are the trackers
-        self.trackers: Trackers | None = None
-        self.stage, self.stage_step, self.global_step, self.nonfinite = self.stages[0], 0, 0, 0
-        self.unsaved = self.stop = False
-        self.signal = signal.SIGTERM  # the one that has set `stop`
-        self.results: dict[str, Any] = {"seconds": {}}  # of finished stages; plain values
-        self.components: dict[str, Any] = {}  # what the current stage adds to a checkpoint
-        self.restored: Checkpoint | None = None  # has the state of the components of the stage it was made in
+    # An earlier call's work.
+
+    def check_continues(self, free: tuple[str, ...] = ()) -> None:
+        """Raise ValueError when the checkpoint that is there cannot be continued with this config; all is well without
+        one. free: names of options that may differ, see RunConfig.check_continues."""
+        saved, config = self._saved, self.config
+        if saved is None:
+            return
+        config.check_continues(saved["config"], self.ranks.size, saved["processes"], free)
+        if self.stage not in (*self.stages, EXPORT):
+            raise ValueError(f"{saved.path} is of another kind of run, with a stage {self.stage}")
+        earlier = saved["config"]["max_train_steps"]
+        if self.stage == self._main_stage:
+            config.check_length(earlier, self.stage_step)
+        elif self.stage == EXPORT:
+            config.check_length(earlier, earlier)
+            if config.max_train_steps != earlier:
+                raise ValueError(
+                    f"{saved.path} was made after the last step and cannot be extended: it has no optimizer state;"
+                    " continue from an earlier checkpoint, --resume_from_checkpoint FOLDER"
+                )
 
     @property
-    def main_stage(self) -> str:
-        """The last that trains; its steps are config.max_train_steps."""
-        return self.stages[-2]
+    def continued(self) -> dict[str, Any] | None:
+        """The config of the checkpoint that is continued; None for a run from the beginning."""
+        return None if self._saved is None else self._saved["config"]
 
-    def _keeps_end(self) -> bool:
-        """Whether the stage's last step gets a checkpoint with its components, from which it can be extended."""
-        return self.stage == self.main_stage and self.config.can_be_extended
+    def restore(
+        self, student: torch.nn.Module, others: Mapping[str, Mapping[str, torch.nn.Module]] | None = None
+    ) -> None:
+        """Name what is trained, to be kept in checkpoints, and fill it from the one that is continued, if any.
 
-    def _run_stages(self) -> None:
-        try:
-            if self.ranks.first:
-                self._open_logs()
-            for stage in self.stages[self.stages.index(self.stage) :]:
-                self.stage = stage
-                with self._timed(stage):
-                    getattr(self, f"_{stage}")()
-                self._end_stage()
-        finally:
-            for log in (self.log, self.trackers):
-                if log is not None:
-                    log.close()
+        Args:
+            student: its parameters that require gradients are kept in all stages.
+            others: stage -> prefix -> a model of which all parameters are kept in that stage, under that prefix.
+        """
 
-    def _open_logs(self) -> None:
-        config = self.config
-        self.log = MetricsLog(self.output_dir / "metrics.jsonl", self.global_step)
-        watched = (config.tracker_project_name, config.to_dict(), self.global_step)
-        self.trackers = Trackers(config.report_to, self.output_dir, *watched)
+        def trained() -> dict[str, torch.Tensor]:
+            found = {name: p for name, p in student.named_parameters() if p.requires_grad}
+            for prefix, model in (others or {}).get(self.stage, {}).items():
+                found |= {f"{prefix}.{name}": p for name, p in model.named_parameters()}
+            return found
 
-    # Steps.
+        self._trained = trained
+        if self._saved is not None:
+            self._saved.load_model(trained())
+            set_random_state(self._saved["random"], self.device)
+            self.ranks.on_first(lambda: remove_newer(self.output_dir, self.global_step))
 
-    def _steps(self, count: int, samples: int) -> Iterator[int]:
-        """The stage's remaining steps of so many samples, with counting, a progress bar, and checkpoints when they are
-        due, and validation; that of a step whose checkpoint we continue from may be due still."""
-        self.pace = Pace(samples)
-        first, show = self.stage_step, self.config.progress and self.ranks.first
-        self.bar = tqdm(range(first, count), desc=self.stage, initial=first, total=count, disable=not show)
-        self._validate_if_due(count)
-        self.unsaved = True
-        for step in self.bar:
+    # Stages.
+
+    def remaining(self) -> Iterator[Stage]:
+        """The stages that are left, each to be done before the next is asked for. A checkpoint is saved at the end of
+        each."""
+        self.log = StepLog(self.config, self.ranks, self.global_step)
+        names = [*self.stages, EXPORT]
+        for name in names[names.index(self.stage) : -1]:
+            self.stage = name
+            with self.timed(name):
+                yield self.stages[name]
+            self._components, self._saved = {}, None
+            if not self._keeps_end():
+                self.stage_step, self.stage = 0, names[names.index(name) + 1]
+                self.save()
+            self.signals.unsaved = False
+            if self.signals.came():
+                raise self.signals.stopped("at the end of a stage, which is saved")
+
+    def register(self, **components: Any) -> None:
+        """Name what this stage's checkpoints hold next to the models: objects with state_dict and load_state_dict. They
+        are loaded when the run continues in the middle of the stage."""
+        self._components = components
+        if self._saved is not None:
+            for name in self._saved.components:
+                self._saved.load_component(name, components[name])
+        self._saved = None
+
+    def steps(self, count: int, samples: int, validate: Callable[[], None] | None = None) -> Iterator[int]:
+        """The steps, from 0, that are left of the stage's `count`. Between them checkpoints and validations are made
+        when they are due; that of a step whose checkpoint is continued may be due still.
+
+        Args:
+            samples: the number of samples of a step, over all ranks.
+            validate: a validation of this stage; None for a stage without.
+        """
+        bar = self.log.steps(self.stage, self.stage_step, count, samples)
+        self._validate_if_due(count, validate)
+        self.signals.unsaved = True
+        for step in bar:
             self.global_step += 1
             self.stage_step = step + 1
-            self.pace.start()
+            self.log.step_begins()
             yield step
             last = self.stage_step == count
             due = self._keeps_end() if last else self.global_step % self.config.checkpointing_steps == 0
             if due:
-                self._save()
-            self._validate_if_due(count)
-            stop = self.ranks.any(self.stop)
+                self.save()
+            self._validate_if_due(count, validate)
+            stop = self.signals.came()
             if stop and not due:
-                self._save()
+                self.save()
             if stop:
-                self.unsaved = False
-                raise TrainingStopped(f"after step {self.stage_step} of {self.stage}, which is saved", self.signal)
+                self.signals.unsaved = False
+                raise self.signals.stopped(f"after step {self.stage_step} of {self.stage}, which is saved")
 
-    def _validate_if_due(self, count: int) -> None:
-        every = self.config.validation.steps
-        due = every and (self.global_step % every == 0 or self.stage_step == count)
-        if due and self.stage_step and self.stage in self.validated:
-            self._validate()
+    def optimize(self, optimizer: StudentOptimizer, loss: float) -> float | None:
+        """Make the optimizer's step, unless loss or gradient are not finite; returns the gradient's norm, None when the
+        step was skipped."""
+        norm = optimizer.step() if math.isfinite(loss) else optimizer.skip()
+        self.finite(math.nan if norm is None else norm)
+        return norm
 
-    def _finite(self, value: float) -> bool:
-        """False, and counted, when `value` is not finite."""
+    def finite(self, value: float) -> bool:
+        """Whether `value` is finite; a step with one that is not is counted.
+
+        Raises:
+            TrainingDiverged: there were more of them than config.max_nonfinite_steps.
+        """
         if math.isfinite(value):
             return True
         self.nonfinite += 1
@@ -145,41 +245,16 @@ class ResumableRun:
             )
         return False
 
-    def _report(self, **values: Any) -> None:
-        """Write a step's row, plot it, and show it in the bar. Pace and memory stay out of the row, which is the same
-        in a run that was interrupted."""
-        if self.log is None:
-            return
-        kept = {name: value for name, value in values.items() if not isinstance(value, float) or math.isfinite(value)}
-        kept = {name: value for name, value in kept.items() if value is not None}
-        self.log.write({"step": self.global_step, "stage": self.stage, "stage_step": self.stage_step, **kept})
-        watched = {"samples_per_second": self.pace.stop()}
-        if self.device.type == "cuda":
-            watched["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        self.trackers.log(self.stage, kept | watched, self.global_step)
-        self.bar.set_postfix(_shown(values | watched), refresh=False)
+    def report(self, **values: Any) -> None:
+        """Log a step; see StepLog.write."""
+        self.log.write(self.where(), values)
 
-    # Checkpoints.
+    def where(self) -> dict[str, Any]:
+        """step, stage and stage_step, as the rows of logs have them."""
+        return {"step": self.global_step, "stage": self.stage, "stage_step": self.stage_step}
 
-    def _register(self, **components: Any) -> None:
-        """Name what this stage's checkpoints hold beside the model; loads it when the run was restored into the
-        stage."""
-        self.components = components
-        if self.restored is not None:
-            for name in self.restored.components:
-                self.restored.load_component(name, components[name])
-        self.restored = None
-
-    def _end_stage(self) -> None:
-        self.components, self.restored = {}, None
-        if self.stage != self.stages[-1] and not self._keeps_end():
-            self.stage_step, self.stage = 0, self.stages[self.stages.index(self.stage) + 1]
-            self._save()
-        self.unsaved = False
-        if self.ranks.any(self.stop):
-            raise TrainingStopped("at the end of a stage, which is saved", self.signal)
-
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write a checkpoint."""
         state = {
             "config": self.config.record(),
             "processes": self.ranks.size,
@@ -188,85 +263,49 @@ class ResumableRun:
             "global_step": self.global_step,
             "nonfinite": self.nonfinite,
             "results": self.results,
-            "components": {name: component.state_dict() for name, component in self.components.items()},
+            "components": {name: component.state_dict() for name, component in self._components.items()},
             "random": random_state(self.device),
         }
-        limit, before = self.config.checkpoints_total_limit, self.unsaved
-        self.unsaved = True  # a signal waits for the end of the checkpoint
+        limit, before = self.config.checkpoints_total_limit, self.signals.unsaved
+        self.signals.unsaved = True  # a signal waits for the end of the checkpoint
         save_checkpoint(self.output_dir, self.global_step, self._trained(), state, limit, self.ranks)
-        self.unsaved = before
-
-    def _trained(self) -> dict[str, torch.nn.Parameter]:
-        """What training changes of the model."""
-        return {name: p for name, p in self.student.named_parameters() if p.requires_grad}
-
-    def _load_newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; those passed over are named."""
-        for number, path in enumerate(self.checkpoints, 1):
-            try:
-                return Checkpoint(path, self.ranks, ENTRIES)
-            except ValueError as error:
-                if number == len(self.checkpoints):
-                    raise
-                if self.ranks.first:
-                    print(f"{error}; continuing from the one before it", file=sys.stderr)
-        return None
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        self.stage, self.stage_step = checkpoint["stage"], checkpoint["stage_step"]
-        self.global_step, self.nonfinite = checkpoint["global_step"], checkpoint["nonfinite"]
-        self.results, self.restored = checkpoint["results"], checkpoint
-        if "linear_layers" in self.results:
-            finalize(self.student, self.results["linear_layers"])
-        checkpoint.load_model(self._trained())
-        set_random_state(checkpoint["random"], self.device)
-
-    # Signals and time.
+        self.signals.unsaved = before
 
     @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C wait for the end of an optimizer step, and in the rest of a stage with steps for its end;
-        elsewhere everything worth keeping is on disk already. A second Ctrl-C does not wait."""
-
-        def terminate(number: int, _: Any) -> None:
-            # under torchrun one Ctrl-C comes twice, from the terminal and from torchrun
-            if number == signal.SIGINT and self.stop and self.ranks.size == 1:
-                raise KeyboardInterrupt
-            self.stop, self.signal = True, number
-            if not self.unsaved:
-                raise TrainingStopped("between the steps", number)
-            if number == signal.SIGINT and self.ranks.first:  # print may be interrupted in itself
-                os.write(2, b"\nstopping once this step is saved; Ctrl-C again stops at once and loses it\n")
-
-        if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        heard = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-        for number in heard:
-            signal.signal(number, terminate)
-        try:
-            yield
-        finally:
-            for number in heard:
-                signal.signal(number, before[number])
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time that passes inside to results["seconds"][name]."""
         start = time.perf_counter()
         yield
         seconds = self.results["seconds"]
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @property
+    def _main_stage(self) -> str:
+        return list(self.stages)[-1]
+
+    def _keeps_end(self) -> bool:
+        """Whether the stage's last step gets a checkpoint with its components, from which it can be extended."""
+        return self.stage == self._main_stage and self.config.can_be_extended
+
+    def _validate_if_due(self, count: int, validate: Callable[[], None] | None) -> None:
+        every = self.config.validation.steps
+        due = every and (self.global_step % every == 0 or self.stage_step == count)
+        if due and self.stage_step and validate is not None:
+            validate()
 
 
-def _shown(values: dict[str, Any]) -> dict[str, Any]:
-    """What of a step's values the progress bar has room for."""
-    shown = {"loss": f"{values['loss']:.4f}"}
-    if "num_linear" in values:
-        shown["linear"] = values["num_linear"]
-    if "r" in values:
-        shown["r"] = f"{min(values['r'].values()):.2f}-{max(values['r'].values()):.2f}"
-    shown["samples/s"] = f"{values['samples_per_second']:.3g}"
-    if "peak_memory_gib" in values:
-        shown["GiB"] = f"{values['peak_memory_gib']:.1f}"
-    return shown
+def newest(checkpoints: list[Path], ranks: Ranks) -> Checkpoint | None:
+    """The first of the checkpoints that is whole; those passed over are named on standard error.
+
+    Raises:
+        ValueError: there are some, and none is whole.
+    """
+    for number, path in enumerate(checkpoints, 1):
+        try:
+            return Checkpoint(path, ranks, ENTRIES)
+        except ValueError as error:
+            if number == len(checkpoints):
+                raise
+            if ranks.first:
+                print(f"{error}; continuing from the one before it", file=sys.stderr)
+    return None

@@ -98,7 +98,8 @@ class Validator:
         ema: EMAModel | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Make the videos and the row, unless `stop` comes true in between, on all ranks alike.
+        """Make the videos and the row, unless that was done before a kill, or `stop` comes true in between, on all
+        ranks alike.
 
         Args:
             teacher: called like the student.
@@ -106,7 +107,7 @@ class Validator:
             trackers: of the first rank.
             ema: averaged weights of the student, to be validated in place of its own.
         """
-        if not self._prepare_teacher(teacher, stop):
+        if self.done(where["step"]) or not self._prepare_teacher(teacher, stop):
             return
         was_training = student.training
         student.eval()

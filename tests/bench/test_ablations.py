@@ -10,17 +10,17 @@ from toy import AffineFlow, toy_prompts, toy_store
 
 from benchmarks.ablations import ablations_report, suite
 from benchmarks.ablations.__main__ import main
+from benchmarks.ablations.ablate import ablate, start_after
 from benchmarks.ablations.bench import Bench
 from benchmarks.ablations.distance import kernel_distance, labels
 from benchmarks.ablations.objectives import AblationStep, RecordingLanes
 from benchmarks.ablations.settings import COST, DEFAULT, SETTINGS, SUITES, Setting, Suite, fixed_layers, steps
-from benchmarks.ablations.trainer import AblationTrainer, start_after
 from benchmarks.ablations.variants import RopeAfterBranch
 from linvideo.demo import teacher
 from linvideo.demo.world import WORLDS
 from linvideo.ops.reference import features
 from linvideo.run.checkpoint import list_checkpoints, load_checkpoint
-from linvideo.transfer import Trainer
+from linvideo.transfer import train
 from linvideo.transfer.objectives import ObjectiveConfig
 from linvideo.transfer.train_config import TrainConfig
 
@@ -78,12 +78,12 @@ def test_an_unknown_rule_is_refused():
 def test_a_run_that_shares_stages_ends_as_one_that_does_not(tmp_path, stage):
     path = {"path": str(tmp_path / "trajectories")}
     sections = {"trajectories": tiny_config("x").to_dict()["trajectories"] | path, "checkpointing_steps": 100}
-    whole = Trainer(tiny_config(tmp_path / "whole", **sections), tiny_teacher(), PROMPTS).train()
+    whole = train(tiny_config(tmp_path / "whole", **sections), tiny_teacher(), PROMPTS)
     config = start_after(stage, tmp_path / "whole", tiny_config(tmp_path / "shared", **sections))
-    shared = Trainer(config, tiny_teacher(), PROMPTS)
-    assert shared.train().layers_linear == whole.layers_linear
+    shared = train(config, tiny_teacher(), PROMPTS)
+    assert shared.layers_linear == whole.layers_linear
     state = whole.pipeline.transformer.state_dict()
-    for name, value in shared.student.state_dict().items():
+    for name, value in shared.pipeline.transformer.state_dict().items():
         assert torch.equal(value, state[name]), name
 
 
@@ -280,12 +280,11 @@ def test_every_setting_runs(bench, name):
 
 def test_lora_trains_low_rank_updates_only(bench):
     setting = SETTINGS["LoRA of rank 16"]
-    trainer = AblationTrainer(bench.config(setting, 0), bench.pipeline, bench.prompts, setting, lambda student: 0.0)
-    trainer.train()
+    student = ablate(bench.config(setting, 0), bench.pipeline, bench.prompts, setting, lambda student: 0.0).student
     selected, _ = load_checkpoint(list_checkpoints(bench.folder / "runs" / "default-0")[-2])  # before fine-tuning
-    after = dict(trainer.student.named_parameters())["blocks.3.ffn.net.2.base_layer.weight"]
+    after = dict(student.named_parameters())["blocks.3.ffn.net.2.base_layer.weight"]
     assert torch.equal(after, selected["blocks.3.ffn.net.2.weight"])
-    assert any("lora_B" in name and p.abs().max() > 0 for name, p in trainer.student.named_parameters())
+    assert any("lora_B" in name and p.abs().max() > 0 for name, p in student.named_parameters())
 
 
 @pytest.mark.full

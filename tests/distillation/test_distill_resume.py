@@ -16,7 +16,7 @@ from tiny_run import ENVIRONMENT, ROOT
 from linvideo.distillation.dmd_step import DmdStep
 from linvideo.run import metrics_log, read_metrics
 from linvideo.run.checkpoint import list_checkpoints, load_checkpoint
-from linvideo.run.session import TrainingStopped
+from linvideo.run.signals import TrainingStopped
 
 TENSORS = "shard-00001-model-00001-of-00001.safetensors"
 
@@ -25,7 +25,7 @@ TENSORS = "shard-00001-model-00001-of-00001.safetensors"
 def uninterrupted(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     """The folder, and the critic at the end."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    return folder, run(folder).critic.state_dict()
+    return folder, run(folder).models.critic.state_dict()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -81,7 +81,7 @@ def test_killed_and_resumed(stage, step, tmp_path, uninterrupted):
     resumed = run(folder, resume_from_checkpoint="latest")
     assert_same_run(folder, reference)
     if stage != "export":
-        assert_equal(resumed.critic.state_dict(), critic)
+        assert_equal(resumed.models.critic.state_dict(), critic)
 
 
 def test_checkpoints_hold_all_that_trains(uninterrupted):

@@ -24,7 +24,7 @@ from linvideo.models.describe import ranges
 from linvideo.trajectories import TrajectoryStore, encode_prompts
 from linvideo.trajectories.images import digest
 from linvideo.trajectories.prompts import PromptConfig
-from linvideo.transfer import TrainConfig, Trainer
+from linvideo.transfer import TrainConfig, train
 from linvideo.transfer.selection import lowest
 from linvideo.transfer.sensitivity import velocity_error
 from linvideo.transfer.warmup import attention_output_errors, load_feature_maps
@@ -65,7 +65,7 @@ def held_states(folder):
 
 def test_errors_and_maps_are_those_of_a_training_run(analysis, folder, tmp_path):
     config = replace(CONFIG, output_dir=str(tmp_path / "run"), prompts=PromptConfig(negative_prompt="dull"))
-    result = Trainer(config, tiny_teacher(), prompts=PROMPTS).train()
+    result = train(config, tiny_teacher(), prompts=PROMPTS)
     assert analysis.sensitivity == result.sensitivity and analysis.floor == result.sensitivity_floor
     maps = "feature_maps.safetensors"
     assert (folder / maps).read_bytes() == (tmp_path / "run" / maps).read_bytes()
@@ -194,7 +194,7 @@ def of_images(tmp_path_factory):
 def test_of_an_image_pipeline_too_they_are_those_of_a_training_run(of_images, tmp_path):
     folder, analysis = of_images
     config = replace(CONFIG, output_dir=str(tmp_path / "run"), prompts=PromptConfig(negative_prompt="dull"))
-    result = Trainer(config, tiny_image_pipeline(), prompts=PROMPTS, images=IMAGES).train()
+    result = train(config, tiny_image_pipeline(), prompts=PROMPTS, images=IMAGES)
     assert analysis.sensitivity == result.sensitivity and analysis.floor == result.sensitivity_floor
     for name in ("feature_maps.safetensors", "image_conditions.safetensors"):
         assert (folder / name).read_bytes() == (tmp_path / "run" / name).read_bytes()

@@ -20,7 +20,8 @@ from test_validation import assert_same_validation
 from tiny_run import ENVIRONMENT, ROOT
 
 from linvideo.run.checkpoint import Checkpoint, list_checkpoints
-from linvideo.transfer import Trainer
+from linvideo.run.session import EXPORT
+from linvideo.transfer.trainer import STAGES
 from linvideo.workspace import remove_dead
 
 # a checkpoint after every step, so that much of the time goes into writing them
@@ -87,7 +88,7 @@ class Safe:
             return cls((0, 0), [], shards)
         newest = checkpoints[-1]
         steps = [checkpoint["global_step"] for checkpoint in checkpoints]
-        return cls((Trainer.stages.index(newest["stage"]), newest["stage_step"]), steps, shards)
+        return cls(([*STAGES, EXPORT].index(newest["stage"]), newest["stage_step"]), steps, shards)
 
     def assert_kept(self, now: "Safe", limit: int | None) -> None:
         assert now.progress >= self.progress

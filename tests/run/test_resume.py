@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +16,12 @@ from safetensors.torch import load_file
 from tiny_run import ENVIRONMENT, PROMPTS, ROOT, run, tiny_config, tiny_teacher
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from linvideo.run import metrics_log, pipeline_run, read_metrics
+from linvideo.run import data, metrics_log, read_metrics
 from linvideo.run.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from linvideo.run.parallel import Ranks
-from linvideo.run.session import ResumableRun, TrainingStopped
-from linvideo.transfer import Trainer
+from linvideo.run.session import newest
+from linvideo.run.signals import TrainingStopped
+from linvideo.transfer import trainer
 from linvideo.workspace import LOCK, TEMPORARY, locked, workspace
 
 
@@ -109,7 +109,7 @@ def test_resume_takes_the_run_back_to_a_named_checkpoint(tmp_path, uninterrupted
 def test_checkpoints_after_the_named_one_are_deleted(tmp_path, uninterrupted, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
-    monkeypatch.setattr(Trainer, "_selection", lambda trainer: 1 / 0)
+    monkeypatch.setitem(trainer.STAGES, "selection", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(folder, resume_from_checkpoint=str(folder / "checkpoint-8"))
     assert [path.name for path in list_checkpoints(folder)] == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
@@ -211,7 +211,7 @@ def test_a_signal_saves_the_step_and_ends_the_run(stage, step, number, tmp_path,
 def test_sigterm_outside_of_steps_ends_the_run_at_once(tmp_path, uninterrupted, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline_run, "collect", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(data, "collect", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(TrainingStopped, match="between the steps"):
             run(folder)
     run(folder, resume_from_checkpoint="latest")
@@ -263,12 +263,12 @@ def test_ctrl_c_without_a_run_is_no_failure_to_write_or_read(call, tmp_path, mon
 
 
 def test_one_run_at_a_time_writes_into_a_folder(tmp_path, uninterrupted):
-    first, second = (Trainer(tiny_config(tmp_path / "run"), tiny_teacher(), PROMPTS) for _ in range(2))
-    with locked(tmp_path / "run"), pytest.raises(ValueError, match=f"is in use: process {os.getpid()} on "):
-        first.train()
-    first.train()
-    with pytest.raises(ValueError, match="is not empty"):
-        second.train()
+    second, _ = trainer.prepare(tiny_config(tmp_path / "run"), tiny_teacher(), PROMPTS)
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match=f"is in use: process {os.getpid()} on "), second:
+        pass
+    run(tmp_path / "run")
+    with pytest.raises(ValueError, match="is not empty"), second:
+        pass
     assert_same_run(tmp_path / "run", uninterrupted)
     with locked(tmp_path / "run"), pytest.raises(ValueError, match="is in use"):
         run(tmp_path / "run", resume_from_checkpoint="latest")
@@ -276,11 +276,11 @@ def test_one_run_at_a_time_writes_into_a_folder(tmp_path, uninterrupted):
 
 def test_workers_collect_next_to_a_run_and_each_other(tmp_path, uninterrupted):
     folder = tmp_path / "run"
-    workers = [Trainer(tiny_config(folder, resume_from_checkpoint="latest"), tiny_teacher(), PROMPTS) for _ in range(2)]
+    config = tiny_config(folder, resume_from_checkpoint="latest")
     with locked(folder), workspace(folder / "checkpoint-4") as live:
         (live / "checkpoint-4").mkdir()
-        for number, worker in enumerate(workers):
-            assert len(worker.collect(number, 3).missing_shards()) == 2 - number
+        for number in range(2):
+            assert len(trainer.collect(config, number, 3, tiny_teacher(), PROMPTS).missing_shards()) == 2 - number
         assert (live / "checkpoint-4").is_dir()
     assert sorted(path.name for path in folder.iterdir()) == ["prompt_embeds.safetensors", "trajectories"]
     run(folder, resume_from_checkpoint="latest")
@@ -384,8 +384,7 @@ def test_a_damaged_state_is_passed_over(how, tmp_path, uninterrupted, capsys):
     text = file.read_text()
     file.write_text(STATES[how](text))
     assert file.read_text() != text
-    run_ = SimpleNamespace(checkpoints=list_checkpoints(folder)[::-1], ranks=Ranks.alone())
-    assert ResumableRun._load_newest(run_).path == list_checkpoints(folder)[-2]
+    assert newest(list_checkpoints(folder)[::-1], Ranks.alone()).path == list_checkpoints(folder)[-2]
     said = capsys.readouterr().err
     assert str(file.parent) in said and "continuing from the one before it" in said
 

@@ -9,11 +9,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import run
 
-from linvideo.run import read_metrics
+from linvideo.run import Run, read_metrics
 from linvideo.run.pace import Pace
 from linvideo.run.trackers import Trackers
 from linvideo.transfer import TrainConfig
-from linvideo.transfer.train import Trainer
 
 
 class FakeRun:
@@ -49,13 +48,13 @@ def wandb(monkeypatch):
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, wandb, monkeypatch):
     folder, settings = tmp_path / "run", {"report_to": "wandb", "tracker_project_name": "mine", "max_train_steps": 2}
-    optimize, sent = Trainer._optimize, []
+    optimize, sent = Run.optimize, []
 
-    def fail_at_8(trainer, *arguments):
-        return 1 / 0 if trainer.global_step == 8 else optimize(trainer, *arguments)
+    def fail_at_8(run, *arguments):
+        return 1 / 0 if run.global_step == 8 else optimize(run, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(Trainer, "_optimize", fail_at_8)
+        patch.setattr(Run, "optimize", fail_at_8)
         run(folder, **settings)
     first = wandb.runs[0]
     assert first.finished and sorted(first.rows) == list(range(1, 8))

@@ -10,18 +10,18 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import assert_same_run
 from tiny import tiny_pipeline
-from tiny_run import PROMPTS, run, tiny_config, tiny_teacher
+from tiny_run import PROMPTS, run, tiny_config, tiny_teacher, watched
 
 from linvideo.models import load_pipeline
 from linvideo.run import read_metrics, validation
 from linvideo.run.checkpoint import list_checkpoints, load_checkpoint
 from linvideo.run.sample import decode, sample
-from linvideo.run.session import TrainingStopped
+from linvideo.run.signals import TrainingStopped
 from linvideo.run.validation import Validator
 from linvideo.run.video_metrics import compare
 from linvideo.trajectories.prompts import encode_prompts, spread
 from linvideo.trajectories.seeding import draw_noise
-from linvideo.transfer import Trainer
+from linvideo.transfer import train
 
 VALIDATION = {"steps": 4, "num_videos": 2, "num_inference_steps": 2, "fps": 8}
 STEPS = [8, 9, 12, 15]  # selection is 5 to 9, fine-tuning 10 to 15
@@ -175,9 +175,9 @@ def test_own_prompts_and_other_settings(tmp_path, validated):
     own = VALIDATION | {"prompts": ["a cat"], "num_videos": 3}
     folder, teacher = tmp_path / "run", tiny_teacher()
     encoder, calls = teacher.text_encoder.forward, []
-    teacher.text_encoder.forward = lambda *a, **k: (calls.append(trainer.stage_step), encoder(*a, **k))[1]
-    trainer = Trainer(tiny_config(folder, validation=own), teacher, PROMPTS)
-    trainer.train()
+    teacher.text_encoder.forward = lambda *a, **k: (calls.append(seen.run.stage_step), encoder(*a, **k))[1]
+    with watched() as seen:
+        train(tiny_config(folder, validation=own), teacher, PROMPTS)
     assert calls and not any(calls)  # before the first step only
     made = files(folder)
     assert len([name for name in made if "teacher/" in name]) == 3

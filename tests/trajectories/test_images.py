@@ -19,7 +19,7 @@ from tiny import (
     tiny_pipeline,
     tiny_transformer,
 )
-from tiny_run import PROMPTS, tiny_config, tiny_teacher
+from tiny_run import PROMPTS, tiny_config, tiny_teacher, watched
 from transformers import UMT5EncoderModel
 
 from linvideo.evaluation import sampling
@@ -33,7 +33,7 @@ from linvideo.trajectories.flow import predict_velocity
 from linvideo.trajectories.images import digest, encode_images, read_image
 from linvideo.trajectories.prompts import Prompt, choose_prompts, encode_prompts
 from linvideo.trajectories.seeding import draw_noise, stable_hash
-from linvideo.transfer import Trainer
+from linvideo.transfer import train, trainer
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5}
 VIDEO = TrajectoryConfig(**SIZE, num_trajectories=3, num_inference_steps=4, guidance_scale=3.0, dtype="float32")
@@ -150,18 +150,18 @@ def test_a_run_from_a_prompts_file_to_the_pipeline(tmp_path, monkeypatch, make, 
     file = write_prompts(tmp_path / "prompts.jsonl", lines)
     pipeline = make()
     settings = {"expert": expert, "max_train_steps": 4, "prompts": {"prompts_file": file}}
-    trainer = Trainer(tiny_config(tmp_path / "run", **settings), pipeline)
-    result = trainer.train()
-    component = trainer.expert.component
+    with watched() as seen:
+        result = train(tiny_config(tmp_path / "run", **settings), pipeline)
+    component = seen.source.expert.component
     loaded = load_pipeline(result.pipeline_path)
     assert type(loaded).__name__ == "WanImageToVideoPipeline"
     assert describe(getattr(loaded, component)).layers_linear == result.layers_linear
     assert all(value.isfinite().all() for value in getattr(loaded, component).state_dict().values())
     losses = {key for row in read_metrics(tmp_path / "run" / "metrics.jsonl") for key in row if key.startswith("loss_")}
     assert {"loss_mse", "loss_adm"} <= losses
-    for model in (trainer.student, trainer.teacher):  # every sample of every call is under one of the prompts' images
+    for model in (seen.student, seen.teacher):  # every sample of every call is under one of the prompts' images
         for latents, image_embeds in calls[id(model)]:
-            assert all(any(torch.equal(sample, known) for known in trainer.prompts.latents) for sample in latents)
+            assert all(any(torch.equal(sample, known) for known in seen.data.prompts.latents) for sample in latents)
             assert (image_embeds is None) == (make is wan22)
     video = loaded(
         image=IMAGES[0], prompt="a fox", num_inference_steps=2, **SIZE, output_type="np", generator=torch.manual_seed(0)
@@ -173,11 +173,11 @@ def test_a_run_goes_on_with_the_cached_conditions(tmp_path, monkeypatch):
     settings = {"expert": "high_noise", "max_train_steps": 2}
 
     def run(folder, **more):
-        return Trainer(tiny_config(tmp_path / folder, **settings, **more), wan22(), PROMPTS, IMAGES).train()
+        return train(tiny_config(tmp_path / folder, **settings, **more), wan22(), PROMPTS, IMAGES)
 
     whole = run("a").pipeline.transformer.state_dict()
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_finetune", lambda trainer: 1 / 0)
+        patch.setitem(trainer.STAGES, "finetune", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run("b")
     with monkeypatch.context() as patch:
@@ -203,10 +203,10 @@ def test_encoders_work_before_the_transformers_come_to_the_device(tmp_path, monk
 
     for kind, name in ((torch.nn.Module, "to"), *works.items()):
         record(kind, name)
-    monkeypatch.setattr(Trainer, "_make_models", lambda trainer: 1 / 0)
+    monkeypatch.setattr(trainer, "make_models", lambda *_: 1 / 0)
     settings = {"expert": "high_noise", "pretrained_model_name_or_path": str(tmp_path / "teacher"), "device": "cpu"}
     with pytest.raises(ZeroDivisionError):
-        Trainer(tiny_config(tmp_path / "run", **settings), None, PROMPTS, IMAGES).train()
+        train(tiny_config(tmp_path / "run", **settings), None, PROMPTS, IMAGES)
     text, vae, experts = works
     expected = [(kind, name) for kind in (text, vae) for name in ("to", works[kind], "to")]  # comes, works, leaves
     expected += [(kind, "to") for kind in works]  # the encoders of a pipeline in memory leave here
@@ -315,5 +315,5 @@ def test_prompts_files_with_images(tmp_path):
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, pipeline, images, message):
     with pytest.raises(ValueError, match=message) as error:
-        Trainer(tiny_config(tmp_path / "run"), pipeline(), PROMPTS, images).train()
+        train(tiny_config(tmp_path / "run"), pipeline(), PROMPTS, images)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()

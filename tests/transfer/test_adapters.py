@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from tiny import tiny_transformer
-from tiny_run import PROMPTS, run, tiny_config, tiny_teacher
+from tiny_run import PROMPTS, run, tiny_config, tiny_teacher, watched
 
 from linvideo.models import convert, load_pipeline
 from linvideo.models.branches import feature_weights, gates
@@ -13,7 +13,7 @@ from linvideo.run.adapters import AdapterConfig, FrozenBase, adapters, add_adapt
 from linvideo.run.checkpoint import list_checkpoints, load_checkpoint
 from linvideo.run.parallel import Ranks
 from linvideo.run.sharding import gather
-from linvideo.transfer import Trainer
+from linvideo.transfer import train
 
 LORA = {"lora": {"rank": 4, "alpha": 8.0}}
 
@@ -23,8 +23,9 @@ def lora_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora") / "run"
     pipeline = tiny_teacher()
     before = {name: tensor.clone() for name, tensor in pipeline.transformer.state_dict().items()}
-    trainer = Trainer(tiny_config(folder, **LORA), pipeline, prompts=PROMPTS)
-    return folder, trainer, trainer.train(), before
+    with watched() as seen:
+        result = train(tiny_config(folder, **LORA), pipeline, prompts=PROMPTS)
+    return folder, seen, result, before
 
 
 def inputs(seed: int = 1) -> dict:
@@ -38,29 +39,29 @@ def inputs(seed: int = 1) -> dict:
 
 
 def test_the_teacher_is_left_as_it_was(lora_run):
-    _, trainer, _, before = lora_run
-    teacher = trainer.pipeline.transformer
+    _, seen, _, before = lora_run
+    teacher = seen.source.transformer
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert all(parameter.requires_grad for parameter in teacher.parameters())
 
 
 def test_only_adapters_and_branches_train(lora_run):
-    folder, trainer, _, before = lora_run
-    base = {name: x for name, x in trainer.student.state_dict().items() if ".lora_" not in name}
+    folder, seen, _, before = lora_run
+    base = {name: x for name, x in seen.student.state_dict().items() if ".lora_" not in name}
     base = {name.replace(".base_layer", ""): x for name, x in base.items() if ".linear_attn." not in name}
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.items())
     saved, _ = load_checkpoint(list_checkpoints(folder)[-1])
     assert saved and all(".lora_" in name or ".linear_attn." in name for name in saved)
-    ups = [layer.lora_B["default"].weight for layer in adapters(trainer.student).values()]
+    ups = [layer.lora_B["default"].weight for layer in adapters(seen.student).values()]
     assert len(ups) == 3 * 8 and all(up.abs().max() > 0 for up in ups)
 
 
 def test_what_is_exported_computes_what_was_trained(lora_run):
-    _, trainer, result, before = lora_run
+    _, seen, result, before = lora_run
     exported = load_pipeline(result.pipeline_path).transformer
     assert not adapters(exported) and exported.config.attention_types.count("linear") == 2
     with torch.no_grad():
-        torch.testing.assert_close(exported(**inputs())[0], trainer.student(**inputs())[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(exported(**inputs())[0], seen.student(**inputs())[0], rtol=1e-5, atol=1e-5)
     assert not torch.equal(exported.blocks[0].attn1.to_q.weight, before["blocks.0.attn1.to_q.weight"])
 
 
@@ -146,9 +147,9 @@ def test_attention_backend_reaches_student_and_teacher(tmp_path):
 
     with attention_backend("native"):  # the setter also writes a process-wide default; this restores it
         config = tiny_config(tmp_path / "run", attention_backend="_native_math")
-        trainer = Trainer(config, tiny_teacher(), prompts=PROMPTS)
-        trainer.train()
-        for model in (trainer.student, trainer.teacher):
+        with watched() as seen:
+            train(config, tiny_teacher(), prompts=PROMPTS)
+        for model in (seen.student, seen.teacher):
             assert {block.attn1.processor._attention_backend for block in model.blocks} == {"_native_math"}
     with pytest.raises(ValueError, match="must be one of the following"):
-        Trainer(tiny_config(tmp_path / "other", attention_backend="fast"), tiny_teacher(), prompts=PROMPTS)
+        train(tiny_config(tmp_path / "other", attention_backend="fast"), tiny_teacher(), prompts=PROMPTS)

@@ -12,7 +12,7 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from safetensors.torch import load_file
 from tiny import generate, sampled_states, tiny_pipeline, tiny_transformer
-from tiny_run import ENVIRONMENT, PROMPTS, ROOT, run, tiny_config, tiny_experts, tiny_teacher
+from tiny_run import ENVIRONMENT, PROMPTS, ROOT, run, tiny_config, tiny_experts, tiny_teacher, watched
 from toy import AffineFlow, toy_prompts, toy_store
 
 from linvideo.models import convert, describe, load_pipeline
@@ -22,7 +22,7 @@ from linvideo.trajectories.experts import Expert, choose_expert
 from linvideo.trajectories.flow import predict_velocity, sampler_grid
 from linvideo.trajectories.prompts import encode_prompts
 from linvideo.trajectories.seeding import draw_noise
-from linvideo.transfer import Trainer, objectives
+from linvideo.transfer import objectives, train
 from linvideo.transfer.lanes import StudentLanes
 from linvideo.transfer.objectives import ObjectiveConfig
 
@@ -191,11 +191,11 @@ def test_every_model_call_of_a_run_is_in_range(tmp_path, monkeypatch, name, obje
     monkeypatch.setattr(WanTransformer3DModel, "forward", record)
     teacher = tiny_experts()
     settings = {"expert": name, "objective": {"name": objective, "max_dt": 0.5}, "max_train_steps": 4}
-    trainer = Trainer(tiny_config(tmp_path / "run", **settings), teacher, PROMPTS)
-    trainer.train()
-    assert trainer.student.forward.__func__ is record
-    own = torch.cat(calls[id(trainer.teacher)] + calls[id(trainer.student)])
-    assert calls[id(trainer.student)] and len(calls) == (2 if name == "high_noise" else 3)
+    with watched() as seen:
+        train(tiny_config(tmp_path / "run", **settings), teacher, PROMPTS)
+    assert seen.student.forward.__func__ is record
+    own = torch.cat(calls[id(seen.teacher)] + calls[id(seen.student)])
+    assert calls[id(seen.student)] and len(calls) == (2 if name == "high_noise" else 3)
     assert own.min() >= BOUNDARY if name == "high_noise" else own.max() < BOUNDARY
     if name == "low_noise":  # the other expert is asked for trajectories only
         assert torch.cat(calls[id(teacher.transformer)]).min() >= BOUNDARY
@@ -211,7 +211,7 @@ def test_the_other_expert_samples_validations_and_has_left_before_they_are_decod
     monkeypatch.setattr(validation, "decode", lambda *a: (events.append("decode"), decode(*a))[1])
     settings = {"expert": name, "max_train_steps": 1, "selection": {"method": "layers", "layers": [0]}}
     often = {"steps": 100, "num_videos": 2, "num_inference_steps": 4}
-    Trainer(tiny_config(tmp_path / "run", **settings, validation=often), teacher, PROMPTS).train()
+    train(tiny_config(tmp_path / "run", **settings, validation=often), teacher, PROMPTS)
     once = ["move", "sample", "sample", "move", "decode", "decode"]
     assert events == ["move", "move", *once, *once, "move"]  # for trajectories, teacher and student, in the end
 
@@ -219,14 +219,14 @@ def test_the_other_expert_samples_validations_and_has_left_before_they_are_decod
 def test_two_runs_convert_both_experts(tmp_path):
     teacher = tiny_experts()
     stock = {name: value.clone() for name, value in teacher.transformer_2.state_dict().items()}
-    first = Trainer(tiny_config(tmp_path / "high", expert="high_noise", max_train_steps=2), teacher, PROMPTS).train()
+    first = train(tiny_config(tmp_path / "high", expert="high_noise", max_train_steps=2), teacher, PROMPTS)
     loaded = load_pipeline(first.pipeline_path)
     assert describe(loaded.transformer).layers_linear == first.layers_linear
     assert type(loaded.transformer_2) is WanTransformer3DModel
     assert all(torch.equal(stock[name], value) for name, value in loaded.transformer_2.state_dict().items())
 
     settings = {"expert": "low_noise", "max_train_steps": 2, "pretrained_model_name_or_path": str(first.pipeline_path)}
-    second = Trainer(tiny_config(tmp_path / "low", **settings), None, PROMPTS).train()
+    second = train(tiny_config(tmp_path / "low", **settings), None, PROMPTS)
     both = load_pipeline(second.pipeline_path)
     assert describe(both.transformer).layers_linear == first.layers_linear
     assert describe(both.transformer_2).layers_linear == second.layers_linear
@@ -234,7 +234,7 @@ def test_two_runs_convert_both_experts(tmp_path):
     assert all(torch.equal(state[name], value) for name, value in both.transformer.state_dict().items())
     assert generate(both, num_inference_steps=4).shape == (5, 32, 32, 3)
     with pytest.raises(ValueError, match="expected a stock WanTransformer3DModel"):
-        Trainer(tiny_config(tmp_path / "again", **settings), both, PROMPTS)
+        train(tiny_config(tmp_path / "again", **settings), both, PROMPTS)
 
 
 @pytest.mark.parametrize("name, stage, step", [("low_noise", "finetune", 5), ("high_noise", "trajectories", 1)])
@@ -275,7 +275,7 @@ def test_wrong_combinations_are_refused_before_anything_is_written(tmp_path, pip
     size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 4}
     settings = {**settings, "trajectories": {**size, **settings.get("trajectories", {})}}
     with pytest.raises(ValueError, match=message) as error:
-        Trainer(tiny_config(tmp_path / "run", **settings), pipeline(), PROMPTS)
+        train(tiny_config(tmp_path / "run", **settings), pipeline(), PROMPTS)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 

@@ -5,18 +5,18 @@ import torch
 from command_line import refused
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from tiny import generate, tiny_image, tiny_image_pipeline, tiny_image_transformer, tiny_inputs, tiny_transformer
-from tiny_distill_run import LINEAR, distill_config, distiller, run, tiny_student
+from tiny_distill_run import LINEAR, distill_config, run, tiny_student
 from tiny_run import PROMPTS, tiny_config, tiny_experts, tiny_teacher
 
 from linvideo.commands.main import main
-from linvideo.distillation import Distiller
+from linvideo.distillation import distill
 from linvideo.distillation.dmd_step import DmdStep
 from linvideo.models import FewStepScheduler, convert, describe, load_pipeline
 from linvideo.run import read_metrics
 from linvideo.run.checkpoint import list_checkpoints, load_checkpoint
 from linvideo.run.optimizer import StudentOptimizer
 from linvideo.trajectories import TrajectoryStore
-from linvideo.transfer import Trainer
+from linvideo.transfer import collect
 
 NO_REGRESSION = {"regression": {"max_train_steps": 0}}
 PLAIN_DMD = {"dmd": {"student_every": 3}}
@@ -51,7 +51,7 @@ def whole(tmp_path_factory):
     student = tiny_student(teacher)
     before, scheduler = (copied(teacher.transformer), copied(student)), teacher.scheduler
     config = distill_config(folder, checkpointing_steps=1)
-    result = Distiller(config, teacher, student, PROMPTS).train()
+    result = distill(config, teacher, student, PROMPTS)
     assert same(copied(teacher.transformer), before[0]) and same(copied(student), before[1])
     assert teacher.scheduler is scheduler and teacher.transformer.training is False
     return folder, result, before
@@ -169,7 +169,7 @@ def test_gradients_of_the_students_turn_do_not_reach_the_critic(tmp_path, monkey
 
 def test_regression_alone(tmp_path):
     done = run(tmp_path, max_train_steps=0)
-    assert done.critic is None
+    assert done.models.critic is None
     assert {row["stage"] for row in read_metrics(tmp_path / "metrics.jsonl")} == {"regression"}
     assert isinstance(load_pipeline(tmp_path / "pipeline").scheduler, FewStepScheduler)
     checkpoint = load_checkpoint(list_checkpoints(tmp_path)[-1])[0]
@@ -178,17 +178,17 @@ def test_regression_alone(tmp_path):
 
 def test_matching_alone_needs_no_trajectories(tmp_path):
     done = run(tmp_path, **NO_REGRESSION, **PLAIN_DMD)
-    assert not (tmp_path / "trajectories").exists() and done.store is None
-    assert not hasattr(done.critic, "discriminator")
+    assert not (tmp_path / "trajectories").exists() and done.data.store is None
+    assert not hasattr(done.models.critic, "discriminator")
     assert {row["stage"] for row in read_metrics(tmp_path / "metrics.jsonl")} == {"dmd"}
-    assert not same(exported(tmp_path), copied(done.source))
+    assert not same(exported(tmp_path), copied(done.converted))
 
 
 def test_a_converted_teacher_is_refused(tmp_path):
     teacher = tiny_teacher()
     teacher.transformer = convert(teacher.transformer, [1], mode="linear")
     with pytest.raises(ValueError, match="expected a stock WanTransformer3DModel for a teacher, got LinVideo"):
-        Distiller(distill_config(tmp_path), teacher, teacher.transformer, PROMPTS)
+        distill(distill_config(tmp_path), teacher, teacher.transformer, PROMPTS)
 
 
 def test_a_discriminator_needs_trajectories(tmp_path):
@@ -198,7 +198,7 @@ def test_a_discriminator_needs_trajectories(tmp_path):
 
 def test_a_stock_model_may_be_the_student(tmp_path):
     teacher = tiny_teacher()
-    Distiller(distill_config(tmp_path, max_train_steps=3), teacher, teacher.transformer, PROMPTS).train()
+    distill(distill_config(tmp_path, max_train_steps=3), teacher, teacher.transformer, PROMPTS)
     assert describe(load_pipeline(tmp_path / "pipeline").transformer).layers_linear == []
 
 
@@ -206,9 +206,9 @@ def test_a_stock_model_may_be_the_student(tmp_path):
 
 
 def test_trajectories_of_a_transfer_serve_too(tmp_path, whole):
-    transfer = Trainer(tiny_config(tmp_path / "transfer"), tiny_teacher(), PROMPTS)
-    transfer.collect()
-    shared = {**transfer.config.to_dict()["trajectories"], "path": str(tmp_path / "transfer" / "trajectories")}
+    config = tiny_config(tmp_path / "transfer")
+    collect(config, teacher_pipeline=tiny_teacher(), prompts=PROMPTS)
+    shared = {**config.to_dict()["trajectories"], "path": str(tmp_path / "transfer" / "trajectories")}
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "transfer" / "trajectories").iterdir()}
     run(tmp_path / "a", trajectories=shared)
     assert not (tmp_path / "a" / "trajectories").exists()
@@ -223,9 +223,9 @@ def test_trajectories_of_a_transfer_serve_too(tmp_path, whole):
 def test_the_samplers_shift_is_the_law_of_t_unless_another_is_given(tmp_path, monkeypatch):
     shifts, original = [], DmdStep.__init__
 
-    def kept(step, student, teacher, critic, prompts, shape, flow_shift, *rest):
+    def kept(step, *models, flow_shift, **rest):
         shifts.append(flow_shift)
-        original(step, student, teacher, critic, prompts, shape, flow_shift, *rest)
+        original(step, *models, flow_shift=flow_shift, **rest)
 
     monkeypatch.setattr(DmdStep, "__init__", kept)
     settings = {**NO_REGRESSION, "max_train_steps": 5}
@@ -257,7 +257,7 @@ def test_an_image_to_video_pipeline(clip, tmp_path):
     prompts = {"prompts": {"max_sequence_length": 512}}  # the model needs all
     config = distill_config(tmp_path, max_train_steps=3, **prompts)
     images = [tiny_image(seed) for seed in range(3)]
-    result = Distiller(config, pipeline, student, PROMPTS, images).train()
+    result = distill(config, pipeline, student, PROMPTS, images)
     loaded = load_pipeline(result.pipeline_path)
     assert type(loaded).__name__ == "WanImageToVideoPipeline" and isinstance(loaded.scheduler, FewStepScheduler)
     assert not same(copied(loaded.transformer), copied(student))
@@ -273,7 +273,7 @@ def test_validation_samples_the_student_in_its_few_steps(tmp_path, whole):
     assert [(row["step"], row["stage"]) for row in rows] == [(4, "regression"), (8, "dmd"), (11, "dmd")]
     assert same(exported(tmp_path / "a"), exported(whole[0]))  # it changes nothing
     assert read_metrics(tmp_path / "a" / "metrics.jsonl") == read_metrics(whole[0] / "metrics.jsonl")
-    assert done.validator.student_scheduler is done.student_scheduler
+    assert done.data.validator.student_scheduler.config.timesteps == done.run.config.scheduler().config.timesteps
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_validation_samples_the_student_in_its_few_steps(tmp_path, whole):
 def test_other_settings_run_to_the_end(settings, tmp_path, whole):
     done = run(tmp_path, **settings)
     weights = exported(tmp_path)
-    assert all(value.isfinite().all() for value in weights.values()) and not same(weights, copied(done.source))
+    assert all(value.isfinite().all() for value in weights.values()) and not same(weights, copied(done.converted))
     if "mixed_precision" not in settings:  # what is computed is the same, only where and when is not
         others = exported(whole[0])
         assert all(torch.allclose(weights[name], others[name], atol=1e-6) for name in weights)
@@ -312,8 +312,8 @@ def test_the_attention_backend_is_that_of_all_models(tmp_path, monkeypatch):
         layers = [attn for block in model.blocks for attn in (block.attn1, block.attn2)]
         return {attn.processor._attention_backend for attn in layers}
 
-    assert [backends(model) for model in (done.student, done.teacher, done.critic)] == [{"_native_math"}] * 3
-    assert backends(done.source) == {None}
+    assert [backends(vars(done.models)[name]) for name in ("student", "teacher", "critic")] == [{"_native_math"}] * 3
+    assert backends(done.converted) == {None}
 
 
 # what is refused
@@ -321,7 +321,7 @@ def test_the_attention_backend_is_that_of_all_models(tmp_path, monkeypatch):
 
 def refused_in_python(match, output_dir, teacher=None, student=None, prompts=PROMPTS, **settings):
     with pytest.raises(ValueError, match=match) as error:
-        Distiller(distill_config(output_dir, **settings), teacher, student, prompts)
+        distill(distill_config(output_dir, **settings), teacher, student, prompts)
     assert "\n" not in str(error.value) and not output_dir.exists()
 
 
@@ -348,7 +348,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
 def test_a_folder_in_use_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):
-        distiller(tmp_path)
+        run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -3,20 +3,21 @@ import json
 import pytest
 import torch
 from tiny import tiny_inputs, tiny_pipeline, tiny_transformer
-from tiny_run import PROMPTS, run, tiny_config, tiny_teacher
+from tiny_run import PROMPTS, run, tiny_config, tiny_teacher, watched
 
 from linvideo.commands.main import main
 from linvideo.models import convert, describe, load_pipeline
 from linvideo.run import TrainingDiverged, read_metrics
 from linvideo.trajectories import TrajectoryStore
 from linvideo.trajectories.flow import predict_velocity
-from linvideo.transfer import Trainer, objectives
+from linvideo.transfer import objectives, train
+from linvideo.transfer.trainer import warmed_up
 
 
 def test_the_exported_pipeline_is_the_students(tmp_path):
     teacher = tiny_teacher()
     before = {name: value.clone() for name, value in teacher.transformer.state_dict().items()}
-    result = Trainer(tiny_config(tmp_path / "run"), teacher, PROMPTS).train()
+    result = train(tiny_config(tmp_path / "run"), teacher, PROMPTS)
     assert all(torch.equal(before[name], value) for name, value in teacher.transformer.state_dict().items())
 
     loaded = load_pipeline(result.pipeline_path)
@@ -51,9 +52,10 @@ def test_training_lowers_the_error_of_the_linear_layers(tmp_path):
         "objective": {"name": "mse"},
         "optimizer": {"learning_rate": 2e-4},
     }
-    trainer = Trainer(tiny_config(tmp_path / "run", **settings), tiny_teacher(), PROMPTS)
-    result = trainer.train()
-    batch = trainer.store.draw(range(24), "test", prompts=trainer.prompts)
+    config = tiny_config(tmp_path / "run", **settings)
+    with watched() as seen:
+        result = train(config, tiny_teacher(), PROMPTS)
+    batch = seen.data.store.draw(range(24), "test", prompts=seen.data.prompts)
 
     def error(model):
         with torch.no_grad():
@@ -61,11 +63,11 @@ def test_training_lowers_the_error_of_the_linear_layers(tmp_path):
         return float((u - batch.u).square().mean())
 
     assert result.layers_linear == [0, 2]
-    raw = error(convert(trainer.teacher, layers=[0, 2], mode="linear"))
-    warm = error(trainer.warmed_up([0, 2]))
+    raw = error(convert(seen.teacher, layers=[0, 2], mode="linear"))
+    warm = error(warmed_up(seen.teacher, config, [0, 2]))
     assert warm < 0.9 * raw and error(result.pipeline.transformer) < 0.5 * warm
     with pytest.raises(ValueError, match="was not warmed up"):
-        trainer.warmed_up([1])
+        warmed_up(seen.teacher, config, [1])
 
 
 def test_selection_by_sensitivity_takes_the_lowest_errors(tmp_path):
@@ -125,15 +127,16 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path):
 def test_gradient_accumulation_averages_over_micro_batches(tmp_path):
     from linvideo.transfer.gradient_step import GradientStep
 
-    trainer = Trainer(tiny_config(tmp_path / "run", max_train_steps=0), tiny_teacher(), PROMPTS)
-    trainer.train()
-    student = convert(trainer.teacher, mode="linear")
-    parts = (student, trainer.teacher, trainer.store, trainer.prompts, trainer.grid, trainer.config, "test")
+    config = tiny_config(tmp_path / "run", max_train_steps=0)
+    with watched() as seen:
+        train(config, tiny_teacher(), PROMPTS)
+    student, data = convert(seen.teacher, mode="linear"), seen.data
+    parts = (student, seen.teacher, data.store, data.prompts, data.source.grid, config, "test")
     name, loss = GradientStep(*parts, objectives.ObjectiveConfig(name="mse"))(3)
     gradient = student.proj_out.weight.grad.clone()
     student.zero_grad()
     positions = (range(2), range(2, 4))
-    batches = [trainer.store.draw(part, 0, "test", 3, prompts=trainer.prompts) for part in positions]
+    batches = [data.store.draw(part, 0, "test", 3, prompts=data.prompts) for part in positions]
     by_hand = sum(objectives.teacher_state_mse(student, batch) for batch in batches) / 2
     by_hand.backward()
     assert name == "mse" and loss == pytest.approx(float(by_hand.detach()))
@@ -182,10 +185,10 @@ def test_a_run_that_skipped_most_of_its_steps_is_not_exported(tmp_path, monkeypa
 
 
 def refused(match, output_dir, teacher=None, prompts=PROMPTS, **settings):
-    """Trainer(...) or .train() raises ValueError, and output_dir is as it was."""
+    """`train` raises ValueError, and output_dir is as it was."""
     before = sorted(str(path) for path in output_dir.rglob("*")) if output_dir.exists() else None
     with pytest.raises(ValueError, match=match) as error:
-        Trainer(tiny_config(output_dir, **settings), teacher, prompts).train()
+        train(tiny_config(output_dir, **settings), teacher, prompts)
     assert "\n" not in str(error.value)
     assert (sorted(str(path) for path in output_dir.rglob("*")) if output_dir.exists() else None) == before
 

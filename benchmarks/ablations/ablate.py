@@ -1,0 +1,166 @@
+"""Runs for ablations: they start from stages that another run has done, change model and objective, and keep score."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.ablations.objectives import AblationStep
+from benchmarks.ablations.settings import Setting
+from benchmarks.ablations.variants import lora, rope_after
+from linvideo.run.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from linvideo.run.data import Data, open_data
+from linvideo.run.session import EXPORT, Run, TrainingDiverged
+from linvideo.trajectories.flow import sampler_grid
+from linvideo.transfer import TrainConfig, trainer
+
+PROBES = 4  # times in fine-tuning at which the curve has a point
+
+
+@dataclass
+class Outcome:
+    """What an ablation's run made.
+
+    Args:
+        student: as it is when the run ends.
+        results: of the stages, see linvideo.run.Run.
+        curve: pairs (share of the budget of fine-tuning, what the probe gave).
+        cost: fine-tuning's device_seconds without the probes (processor time on a CPU, time on a GPU) and peak_mib (of
+            the process on a CPU, of tensors on a GPU; None where the system does not tell).
+        diverged: why the run was ended early.
+    """
+
+    student: torch.nn.Module
+    results: dict[str, Any]
+    curve: list[list[float]] = field(default_factory=list)
+    cost: dict[str, Any] = field(default_factory=dict)
+    diverged: str | None = None
+
+
+def ablate(
+    config: TrainConfig, pipeline: Any, prompts: list[str], setting: Setting, probe: Callable[[torch.nn.Module], float]
+) -> Outcome:
+    """`linvideo.transfer.train` with a fine-tuning that follows `setting`, and without export.
+
+    Args:
+        probe: called with the student at PROBES + 1 points of fine-tuning, the first before it.
+    """
+    run, source = trainer.prepare(config, pipeline, prompts)
+    with run:
+        run.check_continues()
+        data = open_data(run, source)
+        student, teacher = trainer.make_models(run, source)
+        if setting.variant == "rope_after":
+            rope_after(student)
+        run.restore(student)
+        outcome = Outcome(student, run.results)
+        try:
+            for stage in run.remaining():
+                if stage is trainer.finetune:
+                    finetune(run, data, student, teacher, setting, probe, outcome)
+                else:
+                    stage(run, data, student, teacher)
+        except TrainingDiverged as error:
+            outcome.diverged = str(error)
+    student.eval().requires_grad_(False)
+    return outcome
+
+
+def finetune(
+    run: Run,
+    data: Data,
+    student: torch.nn.Module,
+    teacher: Callable,
+    setting: Setting,
+    probe: Callable,
+    outcome: Outcome,
+) -> None:
+    """Fine-tuning as `setting` says; fills curve and cost of the outcome."""
+    config, device, probing = run.config, run.device, 0.0
+    if setting.variant == "lora":
+        lora(student)
+
+    def measure(point: int) -> None:
+        student.eval()
+        outcome.curve.append([point / PROBES, probe(student)])
+        student.train()
+
+    due = {round(config.max_train_steps * point / PROBES): point for point in range(1, PROBES + 1)}
+
+    def after_step(step: int) -> None:
+        nonlocal probing
+        if step + 1 in due:
+            started = _device_time(device)
+            measure(due[step + 1])
+            probing += _device_time(device) - started
+
+    measure(0)
+    _reset_peak(device)
+    started = _device_time(device)
+    grid = data.source.grid
+    if setting.sampler_steps is not None:
+        grid = sampler_grid(data.source.pipeline.scheduler, setting.sampler_steps)
+    models_and_data = (student, teacher, data.store, data.prompts, grid)
+    gradient = AblationStep(setting.objective, *models_and_data, config, run.stage, config.objective)
+    trainer.finetune(run, data, student, teacher, gradient, after_step)
+    outcome.cost = {"device_seconds": _device_time(device) - started - probing, "peak_mib": _peak_mib(device)}
+
+
+def start_after(stage: str, source: Path, config: TrainConfig) -> TrainConfig:
+    """Make config.output_dir a run that stands at the end of `stage` of the run in `source`; returns the config that
+    continues it.
+
+    Only what happens later may differ: `config` is taken at its word.
+
+    Raises:
+        ValueError: the run in `source` has no checkpoint there.
+    """
+    names = [*trainer.STAGES, EXPORT]
+    later = names[names.index(stage) + 1]
+    for path in list_checkpoints(source):
+        model, state = load_checkpoint(path)
+        if state["stage"] == later and not state["stage_step"]:
+            break
+    else:
+        raise ValueError(f"expected a checkpoint at the end of {stage} in {source}, found none")
+    config = replace(config, resume_from_checkpoint="latest")
+    if config.selection.layers is not None:
+        mark = ".attn1.linear_attn."
+        kept = {f"blocks.{layer}" for layer in config.selection.layers}
+        model = {name: value for name, value in model.items() if mark not in name or name.split(mark)[0] in kept}
+    folder = Path(config.output_dir)
+    shutil.rmtree(folder, ignore_errors=True)
+    save_checkpoint(folder, state["global_step"], model, state | {"config": config.to_dict()})
+    config.save(folder / "config.yaml")
+    return config
+
+
+def _device_time(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.process_time()  # another process beside this one does not count
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cpu":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+    else:
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_mib(device: torch.device) -> float | None:
+    if device.type != "cpu":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)

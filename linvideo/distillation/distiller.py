@@ -1,0 +1,270 @@
+"""Distillation to few steps: regression on trajectories -> distribution matching -> export.
+
+`distill` is the whole run, resumable at every step; below it stand its stages, in order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.training_utils import EMAModel
+
+from linvideo.distillation.adversarial import Features, attach_discriminator, feature_layer
+from linvideo.distillation.distill_config import DistillConfig
+from linvideo.distillation.dmd_step import DmdStep
+from linvideo.distillation.regression import TrajectoryJumps
+from linvideo.models import FewStepScheduler, Training, load_pipeline, wan_transformer
+from linvideo.models.attention import attach_attention, self_attentions, stored_attention_type
+from linvideo.models.convert import copy_module
+from linvideo.models.wan import LinVideoWanAttnProcessor
+from linvideo.run.data import Data, Source, open_data, open_source
+from linvideo.run.export import FOLDER, export
+from linvideo.run.gradient import accumulate
+from linvideo.run.optimizer import StudentOptimizer
+from linvideo.run.session import Run
+from linvideo.run.trainable import frozen, trainable
+from linvideo.trajectories.collect import stored_flow_shift
+from linvideo.trajectories.experts import Expert
+
+SHARED = ("in_channels", "out_channels", "patch_size", "text_dim", "image_dim")  # of a student and its teacher
+
+
+@dataclass
+class DistillResult:
+    """What a run made.
+
+    Args:
+        pipeline: the teacher's with student and few-step scheduler in their places, as saved in pipeline_path; of
+            several processes the first has it, the others None.
+        timesteps: that it samples with (1000 t).
+        seconds: stage -> time spent.
+    """
+
+    pipeline: Any
+    pipeline_path: Path
+    timesteps: list[float]
+    seconds: dict[str, float]
+
+
+@dataclass
+class Models:
+    """The models of a run.
+
+    Args:
+        critic: learns the score of the student's samples; None for a run without distribution matching.
+        features: the critic's, of a run with a discriminator.
+    """
+
+    student: torch.nn.Module
+    teacher: torch.nn.Module
+    critic: torch.nn.Module | None = None
+    features: Features | None = None
+
+    @property
+    def of_stages(self) -> dict[str, dict[str, torch.nn.Module]]:
+        """Stage -> name -> model that it trains next to the student, for `Run.restore`."""
+        return {} if self.critic is None else {"dmd": {"critic": self.critic}}
+
+
+def distill(
+    config: DistillConfig,
+    teacher_pipeline: Any = None,
+    student: WanTransformer3DModel | None = None,
+    prompts: list[str] | None = None,
+    images: Sequence[Any] | None = None,
+) -> DistillResult:
+    """Run, or finish, a distillation as `config` says.
+
+    Args:
+        teacher_pipeline, prompts, images: see linvideo.transfer.train.
+        student: a converted transformer in memory, in place of config.student_model_name_or_path. It is not changed.
+
+    Raises:
+        ValueError: as `train`; no student, or one that does not fit the teacher or has mixed layers; a discriminator's
+            layer that is not there; a pipeline with two experts (Wan 2.2).
+        TrainingDiverged, TrainingStopped, OSError: as `train`.
+    """
+    run, source, converted = prepare(config, teacher_pipeline, student, prompts, images)
+    scheduler = config.scheduler()
+    with run:
+        run.check_continues()
+        check_critic(run)
+        data = open_data(run, source, config.needs_trajectories, scheduler)
+        models = make_models(run, source, converted)
+        run.restore(models.student, models.of_stages)
+        for stage in run.remaining():
+            stage(run, data, models)
+        pipeline = export(run, data, models.student, how_trained(config, scheduler), scheduler)
+    return DistillResult(
+        pipeline=pipeline,
+        pipeline_path=run.output_dir / FOLDER,
+        timesteps=scheduler.config.timesteps,
+        seconds=run.results["seconds"],
+    )
+
+
+def prepare(
+    config: DistillConfig,
+    teacher_pipeline: Any = None,
+    student: WanTransformer3DModel | None = None,
+    prompts: list[str] | None = None,
+    images: Sequence[Any] | None = None,
+) -> tuple[Run, Source, WanTransformer3DModel]:
+    """What a run starts from, and the converted model; refuses now what it would refuse after hours of trajectories.
+    See `distill`."""
+    device = None if teacher_pipeline is None else wan_transformer(teacher_pipeline).device
+    run = Run(config, STAGES, device)
+    source = open_source(run, teacher_pipeline, prompts, images, only_transformer)
+    converted = load_student(config) if student is None else student
+    check_student(converted, source.transformer)
+    if config.dmd.adversarial_weight:
+        feature_layer(source.transformer, config.dmd.adversarial_layer)
+    return run, source, converted
+
+
+def make_models(run: Run, source: Source, converted: WanTransformer3DModel) -> Models:
+    """Student, teacher and critic with their initial weights, ready to train."""
+    config, ranks, teacher = run.config, run.ranks, source.transformer
+    student = trainable(own_copy(converted, config), config, ranks)
+    critic = features = None
+    if config.max_train_steps:
+        critic = own_copy(teacher, config)
+        if config.dmd.adversarial_weight:
+            torch.manual_seed(config.seed)  # the discriminator starts from draws, the same on all ranks
+            features = attach_discriminator(critic, config.dmd.adversarial_layer)
+            critic.discriminator.to(run.device)
+        critic = trainable(critic, config, ranks)
+    return Models(student, frozen(teacher, config, ranks), critic, features)
+
+
+def own_copy(model: WanTransformer3DModel, config: DistillConfig) -> WanTransformer3DModel:
+    """A copy to be trained; over the same tensors as yet."""
+    result = copy_module(model, share_tensors=True)
+    for attn in self_attentions(result):
+        if stored_attention_type(attn) == "softmax":  # diffusers' own is not made for autocast everywhere
+            attach_attention(attn, "softmax", LinVideoWanAttnProcessor)
+    if config.attention_backend is not None:
+        result.set_attention_backend(config.attention_backend)
+    return result
+
+
+# The stages.
+
+
+def regress(run: Run, data: Data, models: Models) -> None:
+    """Learn to jump from stored states to where their trajectories end."""
+    config, student = run.config, models.student
+    count = config.regression.max_train_steps
+    if not count:
+        return
+    rate = config.regression.learning_rate
+    settings = replace(config.optimizer, learning_rate=rate, lr_scheduler="cosine", adam_beta1=0.9)
+    optimizer = StudentOptimizer(student, settings, count)
+    run.register(optimizer=optimizer)
+    jumps = TrajectoryJumps(data.store, data.prompts, config.scheduler().config.timesteps)
+    validate = data.validation(run, student, models.teacher)
+    for step in run.steps(count, config.global_batch(run.ranks.size), validate):
+
+        def loss_of(micro: int, step: int = step) -> torch.Tensor:
+            positions = run.ranks.micro_batch(micro, config.train_batch_size)
+            return jumps.loss(student, positions, config.seed, run.stage, step)
+
+        loss = accumulate(loss_of, student, config, run.ranks)
+        norm = run.optimize(optimizer, loss)
+        run.report(loss=loss, grad_norm=norm, learning_rate=optimizer.learning_rate)
+
+
+def match_distributions(run: Run, data: Data, models: Models) -> None:
+    """Train the critic in every step, and the student every few steps."""
+    config, every, student = run.config, run.config.dmd.student_every, models.student
+    if models.critic is None:
+        return
+    optimizer = StudentOptimizer(student, config.optimizer, max(1, config.max_train_steps // every))
+    critic_optimizer = StudentOptimizer(models.critic, config.critic_optimizer, config.max_train_steps)
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    ema = EMAModel(trained, decay=config.ema_decay) if config.use_ema else None
+    parts = {"optimizer": optimizer, "critic_optimizer": critic_optimizer, "ema": ema}
+    run.register(**{name: part for name, part in parts.items() if part is not None})
+    shift = config.dmd.flow_shift or stored_flow_shift(data.source.pipeline.scheduler)
+    gradient = DmdStep(
+        student,
+        models.teacher,
+        models.critic,
+        data.prompts,
+        shape=data.source.latent_shape,
+        flow_shift=shift,
+        config=config,
+        features=models.features,
+        store=data.store,
+        ranks=run.ranks,
+    )
+    validate = data.validation(run, student, models.teacher, ema)
+    for step in run.steps(config.max_train_steps, config.global_batch(run.ranks.size), validate):
+        row = {}
+        if (step + 1) % every == 0:
+            loss = gradient.student_gradient(step)
+            norm = run.optimize(optimizer, loss)
+            critic_optimizer.clear()
+            if ema is not None and norm is not None:
+                ema.step(trained)
+            row = {"loss_student": loss, "grad_norm_student": norm, "learning_rate": optimizer.learning_rate}
+        loss = gradient.critic_gradient(step)
+        norm = run.optimize(critic_optimizer, loss)
+        run.report(loss=loss, grad_norm=norm, **row)
+    if ema is not None:
+        ema.copy_to(trained)
+
+
+STAGES = {"regression": regress, "dmd": match_distributions}
+
+
+# What a run starts from, and how it ends.
+
+
+def only_transformer(pipeline: Any) -> Expert:
+    """Raise ValueError for a pipeline with two transformers."""
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise ValueError("expected a pipeline with one transformer, got one with two experts (Wan 2.2)")
+    return Expert()
+
+
+def load_student(config: DistillConfig) -> WanTransformer3DModel:
+    """The converted model that the config names."""
+    path = config.student_model_name_or_path
+    if path is None:
+        raise ValueError("student_model_name_or_path must name the converted model, got None")
+    # without the parts that the teacher's pipeline has; its shards go to the GPU block by block
+    return wan_transformer(load_pipeline(path, text_encoder=None, vae=None, dtype=torch.float32))
+
+
+def check_critic(run: Run) -> None:
+    """Raise ValueError when the checkpoint has a critic and the config wants none, or the other way round."""
+    if run.continued is None or run.stage == "regression":
+        return
+    earlier, now = run.continued["max_train_steps"], run.config.max_train_steps
+    if (earlier == 0) != (now == 0):
+        raise ValueError(f"max_train_steps cannot change from {earlier} to {now} after the regression")
+
+
+def how_trained(config: DistillConfig, scheduler: FewStepScheduler) -> Training:
+    """For the model card."""
+    steps = {"regression": config.regression.max_train_steps, "DMD": config.max_train_steps}
+    settings = {"timesteps": scheduler.config.timesteps, "student every": config.dmd.student_every}
+    earlier = config.student_model_name_or_path
+    return Training("distillation to few steps", steps=steps, settings=settings, earlier=earlier)
+
+
+def check_student(student: WanTransformer3DModel, teacher: WanTransformer3DModel) -> None:
+    """Raise ValueError when `student` is no Wan transformer, has mixed layers, or takes other inputs than `teacher`."""
+    if not isinstance(student, WanTransformer3DModel):
+        raise ValueError(f"expected a Wan transformer for a student, got {type(student).__name__}")
+    mixed = [i for i, kind in enumerate(student.config.get("attention_types") or ()) if kind == "mixed"]
+    if mixed:
+        raise ValueError(f"expected a student whose layers are softmax or linear, got mixed layers {mixed}")
+    for name in SHARED:
+        of_student, of_teacher = getattr(student.config, name), getattr(teacher.config, name)
+        if of_student != of_teacher:
+            raise ValueError(f"expected a student of the teacher's {name} {of_teacher}, got {of_student}")

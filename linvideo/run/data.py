@@ -1,0 +1,208 @@
+"""What a run learns from: the teacher's pipeline, its prompts and images, and its trajectories."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.training_utils import EMAModel
+
+from linvideo.models import FewStepScheduler, choose_backend, video_transformers, wan_transformer
+from linvideo.run import run_folder
+from linvideo.run.parallel import check_divisible
+from linvideo.run.session import Run
+from linvideo.run.validation import Validator
+from linvideo.trajectories.collect import collect, kept_steps, latent_shape, store_request, with_flow_shift
+from linvideo.trajectories.experts import Expert
+from linvideo.trajectories.flow import sampler_grid
+from linvideo.trajectories.images import add_images, check_images
+from linvideo.trajectories.prompts import PromptEmbeddings, choose_prompts, encode_prompts
+from linvideo.trajectories.store import TrajectoryStore
+
+ENCODERS = ("text_encoder", "image_encoder", "vae")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run was given, before anything is computed with it.
+
+    Args:
+        pipeline: the teacher's pipeline.
+        expert: which of its transformers is the teacher.
+        captions: the prompts as text.
+        images: an image for each prompt, of an image-to-video pipeline.
+        latent_shape: (C, F, H, W) of a video.
+        grid: (timesteps [n], sigmas [n + 1]) of the sampler.
+    """
+
+    pipeline: Any
+    expert: Expert
+    captions: list[str]
+    images: list[Any] | None
+    latent_shape: tuple[int, ...]
+    grid: tuple[torch.Tensor, torch.Tensor]
+
+    @property
+    def transformer(self) -> WanTransformer3DModel:
+        """The teacher."""
+        return wan_transformer(self.pipeline, self.expert.component)
+
+
+def open_source(
+    run: Run,
+    teacher_pipeline: Any,
+    prompts: list[str] | None,
+    images: Sequence[Any] | None,
+    choose_expert: Callable[[Any], Expert],
+) -> Source:
+    """Load the teacher and see that all fits together; nothing is written.
+
+    Args:
+        teacher_pipeline: a WanPipeline in memory, in place of config.pretrained_model_name_or_path.
+        prompts: captions, in place of config.prompts.prompts_file.
+        images: with `prompts`, of an image-to-video pipeline: a PIL image or an image file for each.
+        choose_expert: gives the expert of a pipeline.
+
+    Raises:
+        ValueError: no teacher, one that is converted already, or settings that do not fit the pipeline.
+    """
+    config = run.config
+    captions, images = choose_prompts(config.prompts.prompts_file, prompts, images)
+    pipeline = run_folder.load_teacher(config) if teacher_pipeline is None else teacher_pipeline
+    pipeline = with_flow_shift(pipeline, config.trajectories.flow_shift)
+    expert = choose_expert(pipeline)
+    teacher = wan_transformer(pipeline, expert.component)
+    if type(teacher) is not WanTransformer3DModel:
+        raise ValueError(f"expected a stock WanTransformer3DModel for a teacher, got {type(teacher).__name__}")
+    check_images(pipeline, images)
+    if config.attention_backend is not None:
+        dtype = torch.bfloat16 if config.mixed_precision == "bf16" else None
+        choose_backend(teacher, config.attention_backend, run.device, dtype)
+    shape = latent_shape(pipeline, config.trajectories)
+    check_divisible(teacher.config, shape, config.parallel)
+    grid = sampler_grid(pipeline.scheduler, config.trajectories.num_inference_steps)
+    kept_steps(grid[0], config.trajectories, expert)
+    return Source(pipeline, expert, captions, images, shape, grid)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the stages of a run draw from.
+
+    Args:
+        prompts: the embeddings of the source's prompts and images.
+        store: the trajectories; None for a run that needs none.
+        validator: what makes the validations.
+        away: parts of the pipeline that are in CPU memory until the run is over.
+    """
+
+    source: Source
+    prompts: PromptEmbeddings
+    store: TrajectoryStore | None
+    validator: Validator
+    away: list[torch.nn.Module]
+
+    def validation(
+        self, run: Run, student: torch.nn.Module, teacher: Callable, ema: EMAModel | None = None
+    ) -> Callable[[], None]:
+        """The validation of a stage, for `Run.steps`; see Validator."""
+        return lambda: self.validator(student, teacher, run.where(), run.log.trackers, ema, run.signals.came)
+
+
+def open_data(
+    run: Run, source: Source, needs_store: bool = True, student_scheduler: FewStepScheduler | None = None
+) -> Data:
+    """Encode the prompts, collect the trajectories that are missing, and leave only the teacher on the device.
+
+    student_scheduler: what a distilled student is sampled with in validations, see Validator.
+
+    Raises:
+        ValueError: the trajectories in the folder belong to another request, or are damaged.
+    """
+    config, ranks, pipeline, teacher = run.config, run.ranks, source.pipeline, source.transformer
+    with run.timed("trajectories"):
+        prompts, request, store = _read(run, source, needs_store)
+        ranks.on_first(lambda: config.save(run.output_dir / "config.yaml"))
+        validator = Validator(config, pipeline, prompts, request, ranks, student_scheduler)
+        encoders = [part for name in ENCODERS if (part := getattr(pipeline, name, None)) is not None]
+        for part in encoders:
+            # the first rank's text encoder is exported
+            part.to("meta" if part is pipeline.text_encoder and not ranks.first else "cpu")
+        if store is not None:
+            _collect_together(run, source, prompts, store)
+    others = [part for part in video_transformers(pipeline).values() if part is not teacher]
+    for part in others:
+        part.to("cpu")
+    teacher.to(run.device)
+    ranks.on_first(lambda: validator.take_back(run.global_step))
+    return Data(source, prompts, store, validator, [*encoders, *others])
+
+
+def collect_part(run: Run, source: Source, worker: int, workers: int) -> TrajectoryStore:
+    """Only make trajectories: of several workers that share the store, on whatever machines, this one's part, also next
+    to a run that trains in the folder."""
+    with run.signals:
+        prompts, _, store = _read(run, source)
+        _bring_transformers(run, source)
+        shards = range(worker, store.num_shards, workers)
+        collect(store, source.pipeline, prompts, run.config.progress, shards)
+    return store
+
+
+def _read(
+    run: Run, source: Source, needs_store: bool = True
+) -> tuple[PromptEmbeddings, dict[str, Any], TrajectoryStore | None]:
+    """Prompt embeddings; the request, which says what the trajectories are; their store, complete or not."""
+    config, ranks = run.config, run.ranks
+    path = config.trajectories.path or run.output_dir / "trajectories"
+
+    def read() -> tuple[PromptEmbeddings, dict[str, Any], TrajectoryStore | None]:
+        prompts = _encode(run, source)
+        request = store_request(source.pipeline, prompts, config.trajectories, config.seed, source.expert)
+        return prompts, request, TrajectoryStore(path, request) if needs_store else None
+
+    found = []
+    ranks.on_first(lambda: found.append(read()))
+    if not ranks.first:  # what the first has computed is read back
+        found.append(read())
+    damage = ranks.gather_objects(_damage(found[0][2], ranks.rank, ranks.size))
+    if said := next(filter(None, damage), None):
+        raise ValueError(said)
+    return found[0]
+
+
+def _collect_together(run: Run, source: Source, prompts: PromptEmbeddings, store: TrajectoryStore) -> None:
+    """Every process is a worker of its own, with a whole teacher."""
+    ranks = run.ranks
+    missing = ranks.on_first(store.missing_shards)
+    if missing:
+        _bring_transformers(run, source)
+    shards = missing[ranks.rank :: ranks.size]
+    collect(store, source.pipeline, prompts, run.config.progress and ranks.first, shards)
+    while not store.complete:  # others may take hours longer, which no collective would wait for
+        time.sleep(1)
+
+
+def _encode(run: Run, source: Source) -> PromptEmbeddings:
+    config, folder = run.config, run.output_dir
+    caches = folder / run_folder.PROMPT_CACHE, folder / run_folder.IMAGE_CACHE
+    prompts = encode_prompts(source.pipeline, source.captions, config.prompts, caches[0], run.device)
+    add_images(prompts, source.pipeline, source.images, config.trajectories, caches[1], run.device)
+    return prompts
+
+
+def _bring_transformers(run: Run, source: Source) -> None:
+    """After the encoders' work: Wan's text encoder is 11 GB, its two experts are 57, and a VAE needs memory too."""
+    for part in video_transformers(source.pipeline).values():
+        part.to(run.device)
+
+
+def _damage(store: TrajectoryStore | None, part: int, parts: int) -> str | None:
+    """What is wrong with one part of the store's shards."""
+    try:
+        if store is not None:
+            store.verify(part, parts)
+    except ValueError as error:
+        return str(error)

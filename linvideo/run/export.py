@@ -1,0 +1,72 @@
+"""The end of a run: the teacher's pipeline with the student in its transformer's place, in output_dir/pipeline."""
+
+import copy
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+
+from linvideo.models import Training, save_pipeline
+from linvideo.run.data import Data
+from linvideo.run.metrics_log import read_metrics
+from linvideo.run.session import EXPORT, Run, TrainingDiverged
+from linvideo.run.sharding import gather
+
+MOST_SKIPPED = 0.5  # share of steps without a finite loss and gradient, above which a run is not exported
+FOLDER = "pipeline"
+
+
+def export(
+    run: Run, data: Data, student: torch.nn.Module, training: Training, scheduler: SchedulerMixin | None = None
+) -> Any:
+    """Write the pipeline; returns it on the first rank, None on the others. Its parts come back to the device.
+
+    Args:
+        training: what the model card says; what all runs have in common is added.
+        scheduler: takes the place of the teacher's.
+
+    Raises:
+        TrainingDiverged: more than MOST_SKIPPED of the steps were skipped; the checkpoints stay.
+    """
+    with run.timed(EXPORT):
+        if run.nonfinite:
+            skipped = f"{run.nonfinite} of {run.global_step} steps had a non-finite loss or gradient"
+            if run.nonfinite > MOST_SKIPPED * run.global_step:
+                raise TrainingDiverged(f"{skipped}: no pipeline is written; lower the learning rate")
+            run.ranks.on_first(lambda: warnings.warn(f"{skipped} and were skipped", stacklevel=2))
+        student.eval().requires_grad_(False)
+        whole = gather(student, run.ranks)
+        pipeline = copy.copy(data.source.pipeline)
+        setattr(pipeline, data.source.expert.component, whole)
+        if scheduler is not None:
+            pipeline.scheduler = scheduler
+        video = run.config.trajectories
+        names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+        settings = {name: getattr(video, name) for name in names} | {"fps": data.validator.fps}
+        card = common_to_runs(run, data, training)
+        path = run.output_dir / FOLDER
+        run.ranks.on_first(lambda: save_pipeline(pipeline, path, overwrite=True, training=card, settings=settings))
+    for part in data.away if run.ranks.size == 1 else ():
+        part.to(run.device)
+    return pipeline if run.ranks.first else None
+
+
+def common_to_runs(run: Run, data: Data, training: Training) -> Training:
+    """`training`, its settings followed by those that all runs have, and the last validation."""
+    config, rows = run.config, data.validator.rows
+    video = config.trajectories
+    settings = {
+        "videos": f"{video.height}x{video.width}, {video.num_frames} frames",
+        "prompts": len(data.source.captions),
+        "trajectories": None if data.store is None else video.num_trajectories,
+        "sampler steps": video.num_inference_steps,
+        "guidance scale": video.guidance_scale,
+        "global batch": config.global_batch(run.ranks.size),
+        "learning rate": config.optimizer.learning_rate,
+        "seed": config.seed,
+    }
+    found = read_metrics(rows) if rows.is_file() else []
+    validation = found[-1] if found else None
+    return replace(training, settings=training.settings | settings, validation=validation)

@@ -1,0 +1,332 @@
+"""Selective transfer: trajectories -> warm-up -> sensitivity -> selection -> fine-tuning -> export.
+
+`train` is the whole run, resumable at every step; below it stand its stages, in order.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+
+from linvideo.models import Training, convert, finalize, wan_transformer
+from linvideo.models.branches import feature_weights, gates
+from linvideo.run import run_folder
+from linvideo.run.data import Data, Source, collect_part, open_data, open_source
+from linvideo.run.export import FOLDER, export
+from linvideo.run.gradient import autocast
+from linvideo.run.optimizer import StudentOptimizer, clip_gradients, fill_state
+from linvideo.run.session import Run
+from linvideo.trajectories.experts import choose_expert
+from linvideo.trajectories.files import write_cached, write_json
+from linvideo.trajectories.store import StateBatch, TrajectoryStore
+from linvideo.transfer.gradient_step import GradientStep
+from linvideo.transfer.objectives import ObjectiveConfig
+from linvideo.transfer.selection import add_penalties, initial_r, lowest, round_r
+from linvideo.transfer.sensitivity import layer_sensitivity, velocity_error
+from linvideo.transfer.student import make_student, mixed, training_teacher
+from linvideo.transfer.train_config import TrainConfig
+from linvideo.transfer.warmup import attention_output_errors, load_feature_maps
+
+
+@dataclass
+class TrainResult:
+    """What a run made.
+
+    Args:
+        pipeline: the teacher's with the student in its transformer's place, as saved in pipeline_path; of several
+            processes the first has it, the others None.
+        layers_linear: 0-based.
+        r: layer -> value before rounding; empty unless it was learned.
+        sensitivity: layer -> velocity error with it alone linear, after warm-up; sensitivity_floor: with none linear.
+        seconds: stage -> time spent.
+    """
+
+    pipeline: Any
+    pipeline_path: Path
+    layers_linear: list[int]
+    r: dict[int, float]
+    sensitivity: dict[int, float]
+    sensitivity_floor: float | None
+    seconds: dict[str, float]
+
+
+def train(
+    config: TrainConfig,
+    teacher_pipeline: Any = None,
+    prompts: list[str] | None = None,
+    images: Sequence[Any] | None = None,
+) -> TrainResult:
+    """Run, or finish, selective transfer as `config` says.
+
+    Args:
+        teacher_pipeline: a WanPipeline in memory, in place of config.pretrained_model_name_or_path. Its transformer is
+            copied, not changed; training runs on that transformer's device. Under torchrun, with offload_teacher or
+            with attention_backend it is changed: sharded, or given hooks or that backend. Of two experts the one to be
+            trained must be stock, the other may be converted already.
+        prompts: captions, in place of config.prompts.prompts_file.
+        images: with `prompts`, of an image-to-video pipeline: a PIL image or an image file for each.
+
+    Raises:
+        ValueError: before anything is written: no teacher, a pipeline or settings that do not fit it, a folder in use
+            by another run, or one whose trajectories belong to another request or whose checkpoint to another config.
+            Later: no learned r fell below 0.5 with selection.rounding "threshold".
+        TrainingDiverged: see config.max_nonfinite_steps.
+        TrainingStopped: SIGTERM or Ctrl-C came; between two optimizer steps a checkpoint was saved first.
+        OSError: a checkpoint could not be written, say on a full disk; the earlier ones are untouched.
+    """
+    run, source = prepare(config, teacher_pipeline, prompts, images)
+    with run:
+        # until layers are selected nothing has depended on how that is done
+        run.check_continues(free=() if "linear_layers" in run.results else ("selection.rounding",))
+        data = open_data(run, source)
+        student, teacher = make_models(run, source)
+        run.restore(student)
+        for stage in run.remaining():
+            stage(run, data, student, teacher)
+        pipeline = export(run, data, student, how_trained(config, student))
+    return TrainResult(
+        pipeline=pipeline,
+        pipeline_path=run.output_dir / FOLDER,
+        layers_linear=run.results["linear_layers"],
+        r=run.results.get("r", {}),
+        sensitivity=run.results.get("sensitivity", {}),
+        sensitivity_floor=run.results.get("sensitivity_floor"),
+        seconds=run.results["seconds"],
+    )
+
+
+def collect(
+    config: TrainConfig,
+    worker: int = 0,
+    workers: int = 1,
+    teacher_pipeline: Any = None,
+    prompts: list[str] | None = None,
+    images: Sequence[Any] | None = None,
+) -> TrajectoryStore:
+    """Only make the trajectories of a run: of several workers, on whatever machines, this one's part, also next to a
+    run that trains in the folder. Other arguments and errors are those of `train`.
+
+    Args:
+        worker: the number of this worker, from 0.
+        workers: the number of workers.
+    """
+    return collect_part(*prepare(config, teacher_pipeline, prompts, images), worker, workers)
+
+
+def prepare(
+    config: TrainConfig,
+    teacher_pipeline: Any = None,
+    prompts: list[str] | None = None,
+    images: Sequence[Any] | None = None,
+    stages: dict[str, Callable] | None = None,
+) -> tuple[Run, Source]:
+    """What a run starts from; refuses now what it would refuse after hours of sampling. See `train`."""
+    device = None if teacher_pipeline is None else wan_transformer(teacher_pipeline).device
+    run = Run(config, STAGES if stages is None else stages, device)
+    choose = partial(choose_expert, name=config.expert, guidance_scale_2=config.trajectories.guidance_scale_2)
+    source = open_source(run, teacher_pipeline, prompts, images, choose)
+    config.selection.target(len(source.transformer.blocks))
+    mixed(source.transformer, config)
+    config.lora.check(source.transformer)
+    return run, source
+
+
+def make_models(run: Run, source: Source) -> tuple[torch.nn.Module, Callable]:
+    """The student as the run has it by now, with its initial weights, and the teacher that it learns from."""
+    student = make_student(source.transformer, run.config, run.ranks)
+    teacher = training_teacher(source.transformer, student, run.config, run.ranks)
+    if "linear_layers" in run.results:
+        finalize(student, run.results["linear_layers"])
+    return student, teacher
+
+
+# The stages.
+
+
+def warm_up(run: Run, data: Data, student: torch.nn.Module, teacher: Callable) -> None:
+    """Fit the feature maps to softmax attention."""
+    config, weights = run.config.warmup, feature_weights(student)
+    if weights:
+        optimizer = torch.optim.Adam(weights.values(), lr=config.learning_rate)
+        fill_state(optimizer)
+        run.register(optimizer=optimizer)
+        positions, counts = run.ranks.part(config.batch_size)
+        for step in run.steps(config.max_train_steps, config.batch_size):
+            batch = draw(run, data, positions, counts, run.stage, step)
+            with eager(), autocast(run.config, run.device):
+                errors = attention_output_errors(student, batch, backward=True, ranks=run.ranks)
+            error = float(torch.stack(list(errors.values())).mean())
+            norm = clip_gradients(list(weights.values()), math.inf)
+            if run.finite(error + norm):
+                optimizer.step()
+            optimizer.zero_grad()
+            run.report(loss=error)
+    path = run.output_dir / run_folder.FEATURE_MAPS
+    run.ranks.on_first(lambda: write_cached(path, weights, "maps"))
+
+
+def measure_sensitivity(run: Run, data: Data, student: torch.nn.Module, teacher: Callable) -> None:
+    """The velocity error with each layer alone linear."""
+    if run.config.sensitivity.num_states:
+        show = run.config.progress and run.ranks.first
+        with eager(), autocast(run.config, run.device):
+            errors, floor = layer_sensitivity(student, lambda: held_states(run, data), show, run.ranks)
+        run.results |= {"sensitivity": errors, "sensitivity_floor": floor}
+
+
+def select_layers(run: Run, data: Data, student: torch.nn.Module, teacher: Callable) -> None:
+    """Decide which layers become linear, and make them so."""
+    config, results, summary = run.config.selection, run.results, {}
+    target = config.target(len(student.blocks))
+    if config.method == "layers":
+        layers = sorted(config.layers)
+    elif config.method == "sensitivity":
+        layers = lowest(results["sensitivity"], target)
+    else:
+        learn_r(run, data, student, teacher)
+        results["r"] = {layer: r.item() for layer, r in gates(student).items()}
+        layers = round_r(results["r"], target, config.rounding)
+        summary["error_mixed"] = held_error(run, data, student)
+    finalize(student, layers)
+    summary["error_rounded"] = held_error(run, data, student)
+    results["linear_layers"] = layers
+    summary |= {name: value for name, value in results.items() if name != "seconds"}
+    content = {"method": config.method, **summary}
+    run.ranks.on_first(lambda: write_json(run.output_dir / "selection.json", content))
+
+
+def learn_r(run: Run, data: Data, student: torch.nn.Module, teacher: Callable) -> None:
+    """Train all weights and each mixed layer's r."""
+    config, named_r = run.config.selection, gates(student)
+    if config.r_from_sensitivity and not run.stage_step:
+        with torch.no_grad():
+            for layer, value in initial_r(run.results["sensitivity"]).items():
+                named_r[layer].fill_(value)
+    optimizer = StudentOptimizer(student, run.config.optimizer, config.max_train_steps, config.r_learning_rate)
+    gradient = gradient_step(run, data, student, teacher, replace(run.config.objective, name=config.objective))
+    run.register(optimizer=optimizer, gradient=gradient)
+    validate = data.validation(run, student, teacher)
+    for step in run.steps(config.max_train_steps, gradient.global_batch, validate):
+        name, task = gradient(step)
+        penalties = add_penalties(list(named_r.values()), config.target(len(student.blocks)), config, step)
+        loss = task + penalties["loss_con"] + penalties["loss_reg"]
+        norm = run.optimize(optimizer, loss)
+        values = dict(zip(map(str, named_r), torch.cat(optimizer.r).tolist(), strict=True))
+        run.report(
+            loss=loss,
+            **{f"loss_{name}": task},
+            **penalties,
+            grad_norm=norm,
+            learning_rate=optimizer.learning_rate,
+            num_linear=sum(value < 0.5 for value in values.values()),
+            r=values,
+        )
+
+
+def finetune(
+    run: Run,
+    data: Data,
+    student: torch.nn.Module,
+    teacher: Callable,
+    gradient: GradientStep | None = None,
+    after_step: Callable[[int], None] | None = None,
+) -> None:
+    """Train all weights of the converted model.
+
+    Args:
+        gradient: another objective than config.objective.
+        after_step: called with the number of each step, from 0, once it is made.
+    """
+    config = run.config
+    optimizer = StudentOptimizer(student, config.optimizer, max(1, config.max_train_steps))
+    gradient = gradient_step(run, data, student, teacher, config.objective) if gradient is None else gradient
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    ema = EMAModel(trained, decay=config.ema_decay) if config.use_ema else None
+    run.register(optimizer=optimizer, gradient=gradient, **({} if ema is None else {"ema": ema}))
+    validate = data.validation(run, student, teacher, ema)
+    for step in run.steps(config.max_train_steps, gradient.global_batch, validate):
+        name, loss = gradient(step)
+        norm = run.optimize(optimizer, loss)
+        if ema is not None and norm is not None:
+            ema.step(trained)
+        run.report(
+            loss=loss,
+            **{f"loss_{name}": loss},
+            grad_norm=norm,
+            learning_rate=optimizer.learning_rate,
+            num_linear=len(run.results["linear_layers"]),
+        )
+        if after_step is not None:
+            after_step(step)
+    if ema is not None:
+        ema.copy_to(trained)
+
+
+STAGES = {"warmup": warm_up, "sensitivity": measure_sensitivity, "selection": select_layers, "finetune": finetune}
+
+
+# What the stages share.
+
+
+def gradient_step(
+    run: Run, data: Data, student: torch.nn.Module, teacher: Callable, objective: ObjectiveConfig
+) -> GradientStep:
+    """The gradient of the run's stage."""
+    models_and_data = (student, teacher, data.store, data.prompts, data.source.grid)
+    return GradientStep(*models_and_data, run.config, run.stage, objective, run.ranks)
+
+
+def draw(run: Run, data: Data, positions: list[int], counts: bool, *name: int | str) -> StateBatch:
+    """Teacher states by name; counts: see StateBatch."""
+    batch = data.store.draw(positions, run.config.seed, *name, prompts=data.prompts, device=run.device)
+    return replace(batch, counts=counts)
+
+
+def held_states(run: Run, data: Data) -> Iterator[StateBatch]:
+    """This rank's part of the same teacher states on every call: for sensitivity and the cost of rounding."""
+    count, size = run.config.sensitivity.num_states, run.config.sensitivity.batch_size
+    mine, counts = run.ranks.part(count)
+    most = -(-count // run.ranks.data_size)  # of a rank: all make as many forwards
+    for start in range(0, most, size):
+        chosen = mine[start : start + size]
+        yield draw(run, data, chosen or mine[:1], counts and bool(chosen), "held")
+
+
+def held_error(run: Run, data: Data, student: torch.nn.Module) -> float | None:
+    """The velocity error on these states; None where there are none."""
+    if not run.config.sensitivity.num_states:
+        return None
+    with eager(), autocast(run.config, run.device):
+        return velocity_error(student, held_states(run, data), run.ranks)
+
+
+def eager() -> Any:
+    """No compilation for what runs a few times only, and with hooks that differ from call to call."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def how_trained(config: TrainConfig, student: torch.nn.Module) -> Training:
+    """For the model card."""
+    steps = {
+        "warm-up": config.warmup.max_train_steps if feature_weights(student) else 0,
+        "selection": config.selection.max_train_steps if config.selection.method == "learned" else 0,
+        "fine-tuning": config.max_train_steps,
+    }
+    settings = {"layers": config.selection.method, "objective": config.objective.name}
+    settings |= {"expert": config.expert, "LoRA rank": config.lora.rank}
+    return Training("selective transfer", steps=steps, settings=settings)
+
+
+def warmed_up(teacher: torch.nn.Module, config: TrainConfig, layers: list[int]) -> torch.nn.Module:
+    """A copy of a run's teacher with `layers` linear after warm-up only: what fine-tuning starts from.
+
+    Raises:
+        ValueError: the warm-up has not run in config.output_dir, or not with these layers.
+    """
+    model = convert(teacher, layers=layers, mode="linear", feature_map=config.feature_map)
+    return load_feature_maps(model, Path(config.output_dir) / run_folder.FEATURE_MAPS)
