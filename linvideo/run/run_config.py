@@ -12,8 +12,8 @@ import yaml
 from linvideo.packaged import packaged
 from linvideo.run.optimizer import OptimizerConfig
 from linvideo.run.parallel import ParallelConfig
-from linvideo.run.sample import ValidationConfig
 from linvideo.run.trackers import tracker_names
+from linvideo.trajectories.collect import LARGEST as MOST_STEPS
 from linvideo.trajectories.collect import TrajectoryConfig
 from linvideo.trajectories.devices import check_device
 from linvideo.trajectories.files import write_text
@@ -37,6 +37,44 @@ FREE += ("max_train_steps",)  # within limits: see check_length
 OF_THE_CALL = {"overwrite_output_dir": False, "resume_from_checkpoint": None}
 PATHS = ("pretrained_model_name_or_path", "student_model_name_or_path", "prompts.prompts_file", "trajectories.path")
 SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
+
+
+@dataclass
+class ValidationConfig:
+    """Videos of the student during selection and fine-tuning, compared with the teacher's from the same noise.
+
+    Sizes and guidance are those of the trajectories; in fine-tuning with use_ema it is the averaged weights that are
+    validated. The result of a run does not depend on it, nothing is drawn that training would draw.
+
+    Args:
+        steps: validate each so many steps of the whole run, and at the end of both stages; 0 is never.
+        prompts: of the videos; None is captions from all over the run's list.
+        num_videos: made each time, one after another.
+        num_inference_steps: of the sampler; None is that of the trajectories.
+        fps: of the mp4 files; None is the pipeline's own.
+        seed: of the noise, which is the same each time.
+    """
+
+    steps: int = 0
+    prompts: list[str] | None = None
+    num_videos: int = 4
+    num_inference_steps: int | None = None
+    fps: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError(f"validation.steps must not be negative, got {self.steps}")
+        if self.prompts is not None and not self.prompts:
+            raise ValueError("validation.prompts must hold at least one prompt, got none")
+        for name in ("num_videos", "num_inference_steps", "fps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"validation.{name} must be at least 1, got {value}")
+        if (self.num_inference_steps or 1) > MOST_STEPS:
+            raise ValueError(
+                f"validation.num_inference_steps must be at most {MOST_STEPS}, got {self.num_inference_steps}"
+            )
 
 
 @dataclass

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_distill_run import distiller, run
+from tiny_distill_run import run
 from tiny_run import ENVIRONMENT, ROOT
 
 from linvideo.distillation.dmd_step import DmdStep
@@ -186,4 +186,4 @@ def test_the_checkpoint_of_a_transfer_is_refused(tmp_path):
 
     transfer(tmp_path, max_train_steps=0, warmup={"max_train_steps": 1}, selection={"method": "layers", "layers": [1]})
     with pytest.raises(ValueError, match="the checkpoint was made with"):
-        distiller(tmp_path, resume_from_checkpoint="latest").train()
+        run(tmp_path, resume_from_checkpoint="latest")

@@ -36,7 +36,8 @@ from linvideo.run import run_folder
 from linvideo.run.adapters import AdapterConfig, add_adapters
 from linvideo.run.optimizer import StudentOptimizer
 from linvideo.run.read_config import from_dict
-from linvideo.run.sample import ValidationConfig, decode_latents
+from linvideo.run.run_config import ValidationConfig
+from linvideo.run.sample import decode_latents
 from linvideo.trajectories.collect import TrajectoryConfig, collect, open_store
 from linvideo.trajectories.conditions import Conditions
 from linvideo.trajectories.flow import predict_velocity
