@@ -27,23 +27,29 @@ linvideo analyze Wan-AI/Wan2.1-T2V-1.3B-Diffusers --speedup 1.3 --output_dir ana
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "stock pipeline folder or Hub id")
-    add_dtype(parser)
-    add_output_dir(parser)
-    add_device(parser)
-    parser.add_argument("--speedup", type=speedup, default=1.3, help='wanted of one forward; "none" makes no proposal')
-    what = "one caption a line, or .jsonl with caption and image; default: linvideo's own captions"
-    parser.add_argument("--prompts_file", type=Path, help=what)
-    parser.add_argument("--negative_prompt", default="", help="the one you generate with")
-    parser.add_argument("--num_trajectories", type=positive, default=4, help="videos sampled, each for another prompt")
-    for name, value in DEFAULTS.items():
-        add_setting(parser, name, value, f"default: as the pipeline's folder says, else {value}")
-    parser.add_argument("--flow_shift", type=number, help="of the scheduler; default: the pipeline's own")
+    loading = parser.add_argument_group("how it is loaded")
+    add_dtype(loading)
+    add_device(loading)
+    proposal = parser.add_argument_group("what is proposed and timed")
+    what = 'wanted of one forward; "none" makes no proposal'
+    proposal.add_argument("--speedup", type=speedup, default=1.3, help=what)
     size, what = ("HEIGHT", "WIDTH", "NUM_FRAMES"), "of the timed video; default: as sampled"
-    parser.add_argument("--timed_size", type=extent, nargs=3, metavar=size, help=what)
-    parser.add_argument("--warmup_steps", type=natural, default=80, help="of the feature maps")
-    parser.add_argument("--num_states", type=positive, default=24, help="of the videos, that errors are measured on")
-    parser.add_argument("--batch_size", type=positive, default=1, help="videos sampled at once, states a forward")
-    parser.add_argument("--seed", type=natural, default=0)
+    proposal.add_argument("--timed_size", type=extent, nargs=3, metavar=size, help=what)
+    video = parser.add_argument_group("videos that are sampled")
+    what = "one caption a line, or .jsonl with caption and image; default: linvideo's own captions"
+    video.add_argument("--prompts_file", type=Path, help=what)
+    video.add_argument("--negative_prompt", default="", help="the one you generate with")
+    video.add_argument("--num_trajectories", type=positive, default=4, help="videos sampled, each for another prompt")
+    for name, value in DEFAULTS.items():
+        add_setting(video, name, value, f"default: as the pipeline's folder says, else {value}")
+    video.add_argument("--flow_shift", type=number, help="of the scheduler; default: the pipeline's own")
+    video.add_argument("--seed", type=natural, default=0, help="of noise and of what is drawn")
+    measurement = parser.add_argument_group("measurement")
+    measurement.add_argument("--warmup_steps", type=natural, default=80, help="of the feature maps")
+    what = "of the videos, that errors are measured on"
+    measurement.add_argument("--num_states", type=positive, default=24, help=what)
+    measurement.add_argument("--batch_size", type=positive, default=1, help="videos sampled at once, states a forward")
+    add_output_dir(parser.add_argument_group("output"))
 
 
 def speedup(text: str) -> float | None:

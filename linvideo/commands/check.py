@@ -23,12 +23,15 @@ SIZE = {"height": 256, "width": 256, "num_frames": 17}  # small, so that a check
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "stock pipeline folder or Hub id")
-    add_dtype(parser)
+    loading = parser.add_argument_group("how it is loaded")
+    add_dtype(loading)
+    add_device(loading)
+    video = parser.add_argument_group("video")
     for name, value in SIZE.items():
-        add_setting(parser, name, value, f"default: as the pipeline's folder says, else {value}")
-    add_device(parser)
-    parser.add_argument("--output", type=Path, default=Path("check.mp4"), help="the mp4 file of a short video")
-    parser.add_argument("--overwrite", action="store_true", help="replace a video that is there")
+        add_setting(video, name, value, f"default: as the pipeline's folder says, else {value}")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, default=Path("check.mp4"), help="the mp4 file of a short video")
+    output.add_argument("--overwrite", action="store_true", help="replace a video that is there")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,7 +12,9 @@ linvideo collect --config demo --output_dir run --worker 0/4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_options(parser, TEACHER)
-    parser.add_argument("--worker", default="0/1", help="number/count: which part, say 0/4 to 3/4 for four workers")
+    part = parser.add_argument_group("which part")
+    what = "number/count, say 0/4 to 3/4 for four workers; default: 0/1, all of it"
+    part.add_argument("--worker", default="0/1", help=what)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -22,14 +22,17 @@ linvideo convert Wan-AI/Wan2.1-T2V-1.3B-Diffusers --layers 0 2 5-7 --output_dir 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_dtype(parser, default="float32")
-    add_output_dir(parser)
+    add_dtype(parser.add_argument_group("how it is loaded and saved"), default="float32")
+    conversion = parser.add_argument_group("conversion")
     what = '0-based layer numbers and ranges, such as 0 2 5-7 or 0,2,5-7, or "all"'
-    parser.add_argument("--layers", nargs="+", type=layer_numbers, default=["all"], help=what)
-    parser.add_argument("--mode", choices=["mixed", "linear"], default="linear")
-    parser.add_argument("--feature_map", default="hedgehog", help="of the linear branches, say hedgehog or relu")
+    conversion.add_argument("--layers", nargs="+", type=layer_numbers, default=["all"], help=what)
+    what = "linear attention alone, or mixed with softmax attention; default: linear"
+    conversion.add_argument("--mode", choices=["mixed", "linear"], default="linear", help=what)
+    what = "of the linear branches; default: hedgehog"
+    conversion.add_argument("--feature_map", default="hedgehog", help=what)
     what = "fitted weights of the feature maps: feature_maps.safetensors of analyze or train"
-    parser.add_argument("--fitted_maps", type=Path, help=what)
+    conversion.add_argument("--fitted_maps", type=Path, help=what)
+    add_output_dir(parser.add_argument_group("output"))
 
 
 def layer_numbers(text: str) -> list[int] | str:

@@ -12,12 +12,13 @@ linvideo demo --output_dir demo --stages transfer,adm,distill
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_output_dir(parser)
-    add_device(parser)
-    parser.add_argument("--seed", type=natural, default=0)
-    parser.add_argument("--videos", type=positive, default=48, help="videos per model that the metrics are taken over")
+    demo = parser.add_argument_group("what is made")
     what = "transfer,adm,distill or a part of it with transfer; distill takes about five minutes more"
-    parser.add_argument("--stages", default="transfer", help=what)
+    demo.add_argument("--stages", default="transfer", help=what)
+    demo.add_argument("--videos", type=positive, default=48, help="videos per model that the metrics are taken over")
+    demo.add_argument("--seed", type=natural, default=0, help="of the training run")
+    add_device(parser.add_argument_group("where it runs"))
+    add_output_dir(parser.add_argument_group("output"))
 
 
 def run(args: argparse.Namespace) -> None:

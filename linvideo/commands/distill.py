@@ -4,7 +4,7 @@ import argparse
 
 from linvideo.commands.shared import add_config_options, announce_run, read_config
 
-SUMMARY = "a converted model to few steps: options as of train; also under torchrun"
+SUMMARY = "teach a converted model to sample in few steps without guidance; also under torchrun"
 EXAMPLES = """
 linvideo distill run/pipeline --config distill-demo --output_dir distilled
 """
@@ -17,9 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from linvideo.distillation import DistillConfig, distill
+    from linvideo.planning.recipes import check_choice_of_defaults
     from linvideo.run.parallel import disconnect
 
     config = read_config(args, DistillConfig, model="student_model_name_or_path")
+    check_choice_of_defaults(args.config_options, config)
     announce_run(config, {"regression": config.regression.max_train_steps, "DMD": config.max_train_steps})
     result = distill(config)
     disconnect()  # not after an error, see train

@@ -34,19 +34,24 @@ DIMENSIONS = [
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--suite", choices=["fidelity", "vbench"], required=True, help="against its teacher, or VBench")
-    add_dtype(parser)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--teacher", help="fidelity: the stock pipeline folder or Hub id")
-    what = "fidelity: one caption a line; default: linvideo's own captions"
-    parser.add_argument("--prompts_file", type=Path, help=what)
+    suite = parser.add_argument_group("what is measured")
+    suite.add_argument("--suite", choices=["fidelity", "vbench"], required=True, help="against its teacher, or VBench")
     what = "only so many, from all over the file (vbench: of each dimension)"
-    parser.add_argument("--num_prompts", type=positive, help=what)
-    what = "vbench: its VBench_full_info.json; default: the installed package's"
-    parser.add_argument("--full_info", type=Path, help=what)
-    parser.add_argument("--dimensions", nargs="+", default=DIMENSIONS, help="vbench; default: the paper's six")
-    add_video(parser)
-    add_device(parser)
+    suite.add_argument("--num_prompts", type=positive, help=what)
+    fidelity = parser.add_argument_group("fidelity")
+    fidelity.add_argument("--teacher", help="the stock pipeline folder or Hub id")
+    what = "one caption a line; default: linvideo's own captions"
+    fidelity.add_argument("--prompts_file", type=Path, help=what)
+    vbench = parser.add_argument_group("vbench")
+    what = "its VBench_full_info.json; default: the installed package's"
+    vbench.add_argument("--full_info", type=Path, help=what)
+    vbench.add_argument("--dimensions", nargs="+", default=DIMENSIONS, help="default: the paper's six")
+    add_video(parser.add_argument_group("video"))
+    loading = parser.add_argument_group("how it is loaded")
+    add_dtype(loading)
+    add_device(loading)
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", type=Path, required=True, help="folder of rows and videos, which is continued")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -27,23 +27,27 @@ linvideo generate run/pipeline --prompts_file captions.txt --num_videos_per_prom
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_dtype(parser)
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt")
+    prompts = parser.add_argument_group("prompts")
+    prompt = prompts.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="the caption of one video")
     what = "one caption a line, or .jsonl with caption and image; --output is a folder"
     prompt.add_argument("--prompts_file", type=Path, help=what)
-    parser.add_argument("--image", type=Path, help="with --prompt, for a pipeline that takes one")
+    prompts.add_argument("--image", type=Path, help="with --prompt, for a pipeline that takes one")
     what = "from noise of --seed, --seed + 1, ...; --output is a folder"
-    parser.add_argument("--num_videos_per_prompt", type=whole_number(1, 10_000), default=1, help=what)
-    add_video(parser)
-    add_device(parser)
+    prompts.add_argument("--num_videos_per_prompt", type=whole_number(1, 10_000), default=1, help=what)
     what = "a pipeline whose video from the same noise is to stand at the left"
-    parser.add_argument("--compare", metavar="TEACHER", help=what)
-    parser.add_argument("--attention_backend", help="of the softmax layers, a name of diffusers' set_attention_backend")
-    parser.add_argument("--cpu_offload", choices=["model", "sequential"], help="keep on the GPU only what computes")
-    parser.add_argument("--vae_tiling", action="store_true", help="less GPU memory for the VAE")
-    parser.add_argument("--output", type=Path, help="the mp4 file, default output.mp4; of several videos a folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace videos that are there")
+    prompts.add_argument("--compare", metavar="TEACHER", help=what)
+    add_video(parser.add_argument_group("video"))
+    loading = parser.add_argument_group("how it is loaded and computed")
+    add_dtype(loading)
+    add_device(loading)
+    what = "of the softmax layers, a name of diffusers' set_attention_backend"
+    loading.add_argument("--attention_backend", help=what)
+    loading.add_argument("--cpu_offload", choices=["model", "sequential"], help="keep on the GPU only what computes")
+    loading.add_argument("--vae_tiling", action="store_true", help="less GPU memory for the VAE")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, help="the mp4 file, default output.mp4; of several videos a folder")
+    output.add_argument("--overwrite", action="store_true", help="replace videos that are there")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ linvideo info run/pipeline
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_dtype(parser, default="float32")
+    add_dtype(parser.add_argument_group("how it is loaded"), default="float32")
 
 
 def run(args: argparse.Namespace) -> None:

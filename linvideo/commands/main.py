@@ -19,8 +19,26 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+class Version(argparse.Action):
+    """Prints the versions that matter, without importing what they are of."""
+
+    def __call__(self, parser, *_):
+        from importlib.metadata import PackageNotFoundError, version
+
+        import linvideo
+
+        print(f"linvideo {linvideo.__version__}")
+        for name in ("torch", "triton", "diffusers"):
+            try:
+                print(name, version(name))
+            except PackageNotFoundError:
+                print(name, "is not installed")
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="linvideo", description="Linear attention for video diffusion transformers.")
+    parser.add_argument("--version", action=Version, nargs=0, help="of linvideo, torch, triton and diffusers")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in COMMANDS:
         command = commands.add_parser(

@@ -14,13 +14,15 @@ linvideo plan --config demo
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "a known name such as wan2.1-14b or wan2.1-i2v-14b, a stock pipeline folder or a Hub id"
     add_config_options(parser, f"{what}; default: the config's")
-    parser.add_argument("--gpus", type=positive, default=1)
-    parser.add_argument("--gpu_memory", type=number, default=80.0, help="of one GPU, in GB of 10^9 bytes")
+    gpus = parser.add_argument_group("GPUs")
+    gpus.add_argument("--gpus", type=positive, default=1, help="how many; default: 1")
+    gpus.add_argument("--gpu_memory", type=number, default=80.0, help="of one GPU, in GB of 10^9 bytes; default: 80")
+    gpus.add_argument("--forward_seconds", type=number, help="of the teacher with one video on one GPU, as measured")
+    run = parser.add_argument_group("the run")
     for name in ("height", "width", "num_frames"):
-        parser.add_argument(f"--{name}", type=positive, help="default: the config's")
-    parser.add_argument("--critic", action="store_true", help="with a fake-score network, as linvideo distill has")
-    parser.add_argument("--forward_seconds", type=number, help="of the teacher with one video on one GPU, as measured")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+        run.add_argument(f"--{name}", type=positive, help="of a video; default: the config's")
+    run.add_argument("--critic", action="store_true", help="with a fake-score network, as linvideo distill has")
+    parser.add_argument_group("output").add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -64,17 +64,17 @@ def add_device(parser) -> None:
 
 
 def add_output_dir(parser) -> None:
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the output place")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in that folder")
 
 
 def add_video(parser) -> None:
     """What a sampled video is like."""
-    parser.add_argument("--negative_prompt", default="")
+    parser.add_argument("--negative_prompt", default="", help="what the video should not be; default: empty")
     for name, value in DEFAULTS.items():
         own = "; of a distilled model, as it was distilled" if name in AS_DISTILLED else ""
         add_setting(parser, name, value, f"default: the pipeline's own, {value} with Wan{own}")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=natural, default=0, help="of the noise; default: 0")
     parser.add_argument("--fps", type=positive, help="of the mp4 files; default: the model's own, 16 with Wan 2.1")
 
 
@@ -90,8 +90,8 @@ def add_config_options(parser, what: str) -> None:
     args.config_options.
     """
     parser.usage = f"{parser.prog} [MODEL] [options]"
-    parser.add_argument_group("MODEL", what)
-    parser.set_defaults(config_options=[])
+    parser.description += f"\n\nMODEL: {what}"
+    parser.set_defaults(config_options=[], help_texts=(parser.description, parser.epilog))
 
 
 # loading
@@ -107,7 +107,7 @@ def read_config(args: argparse.Namespace, kind, first=(), last=(), model: str = 
     words = args.config_options
     if words and not words[0].startswith("-"):
         words = [*words[1:], f"--{model}", words[0]]
-    return load_config([*first, *words, *last], kind)
+    return load_config([*first, *words, *last], kind, *args.help_texts)
 
 
 def choose_device(name: str | None) -> str:

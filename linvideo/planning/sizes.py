@@ -94,6 +94,27 @@ def read_sizes(model: str, video: TrajectoryConfig) -> Sizes:
         raise ValueError(f"expected {EXPECTED}, cannot build from the configs of {model}: {reason}") from None
 
 
+def known_name(model: str) -> str | None:
+    """Which of the published models this is: by its name or Hub id, of a pipeline folder by the shape of its
+    transformers. None for any other; nothing is downloaded."""
+    model = packaged(HUB.get(model, model))
+    if model in KNOWN:
+        return model
+    if not Path(model).is_dir():
+        return None
+    try:
+        index = _index(model)
+        config = WanTransformer3DModel.load_config(model, subfolder="transformer")
+    except Exception:  # diffusers trusts what it reads: a damaged config surfaces as anything
+        return None
+    two = _kind(index, "transformer_2") is not None
+    for name, known in KNOWN.items():
+        expected = {"in_channels": 16, "image_dim": None, "added_kv_proj_dim": None} | known
+        if name.startswith("wan2.2") == two and expected.items() <= {**dict.fromkeys(expected), **config}.items():
+            return name
+    return None
+
+
 def _sizes(model: str, video: TrajectoryConfig) -> Sizes:
     pipeline = _pipeline(model)
     check_images(pipeline, [])  # the pipeline alone

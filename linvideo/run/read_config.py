@@ -1,5 +1,6 @@
 """How a configuration is read: from YAML files and recipes, and from the command line, where later values win."""
 
+import argparse
 import dataclasses
 from collections.abc import Callable
 from importlib import resources
@@ -14,13 +15,27 @@ RECIPES = resources.files("linvideo") / "recipes"
 Config = TypeVar("Config", bound=RunConfig)
 
 
-def make_parser(kind: type[RunConfig]):
-    """The jsonargparse parser of the command of `kind`: one option per field, with the docstrings as help."""
+def make_parser(kind: type[RunConfig], description: str | None = None, epilog: str = ""):
+    """The jsonargparse parser of the command of `kind`: one option per field, with the docstrings as help.
+
+    description, epilog: of the command, as they stand in its help, before the names of the recipes.
+    """
     import yaml
-    from jsonargparse import ArgumentParser, set_loader
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_loader
+
+    class AsWritten(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
 
     set_loader("bounded_yaml", read_yaml, exceptions=(yaml.YAMLError,))
-    parser = ArgumentParser(prog=f"linvideo {kind.command}", exit_on_error=False, parser_mode="bounded_yaml")
+    parser = ArgumentParser(
+        prog=f"linvideo {kind.command}",
+        usage=f"linvideo {kind.command} [MODEL] [options]",
+        description=description,
+        epilog=f"{epilog}\n\nrecipes for --config: {', '.join(sorted(_recipes()))}".strip(),
+        formatter_class=AsWritten,
+        exit_on_error=False,
+        parser_mode="bounded_yaml",
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below, or a recipe's name")
     # Each section's options are added on their own. An option whose type is the section's class would take a
     # class_path too, and jsonargparse would import whatever module a config names there.
@@ -37,17 +52,22 @@ def _sections(kind: type[RunConfig]) -> dict[str, Callable[[], Any]]:
     return {f.name: f.default_factory for f in dataclasses.fields(kind) if dataclasses.is_dataclass(f.type)}
 
 
-def load_config(argv: list[str], kind: type[Config]) -> Config:
+def _recipes() -> dict[str, str]:
+    """Name -> path."""
+    return {path.name.removesuffix(".yaml"): str(path) for path in RECIPES.iterdir()}
+
+
+def load_config(argv: list[str], kind: type[Config], description: str | None = None, epilog: str = "") -> Config:
     """A config from `--config file.yaml` and dotted `--name value` arguments; later ones win.
 
-    In place of a file --config takes the name of a recipe in linvideo/recipes.
+    In place of a file --config takes the name of a recipe in linvideo/recipes. description, epilog: see make_parser.
 
     Raises:
         ValueError: anything that is no valid configuration, in one line. `--help` prints the options and exits.
     """
     from jsonargparse import ArgumentError
 
-    names = {path.name.removesuffix(".yaml"): str(path) for path in RECIPES.iterdir()}
+    names = _recipes()
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     for place, word in enumerate(argv):
         if place and argv[place - 1] == "--config" and not Path(word).exists():
@@ -58,7 +78,7 @@ def load_config(argv: list[str], kind: type[Config]) -> Config:
         elif place and argv[place - 1] == "--config" and Path(word).stat().st_size > MOST_CHARACTERS:
             raise ValueError(f"expected a config of at most {MOST_CHARACTERS} characters, got the file {word}")
     try:
-        values = make_parser(kind).parse_args(argv)
+        values = make_parser(kind, description, epilog).parse_args(argv)
         values = values.as_dict()
         values.pop("config", None)
         return from_dict(values, kind)

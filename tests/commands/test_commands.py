@@ -1,7 +1,11 @@
 """The `linvideo` command as a whole: bad input ends with one line and status 2 and changes nothing; exit statuses."""
 
+import json
 import re
+import shlex
 import signal
+import subprocess
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -10,14 +14,15 @@ import torch
 from command_line import refused
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from linvideo.commands.main import main, make_parser
+from linvideo.commands import distill
+from linvideo.commands.main import COMMANDS, ONLY_CONFIG, main, make_parser
 from linvideo.commands.shared import choose_dtype, read_config
 from linvideo.distillation import DistillConfig
 from linvideo.run import TrainingStopped
 from linvideo.transfer import TrainConfig
 
 NEVER = "f" * 300
-RUN = ["--pretrained_model_name_or_path", "MODEL", "--output_dir", "run"]
+RUN = ["MODEL", "--output_dir", "run", "--optimizer.learning_rate", "1e-3"]
 BAD = [
     (["generate", "MODEL", "--prompts_file", "/dev/full", "--output", "o"], "cannot read the prompts file"),
     (["generate", NEVER, "--prompt", "x"], NEVER[:50]),
@@ -107,7 +112,7 @@ def test_a_pipeline_of_another_family(tmp_path, capsys):
     assert "video transformer" in refused(capsys, "info", tmp_path / "ddpm")
     words = [tmp_path / "ddpm", "--prompt", "x", "--output", tmp_path / "v.mp4"]
     assert "video transformer" in refused(capsys, "generate", *words)
-    train = ["--pretrained_model_name_or_path", tmp_path / "ddpm", "--output_dir", tmp_path / "run"]
+    train = [tmp_path / "ddpm", "--output_dir", tmp_path / "run", "--optimizer.learning_rate", "1e-3"]
     assert "Wan transformer" in refused(capsys, "train", *train)
 
 
@@ -134,10 +139,12 @@ def test_model_stands_before_the_options_of_a_config_and_wins():
     assert args.gpus == 2 and rest == ["here", "--config", "demo", "--output-dir", "run"]
     demo = ["--config", "demo", "--output_dir", "run"]
     for words, teacher in ((["here", *demo], "here"), (demo, "linvideo/demo/teacher")):
-        config = read_config(Namespace(config_options=words), TrainConfig, last=["--seed", "3"])
+        config = read_config(Namespace(config_options=words, help_texts=()), TrainConfig, last=["--seed", "3"])
         assert (config.pretrained_model_name_or_path, config.seed) == (teacher, 3)
     words = ["run/pipeline", "--config", "distill-demo", "--output_dir", "run"]
-    config = read_config(Namespace(config_options=words), DistillConfig, model="student_model_name_or_path")
+    config = read_config(
+        Namespace(config_options=words, help_texts=()), DistillConfig, model="student_model_name_or_path"
+    )
     assert config.student_model_name_or_path == "run/pipeline"
     assert config.pretrained_model_name_or_path == "linvideo/demo/teacher"
 
@@ -150,3 +157,58 @@ def test_the_old_option_of_the_model_is_named(capsys, words):
 def test_the_device_decides_the_dtype():
     chosen = [choose_dtype(None, device) for device in ("cuda", "cuda:1", "cpu", "mps")]
     assert chosen == ["bfloat16", "bfloat16", "float32", "float32"] and choose_dtype("float16", "cuda") == "float16"
+
+
+def name_of(module) -> str:
+    return module.__name__.rpartition(".")[2]
+
+
+@pytest.mark.parametrize("module", COMMANDS, ids=name_of)
+def test_examples_are_command_lines(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("seed: 1\n")
+    lines = module.EXAMPLES.strip().splitlines()
+    assert 1 <= len(lines) <= 2
+    for line in lines:
+        words = shlex.split(line.partition("linvideo ")[2])
+        args, rest = make_parser().parse_known_args(words)
+        assert args.command == words[0] == name_of(module)
+        if rest:
+            kind = DistillConfig if module is distill else TrainConfig
+            args.config_options = rest
+            read_config(args, kind, first=["--output_dir", "run"])
+
+
+HELP = """
+import contextlib, io, json, sys
+from linvideo.commands.main import main
+texts = {}
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        main(words)
+    texts[words[0]] = out.getvalue()
+print(json.dumps([texts, sorted({"torch", "triton", "diffusers"} & set(sys.modules))]))
+"""
+
+
+def test_help_and_version_import_nothing_slow():
+    names = [name_of(module) for module in COMMANDS if module not in ONLY_CONFIG]
+    calls = json.dumps([["--version"], ["--help"], *([name, "--help"] for name in names)])
+    done = subprocess.run([sys.executable, "-c", HELP, calls], capture_output=True, text=True, check=True)
+    texts, imported = json.loads(done.stdout)
+    assert imported == []
+    assert re.match(r"linvideo \S+\ntorch \d\S+\ntriton .+\ndiffusers \d\S+\n$", texts["--version"])
+    found = [re.search(rf"^    {name_of(module)} ", texts["--help"], re.MULTILINE).start() for module in COMMANDS]
+    assert found == sorted(found)
+    for name in names:
+        plain, *groups = re.split(r"^(?:options|examples|[\w ,]+):$", texts[name], flags=re.MULTILINE)
+        assert f"examples:\n  linvideo {name}" in texts[name] and len(groups) >= 3, texts[name]
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["distill", "-h"]])
+def test_the_help_of_a_config(capsys, words):
+    with pytest.raises(SystemExit, match="0"):
+        main(words)
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: linvideo {words[0]} [MODEL] [options]\n") and "MODEL: the " in out
+    assert f"examples:\n  linvideo {words[0]}" in out and "recipes for --config: demo, distill-demo, " in out

@@ -13,6 +13,7 @@ from linvideo import load_pipeline, models
 from linvideo.commands.main import main
 from linvideo.commands.shared import load
 
+RATE = ["--optimizer.learning_rate", "1e-3"]
 SMALL = "--height 32 --width 32 --num-frames 5 --num-inference-steps 2".split()  # hyphens as diffusers-cli has them
 
 
@@ -230,7 +231,7 @@ def test_another_family_converts_and_generates_but_does_not_train(tmp_path, caps
     words = ["generate", "--prompt", "a cat", "--output", str(tmp_path / "v.mp4"), *SMALL, "--num_frames", "9"]
     assert main([*words, str(tmp_path / "new"), "--compare", str(tmp_path / "ltx")]) == 0
     assert "PSNR" in capsys.readouterr().out
-    run = ["--pretrained_model_name_or_path", tmp_path / "ltx", "--output_dir", tmp_path / "run"]
+    run = ["--pretrained_model_name_or_path", tmp_path / "ltx", "--output_dir", tmp_path / "run", *RATE]
     reason = "rectified flow only"
     assert reason in refused(capsys, "train", *run)
     assert reason in refused(capsys, "distill", *run, "--student_model_name_or_path", tmp_path / "new")

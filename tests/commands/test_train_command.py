@@ -1,12 +1,19 @@
-"""`linvideo train` on a tiny pipeline, from YAML to a video."""
+"""`linvideo train` on a tiny pipeline, from YAML to a video; what it asks of a model that defaults are not for."""
 
 import json
 import os
 
+import pytest
 from command_line import refused
 
 from linvideo import load_pipeline, models
 from linvideo.commands.main import main
+from linvideo.planning.known import HUB, KNOWN
+from linvideo.planning.recipes import check_choice_of_defaults
+from linvideo.run.read_config import RECIPES
+from linvideo.transfer import TrainConfig
+
+OUTPUT = ["--output_dir", "run"]
 
 
 def test_train_from_yaml_then_generate(folder, tmp_path, capsys, monkeypatch):
@@ -47,7 +54,44 @@ def test_train_from_yaml_then_generate(folder, tmp_path, capsys, monkeypatch):
 
 def test_a_target_larger_than_the_model(folder, tmp_path, capsys):
     run = tmp_path / "run"
-    flags = ["--pretrained_model_name_or_path", folder, "--output_dir", run, "--selection.num_linear_layers", "9"]
+    flags = [folder, "--output_dir", run, "--selection.num_linear_layers", "9", "--optimizer.learning_rate", "1e-3"]
     assert "3 layers" in refused(capsys, "train", *flags)
     assert "nonsense" in refused(capsys, "train", "--output_dir", run, "--nonsense", "1")
     assert not run.exists()
+
+
+def test_a_model_that_the_defaults_are_not_for(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    of = {name: {path.name.removesuffix(".yaml") for path in RECIPES.iterdir() if name in path.name} for name in KNOWN}
+    hub = {name: id for id, name in HUB.items()}
+    config = {"in_channels": 16, "image_dim": None, "added_kv_proj_dim": None}
+    for name, two in (("wan2.1-1.3b", None), ("wan2.2-i2v-a14b", "WanTransformer3DModel")):
+        (tmp_path / name / "transformer").mkdir(parents=True)  # a downloaded folder, as far as it is read
+        part = ["diffusers", "WanTransformer3DModel"]
+        index = {"_class_name": "WanPipeline", "transformer": part, "transformer_2": [two and "diffusers", two]}
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+        (tmp_path / name / "transformer" / "config.json").write_text(json.dumps(config | KNOWN[name]))
+        for model in (tmp_path / name, hub[name]):
+            line = refused(capsys, "train", model, "--output_dir", "run")
+            assert f"expected --config or --optimizer.learning_rate for {model}, got neither" in line
+            recipes = set(line.partition("recipes that fit: ")[2].split(", "))
+            assert recipes and recipes <= of[name] and not any("distill" in recipe for recipe in recipes)
+    line = refused(capsys, "distill", "run/pipeline", "--pretrained_model_name_or_path", hub["wan2.1-14b"], *OUTPUT)
+    assert "recipes that fit: distill-" in line
+    line = refused(capsys, "train", folder, *OUTPUT, "--train_batch_size", "1")
+    assert "no recipe is known to fit it: set --optimizer.learning_rate" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "model, words",
+    [
+        ("linvideo/demo/teacher", []),
+        (None, []),
+        ("wan2.1-14b", ["--config=demo"]),
+        ("wan2.1-14b", ["--conf", "demo"]),
+        ("wan2.1-14b", ["--optimizer.learning_rate", "1e-5"]),
+    ],
+)
+def test_where_the_defaults_may_be_used(model, words):
+    check_choice_of_defaults(words, TrainConfig("run", pretrained_model_name_or_path=model))

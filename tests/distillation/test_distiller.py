@@ -389,7 +389,7 @@ def test_the_command_distils_what_is_in_folders(folders, whole, tmp_path, capsys
     ],
 )
 def test_bad_options_are_one_line(flags, words, folders, tmp_path, capsys):
-    teacher = ["--pretrained_model_name_or_path", folders[0], "--device", "cpu"]
+    teacher = ["--pretrained_model_name_or_path", folders[0], "--device", "cpu", "--optimizer.learning_rate", "2e-4"]
     size = ["--trajectories.height", "32", "--trajectories.width", "32", "--trajectories.num_frames", "5"]
     assert words in refused(capsys, "distill", "--output_dir", tmp_path / "run", *teacher, *size, *flags)
     assert not (tmp_path / "run").exists()

@@ -340,7 +340,7 @@ def test_the_command_and_what_it_proposes(tmp_path, capsys, monkeypatch):
     assert "of one transformer, got a pipeline with two" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
     words = shlex.split(train_line.replace("RECIPE", "wan2.1-1.3b-480p-1gpu"))
-    config = read_config(argparse.Namespace(config_options=words[2:]), TrainConfig)
+    config = read_config(argparse.Namespace(config_options=words[2:], help_texts=()), TrainConfig)
     assert config.selection.layers == layers and config.pretrained_model_name_or_path == str(stock)
 
     capsys.readouterr()
