@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,7 @@ RANK = {
     "linvideo.commands": 8,
     "linvideo.__main__": 9,
 }
+LARGEST_FOLDER = 0.20  # of linvideo's lines of Python
 HEAVY = {"torch", "triton", "diffusers", "transformers", "peft", "fla", "matplotlib", "numpy"}
 
 
@@ -86,6 +89,36 @@ def test_imports_go_one_way():
 def test_every_module_has_a_rank():
     unknown = {module_name(path) for path in library_files() if part(module_name(path)) is None} - {"linvideo"}
     assert not unknown, f"give these a place in the order of imports: {sorted(unknown)}"
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    """Imports inside functions count: they only hide a circle."""
+    modules = {module_name(path) for path in library_files()}
+    graph = {}
+    for path in library_files():
+        above = graph.setdefault(module_name(path), set())
+        for _, name in imports(path):
+            above.add(name if name in modules else name.rpartition(".")[0])
+        above.discard(module_name(path))  # a package's __init__.py that imports its own modules
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" is imported by ".join(error.args[1]))
+
+
+def test_files_have_names_of_their_own():
+    """So that a file can be found by its name alone."""
+    paths = [path for name in ("linvideo", "kernels") for path in (ROOT / name).rglob("*.py")]
+    counts = Counter(path.name for path in paths if path.name not in ("__init__.py", "__main__.py"))
+    assert [name for name, count in counts.items() if count > 1] == []
+
+
+def test_no_folder_outgrows_the_others():
+    lines = Counter()
+    for path in LIBRARY["linvideo"].rglob("*.py"):
+        lines[path.relative_to(LIBRARY["linvideo"]).parts[0]] += len(path.read_text().splitlines())
+    folder, most = lines.most_common(1)[0]
+    assert most <= LARGEST_FOLDER * lines.total(), f"linvideo/{folder} has {most} of {lines.total()} lines"
 
 
 def test_each_dependency_stays_in_its_parts():

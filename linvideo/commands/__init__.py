@@ -1,4 +1,5 @@
-"""The `linvideo` command: a file for each of its commands, with the arguments and the function that runs them.
+"""The `linvideo` command: a file NAME_command.py for each of its commands, with the arguments and the function that
+runs them.
 
 A command has SUMMARY (what it does, in one line), EXAMPLES (command lines), add_arguments(parser) and run(args). It
 holds no logic: arguments in, one call of the Python API, a readable answer out. main.py has the table of commands.

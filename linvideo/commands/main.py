@@ -3,12 +3,36 @@
 import argparse
 import sys
 
-from linvideo.commands import analyze, check, collect, convert, demo, distill, evaluate, generate, info, plan, train
+from linvideo.commands import (
+    analyze_command,
+    check_command,
+    collect_command,
+    convert_command,
+    demo_command,
+    distill_command,
+    evaluate_command,
+    generate_command,
+    info_command,
+    plan_command,
+    train_command,
+)
 from linvideo.commands.shared import choose_device, choose_dtype
 
 # in the order of a user's day
-COMMANDS = (demo, info, check, analyze, convert, plan, collect, train, distill, generate, evaluate)
-ONLY_CONFIG = (train, distill)  # all their options are the config's: its parser prints their help
+COMMANDS = (
+    demo_command,
+    info_command,
+    check_command,
+    analyze_command,
+    convert_command,
+    plan_command,
+    collect_command,
+    train_command,
+    distill_command,
+    generate_command,
+    evaluate_command,
+)
+ONLY_CONFIG = (train_command, distill_command)  # all their options are the config's: its parser prints their help
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # in PyTorch's messages, of the host and of GPUs
 
 
@@ -42,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in COMMANDS:
         command = commands.add_parser(
-            module.__name__.rpartition(".")[2],
+            module.__name__.rpartition(".")[2].removesuffix("_command"),
             help=module.SUMMARY,
             description=f"{module.SUMMARY[0].upper()}{module.SUMMARY[1:]}.",
             epilog=examples(module),

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils.torch_utils import unwrap_module
 from huggingface_hub import ModelCardData
 
-from linvideo.models.attention import LinearAttentionMixin, video_transformers
+from linvideo.models.attention import is_converted, video_transformers
 from linvideo.models.describe import describe
 from linvideo.models.few_step import FewStepScheduler
 
@@ -103,7 +103,7 @@ def card(model: DiffusionPipeline | ModelMixin, training: Training | None = None
 def _is_ours(model: DiffusionPipeline | ModelMixin) -> bool:
     parts = [*_transformers(model).values()] if isinstance(model, DiffusionPipeline) else [model]
     few_steps = isinstance(getattr(model, "scheduler", None), FewStepScheduler)
-    return few_steps or any(isinstance(part, LinearAttentionMixin) for part in parts)
+    return few_steps or any(map(is_converted, parts))
 
 
 def _transformers(model: DiffusionPipeline | ModelMixin) -> dict[str, ModelMixin]:
@@ -161,7 +161,7 @@ def _base_model(model: DiffusionPipeline | ModelMixin) -> str | None:
         return found and found[1]
     parts = model.components.values() if isinstance(model, DiffusionPipeline) else [model]
     parts = [part for part in map(unwrap_module, parts) if isinstance(part, ModelMixin)]
-    paths = [_path(part) for part in sorted(parts, key=lambda part: not isinstance(part, LinearAttentionMixin))]
+    paths = [_path(part) for part in sorted(parts, key=lambda part: not is_converted(part))]
     # a repository's name is believed only where the cache of the Hub has it: elsewhere "a/b" may be a folder
     found = (re.search(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]", path) for path in paths)
     return next((f"{match[1]}/{match[2]}" for match in found if match), None)

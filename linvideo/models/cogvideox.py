@@ -6,7 +6,8 @@ from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
 
-from linvideo.models.attention import LinearAttentionMixin, attend, self_attentions
+from linvideo.models.attention import attend, self_attentions
+from linvideo.models.mixin import LinearAttentionMixin
 
 
 class LinVideoCogVideoXAttnProcessor(CogVideoXAttnProcessor2_0):

@@ -9,13 +9,8 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils.torch_utils import unwrap_module
 
-from linvideo.models.attention import (
-    LinearAttentionMixin,
-    attach_attention,
-    family,
-    self_attentions,
-    stored_attention_type,
-)
+from linvideo.models.attention import attach_attention, family, self_attentions, stored_attention_type
+from linvideo.models.mixin import LinearAttentionMixin
 
 MODES = ("mixed", "linear")
 

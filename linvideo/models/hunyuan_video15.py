@@ -9,7 +9,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from torch.nn.functional import pad
 
-from linvideo.models.attention import LinearAttentionMixin, attend
+from linvideo.models.attention import attend
+from linvideo.models.mixin import LinearAttentionMixin
 
 
 class LinVideoHunyuanVideo15AttnProcessor(HunyuanVideo15AttnProcessor2_0):

@@ -4,7 +4,8 @@ import torch
 from diffusers import DiffusionPipeline, LTXVideoTransformer3DModel
 from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor, apply_rotary_emb
 
-from linvideo.models.attention import LinearAttentionMixin, attend
+from linvideo.models.attention import attend
+from linvideo.models.mixin import LinearAttentionMixin
 
 
 class LinVideoLTXAttnProcessor(LTXVideoAttnProcessor):

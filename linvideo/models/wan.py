@@ -11,7 +11,8 @@ from diffusers import (
 from diffusers.models.transformers import transformer_chronoedit, transformer_skyreels_v2
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from linvideo.models.attention import LinearAttentionMixin, attend, context_group
+from linvideo.models.attention import attend, context_group
+from linvideo.models.mixin import LinearAttentionMixin
 from linvideo.ops.reference import rotate
 
 

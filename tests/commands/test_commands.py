@@ -121,14 +121,14 @@ def test_the_exit_status_of_a_stopped_run(number, status, capsys, monkeypatch):
     def stopped(_):
         raise TrainingStopped("after step 3 of warmup, which is saved", number)
 
-    monkeypatch.setattr("linvideo.commands.train.run", stopped)
+    monkeypatch.setattr("linvideo.commands.train_command.run", stopped)
     assert main(["train"]) == status
     assert "which is saved; continue with --resume_from_checkpoint latest" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("call", [lambda _: torch.empty(2**60), lambda _: bytearray(2**62), lambda _: np.empty(2**59)])
 def test_too_little_memory_ends_in_one_line(call, capsys, monkeypatch):
-    monkeypatch.setattr("linvideo.commands.train.run", call)
+    monkeypatch.setattr("linvideo.commands.train_command.run", call)
     assert main(["train"]) == 1
     assert re.fullmatch("linvideo: error: not enough memory: .+\n", capsys.readouterr().err)
 

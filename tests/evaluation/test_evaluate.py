@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_pipeline
 
 from linvideo import convert, save_pipeline
-from linvideo.commands.evaluate import DIMENSIONS
+from linvideo.commands.evaluate_command import DIMENSIONS
 from linvideo.commands.main import main
 from linvideo.evaluation import fidelity, vbench
 from linvideo.evaluation.analyze import analyze

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
 import numpy as np
 import pytest
 from diffusers import WanPipeline
@@ -20,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from tiny import generate, tiny_image_pipeline, tiny_pipeline, tiny_transformer
 
 import linvideo
-from linvideo.models import FewStepScheduler, Training, convert, hub, load_pipeline, save_pipeline
+from linvideo.models import FewStepScheduler, Training, convert, hub, load_pipeline, mixin, save_pipeline
 from linvideo.models.card import MARK, card
 
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -182,7 +181,7 @@ def repositories(tmp_path, monkeypatch):
             raise EntryNotFoundError("no card")
         return read(root / repo_id)
 
-    for module in (hub_utils, modeling_utils, pipeline_utils, hub, huggingface_hub):
+    for module in (hub_utils, modeling_utils, pipeline_utils, hub, mixin):
         for fake in (create_repo, upload_folder, file_exists):
             monkeypatch.setattr(module, fake.__name__, fake, raising=False)
     monkeypatch.setattr(ModelCard, "load", staticmethod(load))

@@ -1,6 +1,7 @@
 """Gradients of the mixture o = r softmax_out + (1 - r) lin in its other two arguments.
 
-d softmax_out = r do, and dr = sum do.(softmax_out - lin), with do.lin = delta + do.c per row (gradient.py, prepare.py).
+d softmax_out = r do, and dr = sum do.(softmax_out - lin), with do.lin = delta + do.c per row (row_gradient.py,
+prepare.py).
 """
 
 import torch

@@ -19,10 +19,10 @@ import torch
 from linvideo_kernels.linear_attn import configs
 from linvideo_kernels.linear_attn.accumulate import accumulate
 from linvideo_kernels.linear_attn.apply import apply as apply_rows
-from linvideo_kernels.linear_attn.gradient import row_gradient
 from linvideo_kernels.linear_attn.mix import mix_gradient
 from linvideo_kernels.linear_attn.prepare import prepare
 from linvideo_kernels.linear_attn.rope import rotated
+from linvideo_kernels.linear_attn.row_gradient import row_gradient
 from linvideo_kernels.linear_attn.side import Side, aligned
 
 

@@ -1,0 +1,144 @@
+"""What all families of video transformers share: self-attention layers that are softmax, linear, or a learned mixture
+of both.
+
+The parameters sit in a module `linear_attn` of the self-attention module, the attention processor holds no state, and
+the config names the type of every layer, so that diffusers' own save_pretrained, from_pretrained, offloading, LoRA and
+compilation keep working.
+
+A family is one file: a processor that computes q, k and v as diffusers does and calls `attend`, and a class
+
+    class LinVideoXTransformer3DModel(LinearAttentionMixin, XTransformer3DModel):
+        attention_paths = (("blocks", "attn1"),)
+        processor_class = LinVideoXAttnProcessor
+        stock_processors = (XAttnProcessor,)
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from huggingface_hub import file_exists
+
+from linvideo.models.attention import FAMILIES, attach_attention, self_attentions, stored_attention_type
+from linvideo.models.card import CARD, write_card
+from linvideo.nn import FEATURE_MAPS
+
+
+class LinearAttentionMixin:
+    """A diffusers transformer with a type per self-attention layer. Usually made by `linvideo.convert`.
+
+    Args (all of the base model's, and):
+        attention_types: one of "softmax", "linear", "mixed" per layer; None is softmax everywhere.
+        linear_attention: {"feature_map": name}, shared by all layers that are not softmax.
+
+    Class attributes:
+        attention_paths: (name of a list of blocks, name of the self-attention in each); layers count through them.
+        processor_class: of the self-attentions.
+        stock_processors: those of diffusers that it computes the same as.
+
+    Every self-attention has a runtime attribute `attention_type`, see `set_attention_types`; the config and what is
+    saved always follow the weights that are there, not this attribute.
+
+    Raises:
+        ValueError: attention_types or linear_attention do not fit; on loading, weights and config disagree.
+    """
+
+    attention_paths: tuple[tuple[str, str], ...]
+    processor_class: type
+    stock_processors: tuple[type, ...]
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if LinearAttentionMixin not in cls.__bases__:  # FSDP2 derives classes of its own
+            return
+        base = next(kind for kind in cls.__mro__[1:] if issubclass(kind, ModelMixin))
+        cls.__init__ = _init_of(base)
+        cls._keep_in_fp32_modules = [*(base._keep_in_fp32_modules or []), "linear_attn"]
+        cls._skip_layerwise_casting_patterns = [*(base._skip_layerwise_casting_patterns or []), "linear_attn"]
+        FAMILIES[base] = cls
+
+    @classmethod
+    def check_convertible(cls, model: ModelMixin) -> None:
+        """Raise ValueError when a model of the base class is in a state that linear attention cannot take over."""
+
+    @classmethod
+    def fps(cls, pipeline: DiffusionPipeline) -> int:
+        """Frames per second of the videos that a pipeline of this family was trained on; see `default_fps`."""
+        return 16
+
+    def register_attention_config(self, feature_map: str) -> None:
+        """Write the layers as they are into the config; call it after any change of structure."""
+        own = {
+            "attention_types": [stored_attention_type(attn) for attn in self_attentions(self)],
+            "linear_attention": {"feature_map": feature_map},
+        }
+        # diffusers drops the keys listed here when it rebuilds a model from a config
+        defaults = [key for key in self.config.get("_use_default_values", []) if key not in own]
+        self.register_to_config(**own, _use_default_values=defaults)
+
+    def enable_cache(self, config: object) -> None:
+        """As diffusers' enable_cache. By default TaylorSeer hooks all modules whose names end in "attn": a linear_attn
+        inside a cached attention would count only the steps that this one computes, and predict some of those."""
+        super().enable_cache(config)
+        for attn in self_attentions(self):
+            if registry := getattr(getattr(attn, "linear_attn", None), "_diffusers_hook", None):
+                registry.remove_hook("taylorseer_cache", recurse=False)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As diffusers' from_pretrained, but a checkpoint that lacks weights of this model is refused: diffusers only
+        warns and leaves such parameters on the meta device. A stock folder loads as all softmax."""
+        return_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        left_over = sorted(key for key in info["unexpected_keys"] if ".linear_attn." in key)
+        if missing:
+            only_linear = all(".linear_attn." in key for key in missing)
+            hint = "; to add linear layers, load it as it is and call linvideo.convert(model, layers=...)"
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__}, the first is"
+                f" {missing[0]}{hint if only_linear else ''}"
+            )
+        if left_over:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds {left_over[0]}, but its config names that layer's attention"
+                " otherwise; config.json and weights do not belong together"
+            )
+        return (model, info) if return_info else model
+
+    def _upload_folder(self, working_dir, repo_id, token=None, subfolder=None, **kwargs):
+        """Both ways to push end here, with a card of diffusers' in the folder: that of the repository, or an empty
+        one, which is no use."""
+        if not subfolder and not file_exists(repo_id, CARD, token=token):
+            write_card(self, working_dir)
+        return super()._upload_folder(working_dir, repo_id, token=token, subfolder=subfolder, **kwargs)
+
+
+def _init_of(base: type) -> Callable:
+    """An __init__ with the base model's arguments beside its own: diffusers reads the config keys off the signature,
+    and a hand-written list would drop keys that a newer diffusers adds."""
+
+    def __init__(
+        self, *args, attention_types: list[str] | None = None, linear_attention: dict | None = None, **kwargs
+    ) -> None:
+        base.__init__(self, *args, **kwargs)
+        attentions = self_attentions(self)
+        types = ["softmax"] * len(attentions) if attention_types is None else attention_types
+        if not isinstance(types, list | tuple) or len(types) != len(attentions):
+            raise ValueError(f"attention_types must be a list of {len(attentions)} layer types, got {types!r}")
+        spec = {"feature_map": "hedgehog"} if linear_attention is None else linear_attention
+        if not isinstance(spec, Mapping) or set(spec) != {"feature_map"} or spec["feature_map"] not in FEATURE_MAPS:
+            raise ValueError(
+                f'linear_attention must be {{"feature_map": one of {", ".join(FEATURE_MAPS)}}}, got {spec!r}'
+            )
+        for attn, attention_type in zip(attentions, types, strict=True):
+            attach_attention(attn, attention_type, self.processor_class, spec["feature_map"])
+        self.register_attention_config(spec["feature_map"])
+
+    own = [p for p in inspect.signature(__init__).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    arguments = list(inspect.signature(base.__init__).parameters.values())
+    var_keyword = [p for p in arguments if p.kind is inspect.Parameter.VAR_KEYWORD]
+    arguments = [p for p in arguments if p not in var_keyword]
+    __init__.__signature__ = inspect.signature(base.__init__).replace(parameters=[*arguments, *own, *var_keyword])
+    return register_to_config(__init__)
