@@ -44,7 +44,7 @@ def attack(bench: Bench, seed: int, number: int) -> Iterator[tuple[str, str, str
         cases = [(option, value) for option, values in options.items() for value in values]
         for option, value in random.Random(f"{seed} {name}").sample(cases, min(len(cases), 4 * number)):
             make_places(bench.fresh())
-            given = [*words, option, value] if option.startswith("-") else [*words, value]
+            given = [*words, option, value] if option.startswith("-") else [words[0], value, *words[2:]]  # MODEL
             child = bench.start(given, limit=8 if name == "demo" else 20, memory=GIGABYTES << 30).wait()
             yield name, f"{option} {value[:40]!r}", *verdict(bench, child, value)
 

@@ -8,9 +8,8 @@ from command_line import refused
 
 from linvideo import load_pipeline, models
 from linvideo.commands.main import main
-from linvideo.planning.known import HUB, KNOWN
-from linvideo.planning.recipes import check_choice_of_defaults
-from linvideo.run.read_config import RECIPES
+from linvideo.distillation import DistillConfig
+from linvideo.planning.recipes import check_choice_of_defaults, fitting_recipes
 from linvideo.transfer import TrainConfig
 
 OUTPUT = ["--output_dir", "run"]
@@ -62,22 +61,12 @@ def test_a_target_larger_than_the_model(folder, tmp_path, capsys):
 
 def test_a_model_that_the_defaults_are_not_for(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    of = {name: {path.name.removesuffix(".yaml") for path in RECIPES.iterdir() if name in path.name} for name in KNOWN}
-    hub = {name: id for id, name in HUB.items()}
-    config = {"in_channels": 16, "image_dim": None, "added_kv_proj_dim": None}
-    for name, two in (("wan2.1-1.3b", None), ("wan2.2-i2v-a14b", "WanTransformer3DModel")):
-        (tmp_path / name / "transformer").mkdir(parents=True)  # a downloaded folder, as far as it is read
-        part = ["diffusers", "WanTransformer3DModel"]
-        index = {"_class_name": "WanPipeline", "transformer": part, "transformer_2": [two and "diffusers", two]}
-        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
-        (tmp_path / name / "transformer" / "config.json").write_text(json.dumps(config | KNOWN[name]))
-        for model in (tmp_path / name, hub[name]):
-            line = refused(capsys, "train", model, "--output_dir", "run")
-            assert f"expected --config or --optimizer.learning_rate for {model}, got neither" in line
-            recipes = set(line.partition("recipes that fit: ")[2].split(", "))
-            assert recipes and recipes <= of[name] and not any("distill" in recipe for recipe in recipes)
-    line = refused(capsys, "distill", "run/pipeline", "--pretrained_model_name_or_path", hub["wan2.1-14b"], *OUTPUT)
-    assert "recipes that fit: distill-" in line
+    small = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    line = refused(capsys, "train", small, *OUTPUT)
+    assert f"expected --config or --optimizer.learning_rate for {small}, got neither" in line
+    assert f"recipes that fit: {', '.join(fitting_recipes(small, TrainConfig))}" in line
+    line = refused(capsys, "distill", "run/pipeline", "--pretrained_model_name_or_path", small, *OUTPUT)
+    assert f"recipes that fit: {', '.join(fitting_recipes(small, DistillConfig))}" in line
     line = refused(capsys, "train", folder, *OUTPUT, "--train_batch_size", "1")
     assert "no recipe is known to fit it: set --optimizer.learning_rate" in line
     assert not (tmp_path / "run").exists()

@@ -1,5 +1,6 @@
 """Every recipe loads, and fits the GPUs that its first lines name."""
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +11,9 @@ from linvideo.demo.make_demo import WORLD
 from linvideo.demo.teacher import SETTINGS
 from linvideo.distillation import DistillConfig
 from linvideo.models import load_pipeline
+from linvideo.planning.known import HUB, KNOWN
 from linvideo.planning.plan import make_plan
+from linvideo.planning.recipes import fitting_recipes
 from linvideo.planning.sizes import read_sizes
 from linvideo.run import load_config
 from linvideo.run.read_config import RECIPES
@@ -95,3 +98,27 @@ def test_an_unknown_recipe_is_named(tmp_path):
 def test_only_config_takes_a_recipes_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config(["--config", "demo", "--output_dir", "demo"], TrainConfig).output_dir == "demo"
+
+
+@pytest.mark.parametrize("known", KNOWN)
+def test_the_recipes_that_fit_a_model(known, tmp_path):
+    """By its known name, a Hub id, or the config of a downloaded folder."""
+    ids = [place for place, name in HUB.items() if name == known]
+    part, two = ["diffusers", "WanTransformer3DModel"], known.startswith("wan2.2")
+    index = {"_class_name": "WanPipeline", "transformer": part, "transformer_2": part if two else [None, None]}
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    config = {"in_channels": 16, "image_dim": None, "added_kv_proj_dim": None} | KNOWN[known]
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    texts = {name: (RECIPES / f"{name}.yaml").read_text() for name in NAMES}
+    of_model = [name for name, text in texts.items() if any(f": {place}\n" in text for place in ids)]
+    for kind in (TrainConfig, DistillConfig):
+        expected = [name for name in of_model if f"linvideo {kind.command} " in texts[name]]
+        for model in (known, *ids, str(tmp_path)):
+            assert fitting_recipes(model, kind) == expected
+    (tmp_path / "transformer" / "config.json").write_text("{")
+    assert fitting_recipes(str(tmp_path), TrainConfig) == fitting_recipes("no/such", TrainConfig) == []
+
+
+def test_some_recipes_fit():
+    assert fitting_recipes("wan2.1-1.3b", TrainConfig) and fitting_recipes("wan2.1-14b", DistillConfig)
