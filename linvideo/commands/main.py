@@ -60,13 +60,18 @@ class Version(argparse.Action):
         parser.exit()
 
 
+def name_of(module) -> str:
+    """The command whose file this is."""
+    return module.__name__.rpartition(".")[2].removesuffix("_command")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="linvideo", description="Linear attention for video diffusion transformers.")
     parser.add_argument("--version", action=Version, nargs=0, help="of linvideo, torch, triton and diffusers")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in COMMANDS:
         command = commands.add_parser(
-            module.__name__.rpartition(".")[2].removesuffix("_command"),
+            name_of(module),
             help=module.SUMMARY,
             description=f"{module.SUMMARY[0].upper()}{module.SUMMARY[1:]}.",
             epilog=examples(module),

@@ -14,8 +14,8 @@ import torch
 from command_line import refused
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from linvideo.commands import distill
-from linvideo.commands.main import COMMANDS, ONLY_CONFIG, main, make_parser
+from linvideo.commands import distill_command
+from linvideo.commands.main import COMMANDS, ONLY_CONFIG, main, make_parser, name_of
 from linvideo.commands.shared import choose_dtype, read_config
 from linvideo.distillation import DistillConfig
 from linvideo.run import TrainingStopped
@@ -159,10 +159,6 @@ def test_the_device_decides_the_dtype():
     assert chosen == ["bfloat16", "bfloat16", "float32", "float32"] and choose_dtype("float16", "cuda") == "float16"
 
 
-def name_of(module) -> str:
-    return module.__name__.rpartition(".")[2]
-
-
 @pytest.mark.parametrize("module", COMMANDS, ids=name_of)
 def test_examples_are_command_lines(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -174,7 +170,7 @@ def test_examples_are_command_lines(module, tmp_path, monkeypatch):
         args, rest = make_parser().parse_known_args(words)
         assert args.command == words[0] == name_of(module)
         if rest:
-            kind = DistillConfig if module is distill else TrainConfig
+            kind = DistillConfig if module is distill_command else TrainConfig
             args.config_options = rest
             read_config(args, kind, first=["--output_dir", "run"])
 
