@@ -142,6 +142,11 @@ def test_each_dependency_stays_in_its_parts():
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_file_is_looked_for_outside_the_package():
+    """A wheel holds the packages only: what lies next to them in a checkout is not there."""
+    assert [path.name for path in library_files() if "(__file__).parents" in path.read_text()] == []
+
+
 def test_kernels_is_no_package():
     """A top-level package named `kernels` would shadow Hugging Face's for anyone who stands in the checkout."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -9,13 +9,13 @@ import torch
 
 from linvideo.distillation.dmd import critic_loss, matching_loss
 from linvideo.distillation.rollout import noised
-from linvideo.run.gradient import descend, mean_square
+from linvideo.run.gradient import descend, mean_square, teacher_velocity
 from linvideo.trajectories.conditions import Conditions
 from linvideo.trajectories.flow import NUM_TRAIN_TIMESTEPS, like, predict_velocity
 from linvideo.trajectories.seeding import generator
 from linvideo.transfer.gradient_step import GradientStep
 from linvideo.transfer.lanes import StudentLanes
-from linvideo.transfer.objectives import adm_gradient, adm_sampler_step, score_weight, teacher_state_mse
+from linvideo.transfer.objectives import adm_gradient, sampler_step_end, score_weight, teacher_state_mse
 
 SCORE_NETS = ("adm_score_net", "dmd")
 
@@ -64,18 +64,26 @@ class AblationStep(GradientStep):
         u = predict_velocity(self.student, lanes.x, lanes.timestep, conditions)
         clean = lanes.x - like(lanes.sigma, u) * u
         t, noise = self._t_and_noise(clean, draws)
-        x_hat = noised(clean, t, noise)
-        with torch.no_grad():
-            u_teacher = predict_velocity(self.teacher, x_hat, NUM_TRAIN_TIMESTEPS * t, conditions)
-            u_student = predict_velocity(self.student, x_hat, NUM_TRAIN_TIMESTEPS * t, conditions)
-        gradient = adm_gradient(u_teacher, u_student, score_weight(t, self.objective.weight_clip))
+        loss = self._adm(noised(clean, t, noise), t, conditions, self.student)
         lanes.advance(self.student, u)
-        return descend(x_hat, gradient, mean_square(u_teacher, u_student))
+        return loss
 
     def _adm_score_net(self, draws: torch.Generator) -> torch.Tensor:
-        loss = adm_sampler_step(self.student, self.teacher, self.lanes, self.objective, self.score_net)
-        self._fit_score_net(*self.lanes.samples(self.config.train_batch_size, draws), draws)
+        lanes, conditions = self.lanes, self.lanes.conditions()
+        t = sampler_step_end(lanes)
+        u = predict_velocity(self.student, lanes.x, lanes.timestep, conditions)
+        loss = self._adm(lanes.x - like(lanes.sigma - t, u) * u, t, conditions, self.score_net)
+        lanes.advance(self.student, u)
+        self._fit_score_net(*lanes.samples(self.config.train_batch_size, draws), draws)
         return loss
+
+    def _adm(self, x_hat: torch.Tensor, t: torch.Tensor, conditions: Conditions, judge) -> torch.Tensor:
+        """ADM's loss at a state of the student, with the network `judge` for the student's score."""
+        with torch.no_grad():
+            u_teacher = teacher_velocity(self.teacher, x_hat, NUM_TRAIN_TIMESTEPS * t, conditions)
+            u_judge = predict_velocity(judge, x_hat, NUM_TRAIN_TIMESTEPS * t, conditions)
+        gradient = adm_gradient(u_teacher, u_judge, score_weight(t, self.objective.weight_clip))
+        return descend(x_hat, gradient, mean_square(u_teacher, u_judge))
 
     def _dmd(self, draws: torch.Generator) -> torch.Tensor:
         lanes, conditions = self.lanes, self.lanes.conditions()

@@ -12,7 +12,6 @@ graphs in a user's cache name operators: one that changes its arguments or what 
 import os
 from collections.abc import Callable
 
-import linvideo_kernels
 import torch
 from torch import Tensor
 
@@ -282,9 +281,14 @@ def new(like: Tensor, x: Tensor | None) -> Tensor:
     return like.new_empty(0) if x is None else x.new_empty(x.shape)
 
 
-def kernels(x: Tensor):
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not linvideo_kernels.interpreter_bf16_ok:
+def check_interpreted(x: Tensor) -> None:
+    """Refuse bfloat16 on a CPU, where kernels run in Triton's interpreter: its tl.dot multiplies the bit patterns."""
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         raise ValueError("expected float32 or float16 under TRITON_INTERPRET=1, whose bfloat16 is wrong, got bfloat16")
+
+
+def kernels(x: Tensor):
+    check_interpreted(x)
     try:
         from linvideo_kernels import linear_attn
     except ImportError as error:

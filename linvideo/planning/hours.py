@@ -1,47 +1,20 @@
-"""How long a run takes, from measured times only: of one forward, given, measured on this machine or in the
-repository's results, or of steps."""
+"""How long a run takes, from a measured time only: of one forward, given or measured on this machine."""
 
 import math
 from math import ceil
-from pathlib import Path
 
 import torch
 
-from linvideo.planning.known import KNOWN
 from linvideo.planning.memory import TRAINING, Layout, stages
 from linvideo.planning.sizes import Sizes
 from linvideo.run.forward_times import recall
-from linvideo.trajectories.files import read_json
 from linvideo.transfer.train_config import TrainConfig
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # there in a checkout only
-# the train suite's steps: all layers mixed; the paper's number linear
-_STEPS = {"selective transfer": "mse", "ADM": "adm"}
-
-
-def read_results(folder: Path, sizes: Sizes) -> dict[str, dict]:
-    """What the newest results of a GPU have of this model and number of tokens in bf16, a video at a time: "forward",
-    "mse", "adm" -> {"seconds", "source"}."""
-    names = [name for name, known in KNOWN.items() if known.items() <= vars(sizes.config).items()]
-    name = max(names, key=lambda name: len(KNOWN[name]), default=None)  # an image-to-video model has all of another's
-    documents = [(read_json(path), path.name) for path in folder.glob("*.json")] if name else []
-    found = {}
-    for document, file in sorted(documents, key=lambda pair: pair[0]["environment"]["time"]):
-        source = f"{document['environment']['device']}, {file}"
-        for row in document["rows"] if document["environment"]["cuda"] else ():
-            same = (row.get("tokens"), row["dtype"]) == (sizes.tokens, "bfloat16")
-            if "ms" not in row or not same or not row["model"].startswith(name.removeprefix("wan2.1-")):
-                continue
-            whole = (row.get("linear_layers"), row.get("how"), row.get("compiled")) == (0, "whole", False)
-            step = _STEPS.get(row.get("step")) if row.get("attention") == "fused" else None
-            if key := "forward" if row["suite"] == "model" and whole else step:
-                found[key] = {"seconds": row["ms"][0] / 1000, "source": source}
-    return found
 
 
 def measured_here(sizes: Sizes, config: TrainConfig) -> dict[str, dict]:
-    """The same of a forward that `linvideo check` or `linvideo analyze` has measured on this machine, of the number of
-    tokens that is nearest; from another number it is scaled by the operations of Linear layers and attention."""
+    """{"forward": {"seconds", "source"}} of one video, as `linvideo check` or `linvideo analyze` has measured it on
+    this machine, of the number of tokens that is nearest; from another number it is scaled by the operations of Linear
+    layers and attention. Empty where neither has."""
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     rows = recall(sizes.config, dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if not rows:
@@ -101,9 +74,7 @@ def steps_per_hour(config: TrainConfig, layout: Layout, measured: dict[str, dict
 
 
 def _sample_seconds(objective: str, config: TrainConfig, layout: Layout, measured: dict[str, dict]) -> float | None:
-    """As measured, else an estimate in forwards of the teacher: a backward counts as two, a recomputation as one."""
-    if objective in measured and layout.gradient_checkpointing:
-        return measured[objective]["seconds"]
+    """An estimate in forwards of the teacher: a backward counts as two, a recomputation as one."""
     # on the student's own states the teacher is evaluated too, under guidance the other condition for the lanes' way,
     # and ADM evaluates the student again at x_hat
     own = 0 if objective == "mse" else 1 + (config.trajectories.guidance_scale > 1)

@@ -4,18 +4,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from itertools import product
 from math import isqrt
-from pathlib import Path
 from typing import Any
 
-from linvideo.planning.hours import (
-    RESULTS,
-    collection_hours,
-    measured_here,
-    read_results,
-    shared_hours,
-    stage_hours,
-    steps_per_hour,
-)
+from linvideo.planning.hours import collection_hours, measured_here, shared_hours, stage_hours, steps_per_hour
 from linvideo.planning.memory import TRAINING, Layout, condition_bytes, saved, stage_memory, stages, store_bytes
 from linvideo.planning.sizes import TEXT_TOKENS, Sizes
 from linvideo.run.parallel import check_divisible
@@ -35,7 +26,6 @@ def make_plan(
     gpu_memory: float = 80.0,
     critic: bool = False,
     forward_seconds: float | None = None,
-    results: Path = RESULTS,
 ) -> dict[str, Any]:
     """The plan as plain values, in bytes and seconds; a layout that was looked for and not found is None.
 
@@ -43,7 +33,7 @@ def make_plan(
         gpus: processes that torchrun would start with this config.
         gpu_memory: of one GPU in GB of 10^9 bytes. critic: see Layout.
         forward_seconds: one forward of the teacher with one video on one GPU; None is what `linvideo check`
-            or `linvideo analyze` has measured here, else what the folder `results` has.
+            or `linvideo analyze` has measured here.
 
     Raises:
         ValueError: a number out of range, degrees that do not divide, more linear layers asked for than there are, or
@@ -58,9 +48,7 @@ def make_plan(
     check_divisible(sizes.config, sizes.latents, config.parallel)
     check_length(config.prompts.max_sequence_length or TEXT_TOKENS, sizes.config)
     given = {"forward": {"seconds": forward_seconds, "source": "as given"}}
-    # what this machine has done comes before what another has; its steps are not measured
-    found = measured_here(sizes, config) or read_results(results, sizes)
-    measured = found if forward_seconds is None else given
+    measured = measured_here(sizes, config) if forward_seconds is None else given
     budget = gpu_memory * 1e9 * (1 - RESERVE)
     if config.global_batch(gpus) > LARGEST_BATCH:
         raise ValueError(f"the global batch must be at most {LARGEST_BATCH}, got {config.global_batch(gpus)}")

@@ -39,9 +39,8 @@ def text(plan: dict[str, Any]) -> str:
     if plan["condition_bytes"]:
         size = f"{plan['condition_bytes'] / 1e6:.2f} MB a prompt"
         lines.append(f"image conditions: {size}, on disk and in the CPU memory of every process")
-    for name, entry in plan["measured"].items():
-        lines.append(f"  {name}: {entry['seconds']:.3f} s a video ({entry['source']})")
-    if plan["measured"].keys() == {"forward"}:
+    if forward := plan["measured"].get("forward"):
+        lines.append(f"  forward: {forward['seconds']:.3f} s a video ({forward['source']})")
         lines.append("  steps an hour are estimated from it: a backward counts as two forwards, every layer as softmax")
     return "\n".join(lines)
 

@@ -112,32 +112,29 @@ def adm_small_step(
 
 
 def adm_sampler_step(
-    student: torch.nn.Module,
-    teacher: torch.nn.Module,
-    lanes: StudentLanes,
-    config: ObjectiveConfig,
-    score_net: torch.nn.Module | None = None,
+    student: torch.nn.Module, teacher: torch.nn.Module, lanes: StudentLanes, config: ObjectiveConfig
 ) -> torch.Tensor:
-    """ADM at the end of one whole sampler step, weight (1 - t) / t clipped; moves the lanes on.
-
-    Where the step would end at t = 0, which has no score, or leave the range of an expert, it stops half-way to that
-    end. score_net: says the student's velocity at
-    x_hat_t in its place; ADM needs none.
-    """
-    lowest = lanes.sigma - lanes.room
-    t = torch.where(lanes.sigma_next > lowest, lanes.sigma_next, lowest + lanes.room / 2)
+    """ADM at the end of one whole sampler step, weight (1 - t) / t clipped; moves the lanes on."""
+    t = sampler_step_end(lanes)
     weight = score_weight(t, config.weight_clip)
-    return _adm(student, teacher, lanes, lanes.sigma - t, t, weight, normalize=False, score_net=score_net)
+    return _adm(student, teacher, lanes, lanes.sigma - t, t, weight, normalize=False)
 
 
-def _adm(student, teacher, lanes, dt, t, weight, normalize: bool, score_net=None) -> torch.Tensor:
+def sampler_step_end(lanes: StudentLanes) -> torch.Tensor:
+    """t [B] at the end of each lane's next sampler step. A step that would end at t = 0, which has no score, or leave
+    the range of an expert, stops half-way to that end."""
+    lowest = lanes.sigma - lanes.room
+    return torch.where(lanes.sigma_next > lowest, lanes.sigma_next, lowest + lanes.room / 2)
+
+
+def _adm(student, teacher, lanes, dt, t, weight, normalize: bool) -> torch.Tensor:
     conditions = lanes.conditions()
     u = predict_velocity(student, lanes.x, lanes.timestep, conditions)
     x_hat = lanes.x - like(dt, u) * u
     with torch.no_grad():
         timestep = NUM_TRAIN_TIMESTEPS * t
         u_teacher = teacher_velocity(teacher, x_hat, timestep, conditions)
-        u_student = predict_velocity(student if score_net is None else score_net, x_hat, timestep, conditions)
+        u_student = predict_velocity(student, x_hat, timestep, conditions)
         gradient = adm_gradient(u_teacher, u_student, weight)
         value = (gradient * (u_teacher - u_student)).mean()
     lanes.advance(student, u)

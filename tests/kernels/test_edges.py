@@ -208,9 +208,7 @@ def test_fixed_gates_on_typical_inputs(v_mean, dtype, device):
 def test_interpreter_refuses_bf16_without_the_patch(monkeypatch, device):
     if device != "cpu":
         pytest.skip("a limit of the interpreter")
-    import linvideo_kernels
-
-    monkeypatch.setattr(linvideo_kernels, "interpreter_bf16_ok", False)
+    monkeypatch.undo()  # of the fixture that lifts the refusal
     inputs, _ = make_inputs(Case(head_dim=16, nq=4, nk=4), device)
     with pytest.raises(ValueError, match="expected float32 or float16 under TRITON_INTERPRET=1"):
         linear_attn(**inputs)

@@ -10,7 +10,6 @@ from tiny import tiny_image_pipeline, tiny_image_transformer, tiny_pipeline, tin
 
 from linvideo.commands.main import main
 from linvideo.planning import plan
-from linvideo.planning.hours import read_results
 from linvideo.planning.memory import TRAINING, Layout, held
 from linvideo.planning.plan_text import text
 from linvideo.planning.sizes import read_sizes
@@ -49,8 +48,8 @@ def refused(capsys, *argv: object) -> str:
     return capsys.readouterr().err
 
 
-def test_what_fits_is_left_as_it_is(tmp_path):
-    result = make(SMALL, results=tmp_path)
+def test_what_fits_is_left_as_it_is():
+    result = make(SMALL)
     assert list(result["layouts"]) == ["as configured"] and result["layouts"]["as configured"]["fits"]
     assert " ".join(result["layouts"]["as configured"]["options"][:4]) in USUAL
     assert result["measured"] == {} and result["collection_hours"] is None
@@ -166,14 +165,14 @@ def test_pace_from_a_given_forward():
     assert unguided["collection_hours"] == pytest.approx(192 * 50 * 0.5 / 3600)
 
 
-def test_hours_from_what_this_machine_has_measured(tmp_path, monkeypatch):
+def test_hours_from_what_this_machine_has_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     given = make(SMALL, USUAL, forward_seconds=0.5)
     sizes, cpu = SMALL, torch.device("cpu")
     for tokens, seconds in ((9, 7.0), (sizes.tokens, 9.0), (sizes.tokens, 0.5)):  # the nearest, and the newest of equal
         remember(sizes.config, tokens, torch.bfloat16, cpu, seconds, "linvideo check")
     remember(sizes.config, sizes.tokens, torch.float32, cpu, 3.0, "linvideo check")
-    here = make(SMALL, USUAL, results=tmp_path)
+    here = make(SMALL, USUAL)
     assert here["layouts"] == given["layouts"] and here["collection_hours"] == given["collection_hours"]
     assert "by linvideo check" in here["measured"]["forward"]["source"] and "scaled" not in text(here)
     hours = here["layouts"]["as configured"]["hours"]
@@ -189,35 +188,12 @@ def test_hours_from_what_this_machine_has_measured(tmp_path, monkeypatch):
     )
     assert re.search(rf"hours in total +{sum(hours.values()):.3g}$", text(here), re.MULTILINE)
     shorter = read_sizes("wan2.1-1.3b", TrajectoryConfig(num_frames=41))  # 11 of 21 latent frames
-    half = make(shorter, results=tmp_path)["measured"]["forward"]
+    half = make(shorter)["measured"]["forward"]
     assert 0.5 * (11 / 21) ** 2 < half["seconds"] < 0.5 * 11 / 21
     assert f"scaled from {sizes.tokens:,} tokens" in half["source"]
     for content in ("", "[", '{"a": 1}', '[1, {"tokens": "x"}]'):
         cache_file().write_text(content)
-        assert make(SMALL, USUAL, results=tmp_path)["measured"] == {}
-
-
-def test_pace_from_results(tmp_path):
-    model = {"suite": "model", "model": "1.3b-480p", "dtype": "bfloat16", "tokens": 32760, "layers": 30}
-    model |= {"backend": "flash", "linear_layers": 0, "compiled": False, "how": "whole"}
-    step = {"suite": "train", "model": "1.3b-480p", "dtype": "bfloat16", "tokens": 32760, "layers": 30}
-    step |= {"attention": "fused", "step": "selective transfer"}
-
-    def write(name: str, day: int, cuda: str | None, *rows: dict) -> None:
-        environment = {"device": name, "cuda": cuda, "time": f"2026-12-{day:02d}T00:00:00Z"}
-        (tmp_path / f"{name}.json").write_text(json.dumps({"format": 1, "environment": environment, "rows": rows}))
-
-    write("cpu", 9, None, model | {"ms": [9000.0] * 3})
-    write("old", 1, "12.8", model | {"ms": [900.0] * 3})
-    others = [{"linear_layers": 16}, {"model": "14b-480p"}, {"tokens": 75600}, {"dtype": "float32"}, {"compiled": True}]
-    others = [model | other | {"ms": [1.0] * 3} for other in others] + [step | {"attention": "eager", "ms": [1.0] * 3}]
-    write("new", 2, "12.8", model | {"ms": [700.0] * 3}, step | {"ms": [3000.0] * 3}, step | {"absent": "no"}, *others)
-    found = read_results(tmp_path, SMALL)
-    assert {name: entry["seconds"] for name, entry in found.items()} == {"forward": 0.7, "mse": 3.0}
-    assert read_results(tmp_path, LARGE)["forward"]["seconds"] == 0.001
-    assert read_results(tmp_path, IMAGE) == {}  # those are a text-to-video model's
-    rates = make(SMALL, results=tmp_path)["layouts"]["as configured"]["steps_per_hour"]
-    assert rates["mixed stage"] == pytest.approx(3600 / (8 * 3.0))
+        assert make(SMALL, USUAL)["measured"] == {}
 
 
 def test_the_command(folder, tmp_path, capsys):
