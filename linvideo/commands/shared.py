@@ -159,7 +159,7 @@ def given(args: argparse.Namespace) -> dict:
 
 
 def teachers_settings(teacher, student) -> dict:
-    """What the teacher is called with beside a student that may be distilled: for videos of the student's size."""
+    """What the teacher is called with next to a student that may be distilled: videos of the student's size."""
     from linvideo import models
 
     own = models.own_settings(student)
