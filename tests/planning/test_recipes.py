@@ -2,11 +2,13 @@
 
 import json
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from linvideo.commands.main import main
 from linvideo.demo.make_demo import WORLD
 from linvideo.demo.teacher import SETTINGS
 from linvideo.distillation import DistillConfig
@@ -16,12 +18,14 @@ from linvideo.planning.plan import make_plan
 from linvideo.planning.recipes import fitting_recipes
 from linvideo.planning.sizes import read_sizes
 from linvideo.run import load_config
+from linvideo.run.bounded_yaml import read_yaml
 from linvideo.run.read_config import RECIPES
 from linvideo.run.run_config import RunConfig
 from linvideo.trajectories.prompts import read_prompts
 from linvideo.transfer import TrainConfig
 
-ROOT = Path(__file__).parents[2]
+GUIDE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+PLANS = re.findall(r"^linvideo plan --config wan.*", GUIDE, re.MULTILINE)
 NAMES = sorted(path.name.removesuffix(".yaml") for path in RECIPES.iterdir())
 STAND_INS = {  # for what the other expert's run exports
     "wan2.2-a14b-480p-low-noise-8x80gb": "wan2.2-a14b",
@@ -29,9 +33,10 @@ STAND_INS = {  # for what the other expert's run exports
 }
 
 
-def test_there_is_one_for_every_setting():
-    wanted = ("demo", "1.3b-480p-1gpu", "1.3b-480p-8gpu", "14b-480p-8x80gb", "14b-720p-8x80gb", "14b-480p-8x141gb")
-    wanted += ("14b-720p-8x141gb", "32gpu", "lora-1gpu", "lora-2gpu", "high-noise", "low-noise", "i2v")
+def test_there_is_one_for_every_model_and_method():
+    wanted = ("demo", "1.3b-480p", "2.1-14b-480p-8x80gb", "14b-720p-8x80gb", "lora", "i2v-14b")
+    wanted += ("high-noise", "low-noise", "distill-demo", "distill-wan2.1-1.3b-480p")
+    wanted += ("distill-wan2.1-14b-480p", "distill-wan2.1-14b-720p")
     assert all(any(name in recipe for recipe in NAMES) for name in wanted)
 
 
@@ -59,6 +64,32 @@ def test_it_fits(name, tmp_path):
     assert plan["global_batch"] == 16
 
 
+@pytest.mark.parametrize("line", PLANS)
+def test_other_gpus_take_the_options_that_plan_prints(line, capsys):
+    """The settings that differ from a recipe in the numbers of the layout only, as the guide lists them."""
+
+    def plan(*more: str) -> dict:
+        assert main([*shlex.split(line, comments=True)[1:], *more, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    first = plan()
+    printed = first["layouts"]["as configured"]["options"]
+    again = plan(*shlex.split(" ".join(printed)))
+    for result in (first, again):
+        assert result["layouts"]["as configured"]["fits"] and result["global_batch"] == 16
+    assert again["layouts"]["as configured"]["options"] == printed
+
+
+def test_no_two_recipes_differ_in_the_layout_only():
+    """`linvideo plan` prints those numbers."""
+    layout = ("gradient_accumulation_steps", "train_batch_size", "parallel", "warmup", "sensitivity")
+    seen = {}
+    for name in NAMES:
+        values = read_yaml((RECIPES / f"{name}.yaml").read_text())
+        rest = json.dumps({key: value for key, value in values.items() if key not in layout}, sort_keys=True)
+        assert seen.setdefault(rest, name) == name
+
+
 def test_the_demo_is_sampled_as_its_teacher_is_meant_to_be(tmp_path):
     config = load_config(["--config", "demo", "--output_dir", str(tmp_path)], TrainConfig)
     sampler, settings = config.trajectories, SETTINGS[WORLD.name]
@@ -79,14 +110,15 @@ def test_the_demo_works_in_any_folder(tmp_path, monkeypatch):
 def test_distillations_take_the_trajectories_of_the_transfer(tmp_path):
     for name in (name for name in NAMES if name.startswith("distill")):
         config, _ = load(name, tmp_path)
-        transfer, _ = load(name.removeprefix("distill-"), tmp_path)
+        start = re.match("distill-(demo|.*-[0-9]+p)", name)[1]  # model and size, whatever the GPUs
+        transfer, _ = load(next(other for other in NAMES if other.startswith(start)), tmp_path)
         assert (config.trajectories, config.prompts) == (transfer.trajectories, transfer.prompts)
         assert (config.seed, config.mixed_precision) == (transfer.seed, transfer.mixed_precision)
 
 
 def test_the_guide_names_every_recipe():
-    guide = (ROOT / "docs" / "training.md").read_text()
-    assert [name for name in NAMES if f"`{name}`" not in guide] == []
+    assert [name for name in NAMES if f"`{name}`" not in GUIDE] == []
+    assert len(PLANS) >= 6
 
 
 def test_an_unknown_recipe_is_named(tmp_path):
