@@ -89,8 +89,8 @@ def watched(module: ModuleType = trainer) -> Iterator[SimpleNamespace]:
     def keep(function: str, *names: str):
         original = getattr(module, function)
 
-        def call(*arguments):
-            result = original(*arguments)
+        def call(*arguments, **options):
+            result = original(*arguments, **options)
             vars(seen).update(zip(names, result if isinstance(result, tuple) else (result,), strict=False))
             return result
 

@@ -14,6 +14,7 @@ from benchmarks.ablations.settings import Setting
 from benchmarks.ablations.variants import lora, rope_after
 from linvideo.run.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from linvideo.run.data import Data, open_data
+from linvideo.run.optimizer import StudentOptimizer
 from linvideo.run.session import EXPORT, Run, TrainingDiverged
 from linvideo.trajectories.flow import sampler_grid
 from linvideo.transfer import TrainConfig, trainer
@@ -66,6 +67,7 @@ def ablate(
                     stage(run, data, student, teacher)
         except TrainingDiverged as error:
             outcome.diverged = str(error)
+        data.bring_back(run)
     student.eval().requires_grad_(False)
     return outcome
 
@@ -91,13 +93,6 @@ def finetune(
 
     due = {round(config.max_train_steps * point / PROBES): point for point in range(1, PROBES + 1)}
 
-    def after_step(step: int) -> None:
-        nonlocal probing
-        if step + 1 in due:
-            started = _device_time(device)
-            measure(due[step + 1])
-            probing += _device_time(device) - started
-
     measure(0)
     _reset_peak(device)
     started = _device_time(device)
@@ -106,7 +101,16 @@ def finetune(
         grid = sampler_grid(data.source.pipeline.scheduler, setting.sampler_steps)
     models_and_data = (student, teacher, data.store, data.prompts, grid)
     gradient = AblationStep(setting.objective, *models_and_data, config, run.stage, config.objective)
-    trainer.finetune(run, data, student, teacher, gradient, after_step)
+    optimizer = StudentOptimizer(student, config.optimizer, max(1, config.max_train_steps))
+    run.register(optimizer=optimizer, gradient=gradient)
+    for step in run.steps(config.max_train_steps, gradient.global_batch):
+        name, loss = gradient(step)
+        norm = run.optimize(optimizer, loss)
+        run.report(loss, **{f"loss_{name}": loss}, grad_norm=norm, learning_rate=optimizer.learning_rate)
+        if step + 1 in due:
+            stopped = _device_time(device)
+            measure(due[step + 1])
+            probing += _device_time(device) - stopped
     outcome.cost = {"device_seconds": _device_time(device) - started - probing, "peak_mib": _peak_mib(device)}
 
 
@@ -141,7 +145,7 @@ def start_after(stage: str, source: Path, config: TrainConfig) -> TrainConfig:
 
 def _device_time(device: torch.device) -> float:
     if device.type == "cpu":
-        return time.process_time()  # another process beside this one does not count
+        return time.process_time()  # another process next to this one does not count
     torch.cuda.synchronize(device)
     return time.perf_counter()
 

@@ -105,6 +105,7 @@ class FewStepBench(Bench):
         run, source, converted = distiller.prepare(config, self.pipeline, self.student(name, seed), self.prompts)
         rows, outcome = [], {}
         with run:
+            run.check_continues()
             data = open_data(run, source, config.needs_trajectories, config.scheduler())
             models = distiller.make_models(run, source, converted)
             run.restore(models.student, models.of_stages)
@@ -116,7 +117,8 @@ class FewStepBench(Bench):
                         models.student.train()
             except TrainingDiverged as error:
                 outcome["diverged"] = str(error)
-            rows.append(judge(models.student.eval(), name) | outcome)
+            data.bring_back(run)
+        rows.append(judge(models.student.eval(), name) | outcome)
         shutil.rmtree(config.output_dir)
         del run, data, models
         gc.collect()

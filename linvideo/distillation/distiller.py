@@ -20,12 +20,12 @@ from linvideo.models import FewStepScheduler, Training, load_pipeline, wan_trans
 from linvideo.models.attention import attach_attention, self_attentions, stored_attention_type
 from linvideo.models.convert import copy_module
 from linvideo.models.wan import LinVideoWanAttnProcessor
-from linvideo.run.data import Data, Source, open_data, open_source
+from linvideo.run.data import Data, Source, open_data, open_run
 from linvideo.run.export import FOLDER, export
 from linvideo.run.gradient import accumulate
 from linvideo.run.optimizer import StudentOptimizer
 from linvideo.run.session import Run
-from linvideo.run.trainable import frozen, trainable
+from linvideo.run.trainable import frozen, trainable, trained_parameters
 from linvideo.trajectories.collect import stored_flow_shift
 from linvideo.trajectories.experts import Expert
 
@@ -39,7 +39,7 @@ class DistillResult:
     Args:
         pipeline: the teacher's with student and few-step scheduler in their places, as saved in pipeline_path; of
             several processes the first has it, the others None.
-        timesteps: that it samples with (1000 t).
+        timesteps: the timesteps (1000 t) that it samples with.
         seconds: stage -> time spent.
     """
 
@@ -54,8 +54,9 @@ class Models:
     """The models of a run.
 
     Args:
-        critic: learns the score of the student's samples; None for a run without distribution matching.
-        features: the critic's, of a run with a discriminator.
+        critic: the network that learns the score of the student's samples; None for a run without distribution
+            matching.
+        features: the critic's features, in a run with a discriminator.
     """
 
     student: torch.nn.Module
@@ -90,9 +91,8 @@ def distill(
     run, source, converted = prepare(config, teacher_pipeline, student, prompts, images)
     scheduler = config.scheduler()
     with run:
-        run.check_continues()
-        check_critic(run)
-        data = open_data(run, source, config.needs_trajectories, scheduler)
+        check_critic_continues(run, run.check_continues())
+        data = open_data(run, source, needs_store=config.needs_trajectories, student_scheduler=scheduler)
         models = make_models(run, source, converted)
         run.restore(models.student, models.of_stages)
         for stage in run.remaining():
@@ -113,11 +113,12 @@ def prepare(
     prompts: list[str] | None = None,
     images: Sequence[Any] | None = None,
 ) -> tuple[Run, Source, WanTransformer3DModel]:
-    """What a run starts from, and the converted model; refuses now what it would refuse after hours of trajectories.
-    See `distill`."""
-    device = None if teacher_pipeline is None else wan_transformer(teacher_pipeline).device
-    run = Run(config, STAGES, device)
-    source = open_source(run, teacher_pipeline, prompts, images, only_transformer)
+    """What a run starts from, and the converted model. Arguments as for `distill`.
+
+    Raises:
+        ValueError: what `distill` would raise after hours of sampling.
+    """
+    run, source = open_run(config, STAGES, only_transformer, teacher_pipeline, prompts, images)
     converted = load_student(config) if student is None else student
     check_student(converted, source.transformer)
     if config.dmd.adversarial_weight:
@@ -184,10 +185,9 @@ def match_distributions(run: Run, data: Data, models: Models) -> None:
         return
     optimizer = StudentOptimizer(student, config.optimizer, max(1, config.max_train_steps // every))
     critic_optimizer = StudentOptimizer(models.critic, config.critic_optimizer, config.max_train_steps)
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    trained = trained_parameters(student)
     ema = EMAModel(trained, decay=config.ema_decay) if config.use_ema else None
-    parts = {"optimizer": optimizer, "critic_optimizer": critic_optimizer, "ema": ema}
-    run.register(**{name: part for name, part in parts.items() if part is not None})
+    run.register(optimizer=optimizer, critic_optimizer=critic_optimizer, ema=ema)
     shift = config.dmd.flow_shift or stored_flow_shift(data.source.pipeline.scheduler)
     gradient = DmdStep(
         student,
@@ -240,13 +240,16 @@ def load_student(config: DistillConfig) -> WanTransformer3DModel:
     return wan_transformer(load_pipeline(path, text_encoder=None, vae=None, dtype=torch.float32))
 
 
-def check_critic(run: Run) -> None:
-    """Raise ValueError when the checkpoint has a critic and the config wants none, or the other way round."""
-    if run.continued is None or run.stage == "regression":
+def check_critic_continues(run: Run, earlier: dict[str, Any] | None) -> None:
+    """Raise ValueError when the checkpoint has a critic and the config wants none, or the other way round.
+
+    earlier: the config of the checkpoint, None without one.
+    """
+    if earlier is None or run.stage == "regression":
         return
-    earlier, now = run.continued["max_train_steps"], run.config.max_train_steps
-    if (earlier == 0) != (now == 0):
-        raise ValueError(f"max_train_steps cannot change from {earlier} to {now} after the regression")
+    before, now = earlier["max_train_steps"], run.config.max_train_steps
+    if (before == 0) != (now == 0):
+        raise ValueError(f"max_train_steps cannot change from {before} to {now} after the regression")
 
 
 def how_trained(config: DistillConfig, scheduler: FewStepScheduler) -> Training:

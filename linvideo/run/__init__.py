@@ -10,7 +10,8 @@ watching it    step_log, metrics_log, trackers, pace; video_metrics; forward_tim
 
 from linvideo.run.metrics_log import read_metrics
 from linvideo.run.read_config import load_config
+from linvideo.run.run_config import RunConfig
 from linvideo.run.session import Run, TrainingDiverged
 from linvideo.run.signals import TrainingStopped
 
-__all__ = ["Run", "TrainingDiverged", "TrainingStopped", "load_config", "read_metrics"]
+__all__ = ["Run", "RunConfig", "TrainingDiverged", "TrainingStopped", "load_config", "read_metrics"]

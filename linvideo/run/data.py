@@ -1,7 +1,7 @@
 """What a run learns from: the teacher's pipeline, its prompts and images, and its trajectories."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from diffusers.training_utils import EMAModel
 from linvideo.models import FewStepScheduler, choose_backend, video_transformers, wan_transformer
 from linvideo.run import run_folder
 from linvideo.run.parallel import check_divisible
+from linvideo.run.run_config import RunConfig
 from linvideo.run.session import Run
 from linvideo.run.validation import Validator
 from linvideo.trajectories.collect import collect, kept_steps, latent_shape, store_request, with_flow_shift
@@ -30,7 +31,7 @@ class Source:
 
     Args:
         pipeline: the teacher's pipeline.
-        expert: which of its transformers is the teacher.
+        expert: the one of its transformers that is the teacher.
         captions: the prompts as text.
         images: an image for each prompt, of an image-to-video pipeline.
         latent_shape: (C, F, H, W) of a video.
@@ -50,25 +51,27 @@ class Source:
         return wan_transformer(self.pipeline, self.expert.component)
 
 
-def open_source(
-    run: Run,
-    teacher_pipeline: Any,
-    prompts: list[str] | None,
-    images: Sequence[Any] | None,
+def open_run(
+    config: RunConfig,
+    stages: Mapping[str, Any],
     choose_expert: Callable[[Any], Expert],
-) -> Source:
-    """Load the teacher and see that all fits together; nothing is written.
+    teacher_pipeline: Any = None,
+    prompts: list[str] | None = None,
+    images: Sequence[Any] | None = None,
+) -> tuple[Run, Source]:
+    """Join the other processes, load the teacher, and see that all fits together; nothing is written.
 
     Args:
+        stages: the stages of the run, see Run.
+        choose_expert: gives the expert of a pipeline.
         teacher_pipeline: a WanPipeline in memory, in place of config.pretrained_model_name_or_path.
         prompts: captions, in place of config.prompts.prompts_file.
         images: with `prompts`, of an image-to-video pipeline: a PIL image or an image file for each.
-        choose_expert: gives the expert of a pipeline.
 
     Raises:
-        ValueError: no teacher, one that is converted already, or settings that do not fit the pipeline.
+        ValueError: as Run; no teacher, one that is converted already, or settings that do not fit the pipeline.
     """
-    config = run.config
+    run = Run(config, stages, None if teacher_pipeline is None else wan_transformer(teacher_pipeline).device)
     captions, images = choose_prompts(config.prompts.prompts_file, prompts, images)
     pipeline = run_folder.load_teacher(config) if teacher_pipeline is None else teacher_pipeline
     pipeline = with_flow_shift(pipeline, config.trajectories.flow_shift)
@@ -84,7 +87,7 @@ def open_source(
     check_divisible(teacher.config, shape, config.parallel)
     grid = sampler_grid(pipeline.scheduler, config.trajectories.num_inference_steps)
     kept_steps(grid[0], config.trajectories, expert)
-    return Source(pipeline, expert, captions, images, shape, grid)
+    return run, Source(pipeline, expert, captions, images, shape, grid)
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Data:
     Args:
         prompts: the embeddings of the source's prompts and images.
         store: the trajectories; None for a run that needs none.
-        validator: what makes the validations.
+        validator: the maker of validations.
         away: parts of the pipeline that are in CPU memory until the run is over.
     """
 
@@ -110,13 +113,20 @@ class Data:
         """The validation of a stage, for `Run.steps`; see Validator."""
         return lambda: self.validator(student, teacher, run.where(), run.log.trackers, ema, run.signals.came)
 
+    def bring_back(self, run: Run) -> None:
+        """Move the parts that are away back to the device; on one process only, others have given theirs up."""
+        for part in self.away if run.ranks.size == 1 else ():
+            part.to(run.device)
+
 
 def open_data(
     run: Run, source: Source, needs_store: bool = True, student_scheduler: FewStepScheduler | None = None
 ) -> Data:
     """Encode the prompts, collect the trajectories that are missing, and leave only the teacher on the device.
 
-    student_scheduler: what a distilled student is sampled with in validations, see Validator.
+    Args:
+        needs_store: whether the run needs trajectories.
+        student_scheduler: the sampler of a distilled student in validations, see Validator.
 
     Raises:
         ValueError: the trajectories in the folder belong to another request, or are damaged.
@@ -136,7 +146,6 @@ def open_data(
     for part in others:
         part.to("cpu")
     teacher.to(run.device)
-    ranks.on_first(lambda: validator.take_back(run.global_step))
     return Data(source, prompts, store, validator, [*encoders, *others])
 
 

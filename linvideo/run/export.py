@@ -24,8 +24,8 @@ def export(
     """Write the pipeline; returns it on the first rank, None on the others. Its parts come back to the device.
 
     Args:
-        training: what the model card says; what all runs have in common is added.
-        scheduler: takes the place of the teacher's.
+        training: what the model card says of this kind of run; what all runs have in common is added.
+        scheduler: the sampler of a student that has another than the teacher; None is the teacher's.
 
     Raises:
         TrainingDiverged: more than MOST_SKIPPED of the steps were skipped; the checkpoints stay.
@@ -38,19 +38,22 @@ def export(
             run.ranks.on_first(lambda: warnings.warn(f"{skipped} and were skipped", stacklevel=2))
         student.eval().requires_grad_(False)
         whole = gather(student, run.ranks)
-        pipeline = copy.copy(data.source.pipeline)
-        setattr(pipeline, data.source.expert.component, whole)
-        if scheduler is not None:
-            pipeline.scheduler = scheduler
-        video = run.config.trajectories
-        names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
-        settings = {name: getattr(video, name) for name in names} | {"fps": data.validator.fps}
-        card = common_to_runs(run, data, training)
-        path = run.output_dir / FOLDER
-        run.ranks.on_first(lambda: save_pipeline(pipeline, path, overwrite=True, training=card, settings=settings))
-    for part in data.away if run.ranks.size == 1 else ():
-        part.to(run.device)
-    return pipeline if run.ranks.first else None
+        pipeline = None
+        if run.ranks.first:
+            pipeline = copy.copy(data.source.pipeline)
+            setattr(pipeline, data.source.expert.component, whole)
+            pipeline.scheduler = pipeline.scheduler if scheduler is None else scheduler
+        run.ranks.on_first(lambda: _save(pipeline, run, data, training))
+    data.bring_back(run)
+    return pipeline
+
+
+def _save(pipeline: Any, run: Run, data: Data, training: Training) -> None:
+    video = run.config.trajectories
+    names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+    settings = {name: getattr(video, name) for name in names} | {"fps": data.validator.fps}
+    card = common_to_runs(run, data, training)
+    save_pipeline(pipeline, run.output_dir / FOLDER, overwrite=True, training=card, settings=settings)
 
 
 def common_to_runs(run: Run, data: Data, training: Training) -> Training:

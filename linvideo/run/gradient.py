@@ -13,7 +13,8 @@ from linvideo.trajectories.flow import predict_velocity
 def accumulate(
     loss_of: Callable[[int], torch.Tensor], model: torch.nn.Module, config: RunConfig, ranks: Ranks
 ) -> float:
-    """Add to `model` the gradient of loss_of(number), meaned over all micro-batches of all ranks; returns that mean."""
+    """Add to `model` the gradient of loss_of(number), averaged over all micro-batches of all ranks; returns the mean
+    loss."""
     count, total = config.gradient_accumulation_steps, torch.zeros((), device=ranks.device)
     for micro in range(count):
         with autocast(config, ranks.device):

@@ -47,12 +47,13 @@ class ValidationConfig:
     validated. The result of a run does not depend on it, nothing is drawn that training would draw.
 
     Args:
-        steps: validate each so many steps of the whole run, and at the end of both stages; 0 is never.
-        prompts: of the videos; None is captions from all over the run's list.
-        num_videos: made each time, one after another.
-        num_inference_steps: of the sampler; None is that of the trajectories.
-        fps: of the mp4 files; None is the pipeline's own.
-        seed: of the noise, which is the same each time.
+        steps: the number of steps of the whole run between two validations; there is one at the end of both stages,
+            too. 0 is never.
+        prompts: the prompts of the videos; None is captions from all over the run's list.
+        num_videos: the number of videos, which are made one after another.
+        num_inference_steps: the number of steps of the sampler; None is that of the trajectories.
+        fps: frames per second of the mp4 files; None is the pipeline's own.
+        seed: the seed of the noise, which is the same each time.
     """
 
     steps: int = 0

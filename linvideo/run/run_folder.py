@@ -1,5 +1,7 @@
 """The folder of a run: what may be there before it starts, and what an earlier run leaves that can be deleted."""
 
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import yaml
 from linvideo.models import load_pipeline
 from linvideo.models.pipelines import wan_dtypes
 from linvideo.run.checkpoint import list_checkpoints, remove_newer
+from linvideo.run.metrics_log import take_back
 from linvideo.run.run_config import RunConfig
 from linvideo.run.trackers import WANDB_ID
 from linvideo.workspace import LOCK, TEMPORARY, discard, remove_dead
@@ -16,9 +19,10 @@ from linvideo.workspace import LOCK, TEMPORARY, discard, remove_dead
 PROMPT_CACHE = "prompt_embeds.safetensors"
 IMAGE_CACHE = "image_conditions.safetensors"
 FEATURE_MAPS = "feature_maps.safetensors"
-FILES = ("config.yaml", "metrics.jsonl", "validation.jsonl", "selection.json", WANDB_ID)
+VALIDATION, VALIDATION_ROWS = "validation", "validation.jsonl"
+FILES = ("config.yaml", "metrics.jsonl", VALIDATION_ROWS, "selection.json", WANDB_ID)
 FILES += (FEATURE_MAPS, PROMPT_CACHE, IMAGE_CACHE)
-FOLDERS = ("trajectories", "pipeline", "logs", "wandb", "validation")
+FOLDERS = ("trajectories", "pipeline", "logs", "wandb", VALIDATION)
 
 
 def check(config: RunConfig) -> list[Path]:
@@ -68,6 +72,17 @@ def clear(folder: str | Path) -> None:
             discard(path)
     for name in reversed(FILES):  # config.yaml last: killed in between, the folder can still be overwritten
         (folder / name).unlink(missing_ok=True)
+
+
+def take_back_validations(folder: Path, last_step: int) -> None:
+    """Delete the validations that an interrupted run has made after `last_step`."""
+    take_back(folder / VALIDATION_ROWS, last_step)
+    for video in (folder / VALIDATION).glob("step-*/*.mp4"):
+        step = re.fullmatch(r"step-(\d+)", video.parent.name)
+        if step and int(step[1]) > last_step and video.stem.isdecimal():
+            video.unlink()
+            with suppress(OSError):  # something else is in it
+                video.parent.rmdir()
 
 
 def _is_run(folder: Path) -> bool:

@@ -10,8 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -35,7 +36,7 @@ class TrainingDiverged(RuntimeError):
     """Too many steps had a non-finite loss or gradient."""
 
 
-class Run:
+class Run(Generic[Stage]):
     """One run in config.output_dir; under torchrun, this process's part of it. How it is used:
 
         run = Run(config, {"warmup": warm_up, "finetune": finetune})  # nothing is written yet
@@ -46,17 +47,18 @@ class Run:
             for stage in run.remaining():
                 stage(run, student)
 
-    and in a stage
+    and in a stage, which has one loop of steps at most
 
         run.register(optimizer=optimizer)
         for step in run.steps(count, batch_size):
             loss = ...
             norm = run.optimize(optimizer, loss)
-            run.report(loss=loss, grad_norm=norm)
+            run.report(loss, grad_norm=norm)
 
     Args:
+        config: the options of the run.
         stages: the stages in their order: name in checkpoints and logs -> what `remaining` gives for it. The last one's
-            steps are config.max_train_steps.
+            steps are config.max_train_steps. The name "export" is taken.
         device: the device to train on; None is config.device.
 
     Attributes:
@@ -66,7 +68,8 @@ class Run:
             times.
 
     Raises:
-        ValueError: the folder is in use or holds nothing to continue, or the processes cannot be divided as configured.
+        ValueError: the folder holds another run or nothing to continue, or the processes cannot be divided as
+            configured.
     """
 
     def __init__(self, config: RunConfig, stages: Mapping[str, Stage], device: torch.device | None = None):
@@ -74,13 +77,17 @@ class Run:
         self.output_dir = Path(config.output_dir)
         self.ranks = Ranks.connected(config.parallel, connect(config.device if device is None else str(device)))
         self.device = self.ranks.device
+        if not stages or EXPORT in stages:
+            raise ValueError(f"stages must have names other than {EXPORT}, got {', '.join(stages) or 'none'}")
         self.stage, self.stage_step, self.global_step, self.nonfinite = next(iter(stages)), 0, 0, 0
         self.results: dict[str, Any] = {"seconds": {}}
         self.signals = StopSignals(self.ranks)
         self.log: StepLog | None = None
         self._saved: Checkpoint | None = None  # the checkpoint to continue from
         self._components: dict[str, Any] = {}  # what the current stage adds to a checkpoint
-        self._trained: Callable[[], dict[str, torch.Tensor]] = dict
+        self._checked = False  # whether check_continues was called
+        self._student: torch.nn.Module | None = None
+        self._others: Mapping[str, Mapping[str, torch.nn.Module]] = {}
         self._open = ExitStack()
         self.ranks.on_first(lambda: run_folder.check(config))
 
@@ -103,10 +110,9 @@ class Run:
             torch.manual_seed(config.seed)  # nothing here draws from it; a model with dropout would
             self._saved = newest(checkpoints, self.ranks)
             if self._saved is not None:
-                names = ("stage", "stage_step", "global_step", "nonfinite", "results")
-                self.stage, self.stage_step, self.global_step, self.nonfinite, self.results = map(
-                    self._saved.__getitem__, names
-                )
+                self.stage, self.stage_step = self._saved["stage"], self._saved["stage_step"]
+                self.global_step, self.nonfinite = self._saved["global_step"], self._saved["nonfinite"]
+                self.results = self._saved["results"]
             if config.overwrite_output_dir:
                 self.ranks.on_first(lambda: run_folder.clear(self.output_dir))
             self._open = stack.pop_all()
@@ -114,84 +120,112 @@ class Run:
 
     def __exit__(self, *error: Any) -> None:
         with self._open:
+            self._student, self._others, self._components, self._saved = None, {}, {}, None  # models may be freed now
             if self.log is not None:
                 self.log.close()
 
     # An earlier call's work.
 
-    def check_continues(self, free: tuple[str, ...] = ()) -> None:
-        """Raise ValueError when the checkpoint that is there cannot be continued with this config; all is well without
-        one. free: names of options that may differ, see RunConfig.check_continues."""
+    def check_continues(self, free: tuple[str, ...] = ()) -> dict[str, Any] | None:
+        """Refuse a checkpoint that cannot be continued with this config, before anything is done. Returns the config
+        that the checkpoint was made with, None where there is no checkpoint.
+
+        free: names of options that may differ, see RunConfig.check_continues.
+
+        Raises:
+            ValueError: the options differ, or the checkpoint is of another kind of run, or cannot be extended.
+        """
+        self._checked = True
         saved, config = self._saved, self.config
         if saved is None:
-            return
-        config.check_continues(saved["config"], self.ranks.size, saved["processes"], free)
+            return None
+        earlier = saved["config"]
+        config.check_continues(earlier, self.ranks.size, saved["processes"], free)
         if self.stage not in (*self.stages, EXPORT):
             raise ValueError(f"{saved.path} is of another kind of run, with a stage {self.stage}")
-        earlier = saved["config"]["max_train_steps"]
         if self.stage == self._main_stage:
-            config.check_length(earlier, self.stage_step)
+            config.check_length(earlier["max_train_steps"], self.stage_step)
         elif self.stage == EXPORT:
-            config.check_length(earlier, earlier)
-            if config.max_train_steps != earlier:
+            config.check_length(earlier["max_train_steps"], earlier["max_train_steps"])
+            if config.max_train_steps != earlier["max_train_steps"]:
                 raise ValueError(
                     f"{saved.path} was made after the last step and cannot be extended: it has no optimizer state;"
                     " continue from an earlier checkpoint, --resume_from_checkpoint FOLDER"
                 )
-
-    @property
-    def continued(self) -> dict[str, Any] | None:
-        """The config of the checkpoint that is continued; None for a run from the beginning."""
-        return None if self._saved is None else self._saved["config"]
+        return earlier
 
     def restore(
         self, student: torch.nn.Module, others: Mapping[str, Mapping[str, torch.nn.Module]] | None = None
     ) -> None:
-        """Name what is trained, to be kept in checkpoints, and fill it from the one that is continued, if any.
+        """Name the models that train, to be kept in checkpoints, and fill them from the one that is continued. What an
+        earlier call has written into the folder after it is deleted.
 
         Args:
-            student: its parameters that require gradients are kept in all stages.
+            student: the model whose parameters that require gradients are kept in all stages.
             others: stage -> prefix -> a model of which all parameters are kept in that stage, under that prefix.
+
+        Raises:
+            ValueError: the checkpoint is of another model.
+            RuntimeError: check_continues was not called.
         """
-
-        def trained() -> dict[str, torch.Tensor]:
-            found = {name: p for name, p in student.named_parameters() if p.requires_grad}
-            for prefix, model in (others or {}).get(self.stage, {}).items():
-                found |= {f"{prefix}.{name}": p for name, p in model.named_parameters()}
-            return found
-
-        self._trained = trained
+        if not self._checked:
+            raise RuntimeError("expected check_continues() to be called before restore()")
+        self._student, self._others = student, others or {}
         if self._saved is not None:
-            self._saved.load_model(trained())
+            self._saved.load_model(self.trained())
             set_random_state(self._saved["random"], self.device)
             self.ranks.on_first(lambda: remove_newer(self.output_dir, self.global_step))
+        self.ranks.on_first(lambda: run_folder.take_back_validations(self.output_dir, self.global_step))
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """What checkpoints keep of the models in this stage, by name."""
+        found = {name: p for name, p in self._student.named_parameters() if p.requires_grad}
+        for prefix, model in self._others.get(self.stage, {}).items():
+            found |= {f"{prefix}.{name}": p for name, p in model.named_parameters()}
+        return found
 
     # Stages.
 
     def remaining(self) -> Iterator[Stage]:
-        """The stages that are left, each to be done before the next is asked for. A checkpoint is saved at the end of
-        each."""
+        """The stages that are left, each to be done before the next is asked for. At the end of each, a checkpoint is
+        saved; a loop that is left with `break` leaves its stage unfinished.
+
+        Raises:
+            TrainingStopped: a signal came during the rest of a stage with steps; its end is saved.
+            OSError: the checkpoint could not be written.
+            RuntimeError: restore was not called.
+        """
+        if self._student is None:
+            raise RuntimeError("expected restore() to be called before remaining()")
         self.log = StepLog(self.config, self.ranks, self.global_step)
         names = [*self.stages, EXPORT]
-        for name in names[names.index(self.stage) : -1]:
+        for name, after in pairwise(names[names.index(self.stage) :]):
             self.stage = name
             with self.timed(name):
                 yield self.stages[name]
             self._components, self._saved = {}, None
             if not self._keeps_end():
-                self.stage_step, self.stage = 0, names[names.index(name) + 1]
+                self.stage_step, self.stage = 0, after
                 self.save()
             self.signals.unsaved = False
             if self.signals.came():
                 raise self.signals.stopped("at the end of a stage, which is saved")
 
     def register(self, **components: Any) -> None:
-        """Name what this stage's checkpoints hold next to the models: objects with state_dict and load_state_dict. They
-        are loaded when the run continues in the middle of the stage."""
-        self._components = components
+        """Name what this stage's checkpoints hold next to the models: objects with state_dict and load_state_dict; None
+        is left out. They are loaded when the run continues in the middle of the stage: their state must have its
+        tensors already, as `fill_state` of run/optimizer.py makes them for PyTorch's Adam.
+
+        Raises:
+            ValueError: the checkpoint was made with other ones.
+        """
+        self._components = {name: part for name, part in components.items() if part is not None}
         if self._saved is not None:
+            if self._saved.components and set(self._saved.components) != self._components.keys():
+                names = ", ".join(self._saved.components), ", ".join(self._components)
+                raise ValueError(f"{self._saved.path} was made with {names[0]}; expected {names[1]}")
             for name in self._saved.components:
-                self._saved.load_component(name, components[name])
+                self._saved.load_component(name, self._components[name])
         self._saved = None
 
     def steps(self, count: int, samples: int, validate: Callable[[], None] | None = None) -> Iterator[int]:
@@ -201,10 +235,17 @@ class Run:
         Args:
             samples: the number of samples of a step, over all ranks.
             validate: a validation of this stage; None for a stage without.
+
+        Raises:
+            TrainingStopped: a signal came; the step is saved.
+            OSError: a checkpoint could not be written.
+            RuntimeError: the stage is continued, and `register` was not called.
         """
+        if self._saved is not None and self._saved.components:
+            raise RuntimeError(f"expected register() before steps() in the stage {self.stage}, which is continued")
         bar = self.log.steps(self.stage, self.stage_step, count, samples)
         self._validate_if_due(count, validate)
-        self.signals.unsaved = True
+        self.signals.unsaved = True  # from the first step to the end of the stage
         for step in bar:
             self.global_step += 1
             self.stage_step = step + 1
@@ -224,7 +265,11 @@ class Run:
 
     def optimize(self, optimizer: StudentOptimizer, loss: float) -> float | None:
         """Make the optimizer's step, unless loss or gradient are not finite; returns the gradient's norm, None when the
-        step was skipped."""
+        step was skipped.
+
+        Raises:
+            TrainingDiverged: see `finite`.
+        """
         norm = optimizer.step() if math.isfinite(loss) else optimizer.skip()
         self.finite(math.nan if norm is None else norm)
         return norm
@@ -245,16 +290,20 @@ class Run:
             )
         return False
 
-    def report(self, **values: Any) -> None:
+    def report(self, loss: float, **values: Any) -> None:
         """Log a step; see StepLog.write."""
-        self.log.write(self.where(), values)
+        self.log.write(self.where(), {"loss": loss, **values})
 
     def where(self) -> dict[str, Any]:
         """step, stage and stage_step, as the rows of logs have them."""
         return {"step": self.global_step, "stage": self.stage, "stage_step": self.stage_step}
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint.
+
+        Raises:
+            OSError: it could not be written; the earlier ones are untouched.
+        """
         state = {
             "config": self.config.record(),
             "processes": self.ranks.size,
@@ -268,7 +317,7 @@ class Run:
         }
         limit, before = self.config.checkpoints_total_limit, self.signals.unsaved
         self.signals.unsaved = True  # a signal waits for the end of the checkpoint
-        save_checkpoint(self.output_dir, self.global_step, self._trained(), state, limit, self.ranks)
+        save_checkpoint(self.output_dir, self.global_step, self.trained(), state, limit, self.ranks)
         self.signals.unsaved = before
 
     @contextmanager

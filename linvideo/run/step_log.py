@@ -25,11 +25,12 @@ class StepLog:
         self.device, self.progress = ranks.device, config.progress and ranks.first
         self.trackers: Trackers | None = None
         self._metrics: MetricsLog | None = None
-        self._bar: tqdm | None = None
+        self._bar: tqdm | None = None  # of the current stage, as the pace is
+        self._pace: Pace | None = None
         if ranks.first:
             folder, project = Path(config.output_dir), config.tracker_project_name
-            self._metrics = MetricsLog(folder / "metrics.jsonl", last_step)
             self.trackers = Trackers(config.report_to, folder, project, config.to_dict(), last_step)
+            self._metrics = MetricsLog(folder / "metrics.jsonl", last_step)
 
     def steps(self, stage: str, first: int, count: int, samples: int) -> tqdm:
         """The steps `first` to `count` - 1 of a stage, with a bar; `samples`: the number of samples of a step."""

@@ -10,7 +10,7 @@ from linvideo.run.sharding import shard, split_tokens
 def trainable(model: torch.nn.Module, config: RunConfig, ranks: Ranks, own: bool = True) -> torch.nn.Module:
     """`model` in place, ready to train: compiled, in shards, activations recomputed, as configured.
 
-    own: give it trainable fp32 copies of weights that it shares with another; else they stay as they are.
+    own: whether it gets trainable fp32 copies of weights that it shares with another; else they stay as they are.
     """
     if config.compile:
         # the blocks share their code: kinds of attention, with and without gradient and adapters
@@ -23,6 +23,11 @@ def trainable(model: torch.nn.Module, config: RunConfig, ranks: Ranks, own: bool
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model.train()
+
+
+def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that require gradients."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def frozen(teacher: torch.nn.Module, config: RunConfig, ranks: Ranks) -> torch.nn.Module:

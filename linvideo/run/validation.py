@@ -1,4 +1,4 @@
-"""The validation of a run: the student's videos beside the teacher's, with metrics, in the run's folder.
+"""The validation of a run: the student's videos next to the teacher's, with metrics, in the run's folder.
 
     validation/teacher/<i>.mp4, validation/teacher.safetensors    made once; their frames, uint8 [F, H, W, 3] each
     validation/step-<n>/<i>.mp4                                   of the student after step n of the run
@@ -8,9 +8,8 @@ Every rank makes the same forwards, because each may hold a part of the weights;
 """
 
 import hashlib
-import re
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -22,12 +21,14 @@ from diffusers.training_utils import EMAModel
 
 from linvideo.models import FewStepScheduler, default_fps
 from linvideo.models.video_file import check_output, save_video
+from linvideo.run import run_folder
 from linvideo.run.gradient import autocast
-from linvideo.run.metrics_log import MetricsLog, read_metrics, take_back
+from linvideo.run.metrics_log import MetricsLog, read_metrics
 from linvideo.run.parallel import Ranks
 from linvideo.run.run_config import RunConfig
 from linvideo.run.sample import decode, sample
 from linvideo.run.trackers import Trackers
+from linvideo.run.trainable import trained_parameters
 from linvideo.run.video_metrics import compare
 from linvideo.trajectories.devices import on_device
 from linvideo.trajectories.experts import stored_expert
@@ -60,8 +61,8 @@ class Validator:
         self.config, self.pipeline, self.prompts, self.ranks = config, pipeline, prompts, ranks
         self.request, self.student_scheduler = request, student_scheduler
         self.fps = default_fps(pipeline) if config.validation.fps is None else config.validation.fps
-        self.folder = Path(config.output_dir) / "validation"
-        self.rows = Path(config.output_dir) / "validation.jsonl"
+        self.folder = Path(config.output_dir) / run_folder.VALIDATION
+        self.rows = Path(config.output_dir) / run_folder.VALIDATION_ROWS
         self.teacher_ready = False
         self.teacher: list[np.ndarray] = []  # its videos, on the first rank
         if config.validation.steps:
@@ -72,16 +73,6 @@ class Validator:
                 raise ValueError("validation.prompts must be None for an image-to-video model, whose own have images")
             cache = self.folder / "prompt_embeds.safetensors"
             self.prompts = ranks.on_first(lambda: encode_prompts(pipeline, own, config.prompts, cache, ranks.device))
-
-    def take_back(self, last_step: int) -> None:
-        """Delete what an interrupted run has made after `last_step`; for the first rank."""
-        take_back(self.rows, last_step)
-        for video in self.folder.glob("step-*/*.mp4"):
-            step = re.fullmatch(r"step-(\d+)", video.parent.name)
-            if step and int(step[1]) > last_step and video.stem.isdecimal():
-                video.unlink()
-                with suppress(OSError):  # something else is in it
-                    video.parent.rmdir()
 
     def done(self, step: int) -> bool:
         """Whether there is a validation of `step`."""
@@ -203,7 +194,7 @@ def averaged(model: torch.nn.Module, ema: EMAModel | None):
     if ema is None:
         yield
         return
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = trained_parameters(model)
     ema.store(trained)
     ema.copy_to(trained)
     try:

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 
-from linvideo.models import Training, convert, finalize, wan_transformer
+from linvideo.models import Training, convert, finalize
 from linvideo.models.branches import feature_weights, gates
 from linvideo.run import run_folder
-from linvideo.run.data import Data, Source, collect_part, open_data, open_source
+from linvideo.run.data import Data, Source, collect_part, open_data, open_run
 from linvideo.run.export import FOLDER, export
 from linvideo.run.gradient import autocast
 from linvideo.run.optimizer import StudentOptimizer, clip_gradients, fill_state
 from linvideo.run.session import Run
+from linvideo.run.trainable import trained_parameters
 from linvideo.trajectories.experts import choose_expert
 from linvideo.trajectories.files import write_cached, write_json
 from linvideo.trajectories.store import StateBatch, TrajectoryStore
@@ -40,10 +41,11 @@ class TrainResult:
     Args:
         pipeline: the teacher's with the student in its transformer's place, as saved in pipeline_path; of several
             processes the first has it, the others None.
-        layers_linear: 0-based.
+        layers_linear: the linear layers, 0-based.
         r: layer -> value before rounding; empty unless it was learned.
-        sensitivity: layer -> velocity error with it alone linear, after warm-up; sensitivity_floor: with none linear.
-        seconds: stage -> time spent.
+        sensitivity: layer -> velocity error with it alone linear, after warm-up.
+        sensitivity_floor: velocity error with no layer linear.
+        seconds: stage -> time spent, over all calls that the run took.
     """
 
     pipeline: Any
@@ -109,13 +111,14 @@ def collect(
     images: Sequence[Any] | None = None,
 ) -> TrajectoryStore:
     """Only make the trajectories of a run: of several workers, on whatever machines, this one's part, also next to a
-    run that trains in the folder. Other arguments and errors are those of `train`.
+    run that trains in the folder. The other arguments, and the errors, are those of `train`.
 
     Args:
         worker: the number of this worker, from 0.
         workers: the number of workers.
     """
-    return collect_part(*prepare(config, teacher_pipeline, prompts, images), worker, workers)
+    run, source = prepare(config, teacher_pipeline, prompts, images)
+    return collect_part(run, source, worker, workers)
 
 
 def prepare(
@@ -123,13 +126,14 @@ def prepare(
     teacher_pipeline: Any = None,
     prompts: list[str] | None = None,
     images: Sequence[Any] | None = None,
-    stages: dict[str, Callable] | None = None,
 ) -> tuple[Run, Source]:
-    """What a run starts from; refuses now what it would refuse after hours of sampling. See `train`."""
-    device = None if teacher_pipeline is None else wan_transformer(teacher_pipeline).device
-    run = Run(config, STAGES if stages is None else stages, device)
+    """What a run starts from. Arguments as for `train`.
+
+    Raises:
+        ValueError: what `train` would raise after hours of sampling.
+    """
     choose = partial(choose_expert, name=config.expert, guidance_scale_2=config.trajectories.guidance_scale_2)
-    source = open_source(run, teacher_pipeline, prompts, images, choose)
+    run, source = open_run(config, STAGES, choose, teacher_pipeline, prompts, images)
     config.selection.target(len(source.transformer.blocks))
     mixed(source.transformer, config)
     config.lora.check(source.transformer)
@@ -208,7 +212,7 @@ def learn_r(run: Run, data: Data, student: torch.nn.Module, teacher: Callable) -
             for layer, value in initial_r(run.results["sensitivity"]).items():
                 named_r[layer].fill_(value)
     optimizer = StudentOptimizer(student, run.config.optimizer, config.max_train_steps, config.r_learning_rate)
-    gradient = gradient_step(run, data, student, teacher, replace(run.config.objective, name=config.objective))
+    gradient = make_gradient(run, data, student, teacher, replace(run.config.objective, name=config.objective))
     run.register(optimizer=optimizer, gradient=gradient)
     validate = data.validation(run, student, teacher)
     for step in run.steps(config.max_train_steps, gradient.global_batch, validate):
@@ -228,26 +232,14 @@ def learn_r(run: Run, data: Data, student: torch.nn.Module, teacher: Callable) -
         )
 
 
-def finetune(
-    run: Run,
-    data: Data,
-    student: torch.nn.Module,
-    teacher: Callable,
-    gradient: GradientStep | None = None,
-    after_step: Callable[[int], None] | None = None,
-) -> None:
-    """Train all weights of the converted model.
-
-    Args:
-        gradient: another objective than config.objective.
-        after_step: called with the number of each step, from 0, once it is made.
-    """
+def finetune(run: Run, data: Data, student: torch.nn.Module, teacher: Callable) -> None:
+    """Train all weights of the converted model."""
     config = run.config
     optimizer = StudentOptimizer(student, config.optimizer, max(1, config.max_train_steps))
-    gradient = gradient_step(run, data, student, teacher, config.objective) if gradient is None else gradient
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    gradient = make_gradient(run, data, student, teacher, config.objective)
+    trained = trained_parameters(student)
     ema = EMAModel(trained, decay=config.ema_decay) if config.use_ema else None
-    run.register(optimizer=optimizer, gradient=gradient, **({} if ema is None else {"ema": ema}))
+    run.register(optimizer=optimizer, gradient=gradient, ema=ema)
     validate = data.validation(run, student, teacher, ema)
     for step in run.steps(config.max_train_steps, gradient.global_batch, validate):
         name, loss = gradient(step)
@@ -261,8 +253,6 @@ def finetune(
             learning_rate=optimizer.learning_rate,
             num_linear=len(run.results["linear_layers"]),
         )
-        if after_step is not None:
-            after_step(step)
     if ema is not None:
         ema.copy_to(trained)
 
@@ -273,10 +263,10 @@ STAGES = {"warmup": warm_up, "sensitivity": measure_sensitivity, "selection": se
 # What the stages share.
 
 
-def gradient_step(
+def make_gradient(
     run: Run, data: Data, student: torch.nn.Module, teacher: Callable, objective: ObjectiveConfig
 ) -> GradientStep:
-    """The gradient of the run's stage."""
+    """What gives each step's gradient in the run's stage."""
     models_and_data = (student, teacher, data.store, data.prompts, data.source.grid)
     return GradientStep(*models_and_data, run.config, run.stage, objective, run.ranks)
 

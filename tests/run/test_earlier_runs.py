@@ -45,7 +45,7 @@ def test_an_earlier_run_is_continued(kind, tmp_path, capsys):
         remaining = trainer.Run.remaining
 
         def look(run):
-            restored.update({name: value.detach().clone() for name, value in run._trained().items()})
+            restored.update({name: value.detach().clone() for name, value in run.trained().items()})
             return remaining(run)
 
         patch.setattr(trainer.Run, "remaining", look)

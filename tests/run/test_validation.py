@@ -1,5 +1,6 @@
 """Validation makes the videos it should, changes nothing about the run, and survives interruptions."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from linvideo.run.validation import Validator
 from linvideo.run.video_metrics import compare
 from linvideo.trajectories.prompts import encode_prompts, spread
 from linvideo.trajectories.seeding import draw_noise
-from linvideo.transfer import train
+from linvideo.transfer import train, trainer
 
 VALIDATION = {"steps": 4, "num_videos": 2, "num_inference_steps": 2, "fps": 8}
 STEPS = [8, 9, 12, 15]  # selection is 5 to 9, fine-tuning 10 to 15
@@ -201,3 +202,13 @@ def test_a_damaged_teacher_file_is_made_anew(tmp_path, validated):
     file.write_bytes(file.read_bytes()[:100])
     run(folder, validation=VALIDATION, resume_from_checkpoint=str(folder / "checkpoint-8"))
     assert_same_validation(folder, validated)
+
+
+def test_what_was_validated_stays_when_models_cannot_be_made(tmp_path, validated, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(validated, folder)
+    before = files(folder)
+    monkeypatch.setattr(trainer, "make_models", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(folder, validation=VALIDATION, resume_from_checkpoint=str(folder / "checkpoint-8"))
+    assert {name: content for name, content in files(folder).items() if name in before} == before
