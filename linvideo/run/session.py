@@ -92,7 +92,8 @@ class Run(Generic[Stage]):
         self.ranks.on_first(lambda: run_folder.check(config))
 
     def __enter__(self) -> "Run":
-        """
+        """Lock the folder and see what an earlier call has left in it.
+
         Raises:
             ValueError: another run writes into the folder, or has done so since this one was made; or no checkpoint is
                 whole.

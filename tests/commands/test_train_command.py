@@ -67,6 +67,8 @@ def test_a_model_that_the_defaults_are_not_for(folder, tmp_path, capsys, monkeyp
     assert f"recipes that fit: {', '.join(fitting_recipes(small, TrainConfig))}" in line
     line = refused(capsys, "distill", "run/pipeline", "--pretrained_model_name_or_path", small, *OUTPUT)
     assert f"recipes that fit: {', '.join(fitting_recipes(small, DistillConfig))}" in line
+    line = refused(capsys, "train", "linvideo/demo/teacher", *OUTPUT)
+    assert "expected --config or --trajectories.height for" in line and line.endswith("recipes that fit: demo")
     line = refused(capsys, "train", folder, *OUTPUT, "--train_batch_size", "1")
     assert "no recipe is known to fit it: set --optimizer.learning_rate" in line
     assert not (tmp_path / "run").exists()
@@ -75,7 +77,7 @@ def test_a_model_that_the_defaults_are_not_for(folder, tmp_path, capsys, monkeyp
 @pytest.mark.parametrize(
     "model, words",
     [
-        ("linvideo/demo/teacher", []),
+        ("linvideo/demo/teacher", ["--trajectories.height", "16"]),
         (None, []),
         ("wan2.1-14b", ["--config=demo"]),
         ("wan2.1-14b", ["--conf", "demo"]),
