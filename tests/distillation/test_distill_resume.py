@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_distill_run import run
-from tiny_run import ENVIRONMENT, ROOT
+from tiny_run import ENVIRONMENT, HELPERS
 
 from linvideo.distillation.dmd_step import DmdStep
 from linvideo.run import metrics_log, read_metrics
@@ -55,7 +55,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
 
 def kill(folder: Path, *point: object, **overrides) -> None:
     """Run until it kills itself at `point`."""
-    script = str(ROOT / "tests" / "tiny_distill_run.py")
+    script = str(HELPERS / "tiny_distill_run.py")
     command = [sys.executable, script, str(folder), json.dumps(overrides), *map(str, point)]
     killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

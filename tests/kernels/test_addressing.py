@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DTYPES, Case, make_inputs
+from claims import assert_same_bits
 from numerics import run
-from ops.claims import assert_same_bits
 
 from linvideo.ops import linear_attn
 

@@ -5,7 +5,7 @@ gradients of their own.
 import pytest
 import torch
 from cases import DTYPES, GRAD_LAYOUTS, MAPS, OPTIONS, Case, make_inputs, pairwise, sample
-from ops.halves import check_apply, check_state
+from halves import check_apply, check_state
 
 from linvideo.ops import linear_attn_apply, linear_attn_state
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 from cases import Case, make_inputs
+from claims import assert_same_bits, halves
 from numerics import call, check, run
-from ops.claims import assert_same_bits, halves
-from ops.operators import check_operators
+from operators import check_operators
 from torch.utils.checkpoint import checkpoint
 
 from linvideo.ops import chunked, linear_attn

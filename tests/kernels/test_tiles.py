@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, MAPS, Case, make_inputs
+from claims import assert_same_bits
 from linvideo_kernels.linear_attn import configs, side
 from numerics import check, run
-from ops.claims import assert_same_bits
 
 from linvideo.ops import linear_attn
 

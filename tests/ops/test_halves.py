@@ -2,10 +2,10 @@
 
 import pytest
 from cases import DTYPES, GRAD_LAYOUTS, LAYOUTS, MAPS, OPTIONS, Case, make_inputs
+from halves import apply_reference, check_apply, check_state, state_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import truth
-from ops.halves import apply_reference, check_apply, check_state, state_reference
 
 from linvideo.ops import chunked
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 from cases import MAPS, OPTIONS, Case, make_inputs
+from claims import assert_same_bits, halves
 from numerics import call, run
-from ops.claims import assert_same_bits, halves
-from ops.operators import check_operators
+from operators import check_operators
 from torch.utils.checkpoint import checkpoint
 
 from linvideo.ops import linear_attn, linear_attn_apply, linear_attn_state

@@ -17,7 +17,7 @@ import pytest
 from test_parallel import torchrun_arguments
 from test_resume import assert_same_run
 from test_validation import assert_same_validation
-from tiny_run import ENVIRONMENT, ROOT
+from tiny_run import ENVIRONMENT, HELPERS
 
 from linvideo.run.checkpoint import Checkpoint, list_checkpoints
 from linvideo.run.session import EXPORT
@@ -35,7 +35,12 @@ class Attempt:
     def __init__(self, folder: Path, ranks: int = 1, **overrides):
         overrides = SETTINGS | {"resume_from_checkpoint": "latest"} | overrides
         if ranks == 1:
-            command = [sys.executable, str(ROOT / "tests" / "tiny_run.py"), str(folder), json.dumps(overrides)]
+            command = [
+                sys.executable,
+                str(HELPERS / "tiny_run.py"),
+                str(folder),
+                json.dumps(overrides),
+            ]
             arguments = {"args": command, "env": ENVIRONMENT, "text": True}
         else:
             overrides["gradient_accumulation_steps"] = 1  # the global batch of one process

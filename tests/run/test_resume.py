@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_run import ENVIRONMENT, PROMPTS, ROOT, run, tiny_config, tiny_teacher
+from tiny_run import ENVIRONMENT, HELPERS, PROMPTS, run, tiny_config, tiny_teacher
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from linvideo.run import data, metrics_log, read_metrics
@@ -45,7 +45,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
 
 
 def kill(folder: Path, stage: str, step: int) -> None:
-    command = [sys.executable, str(ROOT / "tests" / "tiny_run.py"), str(folder), "{}", stage, str(step)]
+    command = [sys.executable, str(HELPERS / "tiny_run.py"), str(folder), "{}", stage, str(step)]
     killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from safetensors.torch import load_file
 from tiny import generate, sampled_states, tiny_pipeline, tiny_transformer
-from tiny_run import ENVIRONMENT, PROMPTS, ROOT, run, tiny_config, tiny_experts, tiny_teacher, watched
+from tiny_run import ENVIRONMENT, HELPERS, PROMPTS, run, tiny_config, tiny_experts, tiny_teacher, watched
 from toy import AffineFlow, toy_prompts, toy_store
 
 from linvideo.models import convert, describe, load_pipeline
@@ -240,7 +240,12 @@ def test_two_runs_convert_both_experts(tmp_path):
 @pytest.mark.parametrize("name, stage, step", [("low_noise", "finetune", 5), ("high_noise", "trajectories", 1)])
 def test_killed_and_resumed_with_an_expert(tmp_path, name, stage, step):
     settings = {"expert": name, "objective": {"name": "adm"}}
-    command = [sys.executable, str(ROOT / "tests" / "tiny_run.py"), str(tmp_path / "a"), json.dumps(settings)]
+    command = [
+        sys.executable,
+        str(HELPERS / "tiny_run.py"),
+        str(tmp_path / "a"),
+        json.dumps(settings),
+    ]
     killed = subprocess.run([*command, stage, str(step)], env=ENVIRONMENT, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run(tmp_path / "a", resume_from_checkpoint="latest", **settings)

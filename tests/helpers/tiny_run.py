@@ -22,11 +22,12 @@ from linvideo.trajectories import files, store
 from linvideo.transfer import TrainResult, train, trainer
 from linvideo.transfer.train_config import TrainConfig
 
-ROOT = Path(__file__).parents[1]
+HELPERS = Path(__file__).parent
+ROOT = HELPERS.parents[1]
 # of processes that run this file, or import it, from the checkout
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests"))),
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", HELPERS))),
 }
 # of transfers and distillations alike
 COMMON = {

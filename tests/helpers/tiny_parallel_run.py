@@ -1,6 +1,6 @@
-"""Runs of tests/tiny_run.py under torchrun: a folder, and a JSON file of name -> overrides of the config.
+"""Runs of tiny_run.py under torchrun: a folder, and a JSON file of name -> overrides of the config.
 
-"distill" among the overrides takes tests/tiny_distill_run.py instead; "die": [stage, step, rank] kills that rank there;
+"distill" among the overrides takes tiny_distill_run.py instead; "die": [stage, step, rank] kills that rank there;
 "like_cuda" has RMSNorm give fp32 under autocast, as CUDA's does and the CPU's does not. Each rank prints
 "<rank> <process id>" when everything is imported.
 """

@@ -1,9 +1,10 @@
-"""What the op promises to the bit or to fp32's rounding. Functions of a device: test_claims runs them on the CPU path,
-tests/kernels/test_kernel_claims on the kernels.
+"""What the op promises to the bit or to fp32's rounding: functions of a case and a device. tests/ops/test_claims.py
+runs CLAIMS on the CPU path, tests/kernels/test_kernel_claims.py runs them and KERNEL_CLAIMS on the kernels.
 """
 
 import dataclasses
 
+import pytest
 import torch
 from cases import DTYPES, WEIGHTED, Case, make_inputs, pairwise
 from numerics import call, check, run
@@ -211,3 +212,32 @@ def single_precision_weights_are_cast(case: Case, device: str) -> None:
     narrow = {n: x.to(DTYPES[case.dtype]).double() if "weight" in n else x for n, x in actual.items()}
     assert case.map[0] in WEIGHTED
     assert_same_bits(expected, narrow)
+
+
+UNPACKED = [case for case in CASES if case.packed == "no"]
+MASKED = [case for case in CASES if case.mask != "none"]
+ROTATED = [case for case in CASES if case.rope]
+MIXED = [case for case in CASES if case.mix is not None]
+CLAIMS = [
+    (halves_make_the_whole, CASES),
+    (reruns_are_equal, CASES),
+    (states_of_parts_add_up, UNPACKED),
+    (a_mask_of_all_keys_is_none, [case for case in CASES if case.mask == "none"]),
+    (one_packed_sequence_is_the_unpacked, [dataclasses.replace(case, batch=1) for case in UNPACKED]),
+    (the_ends_of_the_mixture_are_exact, MIXED),
+    (r_may_have_any_shape_and_dtype, MIXED),
+    (left_out_rows_may_hold_anything, MASKED),
+    (rope_is_the_rotation_before, ROTATED),
+    (tables_may_have_any_dtype, ROTATED),
+    (single_precision_weights_are_cast, [c for c in CASES if c.map[0] in WEIGHTED and c.dtype != "fp32"]),
+]
+KERNEL_CLAIMS = [  # on the CPU path strides choose BLAS's order of sums
+    (heads_first_is_the_contiguous, UNPACKED),
+    (strides_of_the_small_tensors_do_not_matter, CASES),
+]
+
+
+def each(claims: list, cases: int | None = None):
+    """The decorator that gives a test each claim with (the first `cases` of) its cases."""
+    pairs = [(claim, case) for claim, every in claims for case in every[:cases]]
+    return pytest.mark.parametrize("claim, case", pairs, ids=[f"{claim.__name__}-{case}" for claim, case in pairs])

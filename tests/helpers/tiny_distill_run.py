@@ -1,4 +1,4 @@
-"""A whole distillation of a second or two, in this process or as a script, as tests/tiny_run.py is for transfers; the
+"""A whole distillation of a second or two, in this process or as a script, as tiny_run.py is for transfers; the
 stage may also be "export", where there is but one step to die at."""
 
 import copy
