@@ -37,7 +37,8 @@ class Inputs(NamedTuple):
         learned = [*rows[:4], *(weight.to(dtype) for weight in weights), torch.full((1,), 0.5, device=device)]
         q, k, v, softmax_out, q_weight, k_weight, r = (x.requires_grad_() for x in learned)
         turned = tuple(x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v))
-        return cls(q, k, v, q_weight, k_weight, softmax_out, r, (angles.cos(), angles.sin()), rows[4], turned)
+        rope = (angles.cos(), angles.sin())
+        return cls(q, k, v, q_weight, k_weight, softmax_out, r, rope=rope, gradient=rows[4], heads_first=turned)
 
     def first_head(self) -> "Inputs":
         """That of everything, in fp32 and without gradients."""

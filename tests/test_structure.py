@@ -147,6 +147,27 @@ def test_no_file_is_looked_for_outside_the_package():
     assert [path.name for path in library_files() if "(__file__).parents" in path.read_text()] == []
 
 
+def test_long_calls_name_their_arguments():
+    """Nobody can read the twelfth of twenty values; calls inside Triton's kernels are compiled, and left out."""
+    wrong, any_number = [], ("ctx.save_for_backward",)
+    for folder in ("linvideo", "kernels", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            tree = ast.parse(path.read_text())
+            functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+            compiled = {
+                id(inner)
+                for function in functions
+                if any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+                for inner in ast.walk(function)
+            }
+            for node in ast.walk(tree):
+                if not isinstance(node, ast.Call) or id(node) in compiled or ast.unparse(node.func) in any_number:
+                    continue
+                if sum(not isinstance(argument, ast.Starred) for argument in node.args) > 8:
+                    wrong.append(f"{where(path, node.lineno)}: {ast.unparse(node.func)}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_kernels_is_no_package():
     """A top-level package named `kernels` would shadow Hugging Face's for anyone who stands in the checkout."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -147,7 +147,7 @@ class World:
             pan, phase = uniform(*self.camera), uniform(0.0, self.period, 2)
         else:
             pan, phase = torch.zeros(batch, device=device), torch.zeros(batch, 2, device=device)
-        return Scenes(self, colour, shape, direction, speed, start, camera, pan, phase)
+        return Scenes(self, colour, shape, direction, speed, start, camera=camera, pan=pan, phase=phase)
 
     def paths(self, direction: torch.Tensor, speed: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """The centres in every frame. direction, speed: [B, K]; start: [B, K, 2] -> float [B, K, frames, 2]."""

@@ -98,7 +98,8 @@ def state_op(
         with torch.autocast(k.device.type, enabled=False):  # k's dtype is decided; sums stay in fp32
             return *chunked.state(k, v, weight, key_mask, cu_seqlens, feature_map), k.new_empty(0)
     rope = None if cos is None else (cos, sin)
-    return tensors(k, *kernels(k).state(k, v, weight, rope, key_mask, cu_seqlens, feature_map, precision, save_rotated))
+    options = {"key_mask": key_mask, "cu_seqlens": cu_seqlens, "feature_map": feature_map, "precision": precision}
+    return tensors(k, *kernels(k).state(k, v, weight, rope, **options, training=save_rotated))
 
 
 @operator("linear_attn_state_backward")
@@ -123,9 +124,8 @@ def state_backward_op(
             grads = chunked.state_backward(dstate, dz, k, v, weight, key_mask, cu_seqlens, feature_map)
     else:
         rope = None if cos is None else (cos, sin)
-        grads = kernels(k).state_backward(
-            dstate, dz, k, v, weight, rope, key_mask, cu_seqlens, state, z, feature_map, precision
-        )
+        options = {"key_mask": key_mask, "cu_seqlens": cu_seqlens, "feature_map": feature_map, "precision": precision}
+        grads = kernels(k).state_backward(dstate, dz, k, v, weight, rope, state=state, z=z, **options)
     return tensors(k, *grads[:2], _like(grads[2], weight))
 
 
@@ -148,15 +148,13 @@ def apply_op(
     save_rotated: bool,
 ) -> tuple[Tensor, Tensor]:
     """o, and q rotated, if the backward will want it."""
+    options = {"cu_seqlens": cu_seqlens, "feature_map": feature_map, "scale": scale, "normalize": normalize, "eps": eps}
     if not uses_kernels(q):
         with torch.autocast(q.device.type, enabled=False):
-            o = chunked.apply(q, state, z, weight, cu_seqlens, feature_map, scale, normalize, eps)
-        return o, q.new_empty(0)
+            return chunked.apply(q, state, z, weight, **options), q.new_empty(0)
     rope = None if cos is None else (cos, sin)
-    o, rotated, *_ = kernels(q).apply(
-        q, state, z, weight, rope, softmax_out, r, cu_seqlens,
-        feature_map, scale, normalize, eps, precision, save_rotated,
-    )  # fmt: skip
+    options |= {"softmax_out": softmax_out, "r": r, "precision": precision, "training": save_rotated}
+    o, rotated, *_ = kernels(q).apply(q, state, z, weight, rope, **options)
     return tensors(q, o, rotated)
 
 
@@ -179,17 +177,15 @@ def apply_backward_op(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dstate, dz, dweight, dsoftmax_out, dr; q as the forward rotated it."""
+    options = {"cu_seqlens": cu_seqlens, "feature_map": feature_map, "scale": scale, "normalize": normalize, "eps": eps}
     if not uses_kernels(q):
-        settings = (feature_map, scale, normalize, eps)
         with torch.autocast(q.device.type, enabled=False):
-            grads = *chunked.apply_backward(do, q, state, z, weight, cu_seqlens, *settings), None, None
+            grads = *chunked.apply_backward(do, q, state, z, weight, **options), None, None
     else:
         rope = None if cos is None else (cos, sin)
+        options |= {"softmax_out": softmax_out, "r": r, "precision": precision}
         prepared = kernels(q).prepare(state.contiguous(), z.contiguous(), q.dtype, normalize)
-        grads = kernels(q).apply_backward(
-            do, q, z, weight, rope, softmax_out, r, cu_seqlens, prepared,
-            feature_map, scale, normalize, eps, precision,
-        )  # fmt: skip
+        grads = kernels(q).apply_backward(do, q, z, weight, rope, prepared=prepared, **options)
     return tensors(q, *grads[:3], _like(grads[3], weight), grads[4], _like(grads[5], r))
 
 

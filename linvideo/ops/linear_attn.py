@@ -76,7 +76,8 @@ def linear_attn(
     ):
         raise ValueError("expected cu_seqlens_q and cu_seqlens_k of one length or neither, got another combination")
     _check_state_arguments(k, v, feature_map, k_weight, None, key_mask, cu_seqlens_k, fp32_precision)
-    _check_apply_arguments(q, feature_map, q_weight, rope, mix, cu_seqlens_q, scale, normalize, eps, fp32_precision)
+    scaling = {"scale": scale, "normalize": normalize, "eps": eps}
+    _check_apply_arguments(q, feature_map, q_weight, rope, mix, cu_seqlens_q, fp32_precision, **scaling)
     if rope is not None and k.shape[1] != q.shape[1]:
         raise ValueError(f"expected as many keys as queries with rope, got {q.shape[1]} and {k.shape[1]}")
     (q, k), cos, sin = _rope(rope, q, k)
@@ -150,7 +151,8 @@ def linear_attn_apply(
     if packed:
         q, mix = _unpacked(q), _unpacked(mix)
     checks.check_rows("q", q)
-    _check_apply_arguments(q, feature_map, q_weight, rope, mix, cu_seqlens_q, scale, normalize, eps, fp32_precision)
+    scaling = {"scale": scale, "normalize": normalize, "eps": eps}
+    _check_apply_arguments(q, feature_map, q_weight, rope, mix, cu_seqlens_q, fp32_precision, **scaling)
     checks.check_state(S, z, q, cu_seqlens_q, feature_map)
     (q,), cos, sin = _rope(rope, q)
     fused = _fused(mix, q)
@@ -169,7 +171,7 @@ def _check_state_arguments(k, v, feature_map, k_weight, rope, key_mask, cu_seqle
 
 
 def _check_apply_arguments(
-    q, feature_map, q_weight, rope, mix, cu_seqlens, scale, normalize, eps, precision
+    q, feature_map, q_weight, rope, mix, cu_seqlens, precision, *, scale, normalize, eps
 ) -> None:  # fmt: skip
     checks.check_features("q_weight", q_weight, q, feature_map, precision)
     checks.check_rope(rope, q)

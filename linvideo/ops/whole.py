@@ -46,16 +46,18 @@ def forward_op(
 ) -> tuple[Tensor, list[Tensor]]:
     """o; and in training what the backward reads: S and z; of the kernels also T and its statistics, and with rope the
     rotated q and k."""
+    of_keys = {"key_mask": key_mask, "cu_seqlens": cu_seqlens_k, "feature_map": feature_map}
+    of_queries = {"cu_seqlens": cu_seqlens_q, "feature_map": feature_map}
+    of_queries |= {"scale": scale, "normalize": normalize, "eps": eps}
     if not uses_kernels(q):
         with torch.autocast(q.device.type, enabled=False):  # q's dtype is decided; sums stay in fp32
-            sums = chunked.state(k, v, k_weight, key_mask, cu_seqlens_k, feature_map)
-            o = chunked.apply(q, *sums, q_weight, cu_seqlens_q, feature_map, scale, normalize, eps)
+            sums = chunked.state(k, v, k_weight, **of_keys)
+            o = chunked.apply(q, *sums, q_weight, **of_queries)
         return o, list(sums) if training else []
-    rope, run = None if cos is None else (cos, sin), kernels(q)
-    state, z, rotated_k = run.state(k, v, k_weight, rope, key_mask, cu_seqlens_k, feature_map, precision, training)
+    rope, run, common = None if cos is None else (cos, sin), kernels(q), {"precision": precision, "training": training}
+    state, z, rotated_k = run.state(k, v, k_weight, rope, **of_keys, **common)
     o, rotated_q, *prepared = run.apply(
-        q, state, z, q_weight, rope, softmax_out, r, cu_seqlens_q,
-        feature_map, scale, normalize, eps, precision, training,
+        q, state, z, q_weight, rope, softmax_out=softmax_out, r=r, **of_queries, **common
     )  # fmt: skip
     if not training:
         return o, []
@@ -91,22 +93,21 @@ def backward_op(
     """
     state, z, *prepared = kept
     dk = dv = dk_weight = dsoftmax = dr = None
+    of_keys = {"key_mask": key_mask, "cu_seqlens": cu_seqlens_k, "feature_map": feature_map}
+    of_queries = {"cu_seqlens": cu_seqlens_q, "feature_map": feature_map}
+    of_queries |= {"scale": scale, "normalize": normalize, "eps": eps}
     if not uses_kernels(q):
         with torch.autocast(q.device.type, enabled=False):
-            settings = cu_seqlens_q, feature_map, scale, normalize, eps
-            dq, dstate, dz, dq_weight = chunked.apply_backward(do, q, state, z, q_weight, *settings)
+            dq, dstate, dz, dq_weight = chunked.apply_backward(do, q, state, z, q_weight, **of_queries)
             if keys:
-                options = k_weight, key_mask, cu_seqlens_k, feature_map
-                dk, dv, dk_weight = chunked.state_backward(dstate, dz, k, v, *options)
+                dk, dv, dk_weight = chunked.state_backward(dstate, dz, k, v, k_weight, **of_keys)
         return tensors(q, dq, dk, dv, dq_weight, dk_weight, None, None)
     rope, run = None if cos is None else (cos, sin), kernels(q)
-    dq, dstate, dz, dq_weight, dsoftmax, dr = run.apply_backward(
-        do, q, z, q_weight, rope, softmax_out, r, cu_seqlens_q, prepared,
-        feature_map, scale, normalize, eps, precision,
-    )  # fmt: skip
+    of_queries |= {"softmax_out": softmax_out, "r": r, "prepared": prepared, "precision": precision}
+    dq, dstate, dz, dq_weight, dsoftmax, dr = run.apply_backward(do, q, z, q_weight, rope, **of_queries)
     if keys:
-        options = k_weight, rope, key_mask, cu_seqlens_k, state, z, feature_map, precision
-        dk, dv, dk_weight = run.state_backward(dstate, dz, k, v, *options)
+        of_keys |= {"state": state, "z": z, "precision": precision}
+        dk, dv, dk_weight = run.state_backward(dstate, dz, k, v, k_weight, rope, **of_keys)
     dr = None if r is None else dr.to(r.dtype).view(r.shape)
     return tensors(q, dq, dk, dv, dq_weight, dk_weight, dsoftmax, dr)
 

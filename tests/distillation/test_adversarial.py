@@ -94,7 +94,9 @@ def dmd_step(tmp_path, weight=WEIGHT, **settings) -> DmdStep:
     generator = torch.Generator().manual_seed(3)
     embeds = torch.randn(3, 5, TEXT_DIM, generator=generator)
     prompts, store = PromptEmbeddings(embeds[:2], embeds[2:]), real_samples(tmp_path / "store") if weight else None
-    return DmdStep(student, teacher.requires_grad_(False), critic, prompts, SHAPE, 3.0, config, features, store)
+    return DmdStep(
+        student, teacher.requires_grad_(False), critic, prompts, SHAPE, 3.0, config, features=features, store=store
+    )
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
