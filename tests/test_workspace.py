@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from linvideo import workspace as under_test
-from linvideo.trajectories.files import write_json, write_text
+from linvideo.trajectories.atomic_files import write_json, write_text
 from linvideo.workspace import LOCK, discard, locked, move_into_place, remove_dead, workspace
 
 HOST = socket.gethostname()

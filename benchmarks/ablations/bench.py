@@ -20,7 +20,7 @@ from linvideo.evaluation.velocity import trajectory_error
 from linvideo.models import load_pipeline
 from linvideo.run.read_config import from_dict
 from linvideo.trajectories import encode_prompts
-from linvideo.trajectories.files import read_json, write_safetensors
+from linvideo.trajectories.atomic_files import read_json, write_safetensors
 from linvideo.trajectories.seeding import draw_noise
 from linvideo.transfer import TrainConfig
 

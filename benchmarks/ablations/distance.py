@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from linvideo.demo.world import COLOURS, DIRECTIONS, SHAPES, Scenes, World
-from linvideo.trajectories.files import write_safetensors
+from linvideo.trajectories.atomic_files import write_safetensors
 
 FEATURES = 64
 TRUTH = 1000  # videos of the world that are compared with

@@ -17,8 +17,8 @@ from linvideo.models import FewStepScheduler, convert, load_pipeline, wan_transf
 from linvideo.run.data import open_data
 from linvideo.run.read_config import from_dict
 from linvideo.run.session import TrainingDiverged
+from linvideo.trajectories.atomic_files import read_json, write_json, write_safetensors
 from linvideo.trajectories.conditions import Conditions
-from linvideo.trajectories.files import read_json, write_json, write_safetensors
 from linvideo.trajectories.flow import sample_steps
 from linvideo.transfer import TrainConfig, train
 

@@ -47,8 +47,8 @@ from linvideo.demo.teacher import SETTINGS, build_pipeline
 from linvideo.demo.world import WORLDS, World
 from linvideo.models import load_pipeline, new_folder
 from linvideo.run.checkpoint import list_checkpoints, load_checkpoint, remove_newer, save_checkpoint
+from linvideo.trajectories.atomic_files import write_json
 from linvideo.trajectories.devices import check_device, device_name
-from linvideo.trajectories.files import write_json
 from linvideo.workspace import locked, remove_dead
 
 

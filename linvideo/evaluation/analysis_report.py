@@ -8,7 +8,7 @@ from linvideo.evaluation import html_page
 from linvideo.evaluation.analyze import Analysis, LayerSet
 from linvideo.models.describe import ranges
 from linvideo.run.run_folder import FEATURE_MAPS
-from linvideo.trajectories.files import write_text
+from linvideo.trajectories.atomic_files import write_text
 
 LAYER_COLUMNS = ["layer", "attention output", "velocity error", "of the velocity", "rank"]
 SET_COLUMNS = ["linear", "velocity error", "of the velocity", "ms (p20 - p80)", "speed-up", "layers"]

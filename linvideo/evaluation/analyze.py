@@ -23,9 +23,9 @@ from linvideo.models import attention_types, convert, wan_transformer
 from linvideo.models.branches import feature_weights
 from linvideo.run.forward_times import remember
 from linvideo.run.run_folder import FEATURE_MAPS, IMAGE_CACHE, PROMPT_CACHE
+from linvideo.trajectories.atomic_files import read_cached, read_json, write_cached, write_json
 from linvideo.trajectories.collect import TrajectoryConfig, collect, latent_shape, open_store, with_flow_shift
 from linvideo.trajectories.devices import device_name
-from linvideo.trajectories.files import read_cached, read_json, write_cached, write_json
 from linvideo.trajectories.fingerprint import fingerprint
 from linvideo.trajectories.flow import predict_velocity
 from linvideo.trajectories.images import add_images, check_images, digest, takes_images

@@ -20,7 +20,7 @@ from linvideo.models import default_fps, video_transformers
 from linvideo.models.generate import generate_video
 from linvideo.models.video_file import check_output, save_video
 from linvideo.run.video_metrics import compare
-from linvideo.trajectories.files import write_text
+from linvideo.trajectories.atomic_files import write_text
 from linvideo.trajectories.images import read_image
 from linvideo.trajectories.prompts import Prompt, warn_of_unknown_words
 from linvideo.workspace import in_turn

@@ -14,7 +14,7 @@ from linvideo.evaluation.work_folder import WorkFolder, identity
 from linvideo.models import default_fps
 from linvideo.models.generate import generate_video
 from linvideo.models.video_file import check_output, save_video
-from linvideo.trajectories.files import crc32, read_json
+from linvideo.trajectories.atomic_files import crc32, read_json
 from linvideo.trajectories.prompts import some_of, warn_of_unknown_words
 from linvideo.workspace import locked
 

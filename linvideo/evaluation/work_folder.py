@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from linvideo.trajectories.files import json_checksum, read_json, write_json
+from linvideo.trajectories.atomic_files import json_checksum, read_json, write_json
 from linvideo.trajectories.fingerprint import fingerprint
 from linvideo.workspace import LOCK, TEMPORARY, remove_dead
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from linvideo.run.parallel import Ranks
-from linvideo.trajectories.files import crc32, read_checked, with_checksum, write_text
+from linvideo.trajectories.atomic_files import crc32, read_checked, with_checksum, write_text
 from linvideo.workspace import discard, move_into_place, workspace
 
 FORMAT = 3

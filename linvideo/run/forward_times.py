@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from linvideo.trajectories.atomic_files import read_json, write_json
 from linvideo.trajectories.devices import device_name
-from linvideo.trajectories.files import read_json, write_json
 
 SHAPE = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "in_channels")
 

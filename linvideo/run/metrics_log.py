@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from linvideo.trajectories.files import write_text
+from linvideo.trajectories.atomic_files import write_text
 
 
 class MetricsLog:

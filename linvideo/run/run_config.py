@@ -13,10 +13,10 @@ from linvideo.packaged import packaged
 from linvideo.run.optimizer import OptimizerConfig
 from linvideo.run.parallel import ParallelConfig
 from linvideo.run.trackers import tracker_names
+from linvideo.trajectories.atomic_files import write_text
 from linvideo.trajectories.collect import LARGEST as MOST_STEPS
 from linvideo.trajectories.collect import TrajectoryConfig
 from linvideo.trajectories.devices import check_device
-from linvideo.trajectories.files import write_text
 from linvideo.trajectories.prompts import PromptConfig
 
 LARGEST = 2**63 - 1  # PyTorch's integers

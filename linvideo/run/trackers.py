@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from linvideo.trajectories.files import write_text
+from linvideo.trajectories.atomic_files import write_text
 
 WANDB_ID = "wandb_run_id.txt"
 

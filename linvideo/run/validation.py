@@ -30,9 +30,9 @@ from linvideo.run.sample import decode, sample
 from linvideo.run.trackers import Trackers
 from linvideo.run.trainable import trained_parameters
 from linvideo.run.video_metrics import compare
+from linvideo.trajectories.atomic_files import read_cached, write_cached
 from linvideo.trajectories.devices import on_device
 from linvideo.trajectories.experts import stored_expert
-from linvideo.trajectories.files import read_cached, write_cached
 from linvideo.trajectories.fingerprint import fingerprint
 from linvideo.trajectories.prompts import PromptEmbeddings, encode_prompts, spread
 from linvideo.trajectories.seeding import draw_noise

@@ -2,7 +2,7 @@
 
 what is sampled   prompts, images, conditions
 sampling          flow (velocities, scores, the sampler's steps), experts (the two transformers of Wan 2.2), collect
-what is kept      store; files (atomic and with checksums), fingerprint
+what is kept      store, atomic_files (with checksums), fingerprint
 small things      seeding (everything drawn at random is drawn by name), devices
 """
 

@@ -14,9 +14,9 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
 from PIL import Image
 
+from linvideo.trajectories.atomic_files import read_cached, write_cached
 from linvideo.trajectories.collect import TrajectoryConfig, latent_shape
 from linvideo.trajectories.devices import on_device
-from linvideo.trajectories.files import read_cached, write_cached
 from linvideo.trajectories.fingerprint import fingerprint
 from linvideo.trajectories.prompts import PromptEmbeddings
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from linvideo.packaged import packaged
+from linvideo.trajectories.atomic_files import read_cached, write_cached
 from linvideo.trajectories.conditions import Conditions
 from linvideo.trajectories.devices import on_device
-from linvideo.trajectories.files import read_cached, write_cached
 from linvideo.trajectories.fingerprint import fingerprint
 
 Item = TypeVar("Item")

@@ -23,8 +23,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from linvideo.trajectories.atomic_files import (
+    crc32,
+    read_checked,
+    read_json,
+    with_checksum,
+    write_json,
+    write_safetensors,
+)
 from linvideo.trajectories.conditions import Conditions
-from linvideo.trajectories.files import crc32, read_checked, read_json, with_checksum, write_json, write_safetensors
 from linvideo.trajectories.flow import NUM_TRAIN_TIMESTEPS
 from linvideo.trajectories.prompts import PromptEmbeddings
 from linvideo.trajectories.seeding import draw_indices

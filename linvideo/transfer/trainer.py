@@ -22,8 +22,8 @@ from linvideo.run.gradient import autocast
 from linvideo.run.optimizer import StudentOptimizer, clip_gradients, fill_state
 from linvideo.run.session import Run
 from linvideo.run.trainable import trained_parameters
+from linvideo.trajectories.atomic_files import write_cached, write_json
 from linvideo.trajectories.experts import choose_expert
-from linvideo.trajectories.files import write_cached, write_json
 from linvideo.trajectories.store import StateBatch, TrajectoryStore
 from linvideo.transfer.gradient_step import GradientStep
 from linvideo.transfer.objectives import ObjectiveConfig

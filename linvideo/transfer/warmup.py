@@ -15,7 +15,7 @@ import torch
 from linvideo.models import attention_types
 from linvideo.models.branches import feature_weights, linear_branches
 from linvideo.run.parallel import Ranks
-from linvideo.trajectories.files import read_safetensors
+from linvideo.trajectories.atomic_files import read_safetensors
 from linvideo.trajectories.flow import predict_velocity
 from linvideo.trajectories.store import StateBatch
 

@@ -18,7 +18,7 @@ from tiny import tiny_pipeline, tiny_transformer
 from linvideo.run import checkpoint
 from linvideo.run.read_config import from_dict
 from linvideo.run.session import Run
-from linvideo.trajectories import files, store
+from linvideo.trajectories import atomic_files, store
 from linvideo.transfer import TrainResult, train, trainer
 from linvideo.transfer.train_config import TrainConfig
 
@@ -119,7 +119,7 @@ def die_at(stage: str, step: int) -> None:
             Path(path).write_bytes(b"half")
             die()
 
-        files.save_file = half
+        atomic_files.save_file = half
     elif stage == "checkpoint":  # the `step`-th checkpoint has its tensors but not its state.json
         original_text, written = checkpoint.write_text, []
         checkpoint.write_text = lambda path, text: (

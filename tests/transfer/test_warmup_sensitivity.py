@@ -5,8 +5,8 @@ from tiny import tiny_inputs, tiny_transformer
 
 from linvideo.models import attention_types, convert
 from linvideo.models.branches import feature_weights, linear_branches
+from linvideo.trajectories.atomic_files import write_cached
 from linvideo.trajectories.conditions import Conditions
-from linvideo.trajectories.files import write_cached
 from linvideo.trajectories.flow import predict_velocity
 from linvideo.trajectories.store import StateBatch
 from linvideo.transfer.sensitivity import layer_sensitivity, velocity_error
