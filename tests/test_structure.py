@@ -36,6 +36,7 @@ RANK = {
     "linvideo.commands": 8,
     "linvideo.__main__": 9,
 }
+MOST_METHODS = 20  # of a class that runs are made of
 LARGEST_FOLDER = 0.20  # of linvideo's lines of Python
 HEAVY = {"torch", "triton", "diffusers", "transformers", "peft", "fla", "matplotlib", "numpy"}
 
@@ -113,6 +114,18 @@ def test_files_have_names_of_their_own():
     assert [name for name, count in counts.items() if count > 1] == []
 
 
+def test_runs_are_used_and_not_inherited():
+    """Only configs build on each other, and no class does too much."""
+    folders = ("run", "transfer", "distillation")
+    classes = {}
+    for path in (path for name in folders for path in (LIBRARY["linvideo"] / name).glob("*.py")):
+        classes |= {node.name: node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)}
+    bases = {name: {ast.unparse(base) for base in node.bases} & classes.keys() for name, node in classes.items()}
+    assert {name for name, ours in bases.items() if ours} == {"TrainConfig", "DistillConfig"}
+    methods = {name: sum(isinstance(x, ast.FunctionDef) for x in node.body) for name, node in classes.items()}
+    assert {name: count for name, count in methods.items() if count > MOST_METHODS} == {}
+
+
 def test_no_folder_outgrows_the_others():
     lines = Counter()
     for path in LIBRARY["linvideo"].rglob("*.py"):
@@ -128,6 +141,7 @@ def test_each_dependency_stays_in_its_parts():
         "linvideo.trajectories",
         *(name for name, rank in RANK.items() if rank >= RANK["linvideo.models"]),
     }
+    helpers = {path.stem for path in (ROOT / "tests" / "helpers").glob("*.py")}
     wrong = []
     for path in library_files():
         own = part(module_name(path))
@@ -136,7 +150,7 @@ def test_each_dependency_stays_in_its_parts():
             if (
                 (top == "triton" and own != "linvideo_kernels" and not module.startswith("triton.testing."))
                 or (top in ("diffusers", "transformers") and own not in uses_diffusers)
-                or top in ("fla", "flash_attn", "sageattention", "tests", "benchmarks", "pytest", "cases", "numerics")
+                or top in {"fla", "flash_attn", "sageattention", "tests", "benchmarks", "pytest", *helpers}
             ):
                 wrong.append(f"{where(path, line)}: imports {module}")
     assert not wrong, "\n".join(wrong)
@@ -144,7 +158,8 @@ def test_each_dependency_stays_in_its_parts():
 
 def test_no_file_is_looked_for_outside_the_package():
     """A wheel holds the packages only: what lies next to them in a checkout is not there."""
-    assert [path.name for path in library_files() if "(__file__).parents" in path.read_text()] == []
+    outside = re.compile(r"__file__.*(\.parents|\.parent\.parent)|dirname\(.*dirname\(.*__file__")
+    assert [path.name for path in library_files() if outside.search(path.read_text())] == []
 
 
 def test_long_calls_name_their_arguments():

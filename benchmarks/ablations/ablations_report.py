@@ -35,7 +35,7 @@ decides everything drawn: trajectories, minibatches, the noise and captions of t
 - **good**, the primary metric, fixed before the runs: every word of the caption right, motion straight, shapes clean,
   judged exactly.
 - velocity error: against the teacher on the student's own states (linvideo/evaluation/velocity.py).
-- PSNR: to the teacher's video from the same noise. straightness, flicker, coverage: linvideo/demo/metrics.py; lower is
+- PSNR: to the teacher's video from the same noise. straightness, flicker, coverage: linvideo/demo/judge.py; lower is
   better.
 - distance: kernel distance to the world's videos on features of a network trained on the world
   (benchmarks/ablations/distance.py). The judged captions are spread more evenly than random ones, which makes it

@@ -2,7 +2,7 @@
 
 import argparse
 
-from linvideo.commands.shared import TEACHER, add_config_options, announce_run, read_config
+from linvideo.commands.shared import TEACHER, add_config_options, announce_run, read_training_config
 
 SUMMARY = "only sample a run's trajectories, a part of them; takes linvideo train's options too"
 EXAMPLES = """
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise ValueError(f"--worker must be number/count with number from 0 to count - 1, got {args.worker}")
     # the folder is not empty once another worker has begun
-    config = read_config(args, TrainConfig, last=["--resume_from_checkpoint", "latest"])
+    config = read_training_config(args, TrainConfig, last=["--resume_from_checkpoint", "latest"])
     announce_run(config, {})
     store = collect(config, int(number), int(count))
     missing = len(store.missing_shards())

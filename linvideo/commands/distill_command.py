@@ -2,7 +2,7 @@
 
 import argparse
 
-from linvideo.commands.shared import add_config_options, announce_run, read_config
+from linvideo.commands.shared import add_config_options, announce_run, read_training_config
 
 SUMMARY = "teach a converted model to sample in few steps without guidance; also under torchrun"
 EXAMPLES = """
@@ -17,11 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from linvideo.distillation import DistillConfig, distill
-    from linvideo.planning.recipes import check_choice_of_defaults
     from linvideo.run.parallel import disconnect
 
-    config = read_config(args, DistillConfig, model="student_model_name_or_path")
-    check_choice_of_defaults(args.config_options, config)
+    config = read_training_config(args, DistillConfig, model="student_model_name_or_path")
     announce_run(config, {"regression": config.regression.max_train_steps, "DMD": config.max_train_steps})
     result = distill(config)
     disconnect()  # not after an error, see train

@@ -33,6 +33,9 @@ COMMANDS = (
     evaluate_command,
 )
 ONLY_CONFIG = (train_command, distill_command)  # all their options are the config's: its parser prints their help
+# options of earlier versions
+RENAMED = {"--model": "MODEL is positional: expected linvideo COMMAND MODEL [options]"}
+RENAMED |= {"--feature_maps": "expected --fitted_maps"}
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # in PyTorch's messages, of the host and of GPUs
 
 
@@ -97,8 +100,9 @@ def underscored(word: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if any(word.partition("=")[0] == "--model" for word in argv):
-            raise ValueError("MODEL is positional: expected linvideo COMMAND MODEL [options], got --model")
+        for name in (word.partition("=")[0] for word in argv):
+            if name in RENAMED:
+                raise ValueError(f"{RENAMED[name]}, got {name}")
         parser = make_parser()
         args, rest = parser.parse_known_args([underscored(word) for word in argv])
         if "config_options" in args:

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 from pathlib import Path
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -104,10 +105,31 @@ def read_config(args: argparse.Namespace, kind, first=(), last=(), model: str = 
     """
     from linvideo.run import load_config
 
+    words = _config_words(args, model)
+    try:
+        return load_config([*first, *words, *last], kind, *args.help_texts)
+    except ValueError as error:
+        if found := re.search(r"unrecognized arguments: ([^-]\S*)", str(error)):
+            raise ValueError(f"expected MODEL before the options, got {found[1]} among them") from None
+        raise
+
+
+def read_training_config(args: argparse.Namespace, kind, last=(), model: str = "pretrained_model_name_or_path"):
+    """As read_config, for a run that trains; refuses defaults that are not for its model."""
+    from linvideo.planning.recipes import check_choice_of_defaults
+    from linvideo.run.read_config import given_options
+
+    config = read_config(args, kind, last=last, model=model)
+    check_choice_of_defaults(config, given_options([*_config_words(args, model), *last], kind))
+    return config
+
+
+def _config_words(args: argparse.Namespace, model: str) -> list[str]:
+    """The options of a config, with MODEL as the option `model` at their end."""
     words = args.config_options
     if words and not words[0].startswith("-"):
         words = [*words[1:], f"--{model}", words[0]]
-    return load_config([*first, *words, *last], kind, *args.help_texts)
+    return words
 
 
 def choose_device(name: str | None) -> str:

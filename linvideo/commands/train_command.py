@@ -2,7 +2,7 @@
 
 import argparse
 
-from linvideo.commands.shared import TEACHER, add_config_options, announce_run, read_config
+from linvideo.commands.shared import TEACHER, add_config_options, announce_run, read_training_config
 
 SUMMARY = "selective transfer and fine-tuning, from a stock pipeline to a converted one; also under torchrun"
 EXAMPLES = """
@@ -16,12 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from linvideo.planning.recipes import check_choice_of_defaults
     from linvideo.run.parallel import disconnect
     from linvideo.transfer import TrainConfig, train
 
-    config = read_config(args, TrainConfig)
-    check_choice_of_defaults(args.config_options, config)
+    config = read_training_config(args, TrainConfig)
     selection = config.selection.max_train_steps if config.selection.method == "learned" else 0
     stages = {"warm-up": config.warmup.max_train_steps, "selection": selection, "fine-tuning": config.max_train_steps}
     announce_run(config, stages)

@@ -40,7 +40,7 @@ def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipelin
 
     Args:
         path_or_repo: a folder with model_index.json, a repository id "owner/name", or a folder of the package; see
-            `linvideo.packaged`.
+            `linvideo.packaged.packaged`.
         kwargs: passed to `DiffusionPipeline.from_pretrained`, for instance `dtype`, which diffusers below 0.40 calls
             `torch_dtype`; either name does with every version.
 

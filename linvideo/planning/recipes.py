@@ -3,7 +3,8 @@ trains with both unasked."""
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection
+from pathlib import Path
 
 from linvideo.packaged import packaged
 from linvideo.planning.sizes import known_name
@@ -17,12 +18,13 @@ EMBEDDED = "linvideo/demo/teacher"
 def fitting_recipes(model: str, kind: type[RunConfig]) -> list[str]:
     """Names of the recipes of this kind of run whose teacher is `model`: the same published Wan, see known_name, or the
     embedded model."""
-    options, found = {field.name for field in dataclasses.fields(kind)}, []
+    embedded, name, options = is_embedded(model), known_name(model), {field.name for field in dataclasses.fields(kind)}
+    found = []
     for path in RECIPES.iterdir():
         values = read_yaml(path.read_text())
-        teacher = values.get("pretrained_model_name_or_path")
-        same = is_embedded(teacher) if is_embedded(model) else known_name(model) in {known_name(teacher)} - {None}
-        if values.keys() <= options and same:
+        teacher = values["pretrained_model_name_or_path"]
+        same = is_embedded(teacher) if embedded else name is not None and name == known_name(teacher)
+        if same and values.keys() <= options:
             found.append(path.name.removesuffix(".yaml"))
     return sorted(found)
 
@@ -32,23 +34,24 @@ def is_embedded(model: str) -> bool:
     return os.path.realpath(packaged(model)) == os.path.realpath(packaged(EMBEDDED))
 
 
-def check_choice_of_defaults(options: Sequence[str], config: RunConfig) -> None:
-    """Raise ValueError where the words of a command line leave what does not suit the teacher to a default: it says
-    which recipes fit, or what to set."""
-    model = config.pretrained_model_name_or_path
-    if model is None:
+def check_choice_of_defaults(config: RunConfig, given: Collection[str]) -> None:
+    """Raise ValueError where a run begins with defaults that are not for its teacher: it says which recipes fit, or
+    what to set.
+
+    given: the dotted names of the options that were set, in files or by the user; "config" where there was a file.
+    """
+    model, begun = config.pretrained_model_name_or_path, Path(config.output_dir) / "config.yaml"
+    if model is None or (config.resume_from_checkpoint is not None and begun.is_file()):
         return
     if is_embedded(model):
         video = config.trajectories
-        choice, default = "--trajectories.height", f"a video of {video.height}x{video.width} is for Wan"
+        option, default = "trajectories.height", f"a video of {video.height}x{video.width} is for Wan"
     else:
         rate = config.optimizer.learning_rate
-        choice, default = "--optimizer.learning_rate", f"a learning rate of {rate:g} is for the embedded model"
-    given = [word.partition("=")[0] for word in options if word.startswith("--")]
-    # jsonargparse takes unique beginnings
-    if any(option.startswith(name) for option in ("--config", choice) for name in given):
-        return
+        option, default = "optimizer.learning_rate", f"a learning rate of {rate:g} is for the embedded model"
     recipes = fitting_recipes(model, type(config))
+    if option in given or ("config" in given and not recipes):  # of a model that we don't know, a config is trusted
+        return
     if recipes:
         advice = f"recipes that fit: {', '.join(recipes)}"
     else:
@@ -56,4 +59,4 @@ def check_choice_of_defaults(options: Sequence[str], config: RunConfig) -> None:
             "no recipe is known to fit it: set --optimizer.learning_rate, --train_batch_size, --max_train_steps,"
             " --mixed_precision and --gradient_checkpointing; linvideo plan MODEL says what fits a GPU"
         )
-    raise ValueError(f"expected --config or {choice} for {model}, got neither, and the default of {default}; {advice}")
+    raise ValueError(f"expected --config with {option}, or --{option}, for {model}, got neither: {default}; {advice}")

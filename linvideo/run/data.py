@@ -62,8 +62,10 @@ def open_run(
     """Join the other processes, load the teacher, and see that all fits together; nothing is written.
 
     Args:
+        config: the options of the run.
         stages: the stages of the run, see Run.
-        choose_expert: gives the expert of a pipeline.
+        choose_expert: the choice of the teacher among a pipeline's transformers; it raises ValueError where there is
+            none.
         teacher_pipeline: a WanPipeline in memory, in place of config.pretrained_model_name_or_path.
         prompts: captions, in place of config.prompts.prompts_file.
         images: with `prompts`, of an image-to-video pipeline: a PIL image or an image file for each.
@@ -95,6 +97,7 @@ class Data:
     """What the stages of a run draw from.
 
     Args:
+        source: what the run was given.
         prompts: the embeddings of the source's prompts and images.
         store: the trajectories; None for a run that needs none.
         validator: the maker of validations.

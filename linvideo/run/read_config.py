@@ -65,11 +65,32 @@ def load_config(argv: list[str], kind: type[Config], description: str | None = N
     Raises:
         ValueError: anything that is no valid configuration, in one line. `--help` prints the options and exits.
     """
+    values = _values(argv, make_parser(kind, description, epilog))
+    values.pop("config", None)
+    return from_dict(values, kind)
+
+
+def given_options(argv: list[str], kind: type[RunConfig]) -> set[str]:
+    """The dotted names of the options that these arguments set, themselves or in the files that --config names, which
+    count as "config"."""
+    found, left = set(), [("", _values(argv, make_parser(kind), defaults=False))]
+    while left:
+        prefix, values = left.pop()
+        for name, value in values.items():
+            left += [(f"{prefix}{name}.", value)] if isinstance(value, dict) else []
+            found.add(prefix + name)
+    return found
+
+
+def _values(argv: list[str], parser: Any, defaults: bool = True) -> dict[str, Any]:
+    """What the arguments say as nested plain values, with the parser's defaults or without."""
     from jsonargparse import ArgumentError
 
     names = _recipes()
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     for place, word in enumerate(argv):
+        if word == "--config" and (place + 1 == len(argv) or argv[place + 1].startswith("--")):
+            raise ValueError("--config must name a YAML file or a recipe, got nothing")
         if place and argv[place - 1] == "--config" and not Path(word).exists():
             if word not in names and ":" not in word:  # with one it may be the YAML itself
                 known = ", ".join(sorted(names))
@@ -78,10 +99,7 @@ def load_config(argv: list[str], kind: type[Config], description: str | None = N
         elif place and argv[place - 1] == "--config" and Path(word).stat().st_size > MOST_CHARACTERS:
             raise ValueError(f"expected a config of at most {MOST_CHARACTERS} characters, got the file {word}")
     try:
-        values = make_parser(kind, description, epilog).parse_args(argv)
-        values = values.as_dict()
-        values.pop("config", None)
-        return from_dict(values, kind)
+        return parser.parse_args(argv, defaults=defaults).as_dict()
     except (ArgumentError, TypeError, OSError) as error:
         raise ValueError(_one_line(error)) from None
 

@@ -44,7 +44,9 @@ def attack(bench: Bench, seed: int, number: int) -> Iterator[tuple[str, str, str
         cases = [(option, value) for option, values in options.items() for value in values]
         for option, value in random.Random(f"{seed} {name}").sample(cases, min(len(cases), 4 * number)):
             make_places(bench.fresh())
-            given = [*words, option, value] if option.startswith("-") else [words[0], value, *words[2:]]  # MODEL
+            given = [*words, option, value]
+            if not option.startswith("-"):  # MODEL, in place of the one that is there, if any
+                given = [words[0], value, *words[1 if words[1].startswith("-") else 2 :]]
             child = bench.start(given, limit=8 if name == "demo" else 20, memory=GIGABYTES << 30).wait()
             yield name, f"{option} {value[:40]!r}", *verdict(bench, child, value)
 
@@ -91,8 +93,10 @@ def commands(bench: Bench) -> dict[str, tuple[list[str], dict[str, tuple[str, ..
         names = [option for action in parser._actions for option in action.option_strings[-1:] if "help" not in option]
         options = {option: NUMBERS for option in names if option.startswith("--")}
         paths = [option for option in options if option.endswith(("path", "_file", "_dir", "config", "checkpoint"))]
-        found[name] = [name, "--config", str(bench.base / f"{name}.yaml")], options | dict.fromkeys(paths, PLACES)
-    found["collect"] = ["collect", *found["train"][0][1:]], {"--worker": NUMBERS, "--config": PLACES}
+        options |= dict.fromkeys([*paths, "model"], PLACES)
+        found[name] = [name, "--config", str(bench.base / f"{name}.yaml")], options
+    found["collect"] = ["collect", *found["train"][0][1:]], {"--worker": NUMBERS, "--config": PLACES, "model": PLACES}
+    found["plan"][1]["model"] = PLACES
     return found
 
 

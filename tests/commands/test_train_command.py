@@ -10,6 +10,8 @@ from linvideo import load_pipeline, models
 from linvideo.commands.main import main
 from linvideo.distillation import DistillConfig
 from linvideo.planning.recipes import check_choice_of_defaults, fitting_recipes
+from linvideo.run import load_config
+from linvideo.run.read_config import given_options
 from linvideo.transfer import TrainConfig
 
 OUTPUT = ["--output_dir", "run"]
@@ -63,12 +65,18 @@ def test_a_model_that_the_defaults_are_not_for(folder, tmp_path, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     small = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     line = refused(capsys, "train", small, *OUTPUT)
-    assert f"expected --config or --optimizer.learning_rate for {small}, got neither" in line
+    assert f"expected --config with optimizer.learning_rate, or --optimizer.learning_rate, for {small}" in line
     assert f"recipes that fit: {', '.join(fitting_recipes(small, TrainConfig))}" in line
     line = refused(capsys, "distill", "run/pipeline", "--pretrained_model_name_or_path", small, *OUTPUT)
     assert f"recipes that fit: {', '.join(fitting_recipes(small, DistillConfig))}" in line
     line = refused(capsys, "train", "linvideo/demo/teacher", *OUTPUT)
-    assert "expected --config or --trajectories.height for" in line and line.endswith("recipes that fit: demo")
+    assert "expected --config with trajectories.height" in line and line.endswith("recipes that fit: demo")
+    for command in ("train", "collect"):  # a recipe of another model, a config that says nothing of it
+        assert "recipes that fit: wan2.1" in refused(capsys, command, small, "--config", "demo", *OUTPUT)
+        assert "recipes that fit: wan2.1" in refused(capsys, command, small, "--config", "seed: 1", *OUTPUT)
+    line = refused(capsys, "train", "--config", "demo", small, *OUTPUT)
+    assert f"expected MODEL before the options, got {small}" in line
+    assert "--config must name a YAML file or a recipe, got nothing" in refused(capsys, "train", small, "--config")
     line = refused(capsys, "train", folder, *OUTPUT, "--train_batch_size", "1")
     assert "no recipe is known to fit it: set --optimizer.learning_rate" in line
     assert not (tmp_path / "run").exists()
@@ -78,11 +86,22 @@ def test_a_model_that_the_defaults_are_not_for(folder, tmp_path, capsys, monkeyp
     "model, words",
     [
         ("linvideo/demo/teacher", ["--trajectories.height", "16"]),
-        (None, []),
-        ("wan2.1-14b", ["--config=demo"]),
-        ("wan2.1-14b", ["--conf", "demo"]),
+        ("linvideo/demo/teacher", ["--config=demo"]),
+        ("wan2.1-14b", ["--config", "wan2.1-14b-480p-8x80gb"]),
+        ("wan2.1-14b", ["--config", "optimizer: {learning_rate: 1e-5}"]),
         ("wan2.1-14b", ["--optimizer.learning_rate", "1e-5"]),
     ],
 )
-def test_where_the_defaults_may_be_used(model, words):
-    check_choice_of_defaults(words, TrainConfig("run", pretrained_model_name_or_path=model))
+def test_where_the_defaults_may_be_used(model, words, tmp_path):
+    words = [*words, "--output_dir", str(tmp_path), "--pretrained_model_name_or_path", model]
+    check_choice_of_defaults(load_config(words, TrainConfig), given_options(words, TrainConfig))
+    assert "optimizer.adam_beta1" not in given_options(words, TrainConfig)
+
+
+def test_a_run_that_was_begun_goes_on_with_its_own_words(tmp_path):
+    check_choice_of_defaults(TrainConfig("run"), ())  # no model yet
+    config = TrainConfig(str(tmp_path), pretrained_model_name_or_path="wan2.1-14b", resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="no recipe|recipes that fit"):
+        check_choice_of_defaults(config, ())
+    (tmp_path / "config.yaml").touch()
+    check_choice_of_defaults(config, ())
