@@ -27,8 +27,8 @@ class Outcome:
     """What an ablation's run made.
 
     Args:
-        student: as it is when the run ends.
-        results: of the stages, see linvideo.run.Run.
+        student: the student as it is when the run ends.
+        results: what the stages have found, see linvideo.run.Run.
         curve: pairs (share of the budget of fine-tuning, what the probe gave).
         cost: fine-tuning's device_seconds without the probes (processor time on a CPU, time on a GPU) and peak_mib (of
             the process on a CPU, of tensors on a GPU; None where the system does not tell).
@@ -48,7 +48,7 @@ def ablate(
     """`linvideo.transfer.train` with a fine-tuning that follows `setting`, and without export.
 
     Args:
-        probe: called with the student at PROBES + 1 points of fine-tuning, the first before it.
+        probe: a measure of the student, taken at PROBES + 1 points of fine-tuning, the first before it.
     """
     run, source = trainer.prepare(config, pipeline, prompts)
     with run:

@@ -120,7 +120,7 @@ def read_training_config(args: argparse.Namespace, kind, last=(), model: str = "
     from linvideo.run.read_config import given_options
 
     config = read_config(args, kind, last=last, model=model)
-    check_choice_of_defaults(config, given_options([*_config_words(args, model), *last], kind))
+    check_choice_of_defaults(config, given_options(_config_words(args, model), kind))
     return config
 
 

@@ -34,8 +34,8 @@ class LinearAttentionMixin:
 
     Class attributes:
         attention_paths: (name of a list of blocks, name of the self-attention in each); layers count through them.
-        processor_class: of the self-attentions.
-        stock_processors: those of diffusers that it computes the same as.
+        processor_class: the class of the self-attentions' processors.
+        stock_processors: the classes of diffusers' processors that it computes the same as.
 
     Every self-attention has a runtime attribute `attention_type`, see `set_attention_types`; the config and what is
     saved always follow the weights that are there, not this attribute.
@@ -116,7 +116,7 @@ class LinearAttentionMixin:
 
 
 def _init_of(base: type) -> Callable:
-    """An __init__ with the base model's arguments beside its own: diffusers reads the config keys off the signature,
+    """An __init__ with the base model's arguments next to its own: diffusers reads the config keys off the signature,
     and a hand-written list would drop keys that a newer diffusers adds."""
 
     def __init__(

@@ -49,8 +49,10 @@ def check_choice_of_defaults(config: RunConfig, given: Collection[str]) -> None:
     else:
         rate = config.optimizer.learning_rate
         option, default = "optimizer.learning_rate", f"a learning rate of {rate:g} is for the embedded model"
+    if option in given:
+        return
     recipes = fitting_recipes(model, type(config))
-    if option in given or ("config" in given and not recipes):  # of a model that we don't know, a config is trusted
+    if "config" in given and not recipes:  # for a model that we don't know, a config is trusted
         return
     if recipes:
         advice = f"recipes that fit: {', '.join(recipes)}"

@@ -49,7 +49,7 @@ class AdapterConfig:
 
 
 def add_adapters(student: torch.nn.Module, config: AdapterConfig) -> None:
-    """In place: frozen views of the weights that the student shares with its teacher, adapters (fp32) beside them."""
+    """In place: frozen views of the weights that the student shares with its teacher, adapters (fp32) next to them."""
     for module in student.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             view = torch.nn.Parameter(parameter.detach(), requires_grad=False)  # the teacher's own stay as they are

@@ -1,4 +1,4 @@
-"""What every run of training is configured by, whatever it learns; the sections are defined beside their parts."""
+"""What every run of training is configured by, whatever it learns; the sections are defined next to their parts."""
 
 import dataclasses
 import math
@@ -91,24 +91,25 @@ class RunConfig:
         resume_from_checkpoint: "latest" or a checkpoint folder in output_dir; continues exactly. "latest" starts from
             the beginning when there is no checkpoint yet, with the trajectories that are there; an older checkpoint
             takes the run back, the newer ones are deleted.
-        seed: of every draw.
-        device: for a teacher loaded by us; None is CUDA when there is a GPU.
+        seed: the seed of everything that is drawn at random.
+        device: the device of a teacher that is loaded here; None is CUDA when there is a GPU.
         mixed_precision: "no", or "bf16" (autocast over fp32 weights; a teacher loaded by us is then bf16).
         gradient_checkpointing: recompute activations of the blocks of what trains.
         compile: torch.compile the blocks of what trains.
-        attention_backend: of the softmax layers, a name of diffusers' set_attention_backend, say "flash" or
-            "_flash_3_hub"; None is PyTorch's own choice.
+        attention_backend: the attention backend of the softmax layers, a name of diffusers' set_attention_backend, say
+            "flash" or "_flash_3_hub"; None is PyTorch's own choice.
         offload_teacher: keep the teacher's weights in CPU memory and bring each block when it is its turn.
         train_batch_size: samples per forward on each data rank.
         gradient_accumulation_steps: forwards per optimizer step. The product of both and the number of data ranks is
             the global batch; it may not change when a run is continued, its factors may.
-        max_train_steps: of the main stage; the others have their own. It may change when a run is continued, before
-            that stage has made a step, or where every lr_scheduler is "constant" or "constant_with_warmup": so a
-            finished run is extended.
+        max_train_steps: the number of steps of the main stage; the others have their own. It may change when a run is
+            continued, before that stage has made a step, or where every lr_scheduler is "constant" or
+            "constant_with_warmup": so a finished run is extended.
         use_ema: export an exponential moving average of the weights that the last stage trains.
-        ema_decay: of that average; after n steps at most (1 + n) / (10 + n).
-        checkpointing_steps: a checkpoint each so many steps of the whole run, and at the end of each stage.
-        checkpoints_total_limit: keep only the newest ones.
+        ema_decay: the decay of that average; after n steps at most (1 + n) / (10 + n).
+        checkpointing_steps: the number of steps of the whole run between two checkpoints; there is one at the end of
+            each stage, too.
+        checkpoints_total_limit: the number of checkpoints that are kept, the newest ones; None keeps all.
         max_nonfinite_steps: steps with a non-finite loss or gradient are skipped; more than these end the run.
         report_to: "none", "tensorboard", "wandb" or "tensorboard,wandb"; metrics.jsonl is always written. A continued
             run goes on in the same wandb run.
@@ -116,7 +117,7 @@ class RunConfig:
         progress: show progress bars.
     """
 
-    command: ClassVar[str]  # of the command line, that reads such a config
+    command: ClassVar[str]  # the `linvideo` command that reads such a config
 
     output_dir: str
     pretrained_model_name_or_path: str | None = None

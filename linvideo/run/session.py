@@ -42,6 +42,7 @@ class Run(Generic[Stage]):
         run = Run(config, {"warmup": warm_up, "finetune": finetune})  # nothing is written yet
         with run:  # holds the folder's lock, hears signals, knows where an earlier call has stopped
             run.check_continues()
+            config.save(run.output_dir / "config.yaml")  # a folder without it is not taken for a run's
             student = ...
             run.restore(student)
             for stage in run.remaining():

@@ -1,4 +1,4 @@
-"""Where a run can be watched beside its own files: tensorboard and wandb, on the first rank."""
+"""Where a run can be watched, apart from its own files: tensorboard and wandb, on the first rank."""
 
 import secrets
 from importlib.util import find_spec

@@ -1,6 +1,6 @@
 """Image-to-video: what the pipeline's own VAE and image encoder make of the prompts' images, computed once.
 
-An image becomes the channels beside the latents (a mask of given frames, and the latents of a video that is grey after
+An image becomes the channels next to the latents (a mask of given frames, and the latents of a video that is grey after
 the first frame) and, for Wan 2.1, embeddings by CLIP. The negative prompt goes with the same image.
 """
 

@@ -7,7 +7,7 @@ they are.
     negative [n, S] bool, prompt [n]     the condition: the negative prompt, or prompt number `prompt`
     sample [n, C, F, H, W]               where sampling ended: x_0, or the end of a high-noise expert's range
 
-n trajectories a shard, S kept sampler steps each. A shard is written whole, and counts once shard-<number>.json beside
+n trajectories a shard, S kept sampler steps each. A shard is written whole, and counts once shard-<number>.json next to
 it has its checksum: an interrupted collection loses at most the shard it was in, and several workers can fill one
 store, because what a shard holds depends on its number alone. u is stored, not derived: differences of fp16 states
 give it with an error of several per cent.
@@ -67,8 +67,8 @@ class TrajectoryStore:
     sizes).
 
     Args:
-        request: must hold num_trajectories, shard_size and states_per_trajectory beside whatever identifies the
-            contents. None opens an existing store as it is.
+        request: what identifies the contents, with num_trajectories, shard_size and states_per_trajectory among it.
+            None opens an existing store as it is.
 
     Raises:
         ValueError: the store there was made for another request, is not ours, or is damaged.

@@ -1,7 +1,7 @@
 """Per-layer sensitivity: the velocity error of the model with one layer linear and all others softmax, without
 training.
 
-A baseline of ours beside the paper's learned selection: at small scale the layers with the lowest error were as good a
+A baseline of ours next to the paper's learned selection: at small scale the layers with the lowest error were as good a
 choice as any learned one.
 """
 

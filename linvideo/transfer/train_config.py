@@ -34,7 +34,7 @@ class TrainConfig(RunConfig):
     Args:
         expert: which transformer of a pipeline with two (Wan 2.2) is trained, "high_noise" or "low_noise"; the other is
             exported as it is. To convert both, give the pipeline of one run to a second.
-        feature_map: of the linear branch.
+        feature_map: the feature map of the linear branches.
     """
 
     command = "train"

@@ -48,12 +48,12 @@ def train(folder, die_at=None, stages=("first", "second"), resume=None, **option
     run = Run(config, {name: partial(stage, count=counts[name], die_at=die_at) for name in stages})
     with run:
         run.check_continues()
+        config.save(run.output_dir / "config.yaml")
         student = torch.nn.Linear(3, 1)
         torch.nn.init.constant_(student.weight, 0.5)
         run.restore(student)
         for step in run.remaining():
             step(run, student)
-        config.save(run.output_dir / "config.yaml")
         run.save()
     assert [run.results[name] for name in stages] == [counts[name] for name in stages]
     return student
@@ -64,7 +64,6 @@ def test_an_own_loop_is_continued_exactly(step, tmp_path):
     whole = train(tmp_path / "whole")
     with pytest.raises(Killed):
         train(tmp_path / "run", die_at=step)
-    (tmp_path / "run" / "config.yaml").touch()
     resumed = train(tmp_path / "run", resume="latest")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "run")]
@@ -92,7 +91,6 @@ def test_what_an_own_loop_forgets_is_said(tmp_path):
             Run(config, stages)
     with pytest.raises(Killed):
         train(tmp_path, die_at=3)
-    (tmp_path / "config.yaml").touch()
     config.resume_from_checkpoint, config.checkpointing_steps = "latest", 2
     with Run(config, {"first": None, "second": None}) as run:
         run.check_continues()
@@ -107,7 +105,6 @@ def test_what_an_own_loop_forgets_is_said(tmp_path):
 def test_the_checkpoint_of_another_kind_of_run_is_refused(tmp_path):
     with pytest.raises(Killed):
         train(tmp_path, die_at=3)
-    (tmp_path / "config.yaml").touch()
     with pytest.raises(ValueError, match="is of another kind of run, with a stage first"):
         train(tmp_path, resume="latest", stages=("second",))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
