@@ -59,7 +59,7 @@ def _over_tokens(device: str, dtype: str, pairs: list, folder: Path) -> list[tup
     title = f"Attention on {device}: batch 1, {row['sizes'][2]} heads of {row['sizes'][3]}, {dtype}"
     figure.suptitle(title, fontsize=11)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
-    return _save(figure, folder / f"{slug(device)}-{dtype}-time-over-tokens", title)
+    return save(figure, folder / f"{slug(device)}-{dtype}-time-over-tokens", title)
 
 
 def _over_layers(device: str, dtype: str, rows: list[dict], folder: Path) -> list[tuple[Path, str]]:
@@ -85,15 +85,16 @@ def _over_layers(device: str, dtype: str, rows: list[dict], folder: Path) -> lis
     title = f"Forward of a Wan transformer on {device}, over the dense one with the same softmax; {dtype}"
     figure.suptitle(title, fontsize=11)
     figure.legend(found.values(), found, loc="outside right center", fontsize=8, frameon=False)
-    return _save(figure, folder / f"{slug(device)}-{dtype}-speed-up-over-layers", title)
+    return save(figure, folder / f"{slug(device)}-{dtype}-speed-up-over-layers", title)
 
 
-def _save(figure, stem: Path, title: str) -> list[tuple[Path, str]]:
+def save(figure, stem: Path, title: str) -> list[tuple[Path, str]]:
+    """Write the figure as PNG and SVG, the same bytes for the same figure; returns (file, title) of both."""
     from matplotlib import rc_context
 
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
     figure.savefig(paths[0], dpi=120, metadata={"Software": None})
-    with rc_context({"svg.hashsalt": "linvideo"}):  # the same figure, the same bytes
+    with rc_context({"svg.hashsalt": "linvideo"}):
         figure.savefig(paths[1], metadata={"Date": None})
     return [(path, title) for path in paths]

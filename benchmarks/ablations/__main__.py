@@ -1,7 +1,8 @@
 """Ablations of the recipe: `python -m benchmarks.ablations --suite small --seeds 3`.
 
 Every run leaves a row in OUTPUT_DIR/rows.json: a suite that was interrupted goes on where it stopped, and small-all
-continues small. At the end the rows go to benchmarks/results/ablations and docs/ablations.md is made of all results.
+continues small. At the end the rows go to benchmarks/results/ablations, and docs/results/ablations.md is made
+from all results.
 
 small takes about an hour on two CPU cores; middle and large need a GPU and a teacher of
 `python -m linvideo.demo.train_teacher --world middle`.

@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks.ablations.settings import DEFAULT, SETTINGS
+from benchmarks.plots import save
 from benchmarks.results import slug
 
 
@@ -15,11 +16,7 @@ def draw(document: dict, folder: Path) -> list[tuple[Path, str]]:
     for name, draw_one in (("target", _target), ("convergence", _convergence), ("layers", _layers)):
         figure, title = draw_one(rows)
         if figure is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            for suffix in (".png", ".svg"):
-                path = folder / f"{stem}-{name}{suffix}"
-                figure.savefig(path, dpi=130, metadata={"Date": None} if suffix == ".svg" else None)
-                made.append((path, title))
+            made += save(figure, folder / f"{stem}-{name}", title)
     return made
 
 

@@ -1,5 +1,5 @@
 """All committed ablations as tables and plots;
-`python -m benchmarks.ablations.ablations_report` writes docs/ablations.md."""
+`python -m benchmarks.ablations.ablations_report` writes docs/results/ablations.md."""
 
 import json
 import statistics
@@ -11,7 +11,7 @@ from benchmarks.ablations import ablations_plots
 from benchmarks.ablations.settings import DEFAULT, GROUPS, SETTINGS, Suite
 
 FOLDER = results.FOLDER / "ablations"
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "results"
 # key, heading, format, factor
 FIGURES = (
     ("good", "good, %", ".1f", 100),
@@ -28,9 +28,9 @@ FIGURES = (
 HEAD = """# Ablations
 
 Made by `python -m benchmarks.ablations.ablations_report` from benchmarks/results/ablations; what follows from it is in
-[results.md](results.md). Every setting changes one thing of the default recipe and fine-tunes for the same time: the
-column "steps" shows how many steps that were. Figures are the mean over seeds ± their standard deviation. A seed
-decides everything drawn: trajectories, minibatches, the noise and captions of the judged videos.
+[docs/results.md](../results.md). Every setting changes one thing of the default recipe and fine-tunes for the same
+time: the column "steps" shows how many steps that were. Figures are the mean over seeds ± their standard deviation. A
+seed decides everything drawn: trajectories, minibatches, the noise and captions of the judged videos.
 
 - **good**, the primary metric, fixed before the runs: every word of the caption right, motion straight, shapes clean,
   judged exactly.
@@ -69,7 +69,7 @@ def load(folder: Path) -> list[dict]:
 
 
 def write(folder: Path, docs: Path) -> list[Path]:
-    """docs/ablations.md and its plots in docs/ablations/; returns the files."""
+    """ablations.md and its plots in ablations/, both in the folder `docs`; returns the files."""
     lines, files = [HEAD], []
     for document in load(folder):
         made = ablations_plots.draw(document, docs / "ablations")

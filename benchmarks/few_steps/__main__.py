@@ -2,8 +2,8 @@
 
 Converts the world's teacher as the ablations' default run does, distils it to 1, 2 and 4 steps, and sets the results
 beside teacher and converted model at as many steps. Every model leaves a row in OUTPUT_DIR/rows.json: work that was
-interrupted goes on where it stopped. At the end the rows go to benchmarks/results/few_steps and docs/few_steps.md is
-made of all results.
+interrupted goes on where it stopped. At the end the rows go to benchmarks/results/few_steps, and
+docs/results/few_steps.md is made from all results.
 
 small takes about an hour on two CPU cores; middle and large need a GPU and a teacher of
 `python -m linvideo.demo.train_teacher --world middle`.

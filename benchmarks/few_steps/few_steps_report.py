@@ -1,5 +1,5 @@
 """All committed few-step results as tables;
-`python -m benchmarks.few_steps.few_steps_report` writes docs/few_steps.md."""
+`python -m benchmarks.few_steps.few_steps_report` writes docs/results/few_steps.md."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from benchmarks.ablations.ablations_report import layers, spread
 from benchmarks.few_steps.few_steps_bench import FULL, NOTES, STEPS, Scale
 
 FOLDER = results.FOLDER / "few_steps"
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "results"
 # key, heading, format, factor
 FIGURES = (
     ("good", "good, %", ".1f", 100),
@@ -24,7 +24,8 @@ FIGURES = (
 HEAD = """# Few steps
 
 Made by `python -m benchmarks.few_steps.few_steps_report` from benchmarks/results/few_steps; what follows from it is in
-[results.md](results.md). Figures are the mean over seeds ± their standard deviation; a seed decides everything drawn.
+[docs/results.md](../results.md). Figures are the mean over seeds ± their standard deviation; a seed decides everything
+drawn.
 **good**, every word of the caption right, motion straight, shapes clean, is the primary metric; coverage (W1 distance
 of positions and speeds to the world's, lower is better) shows whether a model still makes everything that its teacher
 makes. The other columns are those of [ablations.md](ablations.md). PSNR is to the teacher's video at its full number of
@@ -47,7 +48,7 @@ def save(rows: list[dict], world: str, scale: Scale) -> Path:
 
 
 def write(folder: Path, docs: Path) -> Path:
-    """docs/few_steps.md, of the newest result of each world and device."""
+    """few_steps.md in the folder `docs`, of the newest result of each world and device."""
     documents = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     documents.sort(key=lambda document: document["environment"]["time"])
     newest = {(d["world"], d["environment"]["device"]): d for d in documents}
