@@ -1,4 +1,4 @@
-"""Attention modules that own weights. Imports torch and linvideo.ops only."""
+"""Attention modules with weights. They import only torch and linvideo.ops."""
 
 from linvideo.nn.linear_attention import FEATURE_MAPS, LinearAttentionBranch
 

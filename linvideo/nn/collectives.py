@@ -1,4 +1,4 @@
-"""Sums over the ranks of a group that autograd and torch.compile see through."""
+"""Sums over the ranks of a process group that work with autograd and torch.compile."""
 
 import torch
 import torch.distributed._functional_collectives as funcol
@@ -13,10 +13,10 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        # every rank's loss depends on the sum, so the gradients of all of them add up
+        # every rank's loss depends on the sum, so the gradients of all ranks add up
         return funcol.wait_tensor(funcol.all_reduce(grad.contiguous(), "sum", ctx.group)), None
 
 
 def all_reduce_sum(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-    """The sum of the ranks' x; its gradient is the sum of the ranks' gradients."""
+    """Return the sum of x over the ranks. Its gradient is the sum of the ranks' gradients."""
     return _AllReduce.apply(x.contiguous(), group)

@@ -1,11 +1,11 @@
 """The linear branch of a self-attention layer, and its mixture with softmax attention.
 
-LinVideo (arXiv 2510.08318), section on selective transfer: per layer one learnable scalar r in [0, 1],
+In LinVideo's selective transfer (arXiv 2510.08318) each layer has one learnable scalar r in [0, 1]:
 
-    o = r * softmax_attn(q, k, v) + (1 - r) * linear_attn(q, k, v),
+    o = r * softmax_attn(q, k, v) + (1 - r) * linear_attn(q, k, v)
 
-where the linear branch is Hedgehog's phi(x) = [softmax(x W), softmax(-x W)], W one [D, D] matrix per head, separate for
-q and k. q and k arrive after the layer's q/k norm; RoPE has been applied, or is left to the op.
+The linear branch uses Hedgehog's feature map, phi(x) = [softmax(x W), softmax(-x W)], where W is a [D, D] matrix per
+head, separate for q and k. q and k arrive after the layer's q/k norm, with RoPE applied or left to the op.
 """
 
 import torch
@@ -20,26 +20,27 @@ FEATURE_MAPS = ("hedgehog", "hedgehog_joint", "elu", "relu", "softmax")
 
 
 class LinearAttentionBranch(nn.Module):
-    """Normalised linear attention with its feature weights and, when `mixed`, the mixing scalar r.
+    """Normalised linear attention with its feature weights and, if `mixed`, the mixing scalar r.
 
     Args:
-        heads: number of heads H.
-        head_dim: channels per head D, a multiple of 8 up to 128.
-        feature_map: one of `FEATURE_MAPS`; only the hedgehog maps have weights.
-        mixed: whether the branch owns `r` and can mix itself with softmax attention.
-        r_init: start of r in [0, 1]; 1 is all softmax. It is a plain parameter: the trainer clamps it.
+        heads: Number of heads H.
+        head_dim: Number of channels per head D, a multiple of 8 up to 128.
+        feature_map: Name of the feature map, one of `FEATURE_MAPS`. Only the hedgehog maps have weights.
+        mixed: Whether the branch owns `r` and can mix itself with softmax attention.
+        r_init: Initial value of r in [0, 1]; 1 is softmax attention alone. The branch does not bound r during training:
+            the trainer clamps it.
 
-    Parameters (fp32): `q_weight`, `k_weight` [H, D, D], which the op casts to q's dtype, and `r` [1], never
-    0-dimensional because FSDP2 cannot shard a scalar. They are raw parameters, not `nn.Linear`, so that quantizers,
-    layerwise casting and LoRA target patterns leave them alone.
+    All parameters are fp32: `q_weight` and `k_weight` [H, D, D], which the op casts to q's dtype, and `r` [1], which is
+    not 0-dimensional because FSDP2 cannot shard a scalar. They are raw parameters rather than `nn.Linear`, so that
+    quantizers, layerwise casting and LoRA target patterns leave them alone.
 
     W starts at s = D**0.25 times the identity. For small x, phi(q).phi(k) = (2/D) (1 + s^2 q'.k' / D + ...), where '
-    takes the mean over channels away, so that this s gives exp(q'.k' / sqrt(D)) to first order: the layer starts as
-    close as phi allows to the softmax attention that it replaces. For "hedgehog_joint", (1/2D) (1 + 4 s^2 q.k / D +
-    ...), s is half of that.
+    subtracts the mean over channels. With this s, that is exp(q'.k' / sqrt(D)) to first order, so the layer starts as
+    close to the softmax attention that it replaces as phi allows. For "hedgehog_joint" the product is
+    (1/2D) (1 + 4 s^2 q.k / D + ...), and s is half as large.
 
     Raises:
-        ValueError: for a size, feature map or r_init outside the ranges above.
+        ValueError: A size, the feature map or r_init is outside the ranges above.
     """
 
     def __init__(
@@ -77,16 +78,28 @@ class LinearAttentionBranch(nn.Module):
         key_mask: torch.Tensor | None = None,
         group: torch.distributed.ProcessGroup | None = None,
     ) -> torch.Tensor:
-        """Linear attention over q, k, v [B, N, H, D]; mixed with `softmax_out` [B, N, H, D] when that is given.
+        """Return linear attention over q, k, v, mixed with `softmax_out` if that is given.
 
-        rope: (cos, sin), each [N, D/2], of q and k that are not rotated yet. key_mask: bool [B, N], the keys that
-        count, say without the padding of a text; None is all. group: ranks that hold the other tokens
-        of the same samples (context parallelism); they exchange one sum of H F (D + 1) numbers a sample, however many
-        tokens there are. Returns [B, N, H, D] in q's dtype. Mixing happens here, and not in the attention processor,
-        because offloading hooks place a module's parameters only around that module's own forward.
+        The mixing happens here and not in the attention processor, because offloading hooks place a module's parameters
+        only around that module's own forward.
+
+        Args:
+            q, k, v: Queries, keys and values [B, N, H, D].
+            rope: Rotary embedding (cos, sin), each [N, D/2]; None if q and k have been rotated already.
+            softmax_out: Softmax attention of the same q, k and v, [B, N, H, D].
+            key_mask: Bool [B, N], True for the keys that count and False for, say, the padding of a text. None keeps
+                all keys.
+            group: Ranks that hold the other tokens of the same samples (context parallelism). They exchange one sum of
+                H F (D + 1) numbers per sample, whatever the sequence length.
+
+        Returns:
+            [B, N, H, D] in q's dtype.
+
+        Raises:
+            ValueError: `softmax_out` is given to a layer without r, or the op refuses an argument.
         """
         if softmax_out is not None and self.r is None:
-            raise ValueError("this layer is linear, not mixed: it has no r to mix softmax attention with")
+            raise ValueError("expected no softmax_out in a layer that is linear, not mixed (it has no r), got one")
         mix = None if softmax_out is None else (softmax_out, self.r)
         queries = {"feature_map": self.feature_map, "q_weight": self.q_weight, "rope": rope, "mix": mix}
         if group is None:
@@ -97,7 +110,7 @@ class LinearAttentionBranch(nn.Module):
         return linear_attn_apply(q, total[..., :-1].contiguous(), total[..., -1].contiguous(), **queries)
 
     def drop_r(self) -> None:
-        """Turn a mixed branch into a linear one, in place."""
+        """Make a mixed branch linear, in place."""
         self.r = None
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""What `linear_attn` and its two halves accept; anything else is a ValueError that says what was expected and came."""
+"""Checks of what `linear_attn` and its two halves accept. Each ValueError says what was expected and what came."""
 
 import math
 
@@ -13,7 +13,7 @@ PRECISIONS = ("ieee", "tf32x3")
 
 
 def check_rows(name: str, x: Tensor, like: Tensor | None = None) -> None:
-    """[B, N, H, D] of a dtype, head dimension and (with `like`) device that the op takes."""
+    """Check that x is [B, N, H, D] of a supported dtype and head dimension and, if given, on the device of `like`."""
     if x.dim() != 4:
         raise ValueError(f"expected {name} of shape [B, N, H, D], got {x.dim()} dimensions")
     if x.dtype not in DTYPES or (like is not None and x.dtype != like.dtype):
@@ -35,7 +35,7 @@ def check_values(k: Tensor, v: Tensor) -> None:
 
 
 def check_pair(q: Tensor, k: Tensor) -> None:
-    """Queries and keys of one attention."""
+    """Check that queries and keys have the same batch and head dimension and compatible heads."""
     (batch, _, heads, dim), key_heads = q.shape, k.shape[2]
     if k.shape[0] != batch or k.shape[3] != dim or heads % key_heads:
         raise ValueError(
@@ -44,7 +44,7 @@ def check_pair(q: Tensor, k: Tensor) -> None:
 
 
 def check_features(name: str, weight: Tensor | None, x: Tensor, feature_map: str, precision: str) -> None:
-    """The feature map and its weight for rows x."""
+    """Check the feature map, its weight for the rows x, and the precision."""
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"expected feature_map to be one of {', '.join(FEATURE_MAPS)}, got {feature_map!r}")
     if precision not in PRECISIONS:
@@ -85,7 +85,7 @@ def check_mix_pair(mix) -> None:
 
 
 def check_mix(mix: tuple[Tensor, Tensor] | None, q: Tensor) -> None:
-    """What `check_mix_pair` let through, beside rows q."""
+    """Check the pair that `check_mix_pair` has accepted against the rows q."""
     if mix is None:
         return
     softmax_out, r = mix
@@ -112,7 +112,7 @@ def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
 
 
 def check_packed(name: str, cu_seqlens: Tensor | None, x: Tensor) -> None:
-    """cu_seqlens of rows x. What it holds is checked on the CPU only: reading it would wait for a GPU."""
+    """Check cu_seqlens of the rows x. Its values are checked on the CPU only: reading them would wait for a GPU."""
     if cu_seqlens is None:
         return
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:

@@ -1,13 +1,14 @@
-"""Linear attention in plain PyTorch, a slice of rows at a time: what CPU tensors run. fp32 inside; nothing of size N F.
+"""Linear attention in plain PyTorch, for CPU tensors. It works in fp32 on one slice of rows at a time, so that nothing
+of size N F is ever in memory.
 
-The four functions of the kernels (linvideo_kernels/linear_attn/passes.py), less the rotary embedding and the mixture,
-which linear_attn.py makes of plain operations here:
+These are the four functions of the kernels (linvideo_kernels/linear_attn/passes.py) without the rotary embedding and
+the mixture, which linear_attn.py computes with plain operations when no kernel runs:
     state           S = sum_m phi(k_m)^T v_m [B, Hk, F, D], z = sum_m phi(k_m) [B, Hk, F]
     apply           o = phi(q) S / (phi(q) z + eps)
     apply_backward  with a = 1 / den, delta = do.o: dphi(q) = a (do S^T - delta z), dS = sum a phi(q)^T do,
                     dz = -sum a delta phi(q)
     state_backward  dv = phi(k) dS, dphi(k) = v dS^T + dz
-Every phi is computed again.
+The backward functions compute phi again instead of keeping it.
 """
 
 from collections.abc import Iterator
@@ -16,11 +17,11 @@ import torch
 
 from linvideo.ops.reference import WEIGHTED_MAPS, activate, spans
 
-CHUNK_ELEMENTS = 1 << 20  # features alive at a time: 4 MB, so that a slice stays in the cache
+CHUNK_ELEMENTS = 1 << 20  # features in memory at a time: 4 MB, so that a slice stays in the cache
 
 
 def state(k, v, weight, key_mask, cu_seqlens, feature_map: str):
-    """Returns S and z in fp32; B counts sequences where they are packed."""
+    """Return S and z in fp32. B is the number of sequences if they are packed."""
     heads, dim = k.shape[2:]
     sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     features = 2 * dim if feature_map in WEIGHTED_MAPS else dim
@@ -37,7 +38,7 @@ def state(k, v, weight, key_mask, cu_seqlens, feature_map: str):
 
 
 def state_backward(dstate, dz, k, v, weight, key_mask, cu_seqlens, feature_map: str):
-    """Returns dk, dv in their dtypes and dweight in fp32 (None for None)."""
+    """Return dk and dv in the dtypes of k and v, and dweight in fp32 (None without a weight)."""
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     dweight = None if weight is None else torch.zeros(weight.shape, dtype=torch.float32, device=k.device)
     for at, rows in _slices(k, cu_seqlens, feature_map):
@@ -54,7 +55,7 @@ def state_backward(dstate, dz, k, v, weight, key_mask, cu_seqlens, feature_map: 
 
 
 def apply(q, state, z, weight, cu_seqlens, feature_map: str, scale: float, normalize: bool, eps: float):
-    """Returns o in q's dtype."""
+    """Return o in q's dtype."""
     group = q.shape[2] // state.shape[1]
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for at, rows in _slices(q, cu_seqlens, feature_map):
@@ -68,7 +69,7 @@ def apply(q, state, z, weight, cu_seqlens, feature_map: str, scale: float, norma
 def apply_backward(
     do, q, state, z, weight, cu_seqlens, feature_map: str, scale: float, normalize: bool, eps: float
 ):  # fmt: skip
-    """Returns dq in its dtype, dstate, dz and dweight in fp32 (None for None)."""
+    """Return dq in q's dtype, and dstate, dz and dweight in fp32 (dweight is None without a weight)."""
     group = q.shape[2] // state.shape[1]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dweight = None if weight is None else torch.zeros(weight.shape, dtype=torch.float32, device=q.device)
@@ -96,17 +97,17 @@ def _denominator(phi, z, eps: float):
 
 
 def _over_groups(x, group: int):
-    """Sum over the query heads [B, H, ...] of a key head."""
+    """Sum x [B, H, ...] over the query heads of each key head."""
     return x.unflatten(1, (-1, group)).sum(2)
 
 
 def _masked(x, mask):
-    """x [B, H, n, .], 0 where mask [B, n] is False: a key that is left out may hold anything, NaN included."""
+    """Set x [B, H, n, .] to 0 where mask [B, n] is False. A factor 0 would not do: a masked key may hold NaN."""
     return torch.where(mask[:, None, :, None], x, 0.0)
 
 
 def _features(x, weight, feature_map: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and features [B, H, n, .] in fp32 of rows x [B, n, H, D]."""
+    """Return the logits and features [B, H, n, .] of rows x [B, n, H, D], in fp32."""
     x = _heads_first(x)
     if weight is not None:
         x = x @ weight.float()
@@ -114,7 +115,7 @@ def _features(x, weight, feature_map: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _activate_grad(x, phi, dphi, feature_map: str) -> torch.Tensor:
-    """Gradient with respect to the logits x of `activate`."""
+    """Return the gradient with respect to the logits x, given that of phi = activate(x)."""
     if feature_map == "hedgehog":
         (p, m), (dp, dm) = phi.chunk(2, -1), dphi.chunk(2, -1)
         return _softmax_grad(p, dp) - _softmax_grad(m, dm)
@@ -135,7 +136,7 @@ def _softmax_grad(p, dp) -> torch.Tensor:
 
 
 def _store_input_grad(out, dweight, dx, u, weight) -> None:
-    """x = u W: writes du = dx W^T into out [B, n, H, D] and adds u^T dx to dweight [H, D, D]."""
+    """For x = u W, write du = dx W^T into out [B, n, H, D] and add u^T dx to dweight [H, D, D]."""
     if weight is not None:
         dweight += (_heads_first(u).mT @ dx).sum(0)
         dx = dx @ weight.float().mT
@@ -147,7 +148,10 @@ def _heads_first(x) -> torch.Tensor:
 
 
 def _slices(x, cu_seqlens, feature_map: str) -> Iterator[tuple[slice, slice]]:
-    """(which states, which rows): a slice of rows belongs to every batch entry, or to one packed sequence."""
+    """Yield (states, rows): a slice of rows, and the states that it belongs to.
+
+    These are the states of all batch entries, or that of one packed sequence.
+    """
     batch, _, heads, dim = x.shape
     features = 2 * dim if feature_map in WEIGHTED_MAPS else dim
     step = max(64, CHUNK_ELEMENTS // (batch * heads * features))

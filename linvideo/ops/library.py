@@ -1,12 +1,12 @@
-"""The op's two halves in torch.library: four operators, opaque to torch.compile, and how autograd joins them.
+"""The op's two halves in torch.library: four operators that torch.compile does not look into, connected to autograd.
 
-`linvideo::linear_attn_state` and `linvideo::linear_attn_apply`, each with its `_backward`. CUDA tensors run the Triton
-kernels of `linvideo_kernels`, never anything else; CPU tensors run `chunked`, or with TRITON_INTERPRET=1 in the
-environment the same kernels in Triton's interpreter. An operator cannot return None: an empty tensor stands for it.
+They are `linvideo::linear_attn_state` and `linvideo::linear_attn_apply`, each with its `_backward`. CUDA tensors always
+run the Triton kernels of `linvideo_kernels`. CPU tensors run `chunked`, or the same kernels in Triton's interpreter if
+the environment has TRITON_INTERPRET=1. An operator cannot return None, so an empty tensor stands for it.
 
-Operators are defined and joined to autograd here by hand: `torch.library.custom_op` and its `register_autograd`, which
-do it for any operator, take more of the host's time than the kernels' launches (`python -m benchmarks.host`). Compiled
-graphs in a user's cache name operators: one that changes its arguments or what it returns needs another name.
+The operators are defined and connected to autograd by hand: `torch.library.custom_op` and its `register_autograd` serve
+any operator, but take more of the host's time than the kernels' launches (`python -m benchmarks.host`). Compiled graphs
+in a user's cache refer to operators by name, so an operator whose arguments or results change needs a new name.
 """
 
 import os
@@ -27,7 +27,7 @@ LIBRARY = torch.library.Library("linvideo", "FRAGMENT")
 
 
 def operator(name: str) -> Callable[[Callable], torch._ops.OpOverload]:
-    """Define linvideo::<name>, the decorated function on every device; Dynamo does not look inside."""
+    """Define linvideo::<name> as the decorated function, on every device. Dynamo does not look inside."""
 
     def define(function: Callable) -> torch._ops.OpOverload:
         schema = torch.library.infer_schema(function, mutates_args=())
@@ -39,12 +39,12 @@ def operator(name: str) -> Callable[[Callable], torch._ops.OpOverload]:
 
 
 def fake(op: torch._ops.OpOverload) -> Callable:
-    """Decorates the function that gives the shapes of what an operator returns."""
+    """Decorate the function that gives the shapes of an operator's results."""
     return torch.library.register_fake(op.name(), lib=LIBRARY)
 
 
 def differentiate(op: torch._ops.OpOverload, function: Callable) -> None:
-    """Where a gradient is wanted, run `function`, which applies a torch.autograd.Function that calls the operator."""
+    """Have calls that need a gradient run `function`, which applies a torch.autograd.Function around the operator."""
 
     def call(*inputs):
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
@@ -60,7 +60,7 @@ def below_autograd(op: torch._ops.OpOverload, *inputs):
 
 
 class _Once(torch.autograd.Function):
-    """Gradients that have none themselves."""
+    """Identity whose backward raises: it marks gradients that cannot be differentiated again."""
 
     @staticmethod
     def forward(ctx, *grads):
@@ -72,8 +72,8 @@ class _Once(torch.autograd.Function):
 
 
 def once(op: torch._ops.OpOverload, *inputs) -> tuple[Tensor | None, ...]:
-    """What the operator of a backward returns. A gradient through it is refused."""
-    if not torch.is_grad_enabled():  # it is with create_graph=True
+    """Run the operator of a backward; differentiating its results raises RuntimeError."""
+    if not torch.is_grad_enabled():  # enabled in a backward only by create_graph=True
         return op(*inputs)
     with torch.no_grad():
         grads = op(*inputs)
@@ -93,7 +93,7 @@ def state_op(
     precision: str,
     save_rotated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """S, z in fp32, and k rotated, if the backward will want it."""
+    """Return S and z in fp32 and, if `save_rotated`, the rotated k for the backward."""
     if not uses_kernels(k):
         with torch.autocast(k.device.type, enabled=False):  # k's dtype is decided; sums stay in fp32
             return *chunked.state(k, v, weight, key_mask, cu_seqlens, feature_map), k.new_empty(0)
@@ -118,7 +118,7 @@ def state_backward_op(
     feature_map: str,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dk, dv, dweight; k as the forward rotated it."""
+    """Return dk, dv and dweight. k is the k that the forward has rotated."""
     if not uses_kernels(k):
         with torch.autocast(k.device.type, enabled=False):
             grads = chunked.state_backward(dstate, dz, k, v, weight, key_mask, cu_seqlens, feature_map)
@@ -147,7 +147,7 @@ def apply_op(
     precision: str,
     save_rotated: bool,
 ) -> tuple[Tensor, Tensor]:
-    """o, and q rotated, if the backward will want it."""
+    """Return o and, if `save_rotated`, the rotated q for the backward."""
     options = {"cu_seqlens": cu_seqlens, "feature_map": feature_map, "scale": scale, "normalize": normalize, "eps": eps}
     if not uses_kernels(q):
         with torch.autocast(q.device.type, enabled=False):
@@ -176,7 +176,7 @@ def apply_backward_op(
     eps: float,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dstate, dz, dweight, dsoftmax_out, dr; q as the forward rotated it."""
+    """Return dq, dstate, dz, dweight, dsoftmax_out and dr. q is the q that the forward has rotated."""
     options = {"cu_seqlens": cu_seqlens, "feature_map": feature_map, "scale": scale, "normalize": normalize, "eps": eps}
     if not uses_kernels(q):
         with torch.autocast(q.device.type, enabled=False):
@@ -229,7 +229,7 @@ class _State(torch.autograd.Function):
     def backward(ctx, dstate, dz, _drotated):
         if dstate is None and dz is None:
             return (None,) * 10
-        saved = ctx.saved_tensors  # once: under activation checkpointing a second read raises
+        saved = ctx.saved_tensors  # read only once: under activation checkpointing a second read raises
         state, z = saved[-2:]
         dstate = torch.zeros_like(state) if dstate is None else dstate
         dz = torch.zeros_like(z) if dz is None else dz
@@ -278,9 +278,11 @@ def new(like: Tensor, x: Tensor | None) -> Tensor:
 
 
 def check_interpreted(x: Tensor) -> None:
-    """Refuse bfloat16 on a CPU, where kernels run in Triton's interpreter: its tl.dot multiplies the bit patterns."""
+    """Refuse bfloat16 on the CPU, where Triton's interpreter runs the kernels: its tl.dot multiplies bit patterns."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
-        raise ValueError("expected float32 or float16 under TRITON_INTERPRET=1, whose bfloat16 is wrong, got bfloat16")
+        raise ValueError(
+            "expected float32 or float16 under TRITON_INTERPRET=1, got bfloat16, which Triton's interpreter gets wrong"
+        )
 
 
 def kernels(x: Tensor):

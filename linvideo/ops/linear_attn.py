@@ -1,4 +1,4 @@
-"""The public op: bidirectional linear attention, whole or as its two halves, the state of the keys and its reading."""
+"""The public op: bidirectional linear attention as a whole, or in two halves, one for the keys and one for queries."""
 
 import torch
 from torch import Tensor
@@ -28,40 +28,51 @@ def linear_attn(
 ) -> Tensor:
     """Bidirectional linear attention, O(N) in time and memory (LinVideo, arXiv 2510.08318; Hedgehog, arXiv 2402.04347).
 
-    o_n = phi(q_n) S / (phi(q_n) z + eps) with S = sum_m phi(k_m)^T v_m and z = sum_m phi(k_m) over all Nk keys.
+    o_n = phi(q_n) S / (phi(q_n) z + eps) with S = sum_m phi(k_m)^T v_m and z = sum_m phi(k_m), summed over all Nk keys.
 
     Args:
-        q: [B, Nq, H, D]; k, v: [B, Nk, Hk, D], H a multiple of Hk (query head h reads key head h // (H / Hk)). One
-            dtype of float32, float16, bfloat16; D a multiple of 8 up to 128. Any strides, so [B, H, N, D] comes as
-            x.transpose(1, 2) at no cost; a copy is made only where the last stride is not 1 or rows do not start at
-            multiples of 8 elements.
-        feature_map: "hedgehog", phi(x) = [softmax(xW), softmax(-xW)], the paper's; "hedgehog_joint",
-            softmax([2xW, -2xW]), as flash-linear-attention has it (its layer adds a bias that starts at 0; this has
-            none); "elu": elu(x) + 1; "relu"; "softmax" (over D); "identity" (only with normalize=False). On CUDA the
-            logits of a softmax must stay below 2^30.
-        q_weight [H, D, D], k_weight [Hk, D, D]: the W of the hedgehog maps (xW is [.., D] @ [D, D] per head); required
-            for them, refused otherwise. Any of the three dtypes; cast to q's, gradients come back in their own.
-        rope: (cos, sin), each [N, D/2] with N = Nq = Nk: rotates the channel pairs (2i, 2i + 1) of q and k before the
-            map, in float32, rounded to q's dtype. No gradient flows to the tables.
-        mix: (softmax_out like q, r of one element): returns r softmax_out + (1 - r) o, mixed in float32; gradients
-            reach both. At r = 1 exactly softmax_out, at r = 0 exactly o, both being finite (LinVideo's selective
-            transfer).
-        key_mask: bool [B, Nk], False leaves a key out, whatever it holds.
-        cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], both or none: q [total, H, D] or [1, total, H, D] holds
-            sequences one after another, as in FlashAttention; sequence i of q attends to sequence i of k. Key_mask is
-            [1, total] then, and rope has a row per packed token. They have to rise from 0 to total; on CUDA that is not
-            checked (it would wait for the GPU), and rows that no sequence covers come back 0.
-        scale: multiplies phi(q), so it acts only with normalize=False; default 1.
-        normalize: divide by phi(q) z + eps. eps is added to the plain sum over Nk.
-        fp32_precision: products of float32 inputs on CUDA: "ieee", or "tf32x3" (three tensor-core products for one;
-            not on AMD's GPUs).
+        q: Queries [B, Nq, H, D] in float32, float16 or bfloat16; D is a multiple of 8 up to 128. Any strides are
+            accepted, so a tensor of shape [B, H, N, D] can be passed as x.transpose(1, 2) at no cost. A copy is made
+            only if the last stride is not 1 or if rows do not start at multiples of 8 elements.
+        k, v: Keys and values [B, Nk, Hk, D] in q's dtype. H is a multiple of Hk, and query head h reads key head
+            h // (H / Hk).
+        feature_map: Name of phi:
+            "hedgehog": [softmax(xW), softmax(-xW)], the map that the LinVideo paper uses.
+            "hedgehog_joint": softmax([2xW, -2xW]), as in flash-linear-attention, but without the bias (initially 0)
+            that its layer adds.
+            "elu": elu(x) + 1. "relu": relu(x). "softmax": softmax(x) over D.
+            "identity": x, only with normalize=False.
+            On CUDA the logits of a softmax must stay below 2^30.
+        q_weight, k_weight: Weights W of the hedgehog maps, [H, D, D] for the queries and [Hk, D, D] for the keys; xW is
+            [..., D] @ [D, D] in each head. Required with the hedgehog maps and refused with the others. They may have
+            any of the three dtypes: they are cast to q's, and their gradients come back in their own.
+        rope: Rotary embedding as tables (cos, sin), each [N, D/2] with N = Nq = Nk. The channel pairs (2i, 2i + 1) of q
+            and k are rotated in float32 before the feature map and rounded to q's dtype. The tables get no gradient.
+        mix: Pair (softmax_out, r) to mix with, LinVideo's selective transfer: the result is
+            r softmax_out + (1 - r) o, computed in float32. softmax_out has q's shape and dtype, r one element; both
+            receive gradients. r = 1 gives exactly softmax_out and r = 0 exactly o, provided that both are finite.
+        key_mask: Bool [B, Nk], False for keys to leave out. What a masked key holds does not matter, even NaN.
+        cu_seqlens_q, cu_seqlens_k: Boundaries of packed sequences, int32 [sequences + 1], given together or not at all.
+            As in FlashAttention, q [total, H, D] or [1, total, H, D] then holds one sequence after another, and
+            sequence i of q attends to sequence i of k. key_mask becomes [1, total], and rope has one row per packed
+            token. The boundaries must rise from 0 to total. On CUDA this is not checked, since reading them would wait
+            for the GPU; rows that no sequence covers come back as 0.
+        scale: Factor of phi(q); it has an effect only with normalize=False. None means 1.
+        normalize: Whether to divide by phi(q) z + eps.
+        eps: Number added to the denominator, which is a plain sum over Nk keys, not a mean.
+        fp32_precision: Precision of products of float32 inputs on CUDA: "ieee", or "tf32x3", which forms each product
+            from three TF32 tensor-core products and is not available on AMD GPUs.
 
-    Returns q's shape and dtype; under torch.autocast the inputs are cast to its dtype first, as for
-    scaled_dot_product_attention. Sums are float32. Differentiable (once) in q, k, v, the weights and mix; reruns are
-    bit-equal. On CUDA nothing waits for the GPU: a CUDA graph can capture the forward, and the forward with its
-    backward, once the same call has been made outside of a capture, which compiles the kernels.
+    Returns:
+        o [B, Nq, H, D] in q's dtype. Under torch.autocast the inputs are first cast to its dtype, as for
+        scaled_dot_product_attention.
 
-    Raises ValueError on anything that does not fit the above.
+    Sums are accumulated in float32, and reruns give the same bits. The op is differentiable once, with respect to q, k,
+    v, the weights and mix. On CUDA nothing waits for the GPU: a CUDA graph can capture the forward, alone or with its
+    backward, after the same call has been made once outside the capture to compile the kernels.
+
+    Raises:
+        ValueError: An argument does not fit this description.
     """
     checks.check_mix_pair(mix)
     q, k, v, mix = _autocast(q, k, v, mix)
@@ -74,12 +85,13 @@ def linear_attn(
     if (cu_seqlens_q is None) != (cu_seqlens_k is None) or (
         cu_seqlens_q is not None and cu_seqlens_q.shape != cu_seqlens_k.shape
     ):
-        raise ValueError("expected cu_seqlens_q and cu_seqlens_k of one length or neither, got another combination")
+        q_ends, k_ends = (None if x is None else list(x.shape) for x in (cu_seqlens_q, cu_seqlens_k))
+        raise ValueError(f"expected cu_seqlens_q and cu_seqlens_k of one shape, or neither, got {q_ends} and {k_ends}")
     _check_state_arguments(k, v, feature_map, k_weight, None, key_mask, cu_seqlens_k, fp32_precision)
     scaling = {"scale": scale, "normalize": normalize, "eps": eps}
     _check_apply_arguments(q, feature_map, q_weight, rope, mix, cu_seqlens_q, fp32_precision, **scaling)
     if rope is not None and k.shape[1] != q.shape[1]:
-        raise ValueError(f"expected as many keys as queries with rope, got {q.shape[1]} and {k.shape[1]}")
+        raise ValueError(f"expected as many keys as queries with rope, got {k.shape[1]} keys, {q.shape[1]} queries")
     (q, k), cos, sin = _rope(rope, q, k)
     fused, ends = _fused(mix, q), (key_mask, cu_seqlens_q, cu_seqlens_k)
     settings = feature_map, 1.0 if scale is None else float(scale), normalize, float(eps), fp32_precision, False
@@ -99,17 +111,22 @@ def linear_attn_state(
     cu_seqlens_k: Tensor | None = None,
     fp32_precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
-    """The keys' half of `linear_attn`: S = sum_m phi(k_m)^T v_m [B, Hk, F, D] and z = sum_m phi(k_m) [B, Hk, F].
+    """The keys' half of `linear_attn`: S = sum_m phi(k_m)^T v_m and z = sum_m phi(k_m).
 
-    Plain sums in float32, F = 2D for the hedgehog maps and D otherwise, B the number of sequences where they are
-    packed: the states of parts of a sequence add up to the state of the whole, so that ranks of a context-parallel
-    group all-reduce them and a stream adds what comes. Arguments as in `linear_attn`; rope's tables belong to these
-    keys.
+    Both are plain sums, so the states of parts of a sequence add up to the state of the whole sequence: the ranks of a
+    context-parallel group can all-reduce them, and a stream can add the keys that arrive.
 
-    Returns (S, z), differentiable (once) in k, v and the weight. `linear_attn_apply` reads them:
-    linear_attn(q, k, v) equals linear_attn_apply(q, *linear_attn_state(k, v)) bit for bit.
+    Args:
+        k, v, feature_map, k_weight, key_mask, cu_seqlens_k, fp32_precision: Arguments of `linear_attn`.
+        rope: Tables (cos, sin) of these keys, each [Nk, D/2].
 
-    Raises ValueError on anything that does not fit.
+    Returns:
+        (S, z), S [B, Hk, F, D] and z [B, Hk, F], both float32. F is 2D for the hedgehog maps and D for the others; with
+        cu_seqlens_k, B is the number of sequences. They are differentiable once, with respect to k, v and the weight.
+        linear_attn_apply(q, *linear_attn_state(k, v)) equals linear_attn(q, k, v) bit for bit.
+
+    Raises:
+        ValueError: An argument does not fit this description.
     """
     k, v, _, _ = _autocast(k, v)
     if cu_seqlens_k is not None and k.dim() == 3:
@@ -137,13 +154,20 @@ def linear_attn_apply(
     eps: float = 1e-6,
     fp32_precision: str = "ieee",
 ) -> Tensor:
-    """The queries' half of `linear_attn`: phi(q) S / (phi(q) z + eps), mixed if asked for.
+    """The queries' half of `linear_attn`: o = phi(q) S / (phi(q) z + eps), optionally mixed with softmax attention.
 
-    S [B, Hk, F, D], z [B, Hk, F] float32 of `linear_attn_state` or sums of such; the rest as in `linear_attn`, rope's
-    tables those of these queries. Differentiable (once) in q, S, z, the weight and mix; with float16 inputs the
-    gradients of S and z are 0 for features that no key has (z = 0).
+    Args:
+        S, z: State of the keys as `linear_attn_state` returns it, or a sum of such states: S [B, Hk, F, D] and
+            z [B, Hk, F], both float32.
+        rope: Tables (cos, sin) of these queries, each [Nq, D/2].
+        q, feature_map, q_weight, mix, cu_seqlens_q, scale, normalize, eps, fp32_precision: Arguments of `linear_attn`.
 
-    Returns q's shape and dtype. Raises ValueError on anything that does not fit.
+    Returns:
+        o [B, Nq, H, D] in q's dtype. It is differentiable once, with respect to q, S, z, the weight and mix. With
+        float16 inputs the gradients of S and z are 0 for features that no key has (z = 0).
+
+    Raises:
+        ValueError: An argument does not fit this description.
     """
     checks.check_mix_pair(mix)
     q, _, _, mix = _autocast(q, mix=mix)
@@ -181,7 +205,7 @@ def _check_apply_arguments(
 
 
 def _rope(rope, *rows: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
-    """The rows and the tables; where no kernel rotates, the rotated rows and no tables."""
+    """Return the rows and the tables for a kernel to rotate; without kernels, the rotated rows and no tables."""
     if rope is None:
         return rows, None, None
     cos, sin = rope[0].detach(), rope[1].detach()
@@ -191,15 +215,15 @@ def _rope(rope, *rows: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None, Tenso
 
 
 def _fused(mix, q: Tensor):
-    """(softmax_out, r) where a kernel mixes."""
+    """Return (softmax_out, r) if a kernel does the mixing, else (None, None)."""
     return mix if mix is not None and uses_kernels(q) else (None, None)
 
 
 def _mixed(out: Tensor, mix) -> Tensor:
-    """The mixture where no kernel mixes."""
+    """Mix `out` with softmax_out, unless there is nothing to mix or a kernel has done it."""
     if mix is None or uses_kernels(out):
         return out
-    softmax_out, r = mix[0], mix[1].float().reshape(1)  # of one axis, so that the mixture is float32
+    softmax_out, r = mix[0], mix[1].float().reshape(1)  # one axis, not zero: promotes the mixture to float32
     return (r * softmax_out + (1 - r) * out).to(out.dtype)
 
 
@@ -208,9 +232,9 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def _autocast(a: Tensor, b: Tensor | None = None, c: Tensor | None = None, mix=None):
-    """The rows in torch.autocast's dtype where it is on."""
+    """Cast the rows to torch.autocast's dtype if autocast is on."""
     kind = a.device.type
-    # torch.amp.is_autocast_available would say it of meta too, but Dynamo of PyTorch 2.11 cannot trace it
+    # torch.amp.is_autocast_available would cover meta too, but Dynamo in PyTorch 2.11 cannot trace it.
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return a, b, c, mix
     dtype = torch.get_autocast_dtype(kind)
@@ -221,7 +245,7 @@ def _autocast(a: Tensor, b: Tensor | None = None, c: Tensor | None = None, mix=N
 
 
 def _unpacked(x):
-    """[total, H, D] as a batch of one; for mix, its softmax_out."""
+    """Give [total, H, D] a batch axis of one; in the pair mix, give it to softmax_out."""
     if x is None:
         return None
     return x.unsqueeze(0) if isinstance(x, Tensor) else (x[0].unsqueeze(0), x[1])

@@ -1,4 +1,4 @@
-"""What `linear_attn` means, as the shortest program in any floating dtype; O(N F) memory. Tests measure against it."""
+"""The definition of `linear_attn` as a short program in any floating dtype, with O(N F) memory, for tests."""
 
 import torch
 
@@ -7,12 +7,12 @@ WEIGHTED_MAPS = ("hedgehog", "hedgehog_joint")
 
 
 def activate(x: torch.Tensor, feature_map: str) -> torch.Tensor:
-    """Features [..., F] of logits [..., D]; F = 2D for the maps with weights and D otherwise."""
+    """Return the features [..., F] of logits [..., D]; F is 2D for the maps with weights and D for the others."""
     if feature_map == "hedgehog":
         return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1)
     if feature_map == "hedgehog_joint":
         return torch.cat([2 * x, -2 * x], dim=-1).softmax(-1)
-    if feature_map == "elu":  # elu(x) + 1, written so that exp(x) is not lost beside 1
+    if feature_map == "elu":  # elu(x) + 1, written so that a small exp(x) is not lost in (exp(x) - 1) + 1
         return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
     if feature_map == "relu":
         return x.relu()
@@ -22,14 +22,14 @@ def activate(x: torch.Tensor, feature_map: str) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of the channel pairs (2i, 2i + 1) of x [B, N, H, D] by cos, sin [N, D/2]; x's dtype."""
+    """Rotate the channel pairs (2i, 2i + 1) of x [B, N, H, D] by cos, sin [N, D/2]; the result has x's dtype."""
     even, odd = x[..., 0::2], x[..., 1::2]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 
 def features(x: torch.Tensor, weight: torch.Tensor | None, rope, feature_map: str) -> torch.Tensor:
-    """phi [B, N, H, F] of x [B, N, H, D]."""
+    """Return phi [B, N, H, F] of x [B, N, H, D]."""
     if rope is not None:
         x = rotate(x, *rope)
     if weight is not None:
@@ -38,7 +38,7 @@ def features(x: torch.Tensor, weight: torch.Tensor | None, rope, feature_map: st
 
 
 def spans(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[slice]:
-    """The rows of each packed sequence of x [1, N, H, D]; all of them where nothing is packed."""
+    """Return the rows of each packed sequence of x [1, N, H, D], or all rows of x if cu_seqlens is None."""
     if cu_seqlens is None:
         return [slice(0, x.shape[1])]
     ends = cu_seqlens.tolist()
@@ -62,11 +62,12 @@ def linear_attn_reference(
     normalize: bool = True,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """o = phi(q) S / (phi(q) z + eps) with S = sum_m phi(k_m)^T v_m, z = sum_m phi(k_m); arguments as `linear_attn`.
+    """Return o = phi(q) S / (phi(q) z + eps) with S = sum_m phi(k_m)^T v_m and z = sum_m phi(k_m).
 
-    With normalize=False, o = scale phi(q) S. Differentiable by autograd; everything runs in q's dtype.
+    With normalize=False, o = scale phi(q) S. The arguments are those of `linear_attn`. Everything is computed in q's
+    dtype and differentiable by autograd.
     """
-    if key_mask is not None:  # whatever the others hold, NaN included
+    if key_mask is not None:  # not a factor 0: masked keys may hold NaN
         k, v = (torch.where(key_mask[:, :, None, None], x, 0.0) for x in (k, v))
     phi_q, phi_k = features(q, q_weight, rope, feature_map), features(k, k_weight, rope, feature_map)
     if key_mask is not None:

@@ -1,7 +1,7 @@
-"""`linear_attn` in torch.library: `linvideo::linear_attn` and its `_backward`, the two halves of library.py in one.
+"""`linear_attn` in torch.library: `linvideo::linear_attn` and its `_backward`, both halves of library.py in one.
 
-One operator costs the host half of what two cost. And the backward finds what the forward made of the weights and of
-the state, which the halves, whose states may be sums of several, make again.
+One operator costs the host half as much as two. Its backward also reuses the weights and the state as the forward
+prepared them. The halves have to prepare the state again, because their state may be a sum of several.
 """
 
 import torch
@@ -44,8 +44,10 @@ def forward_op(
     precision: str,
     training: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """o; and in training what the backward reads: S and z; of the kernels also T and its statistics, and with rope the
-    rotated q and k."""
+    """Return o and, in training, a list of what the backward reads.
+
+    The list holds S and z; from the kernels also T and its statistics (prepare.py) and, with rope, the rotated q and k.
+    """
     of_keys = {"key_mask": key_mask, "cu_seqlens": cu_seqlens_k, "feature_map": feature_map}
     of_queries = {"cu_seqlens": cu_seqlens_q, "feature_map": feature_map}
     of_queries |= {"scale": scale, "normalize": normalize, "eps": eps}
@@ -87,9 +89,12 @@ def backward_op(
     precision: str,
     keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dq_weight and dk_weight in fp32, dsoftmax_out, dr; without `keys` nothing for k, v, k_weight.
+    """Return dq, dk, dv, dq_weight, dk_weight, dsoftmax_out and dr; the gradients of the weights are in fp32.
 
-    q and k as the forward rotated them; kept: the rest of what it returned.
+    Args:
+        q, k: Queries and keys as the forward has rotated them.
+        kept: The rest of the forward's list.
+        keys: Whether to compute dk, dv and dk_weight; if not, they are empty.
     """
     state, z, *prepared = kept
     dk = dv = dk_weight = dsoftmax = dr = None
@@ -158,7 +163,7 @@ class _LinearAttn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
-        saved = ctx.saved_tensors  # once: under activation checkpointing a second read raises
+        saved = ctx.saved_tensors  # read only once: under activation checkpointing a second read raises
         keys = any(ctx.needs_input_grad[i] for i in (1, 2, 4))
         dq, dk, dv, dq_weight, dk_weight, dsoftmax, dr = once(
             backward_op, do, *saved[:12], list(saved[12:]), *ctx.settings, keys
@@ -173,7 +178,7 @@ class _LinearAttn(torch.autograd.Function):
 
 
 def _with_gradient(*inputs) -> tuple[Tensor, list[Tensor]]:
-    return _LinearAttn.apply(*inputs), []  # autograd has what the backward reads
+    return _LinearAttn.apply(*inputs), []  # autograd keeps what the backward reads
 
 
 differentiate(forward_op, _with_gradient)

@@ -1,4 +1,4 @@
-"""Arguments of the four custom operators for a case, in the order of linvideo/ops/library.py."""
+"""Arguments of the six custom operators (linvideo/ops/library.py and whole.py) for a case."""
 
 import torch
 from cases import Case, make_inputs
@@ -10,10 +10,10 @@ OPS = torch.ops.linvideo
 
 
 def operator_arguments(case: Case, device: str) -> dict[str, tuple]:
-    """Name after "linear_attn" -> arguments: the whole op, its two halves and their backwards; the tensors of the
-    three forwards require gradients.
+    """Return {name after "linear_attn": arguments} for the whole op, its two halves and their backwards.
 
-    Off the kernels the operators never see a rotary embedding or a mixture.
+    The tensors of the three forwards require gradients. Without kernels the operators never see a rotary embedding or a
+    mixture.
     """
     inputs, grad = make_inputs(case, device)
     inputs = {name: x.detach().nan_to_num(0, 0, 0).requires_grad_() for name, x in inputs.items()}  # opcheck compares
@@ -66,7 +66,7 @@ BACKWARD_CHECKS = ("test_schema", "test_faketensor")
 
 
 def check_operators(case: Case, device: str) -> None:
-    """torch.library.opcheck on all six."""
+    """Run torch.library.opcheck on all six operators."""
     for name, arguments in operator_arguments(case, device).items():
         checks = BACKWARD_CHECKS if name.endswith("backward") else FORWARD_CHECKS
         torch.library.opcheck(getattr(OPS, f"linear_attn{name}").default, arguments, test_utils=checks)

@@ -11,7 +11,7 @@ feature_map = pytest.importorskip("fla.modules.feature_map", reason="needs flash
 
 @pytest.mark.filterwarnings("ignore")
 def test_hedgehog_joint_is_that_of_fla():
-    """The features, and the attention made of them; fla's linear layer is x @ weight.T."""
+    """The features and the attention computed from them agree; fla's linear layer is x @ weight.T."""
     torch.manual_seed(0)
     maps = [feature_map.HedgehogFeatureMap(16) for _ in range(2)]
     with torch.no_grad():

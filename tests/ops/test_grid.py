@@ -1,4 +1,4 @@
-"""How full the kernels' grids keep a GPU at Wan's shapes."""
+"""How well the kernels' grids fill a GPU at Wan's shapes."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ H100 = 132  # multiprocessors
 SHAPES = [  # (heads, tokens): 1.3B and 14B at 480p and 720p
     (heads, tokens) for heads in (12, 40) for tokens in (21 * 30 * 52, 21 * 45 * 80)
 ]
-KERNELS = {  # halves of the feature map that have programs of their own, and whether each writes a partial sum
+KERNELS = {  # programs per head and item (2: one for each half of the feature map); whether they write partial sums
     "accumulate_state": (2, True),
     "apply_state": (1, False),
     "map_grad": (1, False),
     "project_grad": (1, True),
     "mix_grad": (1, True),
 }
-# What the table may hold, so that the grid is right for its rivals too.
+# Other tiles that the table may hold one day: (rows, programs per multiprocessor).
 TILES = {
     "accumulate_state": [(64, 2), (128, 1)],
     "apply_state": [(64, 2), (128, 1)],
@@ -38,18 +38,18 @@ def tiles(kernel: str) -> list[configs.Tile]:
 @pytest.mark.parametrize(("heads", "tokens"), SHAPES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_grids_fill_the_multiprocessors(kernel, heads, tokens, batch):
-    """The tiles that there are, over those that there is time for until the last program ends: at least 95%."""
+    """The grid computes at least 95% of the tiles that the GPU has time for until the last program ends."""
     halves, partials = KERNELS[kernel]
     for tile in tiles(kernel):
         work = configs.deal_out(tile, tokens, batch, None, heads * halves, H100, partials)
         waves = -(-work.items * heads * halves // (tile.resident * H100))
         assert waves <= (5 if partials else 16)
         needed = -(-tokens // tile.block) * batch * heads * halves
-        room = waves * tile.resident * H100 * (work.rows // tile.block)
-        assert needed >= 0.95 * room, f"{tile}: {needed / room:.3f}"
+        possible = waves * tile.resident * H100 * (work.rows // tile.block)
+        assert needed >= 0.95 * possible, f"{tile}: {needed / possible:.3f}"
 
 
 def test_a_small_grid_is_one_wave():
-    """Fewer tiles than programs fit: each tile is a program."""
+    """With fewer tiles than programs that fit on the GPU, each tile gets a program of its own."""
     work = configs.deal_out(configs.Tile(64, 4, 1, resident=2), 300, 1, None, 4, H100, True)
     assert (work.items, work.rows) == (5, 64)

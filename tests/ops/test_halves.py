@@ -1,4 +1,4 @@
-"""linear_attn_state and linear_attn_apply on the CPU path, each by itself, against float64."""
+"""linear_attn_state and linear_attn_apply on the CPU path, each on its own, against float64."""
 
 import pytest
 from cases import DTYPES, GRAD_LAYOUTS, LAYOUTS, MAPS, OPTIONS, Case, make_inputs
@@ -44,7 +44,7 @@ def test_apply(case):
 
 @given(case=CASES)
 @settings(max_examples=30, deadline=None, derandomize=True)
-def test_the_references_of_the_halves_make_the_reference(case):
+def test_the_references_of_the_halves_agree_with_the_whole_reference(case):
     inputs, grad = make_inputs(case, "cpu")
     exact = {name: x.detach().double() for name, x in inputs.items()}
     keys = {name: exact.pop(name) for name in ("k", "v", "k_weight") if name in exact}

@@ -1,4 +1,4 @@
-"""What makes Triton compile a kernel again: no length, number of sequences or number of splits may."""
+"""No length, number of sequences or number of splits may make Triton compile a kernel again."""
 
 import importlib
 import pkgutil
@@ -11,12 +11,12 @@ import linvideo_kernels.linear_attn as package  # noqa: E402
 from linvideo_kernels.linear_attn.launch import SIZES, Target, recording  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-# sizes of a launch: by these names wherever they occur; with HEADS, which differs between models only
+# Names of the sizes that change between launches. SIZES also has HEADS, which differs only between models.
 GROW = {"SEQUENCES", "N", "splits", "rows", "factors_plane"}
 
 
 def kernels() -> dict[str, JITFunction]:
-    """Every kernel of the package by name: the jitted functions that take a pointer to store through."""
+    """Return every kernel of the package by name: the jitted functions that are launched."""
     found = {}
     for info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{info.name}")
@@ -30,7 +30,7 @@ def kernels() -> dict[str, JITFunction]:
 
 @pytest.mark.parametrize("name", kernels())
 def test_sizes_do_not_specialize(name):
-    """A size that is 1, or a multiple of 16, is not another kernel; none is a constexpr."""
+    """A size of 1 or a multiple of 16 does not compile another kernel, and no size is a constexpr."""
     sizes = [parameter for parameter in kernels()[name].params if parameter.name in {*SIZES, *GROW}]
     assert all(parameter.do_not_specialize and not parameter.is_constexpr for parameter in sizes)
     assert sizes or name == "prepare_state"
@@ -41,12 +41,12 @@ def test_lengths_are_among_the_sizes():
 
 
 def test_each_size_is_a_parameter():
-    """A name that no kernel has any more protects none: its parameter was renamed."""
+    """Each name in SIZES is a parameter of some kernel; otherwise one was renamed and is no longer protected."""
     assert set(SIZES) <= {parameter.name for kernel in kernels().values() for parameter in kernel.params}
 
 
 def launches(length: int, sequences: int):
-    """(kernel, tile, constexprs) of a forward and backward with every option, on tensors without memory, for sm_90."""
+    """Return (kernel, tile, constexprs) of a forward and backward with every option, on meta tensors, for sm_90."""
 
     def meta(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

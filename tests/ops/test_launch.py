@@ -1,4 +1,4 @@
-"""What `launch` takes for granted of Triton: arguments that compile to one kernel, and to two."""
+"""What `launch` assumes about Triton: which arguments share a compiled kernel, and which need another."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ class Compiled(CompiledKernel):
 
 
 class Kernel:
-    """A jitted function: a launch through Triton returns what it compiled."""
+    """Stands for a jitted function: a launch through Triton returns what it has compiled."""
 
     arg_names = ("u_ptr", "w_ptr", "stride", "D")
 
@@ -60,7 +60,7 @@ def run(kernel: Kernel, tile: configs.Tile = TILE, **changes) -> None:
     launch.launch(kernel, 7, tile, torch.device("cpu"), **GIVEN | changes)
 
 
-def test_the_same_kind_of_arguments_finds_the_compiled_kernel(kernel):
+def test_arguments_of_the_same_kind_reuse_the_compiled_kernel(kernel):
     for u in (MEMORY, MEMORY.clone(), MEMORY[8:]):
         run(kernel, u_ptr=u)
     (compiled,) = kernel.compiled
@@ -69,14 +69,14 @@ def test_the_same_kind_of_arguments_finds_the_compiled_kernel(kernel):
 
 
 @pytest.mark.parametrize("change", OTHERS)
-def test_another_kind_goes_through_triton(kernel, change):
+def test_arguments_of_another_kind_go_through_triton(kernel, change):
     run(kernel)
     run(kernel, **OTHERS[change])
     assert len(kernel.compiled) == 2 and not any(compiled.launched for compiled in kernel.compiled)
 
 
 def test_on_amd_a_tensor_of_more_than_2_gb_is_of_another_kind(kernel, monkeypatch):
-    """Triton has 32-bit offsets for the others."""
+    """Triton addresses smaller tensors with 32-bit offsets."""
     monkeypatch.setattr(torch.version, "hip", "7.0")
     for elements in (2**30 - 1, 1000, 2**30):
         run(kernel, u_ptr=torch.empty(elements, dtype=torch.bfloat16, device="meta"))
@@ -84,7 +84,7 @@ def test_on_amd_a_tensor_of_more_than_2_gb_is_of_another_kind(kernel, monkeypatc
 
 
 class Properties:
-    """Of a GPU, as PyTorch gives them."""
+    """Stands for the properties that PyTorch returns for a GPU."""
 
     multi_processor_count, major, minor, name = 304, 9, 4, "some GPU"
 
@@ -94,7 +94,7 @@ class Properties:
 
 @pytest.fixture
 def hip(monkeypatch):
-    """Makes device 0 an AMD GPU."""
+    """Make device 0 an AMD GPU of the given architecture."""
     monkeypatch.setattr(torch.version, "hip", "7.0")
     launch._cuda_target.cache_clear()
     yield lambda arch: monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties(arch))
@@ -128,7 +128,7 @@ def test_another_tile_goes_through_triton(kernel):
     assert len(kernel.compiled) == 2
 
 
-def test_the_store_does_not_grow_without_end(kernel):
+def test_the_cache_of_compiled_kernels_is_bounded(kernel):
     for stride in range(3000):
         run(kernel, stride=stride)
     assert len(launch._compiled) <= 1024

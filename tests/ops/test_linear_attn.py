@@ -16,7 +16,7 @@ BASE = Case(head_dim=24, nq=150, nk=130, heads=3)  # more than two slices of 64 
 
 @pytest.fixture(autouse=True)
 def short_slices(monkeypatch):
-    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1)  # 64 rows, the least, so that small inputs take several
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1)  # slices of 64 rows, the minimum: small inputs take several
 
 
 CASES = {
@@ -96,7 +96,7 @@ def test_inputs_are_not_written():
 
 
 def test_softmax_of_huge_logits_is_finite():
-    """exp(300) overflows fp32: the maximum has to come off first, for both signs."""
+    """exp(300) overflows fp32, so the maximum has to be subtracted first, for both signs."""
     case = dataclasses.replace(BASE, dtype="fp32", input_scale=100.0)
     inputs, grad = make_inputs(case, "cpu")
     check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))
@@ -104,7 +104,7 @@ def test_softmax_of_huge_logits_is_finite():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_queries_without_positive_features(dtype):
-    """relu leaves q's rows, or every key, without features: o = 0 / eps, and 1 / eps overflows fp16."""
+    """Where relu leaves a query or all keys without features, o = 0 / eps; 1 / eps overflows fp16."""
     case = dataclasses.replace(BASE, map=("relu", True), dtype=dtype)
     inputs, grad = make_inputs(case, "cpu")
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_only_some_inputs_need_gradients():
     assert not linear_attn(**{name: x.detach() for name, x in inputs.items()}).requires_grad
 
 
-def test_weights_may_stay_fp32_beside_16_bit_inputs():
+def test_weights_may_stay_fp32_with_16_bit_inputs():
     inputs, grad = make_inputs(BASE, "cpu")
     weights = {name: inputs[name].detach().float().requires_grad_() for name in ("q_weight", "k_weight")}
     out = linear_attn(**inputs | weights)
@@ -135,7 +135,7 @@ def test_weights_may_stay_fp32_beside_16_bit_inputs():
 
 
 class _Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-    """Elements of the largest tensor that any operation made."""
+    """Records the number of elements of the largest tensor that any operation has made."""
 
     largest = 0
 
@@ -153,8 +153,8 @@ LONG = Case(head_dim=16, nq=30_000, nk=30_000, dtype="fp32", batch=1, heads=4)
 
 @pytest.mark.parametrize("option", [{}, {"mask": "some"}, {"packed": "rows"}, {"group": 2, "heads": 2}], ids=str)
 def test_operators_make_nothing_of_n_f(option, monkeypatch):
-    """The largest tensor that the four make on the way is of an input's size."""
-    monkeypatch.undo()  # slices as shipped
+    """The largest tensor that the four functions make is no larger than an input."""
+    monkeypatch.undo()  # slices of the usual size
     case = dataclasses.replace(LONG, **option)
     inputs, grad = make_inputs(case, "cpu")
     q, k, v, q_weight, k_weight = (x.detach() for x in inputs.values())
@@ -168,8 +168,8 @@ def test_operators_make_nothing_of_n_f(option, monkeypatch):
     assert 0 < sizes.largest <= q.numel()
 
 
-# Rows kept for the backward, as multiples of q's size. Without a kernel the rotary embedding and the mixture are plain
-# operations: the mixture keeps softmax_out and o.
+# What is kept for the backward, in multiples of q's size. Without kernels the rotary embedding and the mixture are
+# plain operations, and the mixture keeps softmax_out and o.
 KEPT = {
     "plain": ({}, 3),
     "mask": ({"mask": "some"}, 3),
@@ -181,7 +181,7 @@ KEPT = {
 
 @pytest.mark.parametrize("name", KEPT)
 def test_keeps_rows_and_sums_only(name, monkeypatch):
-    """For the backward there stay q, k, v and what does not grow with N."""
+    """Only q, k, v and tensors that do not grow with N are kept for the backward."""
     monkeypatch.undo()
     option, rows = KEPT[name]
     case = dataclasses.replace(LONG, **option)

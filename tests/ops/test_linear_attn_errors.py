@@ -39,7 +39,7 @@ def plain(feature_map: str = "elu", **changes) -> dict:
 
 
 def packed(**changes) -> dict:
-    """[total, H, D] of two sequences."""
+    """Return good arguments with two packed sequences, rows [total, H, D]."""
     good = {"cu_seqlens_q": ends(), "cu_seqlens_k": ends()} | {name: rows(N, H, D) for name in ("q", "k", "v")}
     return arguments(**good | changes)
 
@@ -120,7 +120,7 @@ OPTIONS = {
     "rope batch": (arguments(rope=table(B, N, D // 2)), r"rope's cos of shape \[5, 8\].*got \(2, 5, 8\)"),
     "rope dtype": (arguments(rope=table(dtype=torch.float64)), r"rope's cos in float32, .*, got torch.float64"),
     "rope device": (arguments(rope=table(**META)), r"rope's cos on the rows' device cpu, got meta"),
-    "rope of two": (arguments(k=rows(B, 7, H, D), v=rows(B, 7, H, D), rope=table()), r"with rope, got 5 and 7"),
+    "rope of two": (arguments(k=rows(B, 7, H, D), v=rows(B, 7, H, D), rope=table()), r"with rope, got 7 keys, 5 queries"),
     "mix one": (arguments(mix=rows()), r"mix to be two tensors \(softmax_out, r\), got Tensor"),
     "mix number": (arguments(mix=(rows(), 0.5)), r"mix to be two tensors \(softmax_out, r\), got tuple"),
     "mix short": (arguments(mix=(rows(),)), r"mix to be two tensors \(softmax_out, r\), got tuple"),
@@ -137,9 +137,9 @@ OPTIONS = {
     "mask device": (arguments(key_mask=torch.ones(B, N, **META).bool()), r"key_mask on .* cpu, got meta"),
 }
 PACKED = {
-    "q alone": (packed(cu_seqlens_k=None), r"cu_seqlens_q and cu_seqlens_k of one length or neither"),
-    "k alone": (arguments(cu_seqlens_k=ends()), r"cu_seqlens_q and cu_seqlens_k of one length or neither"),
-    "other lengths": (packed(cu_seqlens_k=ends(0, N)), r"cu_seqlens_q and cu_seqlens_k of one length or neither"),
+    "q alone": (packed(cu_seqlens_k=None), r"cu_seqlens_q and cu_seqlens_k of one shape, or neither"),
+    "k alone": (arguments(cu_seqlens_k=ends()), r"cu_seqlens_q and cu_seqlens_k of one shape, or neither"),
+    "other lengths": (packed(cu_seqlens_k=ends(0, N)), r"cu_seqlens_q and cu_seqlens_k of one shape, or neither"),
     "int64": (packed(cu_seqlens_q=ends(dtype=torch.int64)), r"cu_seqlens_q to be int32 .*, got torch.int64 \(3,\)"),
     "2-D": (packed(**{f"cu_seqlens_{x}": ends()[None] for x in "qk"}), r"cu_seqlens_k to be int32 .*\(1, 3\)"),
     "no sequence": (packed(**{f"cu_seqlens_{x}": ends()[:1] for x in "qk"}), r"of shape \[sequences \+ 1\].*\(1,\)"),
@@ -254,7 +254,7 @@ def test_says_so_under_autocast_too(op, mix):
 
 
 def test_every_error_is_seen():
-    """Each `raise ValueError` of checks.py and linear_attn.py is met by a message above."""
+    """Each `raise ValueError` in checks.py and linear_attn.py is reached by a case above."""
     seen = set()
     for op, table in GROUPS.values():
         for bad, _ in table.values():
@@ -268,7 +268,7 @@ def test_every_error_is_seen():
     for source in (checks, inspect.getmodule(linear_attn)):
         lines, _ = inspect.getsourcelines(source)
         raises = [number for number, line in enumerate(lines, 1) if re.match(r"\s*raise ValueError", line)]
-        # of a call over several lines the traceback names one of its lines
+        # for a call over several lines the traceback names any of them
         spans = {number: range(number, number + 4) for number in raises}
         missed = [n for n, span in spans.items() if not any((source.__file__, line) in seen for line in span)]
         assert raises and not missed, f"{source.__name__}, lines {missed}"

@@ -1,4 +1,4 @@
-"""The op in PyTorch's machinery: torch.library, torch.compile, autocast, checkpoints, second derivatives, import."""
+"""The op under torch.library, torch.compile, autocast, activation checkpointing and meta tensors."""
 
 import copy
 import dataclasses
@@ -38,7 +38,7 @@ def test_opcheck_of_strided_inputs(layout):
 
 
 def assert_compiles(case: Case, op, **settings) -> None:
-    """fullgraph and the eager values."""
+    """Assert that `op` compiles with fullgraph=True and then gives the eager values."""
     torch._dynamo.reset()
     inputs, grad = make_inputs(case, "cpu")
     compiled = torch.compile(lambda **x: op(**x) * 2, fullgraph=True, **settings)
@@ -63,7 +63,7 @@ def test_compiles_with_all_options(op):
 
 
 def graphs_of(call, inputs) -> int:
-    """How many graphs torch.compile makes for these inputs, one after another."""
+    """Return the number of graphs that torch.compile makes when called with these inputs in turn."""
     torch._dynamo.reset()
     graphs = []
 
@@ -138,7 +138,7 @@ def test_autocast_casts_inputs_and_returns_its_dtype(dtype):
 @pytest.mark.parametrize("op", [linear_attn, halves])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_of_the_options_and_the_halves(op, dtype):
-    """softmax_out is cast like the rows; r, the tables, S and z stay as they are."""
+    """softmax_out is cast like the rows; r, the tables, S and z keep their dtypes."""
     inputs, _ = make_inputs(ALL, "cpu")
     cast = {name: x.detach().to(dtype) if x.dim() == 4 else x.detach() for name, x in inputs.items()}
     with torch.autocast("cpu", dtype):
@@ -185,7 +185,7 @@ def test_activation_checkpointing_changes_nothing(case):
 
 
 def test_no_gradients_where_none_are_asked_for():
-    """Without grad mode nothing is kept; the same output."""
+    """Without grad mode nothing is kept, and the output is the same."""
     inputs, _ = make_inputs(ALL, "cpu")
     kept = []
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -211,7 +211,7 @@ def test_state_and_output_can_be_copied():
 
 
 def test_only_one_of_the_sums_is_used():
-    """The gradient of S alone, and of z alone, is that of both with a zero for the other."""
+    """Using only S, or only z, gives the gradient of using both with weight 0 for the other."""
     inputs, _ = make_inputs(CASE, "cpu")
     keys = [inputs[name] for name in ("k", "v", "k_weight")]
 
@@ -228,7 +228,7 @@ def test_only_one_of_the_sums_is_used():
 
 @pytest.mark.parametrize("trained", ["q", "v", "q_weight", "k_weight"])
 def test_only_one_input_needs_a_gradient(trained):
-    """Without one of the keys' side, the backward leaves that side out."""
+    """The backward skips the keys' half if none of its inputs needs a gradient."""
     inputs, grad = make_inputs(CASE, "cpu")
     whole = run(linear_attn, inputs, grad, CASE.options)
     some = {name: x.detach().requires_grad_(name == trained) for name, x in inputs.items()}
@@ -239,7 +239,7 @@ def test_only_one_input_needs_a_gradient(trained):
 @pytest.mark.parametrize("op", [linear_attn, halves])
 @pytest.mark.parametrize("loss", [torch.square, torch.clone], ids=["square", "linear"])
 def test_second_derivatives_are_refused_not_wrong(op, loss):
-    """Also where the output's gradient has none, and another term of the sum has one."""
+    """Even with a linear loss, whose output gradient is a constant, and with another term that has a gradient."""
     inputs, _ = make_inputs(CASE, "cpu")
     (dq,) = torch.autograd.grad(loss(op(**inputs)).sum(), inputs["q"], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):

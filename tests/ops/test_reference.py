@@ -1,4 +1,4 @@
-"""The reference against the definition written as attention, one N x N matrix, and its own derivatives."""
+"""The reference against the definition written with an N x N attention matrix, and against its own derivatives."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_one_key_gives_its_value():
 
 
 def test_elu_keeps_small_features_in_bf16():
-    """elu(-8) + 1 = exp(-8) = 3e-4; subtracting 1 first in bf16 would leave 0."""
+    """elu(-8) + 1 = exp(-8) = 3e-4, but 0 if bf16 first computes exp(-8) - 1."""
     k = torch.full((1, 1, 1, 8), -8.0, dtype=torch.bfloat16)
     o = linear_attn_reference(torch.zeros_like(k), k, torch.ones_like(k), feature_map="elu", normalize=False)
     assert abs(o.double() / (8 * torch.tensor(-8.0).double().exp()) - 1).max() < 0.01
@@ -108,13 +108,13 @@ def test_rope_is_a_complex_product():
     inputs = double(case)
     angles = torch.randn(6, 4, dtype=torch.float64)
 
-    def turn(x: torch.Tensor) -> torch.Tensor:
+    def rotated(x: torch.Tensor) -> torch.Tensor:
         pairs = torch.view_as_complex(x.unflatten(-1, (4, 2)).contiguous())
         return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(-2)
 
     inside = reference(case, inputs, rope=(angles.cos(), angles.sin()))
-    turned = inputs | {name: turn(inputs[name]) for name in "qk"}
-    torch.testing.assert_close(inside, reference(case, turned), rtol=1e-12, atol=0)
+    before = inputs | {name: rotated(inputs[name]) for name in "qk"}
+    torch.testing.assert_close(inside, reference(case, before), rtol=1e-12, atol=0)
 
 
 def test_groups_are_repeated_keys():
