@@ -120,7 +120,7 @@ OPTIONS = {
     "rope batch": (arguments(rope=table(B, N, D // 2)), r"rope's cos of shape \[5, 8\].*got \(2, 5, 8\)"),
     "rope dtype": (arguments(rope=table(dtype=torch.float64)), r"rope's cos in float32, .*, got torch.float64"),
     "rope device": (arguments(rope=table(**META)), r"rope's cos on the rows' device cpu, got meta"),
-    "rope of two": (arguments(k=rows(B, 7, H, D), v=rows(B, 7, H, D), rope=table()), r"with rope, got 7 keys, 5 queries"),
+    "rope of two": (arguments(k=rows(B, 7, H, D), v=rows(B, 7, H, D), rope=table()), r"rope, got 7 keys, 5 queries"),
     "mix one": (arguments(mix=rows()), r"mix to be two tensors \(softmax_out, r\), got Tensor"),
     "mix number": (arguments(mix=(rows(), 0.5)), r"mix to be two tensors \(softmax_out, r\), got tuple"),
     "mix short": (arguments(mix=(rows(),)), r"mix to be two tensors \(softmax_out, r\), got tuple"),
