@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not todo:
         parser.error("nothing to measure: expected --shapes and --part that leave some of the suite")
     environment = results.environment({args.dtype: measure.rates(device, dtype)})
-    print(", ".join(f"{name} {version}" for name, version in environment["packages"].items()))
+    print(results.versions(environment))
     print(f"{environment['device']}: {environment['rates']}", flush=True)
     paths = run(todo, environment, args.output_dir, args.time_limit)
     print("\n".join(f"wrote {path}" for path in paths), flush=True)
@@ -115,8 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
         print("This was a CPU: the figures of a GPU, and whole models, need one (README, Use 3).")
     if args.no_report:
         return
-    default = args.output_dir == results.FOLDER
-    print("\n".join(f"wrote {x}" for x in report.write(args.output_dir, report.DOCS if default else args.output_dir)))
+    own = [] if args.output_dir == results.FOLDER else [f"--results={args.output_dir}", f"--output={args.output_dir}"]
+    report.main(own)
 
 
 if __name__ == "__main__":

@@ -226,6 +226,11 @@ PEERS = {
 }
 
 
+def is_exact_softmax(name: str) -> bool:
+    """Whether the peer is softmax attention over all tokens, without rounding to 8 bits."""
+    return name.startswith("softmax") and "8 bit" not in name
+
+
 def named(words: list[str] | None) -> list[str]:
     """The peers whose names hold one of the words; all of them without words."""
     return [name for name in PEERS if not words or any(word.lower() in name.lower() for word in words)]

@@ -9,9 +9,10 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks import plots, results, tables
+from benchmarks import headline, plots, results, tables
 
 DOCS = Path(__file__).parents[1] / "docs"
+README = Path(__file__).parents[1] / "README.md"
 HEAD = """# Benchmarks
 
 Written by `python -m benchmarks.report` from [benchmarks/results](../benchmarks/results); `make bench` measures. Times
@@ -25,19 +26,11 @@ its own the larger of the two times counts.
 """
 
 
-def write(folder: Path = results.FOLDER, docs: Path = DOCS) -> list[Path]:
-    """benchmarks.md and the plots of all results in `folder`; returns what was written."""
-    devices: dict[str, dict] = defaultdict(dict)
-    for document in results.load(folder):
-        for row in document["rows"]:
-            key = results.key(row)
-            found = devices[document["environment"]["device"]]
-            if "ms" in row or "ms" not in found.get(key, ({},))[0]:
-                found[key] = (row, document["environment"])
+def write(devices: dict[str, list[tuple[dict, dict]]], docs: Path) -> list[Path]:
+    """Write benchmarks.md and its plots into `docs`, from what `newest_rows` gives; returns the files."""
     lines, written = [HEAD], []
-    for device, found in devices.items():
-        pairs = list(found.values())
-        lines += [f"## {device}", "", *_measured(pairs), ""]
+    for device, pairs in devices.items():
+        lines += [f"## {device}", "", *(f"- {run}" for run in results.runs(pairs)), ""]
         for path, title in plots.draw(device, pairs, docs / "benchmarks"):
             written.append(path)
             if path.suffix == ".png":
@@ -51,23 +44,33 @@ def write(folder: Path = results.FOLDER, docs: Path = DOCS) -> list[Path]:
     return [path, *written]
 
 
-def _measured(pairs: list) -> list[str]:
-    """When, at which commit and with which versions."""
-    lines = set()
-    for _, environment in pairs:
-        commit = environment["commit"] or "unknown"
-        driver = f", driver {environment['driver']}" if environment["driver"] else ""
-        versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-        lines.add(f"- {environment['time']}, commit {commit[:12]}{commit[40:]}{driver}: {versions}")
-    return sorted(lines)
+def newest_rows(folder: Path) -> dict[str, list[tuple[dict, dict]]]:
+    """For each device that `folder` has results of, the pairs (row, environment of its file) that count."""
+    devices: dict[str, dict] = defaultdict(dict)
+    for document in results.load(folder):
+        for row in document["rows"]:
+            key = results.key(row)
+            found = devices[document["environment"]["device"]]
+            if "ms" in row or "ms" not in found.get(key, ({},))[0]:
+                found[key] = (row, document["environment"])
+    return {device: list(found.values()) for device, found in devices.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="default: benchmarks/results")
     parser.add_argument("--output", type=Path, default=DOCS, help="default: docs")
-    args = parser.parse_args()
-    print("\n".join(f"wrote {path}" for path in write(args.results, args.output)))
+    args = parser.parse_args(arguments)
+    try:
+        devices = newest_rows(args.results)
+        print("\n".join(f"wrote {path}" for path in write(devices, args.output)))
+        if args.output == DOCS:
+            headline.fill(README, devices)
+            print(f"wrote the headline of {README}")
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

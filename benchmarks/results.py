@@ -57,6 +57,20 @@ def environment(rates: dict) -> dict:
     }
 
 
+def versions(environment: dict) -> str:
+    return ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+
+
+def runs(pairs: list[tuple[dict, dict]]) -> list[str]:
+    """When, at which commit and with which versions the rows were measured: one line for each run, oldest first."""
+    lines = set()
+    for _, environment in pairs:
+        commit = environment["commit"] or "unknown"
+        driver = f", driver {environment['driver']}" if environment["driver"] else ""
+        lines.add(f"{environment['time']}, commit {commit[:12]}{commit[40:]}{driver}: {versions(environment)}")
+    return sorted(lines)
+
+
 class ResultFile:
     """Rows of one run; each is on disk once it is added, so that a run that is killed loses nothing it measured.
 

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 
-from benchmarks.peers import COMPILED, EAGER
+from benchmarks.peers import COMPILED, EAGER, is_exact_softmax
 from benchmarks.shapes import SHAPES, Shape
 
 PAPER = {  # arXiv 2510.08318: seconds of dense, LinVideo with so many linear layers, and that distilled to 4 steps
@@ -59,13 +59,13 @@ def _op_table(pairs: list) -> list[str]:
         else:
             absent[row["name"], row["pass"]] = row["absent"]
     medians = {name: {which: row["ms"][0] for which, row in passes.items()} for name, passes in peers.items()}
-    softmax = [times for name, times in medians.items() if name.startswith("softmax") and "8 bit" not in name]
+    softmax = [times for name, times in medians.items() if is_exact_softmax(name)]
     fastest = {
         w: min(times[w] for times in softmax if w in times) for w in FORWARD_AND_BOTH if any(w in t for t in softmax)
     }
     memory = any("peak_mib" in row for passes in peers.values() for row in passes.values())
     columns = ["", "forward", "backward", "both", "GB/s", "TFLOP/s", *(["peak MiB", "host"] if memory else [])]
-    lines = _header([*columns, "fastest softmax", "eager", "compiled"], texts=1)
+    lines = table_head([*columns, "fastest softmax", "eager", "compiled"], texts=1)
     for name, passes in peers.items():
         forward = passes.get("forward")
         cells = [name, _ms(forward), _ms(passes.get("backward")), _ms(passes.get("forward+backward"))]
@@ -73,11 +73,11 @@ def _op_table(pairs: list) -> list[str]:
         if memory:
             shown = [passes[w] for w in FORWARD_AND_BOTH if w in passes]
             cells.append(" / ".join(f"{row['peak_mib']:,.0f}" for row in shown if "peak_mib" in row))
-            cells.append(" / ".join(_short(row["host_ms"]) for row in shown if "host_ms" in row))
+            cells.append(" / ".join(three_digits(row["host_ms"]) for row in shown if "host_ms" in row))
         for other in (fastest, medians.get(EAGER, {}), medians.get(COMPILED, {})):
             shared = [w for w in FORWARD_AND_BOTH if w in passes and w in other]
             cells.append(" / ".join(f"{other[w] / medians[name][w]:.2f}" for w in shared))
-        lines.append(_line(cells))
+        lines.append(table_line(cells))
     notes = [f"- absent: {name}, {which} ({why})" for (name, which), why in absent.items()]
     notes += _runs({row["name"]: environment for row, environment in pairs if "ms" in row})
     return [*lines, "", *notes] if notes else lines
@@ -102,7 +102,7 @@ def _model(pairs: list) -> list[str]:
     numbers = ["linear layers", "one forward, ms", "whole, ms", "speed-up", "50 x 2, s", "4 x 2, s", "4 x 1, s"]
     for (model, dtype), rows in by_model.items():
         lines += [f"**Wan {model}**: {rows[0]['layers']} layers, {rows[0]['tokens']:,} tokens, {dtype}", ""]
-        lines += [*_header(["softmax", "", *numbers], texts=2), *_model_rows(rows)]
+        lines += [*table_head(["softmax", "", *numbers], texts=2), *_model_rows(rows)]
         if model in PAPER:
             lines += _paper_rows(*PAPER[model])
         lines.append("")
@@ -120,7 +120,7 @@ def _model_rows(rows: list[dict]) -> list[str]:
         row, dense = (composed.get(s) or whole.get(s) for s in (setting, (compiled, backend, 0)))
         cells = [BACKENDS.get(backend, backend), "compiled" if compiled else "eager", str(count), _ms(row)]
         cells += [_ms(whole.get(setting)), f"{dense['ms'][0] / row['ms'][0]:.2f}x" if dense else ""]
-        lines.append(_line(cells + [_short(forwards * row["ms"][0] / 1000) for forwards in (100, 8, 4)]))
+        lines.append(table_line(cells + [three_digits(forwards * row["ms"][0] / 1000) for forwards in (100, 8, 4)]))
     return lines
 
 
@@ -138,23 +138,23 @@ def _paper_rows(dense: float, count: int, linear: float, four_steps: float) -> l
         f"{four_steps}",
         "",
     ]
-    return [_line(first), _line(second)]
+    return [table_line(first), table_line(second)]
 
 
 def _block(pairs: list) -> list[str]:
-    lines = ["### Blocks", "", *_header(["model", "attention", "", "one block, ms", "MiB"], texts=3)]
+    lines = ["### Blocks", "", *table_head(["model", "attention", "", "one block, ms", "MiB"], texts=3)]
     for row, _ in pairs:
         what, mode = BACKENDS.get(row["attention"], row["attention"]), "compiled" if row["compiled"] else "eager"
-        lines.append(_line([row["model"], what, mode, _ms(row), _memory(row)]))
+        lines.append(table_line([row["model"], what, mode, _ms(row), _memory(row)]))
     return [*lines, ""]
 
 
 def _train(pairs: list) -> list[str]:
-    header = _header(["model", "step", "linear attention", "ms", "MiB", "MiB planned"], texts=3)
+    header = table_head(["model", "step", "linear attention", "ms", "MiB", "MiB planned"], texts=3)
     lines = ["### Training steps", "", TRAIN_NOTE, "", *header]
     for row, _ in pairs:
         planned = f"{row['planned_mib']:,.0f}" if "planned_mib" in row else ""
-        lines.append(_line([row["model"], row["step"], row["attention"], _ms(row), _memory(row), planned]))
+        lines.append(table_line([row["model"], row["step"], row["attention"], _ms(row), _memory(row), planned]))
     return [*lines, ""]
 
 
@@ -165,20 +165,20 @@ def _kernel(pairs: list) -> list[str]:
         if "ms" in row:
             calls[row["name"], row["shape"], row["dtype"]].append(row)
     for (name, shape, dtype), rows in calls.items():
-        lines += [f"**{name}**, {shape}, {dtype}", "", *_header(["", "kernel", "ms"], texts=2)]
+        lines += [f"**{name}**, {shape}, {dtype}", "", *table_head(["", "kernel", "ms"], texts=2)]
         for row in sorted(rows, key=lambda row: row["position"]):
-            lines.append(_line([str(row["position"] + 1), row["kernel"].split("(")[0][:80], _ms(row)]))
-        lines.append(_line(["", "together", f"{sum(row['ms'][0] for row in rows):.3f}"]) + "\n")
+            lines.append(table_line([str(row["position"] + 1), row["kernel"].split("(")[0][:80], _ms(row)]))
+        lines.append(table_line(["", "together", f"{sum(row['ms'][0] for row in rows):.3f}"]) + "\n")
     return lines
 
 
 def _tile(pairs: list) -> list[str]:
     columns = ["shape", "kernel", "tile", "", "the function that launches it, ms", "difference of the results"]
-    lines = ["### Tiles", "", TILE_NOTE, "", *_header(columns, texts=4)]
+    lines = ["### Tiles", "", TILE_NOTE, "", *table_head(columns, texts=4)]
     for row, _ in pairs:
         shipped = "shipped" if row["shipped"] else ""
         difference = f"{row['difference']:.0e}" if "difference" in row else ""
-        lines.append(_line([row["shape"], row["kernel"], row["tile"], shipped, _ms(row), difference]))
+        lines.append(table_line([row["shape"], row["kernel"], row["tile"], shipped, _ms(row), difference]))
     return [*lines, ""]
 
 
@@ -196,22 +196,22 @@ def _rate(row: dict | None, amount: str, reference: str) -> str:
     if row is None:
         return ""
     rate = row[amount] / row["ms"][0] * 1000
-    return f"{_short(rate)} ({100 * rate / row['rates'][reference]:.0f}%)"
+    return f"{three_digits(rate)} ({100 * rate / row['rates'][reference]:.0f}%)"
 
 
 def _memory(row: dict) -> str:
     return f"{row['held_mib']:,.0f} + {row['peak_mib']:,.0f}" if "peak_mib" in row else ""
 
 
-def _short(x: float) -> str:
+def three_digits(x: float) -> str:
     """Three digits, and no power of ten."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def _header(columns: list[str], texts: int) -> list[str]:
+def table_head(columns: list[str], texts: int) -> list[str]:
     """The first `texts` columns to the left, numbers to the right."""
-    return [_line(columns), _line(["---"] * texts + ["---:"] * (len(columns) - texts))]
+    return [table_line(columns), table_line(["---"] * texts + ["---:"] * (len(columns) - texts))]
 
 
-def _line(cells: list[str]) -> str:
+def table_line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

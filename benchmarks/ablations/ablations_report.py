@@ -84,12 +84,11 @@ def write(folder: Path, docs: Path) -> list[Path]:
 def section(document: dict) -> list[str]:
     suite, environment, rows = document["suite"], document["environment"], document["rows"]
     seeds = sorted({row["seed"] for row in rows})
-    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     lines = [
         f"## World {suite['world']}: {environment['device']}\n",
         f"{len(seeds)} seeds, {suite['videos']} videos each, fine-tuning for the time of {suite['budget']} MSE steps of"
         f" batch {suite['batch_size']}, {suite['selection_steps']} steps of selection. {environment['time'][:10]},"
-        f" {packages}, commit {(environment['commit'] or 'unknown')[:12]}.\n",
+        f" {results.versions(environment)}, commit {(environment['commit'] or 'unknown')[:12]}.\n",
     ]
     always = [row for row in rows if row["setting"] in ("teacher", DEFAULT.name)]
     for group in GROUPS:

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.peers import OURS
+from benchmarks.peers import OURS, is_exact_softmax
 
 FILE = "summary.md"
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
@@ -26,10 +26,10 @@ def write(folder: Path) -> Path:
     for document in documents:
         environment = document["environment"]
         rates = next(iter(environment["rates"].values()))
-        versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
         lines.append(
             f"- {environment['device']}, {environment['time']}, commit {(environment['commit'] or 'unknown')[:12]}: "
-            f"{versions}; copy {rates['copy_gb_s']:,.0f} GB/s, matmul {rates['matmul_tflop_s']:,.3g} TFLOP/s"
+            f"{results.versions(environment)}; copy {rates['copy_gb_s']:,.0f} GB/s,"
+            f" matmul {rates['matmul_tflop_s']:,.3g} TFLOP/s"
         )
     lines += ["", *_tests(folder)]
     pairs = [(row, document["environment"]) for document in documents for row in document["rows"]]
@@ -159,7 +159,7 @@ def _targets(by_suite: dict[str, list[dict]], device: str) -> list[str]:
     for shape, factor in RATIOS:
         softmax = [
             ms for (where, name, which), ms in ops.items()
-            if where == shape and which == "forward" and name.startswith("softmax") and "8 bit" not in name
+            if where == shape and which == "forward" and is_exact_softmax(name)
         ]  # fmt: skip
         if softmax and (ours := ops.get((shape, OURS, "forward"))):
             ratio = min(softmax) / ours

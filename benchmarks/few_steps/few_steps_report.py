@@ -62,13 +62,12 @@ def write(folder: Path, docs: Path) -> Path:
 
 def section(document: dict) -> list[str]:
     environment, scale, rows = document["environment"], document["scale"], document["rows"]
-    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     lines = [
         f"## World {document['world']}: {environment['device']}\n",
         f"{len({row['seed'] for row in rows})} seeds, {scale['transfer']['videos']} videos each; regression of"
         f" {scale['regression_steps']} steps, distribution matching of {scale['dmd_steps']}, every fifth the student's"
-        f" turn; batch {scale['transfer']['batch_size']}. {environment['time'][:10]}, {packages}, commit"
-        f" {(environment['commit'] or 'unknown')[:12]}.\n",
+        f" turn; batch {scale['transfer']['batch_size']}. {environment['time'][:10]}, {results.versions(environment)},"
+        f" commit {(environment['commit'] or 'unknown')[:12]}.\n",
     ]
     for steps in (FULL, *STEPS):
         chosen = [row for row in rows if row["steps"] == steps]

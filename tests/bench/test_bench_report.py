@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from benchmarks import report, results
+from benchmarks import headline, report, results
 from benchmarks.peers import COMPILED, EAGER, OURS
 
 ENVIRONMENT = {
@@ -115,6 +115,10 @@ def test_committed_results_fit_the_schema():
     assert results.load()
 
 
+def write(folder, docs):
+    return report.write(report.newest_rows(folder), docs)
+
+
 def line_of(text: str, *starts: str) -> str:
     (line,) = [line for line in text.splitlines() if line.startswith("| " + " | ".join(starts) + " |")]
     return line
@@ -122,7 +126,7 @@ def line_of(text: str, *starts: str) -> str:
 
 def test_tables_hold_the_figures(tmp_path):
     save(ROWS, ENVIRONMENT, tmp_path)
-    written = report.write(tmp_path, tmp_path / "docs")
+    written = write(tmp_path, tmp_path / "docs")
     text = written[0].read_text()
     ours = line_of(text.split("**n2k**")[0], OURS)
     assert "1.000 (1.000–1.000)" in ours and "1,000 (25%)" in ours and "700 (100%)" in ours
@@ -137,7 +141,7 @@ def test_tables_hold_the_figures(tmp_path):
 def test_the_newest_figure_counts(tmp_path):
     save(ROWS, ENVIRONMENT, tmp_path)
     save([op_row(OURS, 0.5)], ENVIRONMENT | {"time": "2026-01-03T03:04:05Z"}, tmp_path)
-    text = report.write(tmp_path, tmp_path / "docs")[0].read_text()
+    text = write(tmp_path, tmp_path / "docs")[0].read_text()
     assert "0.500 (0.500–0.500)" in line_of(text.split("**n2k**")[0], OURS)
 
 
@@ -146,7 +150,7 @@ def test_an_older_figure_outlives_an_absence(tmp_path):
     save(ROWS, ENVIRONMENT, tmp_path)
     absent = {k: v for k, v in op_row("softmax SDPA cuDNN", 1.0).items() if k != "ms"} | {"absent": "no cuDNN"}
     save([absent, op_row(OURS, 0.5)], later, tmp_path)
-    table = report.write(tmp_path, tmp_path / "docs")[0].read_text().split("**n2k**")[0]
+    table = write(tmp_path, tmp_path / "docs")[0].read_text().split("**n2k**")[0]
     assert "5.000 (5.000–5.000)" in line_of(table, "softmax SDPA cuDNN") and "no cuDNN" not in table
     assert line_of(table, OURS).endswith("| 10.00 | 6.00 | 4.00 |")
     assert f"of 2026-01-03T03:04:05Z, commit {'f' * 12}: {OURS}" in table and "commit 0123456789ab: " in table
@@ -160,11 +164,87 @@ def test_runs_of_one_day_are_in_order(tmp_path):
 
 def test_the_same_results_give_the_same_files(tmp_path):
     save(ROWS, ENVIRONMENT, tmp_path)
-    first = {path.name: path.read_bytes() for path in report.write(tmp_path, tmp_path / "a")}
-    second = {path.name: path.read_bytes() for path in report.write(tmp_path, tmp_path / "b")}
+    first = {path.name: path.read_bytes() for path in write(tmp_path, tmp_path / "a")}
+    second = {path.name: path.read_bytes() for path in write(tmp_path, tmp_path / "b")}
     assert first == second
     assert {name.rpartition(".")[2] for name in first} == {"md", "png", "svg"} and len(first) == 5
 
 
 def test_no_results_yet(tmp_path):
-    assert "Nothing has been measured yet" in report.write(tmp_path, tmp_path / "docs")[0].read_text()
+    assert "Nothing has been measured yet" in write(tmp_path, tmp_path / "docs")[0].read_text()
+
+
+# The headline of README.md.
+
+BEFORE, AFTER = "# Title\r\n\n", "\n\nThe rest.\n"
+BLOCK = f"{headline.BEGIN}\nwhat a former run wrote\n{headline.END}"
+
+
+@pytest.fixture
+def readme(tmp_path, monkeypatch):
+    path = tmp_path / "README.md"
+    path.write_bytes(f"{BEFORE}{BLOCK}{AFTER}".encode())
+    monkeypatch.setattr(report, "README", path)
+    monkeypatch.setattr(report, "DOCS", tmp_path / "docs")
+    return path
+
+
+def block_of(readme) -> str:
+    """What stands between the comments, the rest being untouched."""
+    text = readme.read_bytes().decode()
+    assert text.startswith(f"{BEFORE}{headline.BEGIN}\n") and text.endswith(f"\n{headline.END}{AFTER}")
+    return text.removeprefix(f"{BEFORE}{headline.BEGIN}\n").removesuffix(f"\n{headline.END}{AFTER}")
+
+
+def test_the_headline_compares_with_the_fastest_exact_softmax(readme, tmp_path):
+    rows, shape = [], "wan2.1-1.3b-480p"
+    for name, ms in ((OURS, 0.25), ("softmax SDPA flash", 8.0), ("softmax SageAttention (8 bit, forward)", 1.0)):
+        rows.append(op_row(name, ms, shape=shape))
+    rows += [
+        op_row(OURS, 1.0, "forward+backward", shape),
+        op_row("softmax SDPA flash", 30.0, "forward+backward", shape),
+    ]
+    rows += [op_row("softmax flash-attn 3", 7.0, shape=shape), op_row(OURS, 1.0), op_row("softmax flash-attn 3", 2.0)]
+    rows += [model_row(0, 900.0), model_row(16, 600.0), model_row(0, 910.0, "whole"), model_row(16, 650.0, "whole")]
+    rows += [model_row(16, 1.0, "whole") | {"backend": "sage"}]
+    save(rows, ENVIRONMENT, tmp_path / "results")
+    older = ENVIRONMENT | {"device": "NVIDIA H100", "time": "2026-01-01T00:00:00Z"}
+    save([op_row(OURS, 0.5, shape=shape), op_row("softmax SDPA flash", 9.0, shape=shape)], older, tmp_path / "results")
+    headline.fill(readme, report.newest_rows(tmp_path / "results"))
+    lines = block_of(readme).splitlines()
+    assert lines[2:-2] == [
+        "| attention of Wan 1.3B at 480p, forward | 0.25 | 7 (flash-attn 3) | 28x |",
+        "| attention of Wan 1.3B at 480p, forward+backward | 1 | 30 (SDPA flash) | 30x |",
+        "| forward of Wan 1.3B at 480p, 16 of 30 layers linear | 650 | 910 (SDPA flash) | 1.4x |",
+    ]
+    assert "one NVIDIA H200 in bfloat16" in lines[-1] and "driver 1.2: torch 2.13.0, triton 3.7.1" in lines[-1]
+    assert "H100" not in block_of(readme)
+
+
+def test_without_figures_of_a_gpu_the_headline_says_so(readme, tmp_path):
+    on_cpu = ENVIRONMENT | {"device": "CPU", "cuda": None}
+    save([op_row(OURS, 0.25), op_row("softmax SDPA flash", 8.0)], on_cpu, tmp_path / "results")
+    headline.fill(readme, report.newest_rows(tmp_path / "results"))
+    assert block_of(readme) == headline.NOT_YET
+
+
+@pytest.mark.parametrize("text", ["", BLOCK.removesuffix(headline.END), BLOCK * 2, headline.END + headline.BEGIN])
+def test_a_readme_without_a_place_for_the_headline_stays_as_it_is(text, readme, tmp_path, capsys):
+    readme.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        report.main(["--results", str(tmp_path / "results")])
+    assert stop.value.code == 2 and "to have the comments" in capsys.readouterr().err
+    assert readme.read_text() == text and (tmp_path / "docs" / "benchmarks.md").is_file()
+
+
+def test_the_report_fills_the_headline(readme, tmp_path):
+    report.main(["--results", str(tmp_path / "none")])
+    assert block_of(readme) == headline.NOT_YET
+
+
+def test_the_headline_of_the_readme_is_that_of_the_committed_results():
+    text = report.README.read_text()
+    if headline.BEGIN not in text:
+        pytest.skip("README.md has no place for it yet")
+    block = headline.block(report.newest_rows(results.FOLDER))
+    assert f"{headline.BEGIN}\n{block}\n{headline.END}" in text, "run python -m benchmarks.report"

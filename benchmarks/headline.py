@@ -1,0 +1,102 @@
+"""The speed table of README.md: what one GPU makes of the op and of whole models, against softmax attention.
+
+It stands between the comments BEGIN and END and is filled from the results; the rest of the file is left alone.
+"""
+
+from pathlib import Path
+
+from benchmarks import results, tables
+from benchmarks.peers import OURS, is_exact_softmax
+from benchmarks.shapes import WAN
+from linvideo.trajectories.atomic_files import write_text
+
+BEGIN, END = "<!-- headline: begin -->", "<!-- headline: end -->"
+SIZES = {"1.3b-480p": "Wan 1.3B at 480p", "14b-720p": "Wan 14B at 720p"}
+DTYPE = "bfloat16"
+NOT_YET = (
+    "No speed at the sizes of Wan's models has been measured on a GPU yet: [kernels/README.md](kernels/README.md) has a"
+    " clock model of what to expect, and [docs/benchmarks.md](docs/benchmarks.md) has the figures of a CPU."
+)
+Pairs = list[tuple[dict, dict]]  # (row, environment of its file)
+
+
+def fill(readme: Path, devices: dict[str, Pairs]) -> None:
+    """Write the block of `devices` between the two comments of `readme`.
+
+    Raises:
+        ValueError: The file doesn't have each comment exactly once, BEGIN before END.
+    """
+    text = readme.read_bytes().decode()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(
+            f"expected {readme} to have the comments {BEGIN} and {END} once each, in this order; got"
+            f" {text.count(BEGIN)} and {text.count(END)}{' in another order' * (BEGIN in text and END in text)}"
+        )
+    write_text(readme, f"{before}{BEGIN}\n{block(devices)}\n{END}{after}")
+
+
+def block(devices: dict[str, Pairs]) -> str:
+    """A table of the GPU that was measured last, with a line on how; where there is none, a sentence that says so.
+
+    Args:
+        devices: For each device, the pairs (row, environment) of its newest results.
+    """
+    found = {device: rows for device, pairs in devices.items() if (rows := _rows(_on_gpu(pairs)))}
+    if not found:
+        return NOT_YET
+
+    def newest(device: str) -> str:
+        return max(environment["time"] for _, ours, theirs, _ in found[device] for _, environment in (ours, theirs))
+
+    device = max(found, key=newest)
+    lines = tables.table_head(["", "linvideo, ms", "softmax, ms", "softmax / linvideo"], texts=1)
+    for label, (ours, _), (theirs, _), name in found[device]:
+        shown = tables.three_digits(ours["ms"][0]), f"{tables.three_digits(theirs['ms'][0])} ({name})"
+        lines.append(tables.table_line([label, *shown, f"{tables.three_digits(theirs['ms'][0] / ours['ms'][0])}x"]))
+    runs = results.runs([pair for _, ours, theirs, _ in found[device] for pair in (ours, theirs)])
+    lines += [
+        "",
+        f"Median times on one {device} in {DTYPE}, batch 1. The softmax column has the fastest exact implementation"
+        f" that was measured. Measured {'; '.join(runs)}. All figures: [docs/benchmarks.md](docs/benchmarks.md).",
+    ]
+    return "\n".join(lines)
+
+
+def _on_gpu(pairs: Pairs) -> Pairs:
+    return [(row, env) for row, env in pairs if env["cuda"] and row["dtype"] == DTYPE and "ms" in row]
+
+
+def _rows(pairs: Pairs) -> list[tuple]:
+    """(label, our pair, that of softmax, name of softmax) of every row that the results allow."""
+    made = []
+    for size, label in SIZES.items():
+        for which in tables.FORWARD_AND_BOTH:
+            here = [p for p in pairs if p[0]["suite"] == "op" and p[0]["shape"] == f"wan2.1-{size}"]
+            here = [p for p in here if p[0]["pass"] == which]
+            ours = _fastest([p for p in here if p[0]["name"] == OURS])
+            theirs = _fastest([p for p in here if is_exact_softmax(p[0]["name"])])
+            if ours and theirs:
+                name = theirs[0]["name"].removeprefix("softmax ")
+                made.append((f"attention of {label}, {which}", ours, theirs, name))
+    return made + [row for size, label in SIZES.items() if (row := _model_row(pairs, size, label))]
+
+
+def _model_row(pairs: Pairs, size: str, label: str) -> tuple | None:
+    """The forward of a model, in the first of four ways in which both the stock and the converted one were timed."""
+    count = WAN[size].linear_layers[1]
+    for how in ("whole", "composed"):
+        for compiled in (True, False):
+            here = [p for p in pairs if p[0]["suite"] == "model" and p[0]["model"] == size and p[0]["how"] == how]
+            here = [p for p in here if p[0]["compiled"] == compiled and p[0]["backend"] != "sage"]
+            ours, theirs = (_fastest([p for p in here if p[0]["linear_layers"] == n]) for n in (count, 0))
+            if ours and theirs:
+                label = f"forward of {label}, {count} of {WAN[size].layers} layers linear"
+                label += f"{', compiled' * compiled}{', the sum of its parts' * (how == 'composed')}"
+                return label, ours, theirs, tables.BACKENDS[theirs[0]["backend"]].partition(" (")[0]
+    return None
+
+
+def _fastest(pairs: Pairs) -> tuple[dict, dict] | None:
+    return min(pairs, key=lambda pair: pair[0]["ms"][0], default=None)
