@@ -1,12 +1,12 @@
-"""The `linvideo` command: a file NAME_command.py for each of its commands, with the arguments and the function that
-runs them.
+"""The `linvideo` command. Each of its commands has a file NAME_command.py.
 
-A command has SUMMARY (what it does, in one line), EXAMPLES (command lines), add_arguments(parser) and run(args). It
-holds no logic: arguments in, one call of the Python API, a readable answer out. main.py has the table of commands.
+Such a file defines SUMMARY (what the command does, in one line), EXAMPLES (command lines), add_arguments(parser) and
+run(args). It holds no logic: it takes arguments, calls the Python API once and prints a readable answer. The table of
+commands is in main.py.
 """
 
 import os
 
-# Before PyTorch is imported: OpenMP's threads wait for each other by spinning, which takes many times the processor
-# time, and the wall time too, where other programs want the same cores.
+# Must be set before PyTorch is imported. By default OpenMP's threads wait for each other by spinning, which multiplies
+# the processor time, and the wall time as well when other programs want the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

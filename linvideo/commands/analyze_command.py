@@ -1,7 +1,6 @@
 """`linvideo analyze`."""
 
 import argparse
-from pathlib import Path
 
 from linvideo.commands.shared import (
     DEFAULTS,
@@ -9,7 +8,8 @@ from linvideo.commands.shared import (
     add_dtype,
     add_model,
     add_output_dir,
-    add_setting,
+    add_prompts_file,
+    add_settings,
     announce,
     extent,
     given,
@@ -19,37 +19,41 @@ from linvideo.commands.shared import (
     positive,
 )
 
-SUMMARY = "which layers can become linear and what that saves, without training; an interrupted run is continued"
+SUMMARY = "find out, without training, which layers can become linear and how much time that saves"
 EXAMPLES = """
 linvideo analyze Wan-AI/Wan2.1-T2V-1.3B-Diffusers --speedup 1.3 --output_dir analysis
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser, "stock pipeline folder or Hub id")
-    loading = parser.add_argument_group("how it is loaded")
+    add_model(parser, "folder or Hub id of a stock pipeline")
+    loading = parser.add_argument_group("loading")
     add_dtype(loading)
     add_device(loading)
-    proposal = parser.add_argument_group("what is proposed and timed")
-    what = 'wanted of one forward; "none" makes no proposal'
-    proposal.add_argument("--speedup", type=speedup, default=1.3, help=what)
-    size, what = ("HEIGHT", "WIDTH", "NUM_FRAMES"), "of the timed video; default: as sampled"
+    proposal = parser.add_argument_group("proposal and timing")
+    what = 'the speedup of one forward that the proposed layers must reach, or "none" for no proposal; default: 1.3'
+    proposal.add_argument("--speedup", type=speedup, metavar="FACTOR", default=1.3, help=what)
+    size, what = ("HEIGHT", "WIDTH", "NUM_FRAMES"), "size of the timed video; default: the size of the sampled videos"
     proposal.add_argument("--timed_size", type=extent, nargs=3, metavar=size, help=what)
-    video = parser.add_argument_group("videos that are sampled")
-    what = "one caption a line, or .jsonl with caption and image; default: linvideo's own captions"
-    video.add_argument("--prompts_file", type=Path, help=what)
-    video.add_argument("--negative_prompt", default="", help="the one you generate with")
-    video.add_argument("--num_trajectories", type=positive, default=4, help="videos sampled, each for another prompt")
-    for name, value in DEFAULTS.items():
-        add_setting(video, name, value, f"default: as the pipeline's folder says, else {value}")
-    video.add_argument("--flow_shift", type=number, help="of the scheduler; default: the pipeline's own")
-    video.add_argument("--seed", type=natural, default=0, help="of noise and of what is drawn")
+    video = parser.add_argument_group("sampled videos")
+    add_prompts_file(video, "; default: linvideo's own captions")
+    what = "the negative prompt that you generate with; default: empty"
+    video.add_argument("--negative_prompt", metavar="TEXT", default="", help=what)
+    what = "number of videos to sample, each from a prompt of its own; default: 4"
+    video.add_argument("--num_trajectories", type=positive, metavar="N", default=4, help=what)
+    add_settings(video, DEFAULTS, "as stored with the pipeline, otherwise {}")
+    what = "flow shift of the scheduler; default: the pipeline's own"
+    video.add_argument("--flow_shift", type=number, metavar="SHIFT", help=what)
+    what = "seed of the noise and of all other random draws; default: 0"
+    video.add_argument("--seed", type=natural, metavar="N", default=0, help=what)
     measurement = parser.add_argument_group("measurement")
-    measurement.add_argument("--warmup_steps", type=natural, default=80, help="of the feature maps")
-    what = "of the videos, that errors are measured on"
-    measurement.add_argument("--num_states", type=positive, default=24, help=what)
-    measurement.add_argument("--batch_size", type=positive, default=1, help="videos sampled at once, states a forward")
-    add_output_dir(parser.add_argument_group("output"))
+    what = "number of training steps that fit the feature maps; default: 80"
+    measurement.add_argument("--warmup_steps", type=natural, metavar="N", default=80, help=what)
+    what = "number of states, taken from the sampled videos, on which errors are measured; default: 24"
+    measurement.add_argument("--num_states", type=positive, metavar="N", default=24, help=what)
+    what = "number of videos sampled at once, and of states in one forward; default: 1"
+    measurement.add_argument("--batch_size", type=positive, metavar="N", default=1, help=what)
+    add_output_dir(parser.add_argument_group("output"), "; without it, an interrupted analysis is continued")
 
 
 def speedup(text: str) -> float | None:
@@ -70,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         settings |= {"num_trajectories": args.num_trajectories, "flow_shift": args.flow_shift}
         return TrajectoryConfig(**settings, batch_size=args.batch_size, shard_size=args.batch_size)
 
-    trajectories_of(given(args))  # refuses before a long load
+    trajectories_of(given(args))  # refuses bad values before a long load
     warmup = WarmupConfig(max_train_steps=args.warmup_steps, batch_size=args.batch_size)
     sensitivity = SensitivityConfig(num_states=args.num_states, batch_size=args.batch_size)
     prompts = some_of(read_prompts_with_images(args.prompts_file), args.num_trajectories)

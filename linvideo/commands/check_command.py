@@ -7,31 +7,30 @@ from linvideo.commands.shared import (
     add_device,
     add_dtype,
     add_model,
-    add_setting,
+    add_settings,
     announce,
     given,
     load,
     refuse_existing_video,
 )
 
-SUMMARY = "try every part of a training run once with the real weights, in minutes"
+SUMMARY = "try every part of a training run once, with the real weights, in a few minutes"
 EXAMPLES = """
 linvideo check Wan-AI/Wan2.1-T2V-1.3B-Diffusers --output check.mp4
 """
-SIZE = {"height": 256, "width": 256, "num_frames": 17}  # small, so that a check takes minutes
+SIZE = {"height": 256, "width": 256, "num_frames": 17}  # small, so that a check takes only minutes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser, "stock pipeline folder or Hub id")
-    loading = parser.add_argument_group("how it is loaded")
+    add_model(parser, "folder or Hub id of a stock pipeline")
+    loading = parser.add_argument_group("loading")
     add_dtype(loading)
     add_device(loading)
-    video = parser.add_argument_group("video")
-    for name, value in SIZE.items():
-        add_setting(video, name, value, f"default: as the pipeline's folder says, else {value}")
+    add_settings(parser.add_argument_group("video"), SIZE, "as stored with the pipeline, otherwise {}")
     output = parser.add_argument_group("output")
-    output.add_argument("--output", type=Path, default=Path("check.mp4"), help="the mp4 file of a short video")
-    output.add_argument("--overwrite", action="store_true", help="replace a video that is there")
+    what = "mp4 file for the short video that the converted model samples; default: check.mp4"
+    output.add_argument("--output", type=Path, metavar="FILE", default=Path("check.mp4"), help=what)
+    output.add_argument("--overwrite", action="store_true", help="replace an existing video")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from linvideo.commands.shared import (
     refuse_existing,
 )
 
-SUMMARY = "give layers of a pipeline linear attention, without training"
+SUMMARY = "replace softmax attention by linear attention in some layers of a pipeline, without training"
 EXAMPLES = """
 linvideo convert Wan-AI/Wan2.1-T2V-1.3B-Diffusers --layers 0 2 5-7 --output_dir untrained
 """
@@ -22,21 +22,21 @@ linvideo convert Wan-AI/Wan2.1-T2V-1.3B-Diffusers --layers 0 2 5-7 --output_dir 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_dtype(parser.add_argument_group("how it is loaded and saved"), default="float32")
+    add_dtype(parser.add_argument_group("loading and saving"), default="float32")
     conversion = parser.add_argument_group("conversion")
-    what = '0-based layer numbers and ranges, such as 0 2 5-7 or 0,2,5-7, or "all"'
-    conversion.add_argument("--layers", nargs="+", type=layer_numbers, default=["all"], help=what)
-    what = "linear attention alone, or mixed with softmax attention; default: linear"
+    what = '0-based layer numbers and ranges, such as 0 2 5-7 or 0,2,5-7, or "all"; default: all'
+    conversion.add_argument("--layers", nargs="+", type=layer_numbers, metavar="N", default=["all"], help=what)
+    what = 'attention of these layers: linear alone, or "mixed" with softmax attention; default: linear'
     conversion.add_argument("--mode", choices=["mixed", "linear"], default="linear", help=what)
-    what = "of the linear branches; default: hedgehog"
-    conversion.add_argument("--feature_map", default="hedgehog", help=what)
-    what = "fitted weights of the feature maps: feature_maps.safetensors of analyze or train"
-    conversion.add_argument("--fitted_maps", type=Path, help=what)
+    what = "feature map of the linear attention; default: hedgehog"
+    conversion.add_argument("--feature_map", metavar="NAME", default="hedgehog", help=what)
+    what = "fitted weights of the feature maps: the feature_maps.safetensors that analyze and train write"
+    conversion.add_argument("--fitted_maps", type=Path, metavar="FILE", help=what)
     add_output_dir(parser.add_argument_group("output"))
 
 
 def layer_numbers(text: str) -> list[int] | str:
-    """A type for argparse: "all", or numbers and ranges as they stand in what `info` prints: 1,2,3 or 0-4."""
+    """A type for argparse: "all", or numbers and ranges in the form that `info` prints, such as 1,2,3 or 0-4."""
     if text == "all":
         return text
     layers = []
@@ -45,7 +45,7 @@ def layer_numbers(text: str) -> list[int] | str:
             raise argparse.ArgumentTypeError(f'expected 0-based layer numbers, such as 0 2 5-7, or "all", got {text!r}')
         first, last = int(found[1]), int(found[2] or found[1])
         if last < first:
-            raise argparse.ArgumentTypeError(f"expected a range of layers from low to high, got {word.strip()}")
+            raise argparse.ArgumentTypeError(f"expected a range of layers from low to high, got {word.strip()!r}")
         layers += range(first, last + 1)
     return layers
 
@@ -54,11 +54,12 @@ def run(args: argparse.Namespace) -> None:
     from linvideo import models
     from linvideo.workspace import remove_dead
 
-    remove_dead(args.output_dir.resolve().parent)  # a killed call may have left what stood there in a folder next to it
+    # a killed call may have moved the old folder into a workspace next to it: put it back before looking
+    remove_dead(args.output_dir.resolve().parent)
     refuse_existing(args)
     pipeline = load(args.model, args.dtype)
     if "all" in args.layers and len(args.layers) > 1:
-        raise ValueError("--layers takes layer numbers or all, got both")
+        raise ValueError("--layers takes layer numbers or all, but got both")
     layers = "all" if args.layers == ["all"] else [layer for some in args.layers for layer in some]
     converted = models.convert(pipeline, layers, mode=args.mode, feature_map=args.feature_map, copy=False)
     how, state = models.Training(f"conversion ({args.mode})"), "untrained"
@@ -66,11 +67,11 @@ def run(args: argparse.Namespace) -> None:
         from linvideo.transfer.warmup import load_feature_maps
 
         if getattr(pipeline, "transformer_2", None) is not None:
-            raise ValueError("--fitted_maps are of one transformer, got a pipeline with two")
+            raise ValueError("--fitted_maps holds the maps of one transformer, but this pipeline has two")
         load_feature_maps(models.wan_transformer(converted), args.fitted_maps)
         how = replace(how, untrained="only the feature maps are fitted")
-        state = "fitted, all other weights as they were"
+        state = "fitted, but all other weights are unchanged"
     models.save_pipeline(converted, args.output_dir, overwrite=args.overwrite, training=how)
     if len(print_transformers(converted)) > 1:
-        print("both experts were converted, with the same layers")
-    print(f"saved to {args.output_dir}; its new linear layers are {state}: `linvideo train` makes good ones, of Wan")
+        print("both experts were converted, in the same layers")
+    print(f"saved to {args.output_dir}; its new linear layers are {state} (Wan models can be trained: linvideo train)")

@@ -4,14 +4,14 @@ import argparse
 
 from linvideo.commands.shared import add_config_options, announce_run, read_training_config
 
-SUMMARY = "teach a converted model to sample in few steps without guidance; also under torchrun"
+SUMMARY = "train a converted pipeline to sample in a few steps without guidance; also under torchrun"
 EXAMPLES = """
 linvideo distill run/pipeline --config distill-demo --output_dir distilled
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = "the converted model, a pipeline folder or Hub id; default: the config's student_model_name_or_path"
+    what = "the student: folder or Hub id of a converted pipeline; default: the config's student_model_name_or_path"
     add_config_options(parser, what)
 
 
@@ -22,6 +22,6 @@ def run(args: argparse.Namespace) -> None:
     config = read_training_config(args, DistillConfig, model="student_model_name_or_path")
     announce_run(config, {"regression": config.regression.max_train_steps, "DMD": config.max_train_steps})
     result = distill(config)
-    disconnect()  # not after an error, see train
+    disconnect()  # not after an error, see train_command
     if result.pipeline is not None:
-        print(f"timesteps: {result.timesteps}; saved the distilled pipeline to {result.pipeline_path}")
+        print(f"the distilled pipeline samples at the timesteps {result.timesteps} and is in {result.pipeline_path}")

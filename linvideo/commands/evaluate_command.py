@@ -8,6 +8,7 @@ from linvideo.commands.shared import (
     add_device,
     add_dtype,
     add_model,
+    add_prompts_file,
     add_video,
     announce,
     given,
@@ -17,7 +18,7 @@ from linvideo.commands.shared import (
     teachers_settings,
 )
 
-SUMMARY = "measure a converted pipeline; an interrupted evaluation is continued"
+SUMMARY = "measure a converted pipeline, by its fidelity to the teacher or by VBench"
 EXAMPLES = """
 linvideo evaluate run/pipeline --suite fidelity --teacher Wan-AI/Wan2.1-T2V-1.3B-Diffusers --output_dir fidelity
 linvideo evaluate run/pipeline --suite vbench --full_info VBench_full_info.json --output_dir vbench
@@ -34,24 +35,27 @@ DIMENSIONS = [
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    suite = parser.add_argument_group("what is measured")
-    suite.add_argument("--suite", choices=["fidelity", "vbench"], required=True, help="against its teacher, or VBench")
-    what = "only so many, from all over the file (vbench: of each dimension)"
-    suite.add_argument("--num_prompts", type=positive, help=what)
-    fidelity = parser.add_argument_group("fidelity")
-    fidelity.add_argument("--teacher", help="the stock pipeline folder or Hub id")
-    what = "one caption a line; default: linvideo's own captions"
-    fidelity.add_argument("--prompts_file", type=Path, help=what)
-    vbench = parser.add_argument_group("vbench")
-    what = "its VBench_full_info.json; default: the installed package's"
-    vbench.add_argument("--full_info", type=Path, help=what)
-    vbench.add_argument("--dimensions", nargs="+", default=DIMENSIONS, help="default: the paper's six")
+    suite = parser.add_argument_group("measurement")
+    what = "fidelity: comparison with the teacher's videos from the same noise; vbench: prompts and scores of VBench"
+    suite.add_argument("--suite", choices=["fidelity", "vbench"], required=True, help=what)
+    what = "number of prompts, taken from the whole file (for vbench, per dimension); default: all"
+    suite.add_argument("--num_prompts", type=positive, metavar="N", help=what)
+    fidelity = parser.add_argument_group("suite fidelity")
+    what = "folder or Hub id of the stock pipeline that MODEL was converted from; required"
+    fidelity.add_argument("--teacher", metavar="TEACHER", help=what)
+    add_prompts_file(fidelity, "; default: linvideo's own captions")
+    vbench = parser.add_argument_group("suite vbench")
+    what = "VBench's VBench_full_info.json; default: the one in the installed package"
+    vbench.add_argument("--full_info", type=Path, metavar="FILE", help=what)
+    what = f"VBench's names of the dimensions to score; default: the paper's six, {' '.join(DIMENSIONS)}"
+    vbench.add_argument("--dimensions", nargs="+", metavar="NAME", default=DIMENSIONS, help=what)
     add_video(parser.add_argument_group("video"))
-    loading = parser.add_argument_group("how it is loaded")
+    loading = parser.add_argument_group("loading")
     add_dtype(loading)
     add_device(loading)
     output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", type=Path, required=True, help="folder of rows and videos, which is continued")
+    what = "folder for measurements and videos; an interrupted evaluation in it is continued"
+    output.add_argument("--output_dir", type=Path, metavar="FOLDER", required=True, help=what)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -66,12 +70,12 @@ def run_fidelity(args: argparse.Namespace) -> None:
     from linvideo.trajectories.prompts import read_prompts, some_of
 
     if args.teacher is None:
-        raise ValueError("--suite fidelity needs --teacher, the pipeline that the model was converted from")
+        raise ValueError("--suite fidelity needs --teacher, the pipeline that MODEL was converted from")
     prompts = some_of(read_prompts(args.prompts_file), args.num_prompts)
     student = load(args.model, args.dtype).to(args.device)
     teacher = load_teacher(args.teacher, args.dtype, student).to(args.device)
     settings = DEFAULTS | teachers_settings(teacher, student) | given(args)
-    announce(f"{len(prompts)} prompts, a video by each model", teacher, settings, args)
+    announce(f"{len(prompts)} prompts, one video from each model", teacher, settings, args)
     rows = []
     for name, pipeline in (("student", student), ("teacher", teacher)):
         pipeline.set_progress_bar_config(desc=name, leave=False)
@@ -80,7 +84,7 @@ def run_fidelity(args: argparse.Namespace) -> None:
         print(f"[{len(rows)}/{len(prompts)}] PSNR {row['psnr']:.2f} dB, SSIM {row['ssim']:.4f}: {row['prompt'][:60]}")
     for name, (mean, spread) in summary(rows).items():
         print(f"{name:16} {mean:8.4f} +- {spread:.4f} over {len(rows)} prompts")
-    print(f"rows and videos are in {args.output_dir}")
+    print(f"the measurements and videos are in {args.output_dir}")
 
 
 def run_vbench(args: argparse.Namespace) -> None:
@@ -100,6 +104,7 @@ def run_vbench(args: argparse.Namespace) -> None:
     print()
     if importlib.util.find_spec("vbench") is None:
         where, names = args.output_dir / "videos", " ".join(args.dimensions)
-        print(f'scores need the package vbench: vbench evaluate --videos_path {where} --dimension "{names}"')
+        print("for the scores, install the package vbench and run:")
+        print(f'vbench evaluate --videos_path {where} --dimension "{names}"')
         return
     print(vbench.table(vbench.score(args.output_dir, args.dimensions, full_info, args.device)))

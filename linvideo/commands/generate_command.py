@@ -7,6 +7,7 @@ from linvideo.commands.shared import (
     add_device,
     add_dtype,
     add_model,
+    add_prompts_file,
     add_video,
     announce,
     given,
@@ -18,7 +19,7 @@ from linvideo.commands.shared import (
     whole_number,
 )
 
-SUMMARY = "make videos with a pipeline, converted or stock, and say what they cost"
+SUMMARY = "generate videos with a converted or stock pipeline, and report their time and memory"
 EXAMPLES = """
 linvideo generate run/pipeline --prompt "a red kite over a grey sea" --output kite.mp4
 linvideo generate run/pipeline --prompts_file captions.txt --num_videos_per_prompt 2 --output videos
@@ -29,25 +30,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     prompts = parser.add_argument_group("prompts")
     prompt = prompts.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="the caption of one video")
-    what = "one caption a line, or .jsonl with caption and image; --output is a folder"
-    prompt.add_argument("--prompts_file", type=Path, help=what)
-    prompts.add_argument("--image", type=Path, help="with --prompt, for a pipeline that takes one")
-    what = "from noise of --seed, --seed + 1, ...; --output is a folder"
-    prompts.add_argument("--num_videos_per_prompt", type=whole_number(1, 10_000), default=1, help=what)
-    what = "a pipeline whose video from the same noise is to stand at the left"
+    prompt.add_argument("--prompt", metavar="TEXT", help="caption of the video")
+    add_prompts_file(prompt, "; --output is then a folder")
+    what = "first frame of the video, for a pipeline that takes an image; goes with --prompt"
+    prompts.add_argument("--image", type=Path, metavar="FILE", help=what)
+    what = "number of videos per prompt, with the seeds --seed, --seed + 1, ...; --output is then a folder; default: 1"
+    prompts.add_argument("--num_videos_per_prompt", type=whole_number(1, 10_000), metavar="N", default=1, help=what)
+    what = "a second pipeline, whose video from the same noise is shown on the left of each file"
     prompts.add_argument("--compare", metavar="TEACHER", help=what)
     add_video(parser.add_argument_group("video"))
-    loading = parser.add_argument_group("how it is loaded and computed")
+    loading = parser.add_argument_group("loading and computation")
     add_dtype(loading)
     add_device(loading)
-    what = "of the softmax layers, a name of diffusers' set_attention_backend"
-    loading.add_argument("--attention_backend", help=what)
-    loading.add_argument("--cpu_offload", choices=["model", "sequential"], help="keep on the GPU only what computes")
-    loading.add_argument("--vae_tiling", action="store_true", help="less GPU memory for the VAE")
+    what = "attention backend of the softmax layers, a name that diffusers' set_attention_backend knows"
+    loading.add_argument("--attention_backend", metavar="NAME", help=what)
+    what = "keep weights in CPU memory, and move them to the GPU only for their computation: model by model, or layer"
+    loading.add_argument("--cpu_offload", choices=["model", "sequential"], help=f"{what} by layer (sequential)")
+    loading.add_argument("--vae_tiling", action="store_true", help="decode in tiles, which takes less GPU memory")
     output = parser.add_argument_group("output")
-    output.add_argument("--output", type=Path, help="the mp4 file, default output.mp4; of several videos a folder")
-    output.add_argument("--overwrite", action="store_true", help="replace videos that are there")
+    what = "mp4 file, or folder for several videos; default: output.mp4 or outputs"
+    output.add_argument("--output", type=Path, metavar="PATH", help=what)
+    output.add_argument("--overwrite", action="store_true", help="replace existing videos")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -57,19 +60,19 @@ def run(args: argparse.Namespace) -> None:
 
     jobs = video_jobs(args)
     if args.cpu_offload is not None and (args.device == "cpu" or args.compare):
-        raise ValueError("--cpu_offload needs a GPU and goes without --compare, whose two pipelines share parts")
+        raise ValueError("--cpu_offload needs a GPU, and excludes --compare, because its two pipelines share parts")
     check_output(jobs[0].path)  # before a long load
     numbered = jobs[0].path != args.output
     if numbered:
         read_index(jobs[0].path.parent)
     pipeline = load(args.model, args.dtype)
-    models.video_transformers(pipeline)  # before a long load of the teacher
+    models.video_transformers(pipeline)  # refuses other pipelines before a long load of the teacher
     settings, asked, teacher, of_teacher = models.sampling_settings(pipeline), given(args), None, None
     if args.compare is None:
         settings |= asked
     else:
         teacher = load_teacher(args.compare, args.dtype, pipeline)
-        # of a distilled model steps and guidance are its own, those asked for are the other's
+        # a distilled model keeps its own steps and guidance; those that the user gave go to the other model
         of_teacher = teachers_settings(teacher, pipeline) | asked | models.own_settings(teacher)
         settings |= asked | models.own_settings(pipeline)
     announce(f"{len(jobs)} videos", pipeline, settings, args)
@@ -87,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def video_jobs(args: argparse.Namespace) -> list:
-    """One for each prompt and seed; a video of --prompt goes to the file --output, several to the folder."""
+    """Return a job for each prompt and seed. A single video of --prompt is the file --output, several fill a folder."""
     from linvideo.evaluation.sampling import Job
     from linvideo.trajectories.prompts import Prompt, read_prompts_with_images
 
@@ -96,7 +99,7 @@ def video_jobs(args: argparse.Namespace) -> list:
     elif args.image is None:
         prompts = read_prompts_with_images(args.prompts_file)
     else:
-        raise ValueError("--image goes with --prompt; a .jsonl --prompts_file names an image in each line")
+        raise ValueError("--image goes with --prompt; a --prompts_file names its images in the lines of a .jsonl file")
     seeds = range(args.seed, args.seed + args.num_videos_per_prompt)
     if args.prompts_file is None and len(seeds) == 1:
         args.output = args.output or Path("output.mp4")
@@ -104,7 +107,7 @@ def video_jobs(args: argparse.Namespace) -> list:
         return [Job(prompts[0], args.seed, args.output)]
     folder = args.output or Path("outputs")
     if folder.suffix == ".mp4" or folder.is_file():
-        raise ValueError(f"--output must name a folder for several videos, got {folder}")
+        raise ValueError(f"--output must name a folder when there are several videos, got {folder}")
     jobs = [Job(prompt, seed, folder / f"{i:04d}-{seed}.mp4") for i, prompt in enumerate(prompts) for seed in seeds]
     there = [job.path for job in jobs if job.path.exists()]
     if there and not args.overwrite:
@@ -113,7 +116,7 @@ def video_jobs(args: argparse.Namespace) -> list:
 
 
 def place(pipeline, args: argparse.Namespace) -> None:
-    """Onto the device, as the flags say that diffusers-cli has too."""
+    """Move a pipeline to the device as the options say. The same options exist in diffusers-cli."""
     from linvideo import models
 
     if args.attention_backend is not None:

@@ -1,4 +1,4 @@
-"""The table of commands, `main`, and how an error is said: bad input in one line, with exit status 2."""
+"""The table of commands, `main`, and the reporting of errors: bad input ends in one line and exit status 2."""
 
 import argparse
 import sys
@@ -18,7 +18,7 @@ from linvideo.commands import (
 )
 from linvideo.commands.shared import choose_device, choose_dtype
 
-# in the order of a user's day
+# in the order in which a user needs them
 COMMANDS = (
     demo_command,
     info_command,
@@ -32,22 +32,26 @@ COMMANDS = (
     generate_command,
     evaluate_command,
 )
-ONLY_CONFIG = (train_command, distill_command)  # all their options are the config's: its parser prints their help
-# options of earlier versions
+ONLY_CONFIG = (train_command, distill_command)  # they have no other options than the config's, whose parser prints help
+# options of earlier versions, and what replaced them
 RENAMED = {"--model": "MODEL is positional: expected linvideo COMMAND MODEL [options]"}
 RENAMED |= {"--feature_maps": "expected --fitted_maps"}
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # in PyTorch's messages, of the host and of GPUs
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # PyTorch's words for the host and for GPUs
+
+
+EPILOG = """Start with `linvideo demo --output_dir demo`: it needs no GPU and downloads nothing.
+`linvideo COMMAND --help` shows the options of a command, with examples."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; --help has the rest."""
+    """A parser that reports an error in one line, without the usage."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 class Version(argparse.Action):
-    """Prints the versions that matter, without importing what they are of."""
+    """Prints the versions that matter, without importing the packages."""
 
     def __call__(self, parser, *_):
         from importlib.metadata import PackageNotFoundError, version
@@ -59,19 +63,20 @@ class Version(argparse.Action):
             try:
                 print(name, version(name))
             except PackageNotFoundError:
-                print(name, "is not installed")
+                print(f"{name} is not installed")
         parser.exit()
 
 
 def name_of(module) -> str:
-    """The command whose file this is."""
+    """Return the name of the command that this module defines."""
     return module.__name__.rpartition(".")[2].removesuffix("_command")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="linvideo", description="Linear attention for video diffusion transformers.")
-    parser.add_argument("--version", action=Version, nargs=0, help="of linvideo, torch, triton and diffusers")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = Parser(prog="linvideo", description="Linear attention for video diffusion transformers.", epilog=EPILOG)
+    what = "show the versions of linvideo, torch, triton and diffusers and exit"
+    parser.add_argument("--version", action=Version, nargs=0, help=what)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for module in COMMANDS:
         command = commands.add_parser(
             name_of(module),
@@ -87,12 +92,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def examples(module) -> str:
-    """A command's examples, for the end of its help."""
+    """Return the examples of a command, for the end of its help."""
     return "\n  ".join(["examples:", *module.EXAMPLES.split("\n")[1:-1]])
 
 
 def underscored(word: str) -> str:
-    """--num-frames as --num_frames: diffusers-cli writes its flags with hyphens, its scripts with underscores."""
+    """Turn --num-frames into --num_frames. Both are accepted: diffusers-cli writes hyphens, its scripts underscores."""
     name, equals, value = word.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word
 
@@ -119,19 +124,19 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
-            reason = " ".join(str(error).split()) or "the system gave no more"
+            reason = " ".join(str(error).split()) or "the system refused to allocate more"
             print(f"linvideo: error: not enough memory: {reason[:400]}", file=sys.stderr)
             return 1
-        if str(error).startswith("Symlink loop"):  # so Path.resolve says before Python 3.13
+        if str(error).startswith("Symlink loop"):  # Path.resolve raises this before Python 3.13
             print(f"linvideo: error: {error}", file=sys.stderr)
             return 2
-        # Not the user's input: a run that diverged or a failed kernel check. Everything else keeps its traceback.
+        # Our own errors that are not about input, such as a diverged run, end here. All others keep their traceback.
         if type(error).__module__.split(".")[0] != "linvideo":
             raise
         print(f"linvideo: error: {error}", file=sys.stderr)
         return getattr(error, "exit_status", 1)
     except ModuleNotFoundError as error:
-        print(f"linvideo: error: {error.name} is missing; pip install 'linvideo[train]'", file=sys.stderr)
+        print(f"linvideo: error: {error.name} is missing: pip install 'linvideo[train]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("linvideo: interrupted", file=sys.stderr)

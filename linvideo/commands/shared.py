@@ -1,4 +1,4 @@
-"""What several commands share: arguments and their types, loading, a video's settings, refusals, announcements."""
+"""What several commands share: arguments and their types, loading, video settings, refusals, announcements."""
 
 import argparse
 import math
@@ -8,17 +8,23 @@ from pathlib import Path
 
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}  # Wan's
-AS_DISTILLED = ("num_inference_steps", "guidance_scale")  # a distilled model has these of its own
+SETTINGS = {  # of a video: the metavar of its option, and what it is
+    "height": ("PIXELS", "height of a video"),
+    "width": ("PIXELS", "width of a video"),
+    "num_frames": ("N", "number of frames of a video"),
+    "num_inference_steps": ("N", "number of sampling steps"),
+    "guidance_scale": ("SCALE", "guidance scale"),
+}
 # MODEL of the commands that read a config
-TEACHER = "the teacher, a stock pipeline folder or Hub id; default: the config's pretrained_model_name_or_path"
-LARGEST = 100_000  # as linvideo.trajectories.collect.LARGEST, without its imports
+TEACHER = "the teacher: folder or Hub id of a stock pipeline; default: the config's pretrained_model_name_or_path"
+LARGEST = 100_000  # the same as linvideo.trajectories.collect.LARGEST, but without its imports
 
 
 # types for argparse
 
 
 def whole_number(least: int, most: int = 2**63 - 1):
-    """A type for argparse: the whole numbers in this range."""
+    """A type for argparse: whole numbers in this range."""
 
     def parse(text: str) -> int:
         try:
@@ -34,7 +40,7 @@ def whole_number(least: int, most: int = 2**63 - 1):
 
 
 def number(text: str) -> float:
-    """A type for argparse: finite numbers from 0 up."""
+    """A type for argparse: finite numbers that are not negative."""
     try:
         value = float(text)
     except ValueError:
@@ -47,48 +53,63 @@ def number(text: str) -> float:
 positive, natural, extent = whole_number(1), whole_number(0), whole_number(1, LARGEST)
 
 
-# arguments; `parser` is a parser or a group of one
+# arguments; `parser` is a parser or an argument group of one
 
 
-def add_model(parser, what: str = "pipeline folder or Hub id, converted or stock") -> None:
+def add_model(parser, what: str = "folder or Hub id of a pipeline, converted or stock") -> None:
     parser.add_argument("model", metavar="MODEL", help=what)
 
 
 def add_dtype(parser, default: str | None = None) -> None:
-    """Without a default the device decides, see choose_dtype."""
-    what = "of the weights; default: " + (default or "bfloat16 on CUDA, else float32")
+    """Add --dtype. Without a default the device decides: see choose_dtype."""
+    what = "dtype of the weights; default: " + (default or "bfloat16 on CUDA, otherwise float32")
     parser.add_argument("--dtype", choices=DTYPES, default=default, help=what)
 
 
 def add_device(parser) -> None:
-    parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    what = "device, such as cuda:1; default: cuda if PyTorch sees a GPU, otherwise cpu"
+    parser.add_argument("--device", default=None, help=what)
 
 
-def add_output_dir(parser) -> None:
-    parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in that folder")
+def add_output_dir(parser, otherwise: str = "") -> None:
+    parser.add_argument("--output_dir", type=Path, metavar="FOLDER", required=True, help="folder for the output")
+    what = "replace what is in that folder" + otherwise
+    parser.add_argument("--overwrite", action="store_true", help=what)
+
+
+def add_prompts_file(parser, more: str = "") -> None:
+    what = "text file with one caption per line, or .jsonl with a caption and an image per line" + more
+    parser.add_argument("--prompts_file", type=Path, metavar="FILE", help=what)
 
 
 def add_video(parser) -> None:
-    """What a sampled video is like."""
-    parser.add_argument("--negative_prompt", default="", help="what the video should not be; default: empty")
-    for name, value in DEFAULTS.items():
-        own = "; of a distilled model, as it was distilled" if name in AS_DISTILLED else ""
-        add_setting(parser, name, value, f"default: the pipeline's own, {value} with Wan{own}")
-    parser.add_argument("--seed", type=natural, default=0, help="of the noise; default: 0")
-    parser.add_argument("--fps", type=positive, help="of the mp4 files; default: the model's own, 16 with Wan 2.1")
+    """Add the options that describe a sampled video."""
+    what = "description of what the video should not show; default: empty"
+    parser.add_argument("--negative_prompt", metavar="TEXT", default="", help=what)
+    add_settings(parser, DEFAULTS, "the pipeline's own, {} for Wan")
+    parser.add_argument("--seed", type=natural, metavar="N", default=0, help="seed of the noise; default: 0")
+    what = "frame rate of the mp4 files; default: the model's own, 16 for Wan 2.1"
+    parser.add_argument("--fps", type=positive, metavar="RATE", help=what)
 
 
-def add_setting(parser, name: str, value: int | float, what: str) -> None:
-    """One of a video's settings; None where it is not given."""
-    parser.add_argument(f"--{name}", type=number if isinstance(value, float) else extent, help=what)
+def add_settings(parser, values: dict[str, int | float], default: str) -> None:
+    """Add an option for each of these video settings; it is None when it is not given.
+
+    default: A description of the default, with {} in place of the value.
+    """
+    for name, value in values.items():
+        metavar, what = SETTINGS[name]
+        what = f"{what}; default: {default.format(value)}"
+        parser.add_argument(
+            f"--{name}", type=number if isinstance(value, float) else extent, metavar=metavar, help=what
+        )
 
 
 def add_config_options(parser, what: str) -> None:
-    """The command takes the options of a run's config, and before them MODEL: see read_config.
+    """Make the command take MODEL, and after it the options of a run's config: see read_config.
 
-    argparse would take the value of an option that it does not know for MODEL. So `main` leaves all these words in
-    args.config_options.
+    argparse would mistake the value of an option that it does not know for MODEL. Therefore `main` leaves all these
+    words in args.config_options.
     """
     parser.usage = f"{parser.prog} [MODEL] [options]"
     parser.description += f"\n\nMODEL: {what}"
@@ -99,9 +120,10 @@ def add_config_options(parser, what: str) -> None:
 
 
 def read_config(args: argparse.Namespace, kind, first=(), last=(), model: str = "pretrained_model_name_or_path"):
-    """The config of class `kind` from MODEL, which is the option `model` and wins, and from the config's options.
+    """Return the config of class `kind` that MODEL and the config's options make.
 
-    first, last: options of the command's own, before the user's and after them, where they win.
+    MODEL sets the option `model`, even where the options set it too. first, last: Options that the command itself puts
+    before and after the user's. Later options win.
     """
     from linvideo.run import load_config
 
@@ -110,12 +132,12 @@ def read_config(args: argparse.Namespace, kind, first=(), last=(), model: str = 
         return load_config([*first, *words, *last], kind, *args.help_texts)
     except ValueError as error:
         if found := re.search(r"unrecognized arguments: ([^-]\S*)", str(error)):
-            raise ValueError(f"expected MODEL before the options, got {found[1]} among them") from None
+            raise ValueError(f"expected MODEL before the options, got {found[1]} after them") from None
         raise
 
 
 def read_training_config(args: argparse.Namespace, kind, last=(), model: str = "pretrained_model_name_or_path"):
-    """As read_config, for a run that trains; refuses defaults that are not for its model."""
+    """Do the same as read_config for a run that trains, and refuse defaults that do not suit its model."""
     from linvideo.planning.recipes import check_choice_of_defaults
     from linvideo.run.read_config import given_options
 
@@ -125,7 +147,7 @@ def read_training_config(args: argparse.Namespace, kind, last=(), model: str = "
 
 
 def _config_words(args: argparse.Namespace, model: str) -> list[str]:
-    """The options of a config, with MODEL as the option `model` at their end."""
+    """Return the options of a config, with MODEL moved to the end as the option `model`."""
     words = args.config_options
     if words and not words[0].startswith("-"):
         words = [*words[1:], f"--{model}", words[0]]
@@ -133,7 +155,7 @@ def _config_words(args: argparse.Namespace, model: str) -> list[str]:
 
 
 def choose_device(name: str | None) -> str:
-    """The device that is asked for, if it is there, else CUDA or the CPU."""
+    """Return the requested device after checking that it exists; without a request CUDA if available, else the CPU."""
     import torch
 
     from linvideo.trajectories.devices import check_device
@@ -143,12 +165,12 @@ def choose_device(name: str | None) -> str:
 
 
 def choose_dtype(name: str | None, device: str) -> str:
-    """The dtype that is asked for, else the one that suits the device."""
+    """Return the requested dtype; without a request the one that suits the device."""
     return name or ("bfloat16" if device.startswith("cuda") else "float32")
 
 
 def load(model: str, dtype: str, **components):
-    """The pipeline; `components` are given to it in place of its own."""
+    """Load a pipeline, with `components` in place of its own ones."""
     import torch
 
     from linvideo import models
@@ -157,7 +179,8 @@ def load(model: str, dtype: str, **components):
     chosen = getattr(torch, dtype)
     print(f"loading {model} in {dtype}", flush=True)
     pipeline = models.load_pipeline(model, dtype=wan_dtypes(chosen), **components)
-    if type(getattr(pipeline, "vae", None)).__name__ != "AutoencoderKLWan":  # of another family all are meant for dtype
+    # only Wan's VAE and image encoder stay in fp32; in other families all parts are meant to have the same dtype
+    if type(getattr(pipeline, "vae", None)).__name__ != "AutoencoderKLWan":
         for part in (getattr(pipeline, name, None) for name in ("vae", "image_encoder")):
             if part is not None and part.dtype != chosen:
                 part.to(chosen)
@@ -165,23 +188,26 @@ def load(model: str, dtype: str, **components):
 
 
 def load_teacher(model: str, dtype: str, pipeline):
-    """The pipeline to compare with, sharing all that it can."""
+    """Load the pipeline to compare with; it shares text encoder, VAE and whatever else it can with `pipeline`."""
     own = ("transformer", "transformer_2", "scheduler")
     shared = {name: part for name, part in pipeline.components.items() if name not in own and part is not None}
     return load(model, dtype, **shared)
 
 
-# a video's settings
+# settings of a video
 
 
 def given(args: argparse.Namespace) -> dict:
-    """What of a video's settings was asked for, for `generate_video`."""
+    """Return the video settings that the user gave, as arguments of `generate_video`."""
     values = {name: getattr(args, name, None) for name in ("negative_prompt", *DEFAULTS)}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def teachers_settings(teacher, student) -> dict:
-    """What the teacher is called with next to a student that may be distilled: videos of the student's size."""
+    """Return the teacher's settings for a comparison: its own steps and guidance, and videos of the student's size.
+
+    The student may be distilled; its steps and guidance are then of no use to the teacher.
+    """
     from linvideo import models
 
     own = models.own_settings(student)
@@ -193,7 +219,7 @@ def teachers_settings(teacher, student) -> dict:
 
 
 def refuse_existing(args: argparse.Namespace) -> None:
-    """Before anything is loaded, so that a slow load does not end in a refusal."""
+    """Refuse a folder that is not empty. Call it before anything is loaded, so that the refusal comes at once."""
     folder = args.output_dir
     if folder.exists() and not args.overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists; choose another --output_dir or pass --overwrite")
@@ -210,32 +236,32 @@ def refuse_existing_video(args: argparse.Namespace) -> None:
 
 
 def announce(what: str, pipeline, settings: dict, args: argparse.Namespace) -> None:
-    """Say what is about to be made, before it takes its time."""
+    """Print what is about to be made, because making it may take long."""
     import inspect
 
     defaults = inspect.signature(pipeline.__call__).parameters
     own = {name: settings.get(name, getattr(defaults.get(name), "default", None)) for name in DEFAULTS}
-    size = "the model's own size" if None in (own["height"], own["width"]) else f"{own['height']}x{own['width']}"
+    size = "the model's default size" if None in (own["height"], own["width"]) else f"{own['height']}x{own['width']}"
     words = {"num_frames": "{} frames", "num_inference_steps": "{} steps", "guidance_scale": "guidance {:g}"}
     rest = [word.format(own[name]) for name, word in words.items() if own[name] is not None]
     print(f"{what} of {', '.join([size, *rest])}, on {args.device} in {args.dtype}", flush=True)
 
 
 def announce_run(config, stages: dict[str, int]) -> None:
-    """Say what a run is about to do, before it takes its time; of several processes only the first does."""
+    """Print what a run is about to do, because it may take long. Only the first of several processes prints."""
     if os.environ.get("RANK", "0") != "0":
         return
     video = config.trajectories
     print(
         f"run in {config.output_dir}: {video.num_trajectories} trajectories of {video.height}x{video.width},"
-        f" {video.num_frames} frames, {video.num_inference_steps} steps, guidance {video.guidance_scale:g}"
-        + "".join(f", then {count} steps of {name}" for name, count in stages.items() if count),
+        f" {video.num_frames} frames, {video.num_inference_steps} sampling steps, guidance {video.guidance_scale:g}"
+        + "".join(f"; then {count} steps of {name}" for name, count in stages.items() if count),
         flush=True,
     )
 
 
 def print_transformers(pipeline) -> dict:
-    """Say what the attention layers are; returns the transformers by name."""
+    """Print the kinds of the attention layers, and return the transformers by name."""
     from linvideo import models
 
     found = models.video_transformers(pipeline)

@@ -4,7 +4,7 @@ import argparse
 
 from linvideo.commands.shared import TEACHER, add_config_options, announce_run, read_training_config
 
-SUMMARY = "selective transfer and fine-tuning, from a stock pipeline to a converted one; also under torchrun"
+SUMMARY = "convert a stock pipeline by selective transfer and fine-tune it; also under torchrun"
 EXAMPLES = """
 linvideo train --config demo --output_dir run
 torchrun --nproc_per_node=8 -m linvideo train --config run.yaml --output_dir run --resume_from_checkpoint latest
@@ -24,6 +24,6 @@ def run(args: argparse.Namespace) -> None:
     stages = {"warm-up": config.warmup.max_train_steps, "selection": selection, "fine-tuning": config.max_train_steps}
     announce_run(config, stages)
     result = train(config)
-    disconnect()  # not after an error: the others may wait in a collective that this process will not join
-    if result.pipeline is not None:  # of several processes the first has it
-        print(f"linear layers: {result.layers_linear}; saved the converted pipeline to {result.pipeline_path}")
+    disconnect()  # not after an error: the other ranks may wait in a collective that this one will never join
+    if result.pipeline is not None:  # only the first rank has it
+        print(f"linear layers: {result.layers_linear}; the converted pipeline is in {result.pipeline_path}")

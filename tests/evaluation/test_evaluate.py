@@ -232,7 +232,7 @@ def test_vbench_videos_are_named_and_continued(pipelines, tmp_path, capsys):
 
 
 def test_the_vbench_command(folders, full_info, tmp_path, capsys, monkeypatch):
-    """Without the package it says how to get the scores; with it they stand beside the paper's."""
+    """Without the package the command says how to get the scores; with it they stand next to the paper's."""
     command = ["evaluate", str(folders / "linear"), "--suite", "vbench", "--output_dir", str(tmp_path / "out")]
     command += [*FLAGS, "--num_prompts", "1", "--dimensions", "imaging_quality"]
     assert main(command) == 2 and "package vbench" in capsys.readouterr().err
