@@ -1,4 +1,4 @@
-"""A plan of a training run: what it needs as configured, and where that does not fit, the simplest layout that does."""
+"""A plan of a training run: what it needs as configured, and if that does not fit, the simplest layout that does."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
@@ -13,9 +13,11 @@ from linvideo.run.parallel import check_divisible
 from linvideo.trajectories.prompts import check_length
 from linvideo.transfer.train_config import TrainConfig
 
-RESERVE = 0.1  # of a GPU's memory, for the CUDA context, libraries, kernels' scratch and fragmentation; a rule of thumb
-MOST_GPUS, LARGEST_BATCH = 100_000, 10**9  # layouts for every divisor are tried
-LORA_RANK = 64  # suggested where nothing else fits
+# The share of a GPU's memory that is left for the CUDA context, libraries, the kernels' scratch memory and
+# fragmentation: a rule of thumb.
+RESERVE = 0.1
+MOST_GPUS, LARGEST_BATCH = 100_000, 10**9  # limits, because a layout is tried for every divisor
+LORA_RANK = 64  # suggested when nothing else fits
 NODE = 8  # GPUs with fast links between them
 
 
@@ -27,17 +29,20 @@ def make_plan(
     critic: bool = False,
     forward_seconds: float | None = None,
 ) -> dict[str, Any]:
-    """The plan as plain values, in bytes and seconds; a layout that was looked for and not found is None.
+    """Return the plan as plain values, in bytes and seconds. A suggested layout is None if nothing fits.
 
     Args:
-        gpus: processes that torchrun would start with this config.
-        gpu_memory: of one GPU in GB of 10^9 bytes. critic: see Layout.
-        forward_seconds: one forward of the teacher with one video on one GPU; None is what `linvideo check`
-            or `linvideo analyze` has measured here.
+        sizes: The model's sizes.
+        config: The run's configuration.
+        gpus: Number of processes that torchrun would start with this config.
+        gpu_memory: Memory of one GPU, in GB of 10^9 bytes.
+        critic: Whether a fake-score network is trained as well: see Layout.
+        forward_seconds: Measured time of one forward of the teacher with one video on one GPU. None means the time that
+            `linvideo check` or `linvideo analyze` has measured on this machine, if any.
 
     Raises:
-        ValueError: a number out of range, degrees that do not divide, more linear layers asked for than there are, or
-            prompts of a length that the model does not take.
+        ValueError: A number is out of range, a degree of parallelism does not divide what it splits, more linear layers
+            are requested than the model has, or the model does not take prompts of this length.
     """
     if not 1 <= gpus <= MOST_GPUS:
         raise ValueError(f"gpus must be from 1 to {MOST_GPUS}, got {gpus}")
@@ -47,7 +52,7 @@ def make_plan(
     shard = config.parallel.check(gpus)
     check_divisible(sizes.config, sizes.latents, config.parallel)
     check_length(config.prompts.max_sequence_length or TEXT_TOKENS, sizes.config)
-    given = {"forward": {"seconds": forward_seconds, "source": "as given"}}
+    given = {"forward": {"seconds": forward_seconds, "source": "as given by the user"}}
     measured = measured_here(sizes, config) if forward_seconds is None else given
     budget = gpu_memory * 1e9 * (1 - RESERVE)
     if config.global_batch(gpus) > LARGEST_BATCH:
@@ -74,7 +79,7 @@ def make_plan(
 
     hours = collection_hours(config, measured)
     columns = {"as configured": evaluate(sizes, config, configured, budget, measured)}
-    if not columns["as configured"]["fits"]:  # what is too large in fp32 is also slow in it
+    if not columns["as configured"]["fits"]:  # suggest autocast: a model that is too large in fp32 is also slow in it
         columns["suggested"] = first_that_fits(layouts(sizes, replace(configured, autocast=True)))
     return {
         "model": sizes.name,
@@ -96,13 +101,13 @@ def make_plan(
 
 
 def layouts(sizes: Sizes, start: Layout) -> Iterator[Layout]:
-    """Layouts with start's GPUs and global batch, the simplest first.
+    """Yield layouts with the GPUs and the global batch of `start`, the simplest first.
 
-    Smaller micro batches are tried first, then gradient checkpointing, more sharding, context parallelism, and LoRA
+    Smaller micro batches come first, then gradient checkpointing, more sharding and context parallelism; LoRA comes
     last.
     """
     gpus, batch, heads = start.gpus, start.global_batch, sizes.config.num_attention_heads
-    # heads and tokens are what context parallelism (Ulysses) divides; the rest of the GPUs share the batch
+    # context parallelism (Ulysses) divides heads and tokens; the remaining factor of the GPUs divides the batch
     contexts = [n for n in divisors(gpus) if sizes.tokens % n == heads % n == batch % (gpus // n) == 0]
     shards = sorted({1, gpus, *(n for n in divisors(gpus) if n == NODE)})
     checkpoints = sorted({start.gradient_checkpointing, True})
@@ -124,7 +129,7 @@ def layouts(sizes: Sizes, start: Layout) -> Iterator[Layout]:
 
 
 def evaluate(sizes: Sizes, config: TrainConfig, layout: Layout, budget: float, measured: dict) -> dict[str, Any]:
-    """The layout's memory in each stage, its pace, and how `linvideo train` is told."""
+    """Return the layout's memory in each stage, its pace, and its options for `linvideo train`."""
     memory = {stage: stage_memory(sizes, config, layout, stage) for stage in stages(config)}
     totals = {stage: sum(parts.values()) for stage, parts in memory.items()}
     return {
@@ -139,7 +144,8 @@ def evaluate(sizes: Sizes, config: TrainConfig, layout: Layout, budget: float, m
 
 
 def activations(sizes: Sizes, config: TrainConfig, start: Layout) -> dict[str, dict[str, int]]:
-    """Training stage -> bytes saved for the backward of one of start's micro batches, by gradient checkpointing."""
+    """Return, per training stage, the bytes saved for the backward of one micro batch of `start`, with and without
+    gradient checkpointing."""
     names = {"without gradient checkpointing": False, "with gradient checkpointing": True}
     chosen = {name: replace(start, gradient_checkpointing=on) for name, on in names.items()}
     return {
@@ -150,9 +156,9 @@ def activations(sizes: Sizes, config: TrainConfig, start: Layout) -> dict[str, d
 
 
 def options(layout: Layout) -> list[str]:
-    """A layout as `linvideo train` takes it, for torchrun with as many processes as there are GPUs."""
+    """Return a layout as options for `linvideo train`, under torchrun with one process per GPU."""
     trajectories, warmup, sensitivity = layout.forward_batch
-    warmup *= layout.gpus // layout.context_parallel  # the option is the batch of all of them
+    warmup *= layout.gpus // layout.context_parallel  # the option is the batch over all GPUs
     chosen = [
         f"--mixed_precision {'bf16' if layout.autocast else 'no'}",
         f"--gradient_checkpointing {str(layout.gradient_checkpointing).lower()}",

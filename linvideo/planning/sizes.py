@@ -1,4 +1,4 @@
-"""What a Wan pipeline weighs: counted on models built from its configs on the meta device, no weights are read."""
+"""Sizes of a Wan pipeline, counted on models that are built from its configs on the meta device, without weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +30,27 @@ TEXT_TOKENS = 512  # WanPipeline's padding; a tokenizer with a lower limit gives
 
 @dataclass(frozen=True)
 class Sizes:
-    """One pipeline in numbers of parameters, with the transformer's config and the latents' shape.
+    """Numbers of parameters and other sizes of one pipeline.
 
     Args:
-        name: as it was asked for. latents: (C, F, H, W) of one video. tokens: of one video, after patchifying.
-        parameters: of the stock transformer; with two experts, of each.
-        cast: those of them in Linear and Conv layers, which autocast casts.
-        kept: those that stay fp32 when the model is loaded as bf16. whole: those that training does not shard.
-        block, block_cast: `parameters` and `cast` of one block. block_linears: name -> (in, out) of its Linear layers.
-        text_encoder, vae, image_encoder: of these. experts: transformers in the pipeline.
-        text_heads: of the text encoder's attention. vae_config: the VAE's. image_tokens: that the image encoder makes
-            of an image; 0 without one.
+        name: Name, folder or Hub id that the user gave.
+        config: Config of the transformer.
+        latents: Shape (C, F, H, W) of the latents of one video.
+        tokens: Number of tokens of one video, after patchifying.
+        parameters: Parameters of the stock transformer; of each expert if there are two.
+        cast: Those parameters that are in Linear and Conv layers, which autocast casts.
+        kept: Those parameters that stay in fp32 when the model is loaded in bf16.
+        whole: Those parameters that training does not shard.
+        block: Parameters of one block.
+        block_cast: Parameters of one block that autocast casts.
+        block_linears: Shapes (in, out) of the block's Linear layers, by name.
+        text_encoder: Parameters of the text encoder.
+        text_heads: Attention heads of the text encoder.
+        vae: Parameters of the VAE.
+        vae_config: Config of the VAE.
+        image_encoder: Parameters of the image encoder; 0 without one.
+        image_tokens: Tokens that the image encoder makes from an image; 0 without one.
+        experts: Number of transformers in the pipeline.
     """
 
     name: str
@@ -68,21 +78,21 @@ class Sizes:
 
     @property
     def condition_channels(self) -> int:
-        """Of an image-to-video model's input, beside the latents'; 0 for text-to-video."""
+        """Number of channels that an image-to-video model reads next to the latents; 0 for text-to-video."""
         return self.config.in_channels - self.config.out_channels
 
     def branch(self, feature_map: str, mixed: bool = True) -> int:
-        """Parameters of one layer's linear branch: the feature map's and, when mixed, r."""
+        """Count the parameters of one layer's linear branch: those of the feature map and, when mixed, r."""
         with torch.device("meta"):
             heads, dim = self.config.num_attention_heads, self.config.attention_head_dim
             return _count(LinearAttentionBranch(heads, dim, feature_map, mixed=mixed))
 
 
 def read_sizes(model: str, video: TrajectoryConfig) -> Sizes:
-    """Sizes of a known name, a pipeline folder or a Hub id, for videos of `video`'s size.
+    """Return the sizes of a known model, a pipeline folder or a Hub id, for videos of the size in `video`.
 
     Raises:
-        ValueError: no such pipeline, one that `linvideo train` does not take, or a video that does not fit it.
+        ValueError: There is no such pipeline, `linvideo train` does not take it, or the video does not fit it.
     """
     model = packaged(HUB.get(model, model))
     try:
@@ -91,12 +101,15 @@ def read_sizes(model: str, video: TrajectoryConfig) -> Sizes:
         raise
     except Exception as error:  # diffusers trusts what it reads: a damaged config surfaces as anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"expected {EXPECTED}, cannot build from the configs of {model}: {reason}") from None
+        raise ValueError(f"expected {EXPECTED}, but cannot build from the configs of {model}: {reason}") from None
 
 
 def known_name(model: str) -> str | None:
-    """Which of the published models this is: by its name or Hub id, of a pipeline folder by the shape of its
-    transformers. None for any other; nothing is downloaded."""
+    """Return the name of the published model that this is, or None for any other.
+
+    A name or Hub id is looked up; a pipeline folder is recognized by the shape of its transformers. Nothing is
+    downloaded.
+    """
     model = packaged(HUB.get(model, model))
     if model in KNOWN:
         return model
@@ -117,7 +130,7 @@ def known_name(model: str) -> str | None:
 
 def _sizes(model: str, video: TrajectoryConfig) -> Sizes:
     pipeline = _pipeline(model)
-    check_images(pipeline, [])  # the pipeline alone
+    check_images(pipeline, [])  # checks the pipeline alone
     wan, clip = pipeline.transformer, getattr(pipeline, "image_encoder", None)
     latents, patch = latent_shape(pipeline, video), wan.config.patch_size
     keep = set(WanTransformer3DModel._keep_in_fp32_modules)
@@ -148,7 +161,7 @@ def _sizes(model: str, video: TrajectoryConfig) -> Sizes:
 
 
 def _pipeline(model: str) -> DiffusionPipeline:
-    """What the name, folder or Hub id stands for, on the meta device; of two experts one stands for both."""
+    """Build the pipeline of a name, folder or Hub id on the meta device; of two experts, one stands for both."""
     known = KNOWN.get(model)
     if known is None:
         index = _index(model)
@@ -157,7 +170,7 @@ def _pipeline(model: str) -> DiffusionPipeline:
         decoder = AutoencoderKLWan.load_config(model, subfolder="vae")
         counts = {"transformer": transformer["num_layers"], "text encoder": text.num_layers}
         counts["VAE's residual block"] = decoder.get("num_res_blocks", 1)
-        for part, count in counts.items():  # each is built, if without weights
+        for part, count in counts.items():  # layers take time to build, even without weights
             if not isinstance(count, int) or not 1 <= count <= MOST_LAYERS:
                 expected = f"expected 1 to {MOST_LAYERS} layers of the {part}, got {count!r}"
                 raise ValueError(f"cannot build from the configs of {model}: {expected}")
@@ -178,13 +191,13 @@ def _pipeline(model: str) -> DiffusionPipeline:
                 else CLIPVisionConfig(**CLIP_H)
             )
             parts["image_encoder"] = CLIPVisionModel(clip)
-    # the import of an image-to-video pipeline warns of torchvision
+    # taken from diffusers only when needed: importing an image-to-video pipeline warns about torchvision
     kind = diffusers.WanImageToVideoPipeline if images else WanPipeline
     return kind(**parts, expand_timesteps=index.get("expand_timesteps", False))
 
 
 def _index(model: str) -> dict[str, Any]:
-    """The pipeline's model_index.json."""
+    """Return the pipeline's model_index.json."""
     if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         raise ValueError(f"model must be {EXPECTED}, got {model!r}")
     index = DiffusionPipeline.load_config(model)
@@ -195,7 +208,7 @@ def _index(model: str) -> dict[str, Any]:
 
 
 def _kind(index: dict[str, Any], part: str) -> str | None:
-    """The class of a part."""
+    """Return the class name of a part, or None if the pipeline does not have it."""
     return (index.get(part) or [None, None])[1]
 
 

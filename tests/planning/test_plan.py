@@ -1,4 +1,4 @@
-"""What a plan says: which layouts, which options, how long; and what it refuses."""
+"""What a plan says (layouts, options, hours) and what it refuses."""
 
 import json
 import re
@@ -42,13 +42,13 @@ def said(capsys, *argv: object) -> str:
 def refused(capsys, *argv: object) -> str:
     try:
         status = main(["plan", *map(str, argv)])
-    except SystemExit as stop:  # argparse's own refusals
+    except SystemExit as stop:  # argparse itself refuses
         status = stop.code
     assert status == 2
     return capsys.readouterr().err
 
 
-def test_what_fits_is_left_as_it_is():
+def test_nothing_is_suggested_when_the_run_fits():
     result = make(SMALL)
     assert list(result["layouts"]) == ["as configured"] and result["layouts"]["as configured"]["fits"]
     assert " ".join(result["layouts"]["as configured"]["options"][:4]) in USUAL
@@ -57,7 +57,7 @@ def test_what_fits_is_left_as_it_is():
 
 
 def test_the_defaults_do_not_fit_a_real_model_but_other_options_do():
-    """What is suggested parses, keeps the global batch, and fits when it is planned with."""
+    """The suggested options parse, keep the global batch, and fit in a plan of their own."""
     column = make(SMALL, "")["layouts"]["suggested"]
     assert column["fits"] and column["options"][0] == "--mixed_precision bf16"
     again = make(SMALL, " ".join(column["options"]))
@@ -88,7 +88,7 @@ def test_14b_needs_several_gpus_or_adapters(gpus, memory, chosen):
 
 
 def test_two_experts(tmp_path, folder):
-    """Both are there while trajectories are sampled, one of them afterwards."""
+    """Both are in memory while trajectories are sampled, and only one of them afterwards."""
     tiny_pipeline(transformer_2=tiny_transformer(), boundary_ratio=0.9).save_pretrained(tmp_path / "two")
     video = TrajectoryConfig(height=32, width=32, num_frames=5)
     for one, two in (("wan2.1-14b", "wan2.2-a14b"), (str(folder), str(tmp_path / "two"))):
@@ -100,7 +100,7 @@ def test_two_experts(tmp_path, folder):
 
 
 def test_image_to_video(tmp_path):
-    """A folder's plan is its own; what an image takes is there, and nothing of it with a text-to-video model."""
+    """A folder is planned by its own configs; only an image-to-video model needs memory and disk space for images."""
     options = f"{USUAL} --parallel.shard_degree 8 --gradient_accumulation_steps 1"
     text_to_video, image = (make(sizes, options, gpus=8) for sizes in (LARGE, IMAGE))
     stages = [plan["layouts"]["as configured"]["stages"] for plan in (text_to_video, image)]
@@ -110,7 +110,7 @@ def test_image_to_video(tmp_path):
     )
     assert text_to_video["condition_bytes"] == 0 and "image conditions" not in text(text_to_video)
     assert image["condition_bytes"] == 2 * (20 * 21 * 60 * 104 + 257 * 1280)
-    assert "image conditions: 5.90 MB a prompt" in text(image)
+    assert "image conditions: 5.90 MB per prompt" in text(image)
     video = TrajectoryConfig(height=32, width=64, num_frames=9)
     tiny_image_pipeline().save_pretrained(tmp_path / "clip")
     first, second = (tiny_image_transformer(clip=False) for _ in range(2))
@@ -130,7 +130,7 @@ def test_a_critic_is_planned_when_asked_for():
     result = make(SMALL, f"{USUAL} --parallel.shard_degree 1", gpus=2, critic=True, gpu_memory=60)
     column = result["layouts"]["suggested"]
     assert column["stages"]["mixed stage"]["critic, with its training"] == 16 * SMALL.parameters / 2
-    assert "beside a critic" in text(result)
+    assert "with a critic" in text(result)
 
 
 def test_adapters_and_context_parallelism_as_configured():
@@ -157,9 +157,10 @@ def test_pace_from_a_given_forward():
     result = make(SMALL, f"{USUAL} --objective.name hybrid --trajectories.stride 5", forward_seconds=0.5)
     assert result["collection_hours"] == pytest.approx(192 * 50 * 2 * 0.5 / 3600)
     rates = result["layouts"]["as configured"]["steps_per_hour"]
-    # 8 videos: forward, recomputation and a backward of two; ADM: the teacher, the student again, the other condition
+    # 8 videos: forward, recomputation and a backward that counts as two; ADM adds the teacher, the student again, and
+    # the other condition
     assert rates == pytest.approx({"mixed stage": 3600 / (8 * 4 * 0.5), "fine-tuning": 3600 / (8 * 5.5 * 0.5)})
-    assert "steps an hour are estimated" in text(result)
+    assert "steps per hour are estimated" in text(result)
     assert make(SMALL, USUAL, gpus=8, forward_seconds=1.0)["collection_hours"] == pytest.approx(192 * 100 / 6 / 3600)
     unguided = make(SMALL, f"{USUAL} --trajectories.guidance_scale 1", forward_seconds=0.5)
     assert unguided["collection_hours"] == pytest.approx(192 * 50 * 0.5 / 3600)
@@ -201,9 +202,8 @@ def test_the_command(folder, tmp_path, capsys):
     config.write_text(f"pretrained_model_name_or_path: {folder}\nmixed_precision: bf16\nuse_ema: true\ndevice: cuda\n")
     video = ["--height", 32, "--width", 64, "--num_frames", 9]
     out = said(capsys, "--config", config, *video, "--train_batch_size", 2, "--gpus", 2)
-    assert (
-        "48 tokens" not in out and "24 tokens" in out and "EMA" in out and "unmeasured; give --forward_seconds" in out
-    )
+    assert "48 tokens" not in out and "24 tokens" in out and "EMA" in out
+    assert "time to collect them: unmeasured (run linvideo check" in out and "or give --forward_seconds" in out
     assert "--mixed_precision bf16" in out and "--train_batch_size 2" in out and "--parallel.shard_degree 2" in out
     result = json.loads(said(capsys, folder, *video, "--forward_seconds", 0.1, "--json"))
     assert result["tokens"] == 24 and set(result["saved_for_backward"]) == set(TRAINING)

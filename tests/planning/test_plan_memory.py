@@ -1,9 +1,10 @@
-"""The planner's arithmetic against counted bytes.
+"""The planner's arithmetic, compared with counted bytes.
 
 Counted on real CPU tensors: parameters, gradients, optimizer state, EMA, teacher, encoders and VAE, the store, and
-activations in fp32. Counted on fake tensors of real sizes (shapes and autograd graphs without data), with CUDA's
-choices put in place of the CPU's: RMSNorm fused, and fp32 under autocast; a flash-attention backend; our kernels, whose
-operators describe themselves. What a real GPU keeps is not checked here.
+activations in fp32. Counted on fake tensors of real sizes (shapes and autograd graphs without data): activations and
+largest moments on CUDA. For these, CUDA's choices replace the CPU's: RMSNorm is fused, and fp32 under autocast; the
+attention backend is flash attention; our kernels are replaced by what their operators say about shapes. The memory of a
+real GPU is not checked here.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ SMALL = TrajectoryConfig(height=64, width=96, num_frames=9)  # 3 x 4 x 6 tokens,
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Kind of model -> pipeline folder; "image" has an image encoder."""
+    """Pipeline folders by kind of model; "image" has an image encoder."""
     root = tmp_path_factory.mktemp("plan")
     for name, pipeline in (("text", tiny_pipeline()), ("image", tiny_image_pipeline())):
         pipeline.save_pretrained(root / name)
@@ -68,7 +69,7 @@ def folder(folders):
 
 @functools.cache
 def known(name: str, layers: int | None = None) -> Sizes:
-    """Of a known model at 480p, or of one that has only so many layers."""
+    """The sizes of a known model at 480p, or of the same model with this number of layers."""
     config = KNOWN[name] if layers is None else KNOWN[name] | {"num_layers": layers}
     with mock.patch.dict(KNOWN, {name: config}):
         return read_sizes(name, TrajectoryConfig())
@@ -79,8 +80,9 @@ def nbytes(tensors) -> int:
 
 
 def counted(call, model: torch.nn.Module, of: torch.nn.Module | None = None) -> int:
-    """Bytes of the distinct storages that autograd saves in call(), weights and their autocast copies excepted; only
-    while the module `of` runs, if that is given. The tensors live on, so that no storage is counted twice."""
+    """Count the bytes of the distinct storages that autograd saves in call(), except for weights and their autocast
+    copies; if the module `of` is given, only while it runs. The tensors are kept alive, so that no storage is counted
+    twice."""
     shapes = {p.shape for p in model.parameters()} | {p.mT.shape for p in model.parameters() if p.dim() == 2}
     weights, saved, inside = {p.untyped_storage()._cdata for p in model.parameters()}, {}, [of is None]
 
@@ -103,11 +105,11 @@ def counted(call, model: torch.nn.Module, of: torch.nn.Module | None = None) -> 
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
-# CUDA's choices, on fake CPU tensors.
+# CUDA's choices on fake CPU tensors
 
 
 class FusedNorm(torch.autograd.Function):
-    """What aten._fused_rms_norm saves on CUDA: input, 1/rms, weight."""
+    """RMSNorm that saves what aten._fused_rms_norm saves on CUDA: input, 1/rms, weight."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -143,7 +145,7 @@ def like_cuda():
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the storages that operations have made and nobody has dropped."""
+    """Counts the bytes of all storages that operations have made and that are still alive."""
 
     def __init__(self, known: torch.nn.Module):
         super().__init__()
@@ -172,7 +174,7 @@ def meta_model(config: dict, types: list[str]) -> torch.nn.Module:
 
 
 def without_data(model: torch.nn.Module) -> torch.nn.Module:
-    """The meta model with fake weights in place; inside like_cuda()."""
+    """Put fake weights into the meta model; call it inside like_cuda()."""
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
@@ -200,7 +202,7 @@ def velocity(model, sizes: Sizes, batch: int = 1, text: int = TEXT):
     "name, batch", [("wan2.1-1.3b", 1), ("wan2.1-i2v-14b", 1), ("wan2.1-i2v-14b", 2), ("wan2.2-i2v-a14b", 2)]
 )
 def test_activations_of_wan_on_cuda(name, batch, kind, autocast):
-    """A block of a real model at 480p: exactly what is counted, but for the text, which all blocks share."""
+    """A block of a real model at 480p saves exactly the planned bytes, except for the text, which all blocks share."""
     sizes = known(name)
     arguments = (batch, sizes.tokens, TEXT, autocast)
     model = meta_model(KNOWN[name] | {"num_layers": 1}, [kind])
@@ -210,9 +212,9 @@ def test_activations_of_wan_on_cuda(name, batch, kind, autocast):
         whole = counted(lambda: velocity(model, sizes, batch).square().mean(), model)
     expected = memory.block_activations(sizes, kind, *arguments, weighted=True)
     shared = (2 if autocast else 4) * batch * (TEXT + sizes.image_tokens) * sizes.width
-    copied = sizes.image_tokens and batch > 1  # of image and text, by each block; the shared ones just stay alive
+    copied = sizes.image_tokens and batch > 1  # each block copies image and text; the shared tensors only stay alive
     assert block - expected == (0 if copied else shared)
-    # what is left out is of the size of the time embedding
+    # the planner leaves out tensors of the size of the time embedding
     whole += shared if copied else 0
     assert 0 <= whole - expected - memory.outer_activations(sizes, *arguments) < 1e-5 * whole
 
@@ -221,8 +223,8 @@ def test_activations_of_wan_on_cuda(name, batch, kind, autocast):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name, text", [("text", 7), ("image", TEXT)])
 def test_activations_on_this_cpu(folders, name, text, kind, checkpointing):
-    """The same formula on real tensors in fp32, with what the CPU saves beyond a GPU added: RMSNorm in plain operations
-    keeps its quotient too, and a mixed layer its linear branch's output and 1 - r."""
+    """The same formula holds on real fp32 tensors, after adding what only a CPU saves: RMSNorm in plain operations also
+    keeps its quotient, and a mixed layer the output of its linear branch and 1 - r."""
     batch = 2
     sizes = read_sizes(str(folders[name]), SMALL)
     arguments = (batch, sizes.tokens, text, False)
@@ -248,7 +250,8 @@ def test_activations_on_this_cpu(folders, name, text, kind, checkpointing):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.1-i2v-14b"])
 def test_largest_moment_of_a_step_on_cuda(name, kinds, checkpointing, precision):
-    """Forward and backward of three layers of a real model at 480p: never less than counted, 15% more at most."""
+    """For forward and backward of three layers of a real model at 480p, the plan is between the counted bytes and 15%
+    more."""
     sizes, model = known(name, 3), meta_model(KNOWN[name] | {"num_layers": 3}, kinds)
     stage = "mixed stage" if "mixed" in kinds else "fine-tuning"
     config = from_dict({"output_dir": "run", "selection": {"num_linear_layers": 2}}, TrainConfig)
@@ -268,7 +271,7 @@ def test_largest_moment_of_a_step_on_cuda(name, kinds, checkpointing, precision)
 
 
 def split(moments: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Those with activations, and the others."""
+    """The moments with activations, and the others."""
     training = [moment for moment in moments if memory.ACTIVATIONS in moment]
     return training, [moment for moment in moments if memory.ACTIVATIONS not in moment]
 
@@ -296,15 +299,15 @@ def test_largest_moment_before_training_on_cuda(name, stage, autocast):
                 with torch.no_grad():
                     velocity(model, sizes)
     largest = memory.moments(sizes, TrainConfig("run"), Layout(autocast=autocast), stage)[0]
-    # a bf16 teacher has no copies of its weights; this one stands for it and has
+    # a bf16 teacher needs no copies of its weights, but the fp32 model that stands for it here does
     copies = 2 * sizes.cast if autocast and stage == "trajectories" else 0
-    # what is left out are a video's conditions
+    # the plan leaves out the video's conditions
     assert 0.985 < (sum(largest.values()) + copies) / live.peak < 1.15
 
 
 @pytest.mark.parametrize("height, width", [(480, 832), (720, 1280)])
 def test_encoding_an_image_on_cuda(height, width):
-    """By the pipeline's VAE, from the third chunk of frames on as for every later one."""
+    """The pipeline's VAE encodes the third chunk of frames, which stands for all later ones."""
     video, sizes = TrajectoryConfig(height=height, width=width, num_frames=9), known("wan2.1-i2v-14b")
     with torch.device("meta"):
         vae = AutoencoderKLWan().requires_grad_(False)
@@ -328,7 +331,7 @@ def test_encoding_prompts_on_cuda(batch, dtype):
         encoder(*(torch.empty(batch, TEXT, dtype=torch.long) for _ in range(2)))  # ids and mask
     config = from_dict({"output_dir": "run", "prompts": {"encode_batch_size": batch}}, TrainConfig)
     moment = memory.moments(known("wan2.1-1.3b"), config, Layout(autocast=dtype == torch.bfloat16), "trajectories")[1]
-    most = 1.15 if Version(transformers.__version__) >= Version("5.23") else 1.6  # older ones need less
+    most = 1.15 if Version(transformers.__version__) >= Version("5.23") else 1.6  # older versions need less memory
     assert moment["frozen teacher"] == 0 and 1 <= moment[memory.WORKING] / live.peak < most
 
 
@@ -339,7 +342,7 @@ TI2V |= {"in_channels": 12, "out_channels": 12, "latents_mean": [0.0] * 48, "lat
 @pytest.mark.parametrize("height, width", [(480, 832), (704, 1280)])
 @pytest.mark.parametrize("settings, scale", [({}, 8), (TI2V, 16)], ids=["Wan", "TI2V"])
 def test_decoding_a_video_on_cuda(height, width, settings, scale):
-    """By what validation decodes with, from the third chunk of frames on as for every later one."""
+    """Validation's decoder decodes the third chunk of frames, which stands for all later ones."""
     video = TrajectoryConfig(height=height, width=width, num_frames=9)
     with torch.device("meta"):
         vae = AutoencoderKLWan(**settings).requires_grad_(False)
@@ -354,8 +357,8 @@ def test_decoding_a_video_on_cuda(height, width, settings, scale):
 @pytest.mark.parametrize("stage", memory.TRAINING)
 @pytest.mark.parametrize("name", ["wan2.1-14b", "wan2.2-a14b"])
 def test_the_moments_of_a_validation(name, stage):
-    """Two more, without gradients: a video is sampled, with the other expert, and decoded, without. Of 720p decoding is
-    the largest one where eight GPUs share the tokens."""
+    """A validation adds two moments without gradients: sampling a video, with the other expert, and decoding it,
+    without. At 720p, decoding is the largest moment if eight GPUs share the tokens."""
     sizes, layout = known(name), Layout(8, 8, 8, gradient_checkpointing=True, autocast=True)
     configs = [TrainConfig("run", validation=ValidationConfig(steps=steps)) for steps in (0, 1)]
     for config in configs:
@@ -398,7 +401,7 @@ def test_weights_gradients_and_optimizer(folder, stage):
     assert parts["trained weights, fp32"] + branches / 4 == nbytes(student.parameters()) == 4 * trained
     assert parts["gradients"] + branches / 4 == gradients
     assert parts["AdamW state"] + branches / 2 == sum(counts)
-    assert parts["lanes"] == 4 * 2 * accumulation * 16 * 3 * 8 * 12
+    assert parts["rollouts"] == 4 * 2 * accumulation * 16 * 3 * 8 * 12
     if stage == "fine-tuning":
         assert parts["EMA"] == nbytes(EMAModel(student.parameters()).shadow_params)
     else:
@@ -424,7 +427,7 @@ def test_teacher_and_encoders_as_the_trainer_loads_them(folders, name, precision
 
 
 def test_the_published_models():
-    """1.419 B and 14.288 B parameters, UMT5-XXL 5.681 B, the VAE 0.127 B; with image tokens 16.395 B, CLIP 0.631 B."""
+    """1.419 and 14.288 billion parameters; UMT5-XXL 5.681, the VAE 0.127; with image tokens 16.395, CLIP 0.631."""
     small, large, expert, image, image_expert = (known(name) for name in KNOWN)
     assert (small.parameters, large.parameters) == (1_418_996_800, 14_288_491_584)
     assert (small.experts, large.experts, expert.experts) == (1, 1, 2) and expert.parameters == large.parameters
@@ -474,8 +477,9 @@ def test_the_image_conditions(tmp_path, clip, autocast):
     assert len(written) - header == 2 * memory.condition_bytes(sizes, Layout(autocast=autocast))
 
 
-def test_the_mixed_model_is_judged_while_its_optimizer_lives():
-    """Right after the mixed stage, with the sensitivity pass's batch: no gradients, but AdamW's state."""
+def test_the_mixed_model_is_measured_while_its_optimizer_lives():
+    """This happens right after the mixed stage, with the batch of the sensitivity pass: AdamW's state is in memory, but
+    gradients are not."""
     sizes = known("wan2.1-1.3b")
     config = from_dict({"output_dir": "run", "sensitivity": {"batch_size": 32}}, TrainConfig)
     layout = Layout(gradient_checkpointing=True, autocast=True, forward_batch=(1, 1, 32))
@@ -484,7 +488,7 @@ def test_the_mixed_model_is_judged_while_its_optimizer_lives():
     assert parts[memory.WORKING] == memory.forward_working(sizes, 32, sizes.tokens, 2)
 
 
-def test_fsdp_shards_all_but_the_branches_and_lanes():
+def test_fsdp_shards_everything_except_branches_and_rollouts():
     sizes, config = known("wan2.1-1.3b"), TrainConfig("run", use_ema=True)
     alone, _ = memory.held(sizes, config, Layout(critic=True), "fine-tuning")
     shared, _ = memory.held(sizes, config, Layout(gpus=8, shard=8, critic=True), "fine-tuning")

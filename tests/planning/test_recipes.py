@@ -1,4 +1,4 @@
-"""Every recipe loads, and fits the GPUs that its first lines name."""
+"""Every recipe loads, and fits the GPUs that its first lines name; which recipes fit a model."""
 
 import json
 import re
@@ -27,13 +27,13 @@ from linvideo.transfer import TrainConfig
 GUIDE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 PLANS = re.findall(r"^linvideo plan --config wan.*", GUIDE, re.MULTILINE)
 NAMES = sorted(path.name.removesuffix(".yaml") for path in RECIPES.iterdir())
-STAND_INS = {  # for what the other expert's run exports
+STAND_INS = {  # published models in place of the pipelines that the other expert's run exports
     "wan2.2-a14b-480p-low-noise-8x80gb": "wan2.2-a14b",
     "wan2.2-i2v-a14b-480p-low-noise-8x80gb": "wan2.2-i2v-a14b",
 }
 
 
-def test_there_is_one_for_every_model_and_method():
+def test_there_is_a_recipe_for_every_model_and_method():
     wanted = ("demo", "1.3b-480p", "2.1-14b-480p-8x80gb", "14b-720p-8x80gb", "lora", "i2v-14b")
     wanted += ("high-noise", "low-noise", "distill-demo", "distill-wan2.1-1.3b-480p")
     wanted += ("distill-wan2.1-14b-480p", "distill-wan2.1-14b-720p")
@@ -41,7 +41,7 @@ def test_there_is_one_for_every_model_and_method():
 
 
 def load(name: str, output_dir: Path) -> tuple[TrainConfig, bool]:
-    """(what can be planned, whether it is a distillation, which has a critic)."""
+    """Return a config that can be planned, and whether the recipe is a distillation, which has a critic."""
     words = ["--config", name, "--output_dir", str(output_dir)]
     if not name.startswith("distill"):
         return load_config(words, TrainConfig), False
@@ -50,7 +50,7 @@ def load(name: str, output_dir: Path) -> tuple[TrainConfig, bool]:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("demo")])
-def test_it_fits(name, tmp_path):
+def test_a_recipe_fits_its_gpus(name, tmp_path):
     config, critic = load(name, tmp_path / "run")
     head = (RECIPES / f"{name}.yaml").read_text().splitlines()[1]
     gpus, memory = map(int, re.match(r"# (\d+) x (\d+) GB", head).groups())
@@ -59,14 +59,14 @@ def test_it_fits(name, tmp_path):
     sizes = read_sizes(STAND_INS.get(name, config.pretrained_model_name_or_path), config.trajectories)
     plan = make_plan(sizes, config, gpus, memory, critic)
     column = plan["layouts"]["as configured"]
-    # of a distillation the fine-tuning with a critic is what counts
+    # a distillation corresponds to fine-tuning with a critic
     assert column["totals"]["fine-tuning"] <= plan["usable_memory"] if critic else column["fits"], column["totals"]
     assert plan["global_batch"] == 16
 
 
 @pytest.mark.parametrize("line", PLANS)
 def test_other_gpus_take_the_options_that_plan_prints(line, capsys):
-    """The settings that differ from a recipe in the numbers of the layout only, as the guide lists them."""
+    """The guide lists plans for other GPUs than a recipe's: they differ from it in the numbers of the layout only."""
 
     def plan(*more: str) -> dict:
         assert main([*shlex.split(line, comments=True)[1:], *more, "--json"]) == 0
@@ -81,7 +81,7 @@ def test_other_gpus_take_the_options_that_plan_prints(line, capsys):
 
 
 def test_no_two_recipes_differ_in_the_layout_only():
-    """`linvideo plan` prints those numbers."""
+    """Such a recipe would not be needed, because `linvideo plan` prints the numbers of a layout."""
     layout = ("gradient_accumulation_steps", "train_batch_size", "parallel", "warmup", "sensitivity")
     seen = {}
     for name in NAMES:
@@ -110,7 +110,7 @@ def test_the_demo_works_in_any_folder(tmp_path, monkeypatch):
 def test_distillations_take_the_trajectories_of_the_transfer(tmp_path):
     for name in (name for name in NAMES if name.startswith("distill")):
         config, _ = load(name, tmp_path)
-        start = re.match("distill-(demo|.*-[0-9]+p)", name)[1]  # model and size, whatever the GPUs
+        start = re.match("distill-(demo|.*-[0-9]+p)", name)[1]  # model and size, without the GPUs
         transfer, _ = load(next(other for other in NAMES if other.startswith(start)), tmp_path)
         assert (config.trajectories, config.prompts) == (transfer.trajectories, transfer.prompts)
         assert (config.seed, config.mixed_precision) == (transfer.seed, transfer.mixed_precision)
@@ -134,7 +134,7 @@ def test_only_config_takes_a_recipes_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("known", KNOWN)
 def test_the_recipes_that_fit_a_model(known, tmp_path):
-    """By its known name, a Hub id, or the config of a downloaded folder."""
+    """A model is recognized by its known name, a Hub id, or the config of a downloaded folder."""
     ids = [place for place, name in HUB.items() if name == known]
     part, two = ["diffusers", "WanTransformer3DModel"], known.startswith("wan2.2")
     index = {"_class_name": "WanPipeline", "transformer": part, "transformer_2": part if two else [None, None]}
