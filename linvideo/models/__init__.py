@@ -4,6 +4,7 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from linvideo.models.attention import (
     ATTENTION_TYPES,
+    attend,
     attention_types,
     choose_backend,
     default_fps,
@@ -18,6 +19,7 @@ from linvideo.models.few_step import FewStepScheduler, own_settings
 from linvideo.models.hub import push_to_hub
 from linvideo.models.hunyuan_video15 import LinVideoHunyuanVideo15Transformer3DModel
 from linvideo.models.ltx import LinVideoLTXVideoTransformer3DModel
+from linvideo.models.mixin import LinearAttentionMixin
 from linvideo.models.pipelines import load_pipeline, new_folder, save_pipeline, wan_transformer
 from linvideo.models.sampling_settings import sampling_settings
 from linvideo.models.wan import (
@@ -40,9 +42,11 @@ __all__ = [
     "LinVideoWanAttnProcessor",
     "LinVideoWanTransformer3DModel",
     "LinVideoWanVACETransformer3DModel",
+    "LinearAttentionMixin",
     "ModelMixin",  # diffusers looks base classes up in the library that model_index.json names
     "SchedulerMixin",
     "Training",
+    "attend",
     "attention_types",
     "choose_backend",
     "convert",
