@@ -1,6 +1,6 @@
 """Objectives that the library leaves out, because they lost or diverged; here so that anyone can see it.
 
-All act on the states of the student's own trajectories (lanes), as "adm" and "adm_step" do.
+All act on the states of the student's rollouts, as "adm" and "adm_step" do.
 """
 
 import copy
@@ -14,8 +14,8 @@ from linvideo.trajectories.conditions import Conditions
 from linvideo.trajectories.flow import NUM_TRAIN_TIMESTEPS, like, predict_velocity
 from linvideo.trajectories.seeding import generator
 from linvideo.transfer.gradient_step import GradientStep
-from linvideo.transfer.lanes import StudentLanes
 from linvideo.transfer.objectives import adm_gradient, sampler_step_end, score_weight, teacher_state_mse
+from linvideo.transfer.rollouts import StudentRollouts
 
 SCORE_NETS = ("adm_score_net", "dmd")
 
@@ -26,7 +26,7 @@ class AblationStep(GradientStep):
     adm_renoise: ADM at x_hat_t = (1 - t) x_0 + t eps, x_0 the student's one-step estimate, t anew from the sampler's
         grid; the student judges itself.
     adm_score_net: ADM at the end of a sampler step as "adm_step", but the student's score comes from a network of its
-        own, trained (one step for each of the student's) on the samples that the lanes end in.
+        own, trained (one step for each of the student's) on the finished samples of the rollouts.
     dmd: distribution matching at the one-step estimate of x_0 (Yin et al., arXiv 2311.18828), with a score network
         trained on those estimates, the gradient normalised by the distance to the teacher's estimate.
     own_mse_for_adm: as configured, with "own_mse" wherever "adm" would come.
@@ -42,12 +42,12 @@ class AblationStep(GradientStep):
                 self.score_net.parameters(), lr=self.config.optimizer.learning_rate, weight_decay=0.0
             )
         if kind == "adm_score_net":
-            self.all_lanes = [RecordingLanes(lanes, self.store) for lanes in self.all_lanes]
+            self.all_rollouts = [RecordingRollouts(rollouts, self.store) for rollouts in self.all_rollouts]
 
     @property
-    def lanes(self) -> StudentLanes:
+    def rollouts(self) -> StudentRollouts:
         """Ablations run on one process with one micro-batch a step."""
-        return self.all_lanes[0]
+        return self.all_rollouts[0]
 
     def _loss(self, name: str, step: int, micro: int) -> torch.Tensor:
         if self.kind == "uniform_t" and name == "mse":
@@ -60,21 +60,21 @@ class AblationStep(GradientStep):
         return getattr(self, f"_{self.kind}")(draws)
 
     def _adm_renoise(self, draws: torch.Generator) -> torch.Tensor:
-        lanes, conditions = self.lanes, self.lanes.conditions()
-        u = predict_velocity(self.student, lanes.x, lanes.timestep, conditions)
-        clean = lanes.x - like(lanes.sigma, u) * u
+        rollouts, conditions = self.rollouts, self.rollouts.conditions()
+        u = predict_velocity(self.student, rollouts.x, rollouts.timestep, conditions)
+        clean = rollouts.x - like(rollouts.sigma, u) * u
         t, noise = self._t_and_noise(clean, draws)
         loss = self._adm(noised(clean, t, noise), t, conditions, self.student)
-        lanes.advance(self.student, u)
+        rollouts.advance(self.student, u)
         return loss
 
     def _adm_score_net(self, draws: torch.Generator) -> torch.Tensor:
-        lanes, conditions = self.lanes, self.lanes.conditions()
-        t = sampler_step_end(lanes)
-        u = predict_velocity(self.student, lanes.x, lanes.timestep, conditions)
-        loss = self._adm(lanes.x - like(lanes.sigma - t, u) * u, t, conditions, self.score_net)
-        lanes.advance(self.student, u)
-        self._fit_score_net(*lanes.samples(self.config.train_batch_size, draws), draws)
+        rollouts, conditions = self.rollouts, self.rollouts.conditions()
+        t = sampler_step_end(rollouts)
+        u = predict_velocity(self.student, rollouts.x, rollouts.timestep, conditions)
+        loss = self._adm(rollouts.x - like(rollouts.sigma - t, u) * u, t, conditions, self.score_net)
+        rollouts.advance(self.student, u)
+        self._fit_score_net(*rollouts.samples(self.config.train_batch_size, draws), draws)
         return loss
 
     def _adm(self, x_hat: torch.Tensor, t: torch.Tensor, conditions: Conditions, judge) -> torch.Tensor:
@@ -86,9 +86,9 @@ class AblationStep(GradientStep):
         return descend(x_hat, gradient, mean_square(u_teacher, u_judge))
 
     def _dmd(self, draws: torch.Generator) -> torch.Tensor:
-        lanes, conditions = self.lanes, self.lanes.conditions()
-        u = predict_velocity(self.student, lanes.x, lanes.timestep, conditions)
-        clean = lanes.x - like(lanes.sigma, u) * u
+        rollouts, conditions = self.rollouts, self.rollouts.conditions()
+        u = predict_velocity(self.student, rollouts.x, rollouts.timestep, conditions)
+        clean = rollouts.x - like(rollouts.sigma, u) * u
         t, noise = self._t_and_noise(clean, draws)
         x = noised(clean, t, noise)
         with torch.no_grad():
@@ -96,7 +96,7 @@ class AblationStep(GradientStep):
                 predict_velocity(model, x, NUM_TRAIN_TIMESTEPS * t, conditions)
                 for model in (self.teacher, self.score_net)
             )
-        lanes.advance(self.student, u)
+        rollouts.advance(self.student, u)
         self._fit_score_net(clean.detach(), conditions, draws)
         return matching_loss(clean, x, t, u_fake, u_real)
 
@@ -124,24 +124,24 @@ class AblationStep(GradientStep):
         return self.store.batch((trajectory * kept + kept_step).tolist(), self.prompts, self.student.device)
 
 
-class RecordingLanes(StudentLanes):
-    """Lanes that keep the last `kept` samples they ended in; before there are any, the teacher's."""
+class RecordingRollouts(StudentRollouts):
+    """Rollouts that keep their last `kept` finished samples; the first ones are the teacher's."""
 
-    def __init__(self, lanes: StudentLanes, store, kept: int = 64):
-        self.__dict__.update(lanes.__dict__)
+    def __init__(self, rollouts: StudentRollouts, store, kept: int = 64):
+        self.__dict__.update(rollouts.__dict__)
         states = store.request["states_per_trajectory"]
         last = [states - 1 + states * (i % store.request["num_trajectories"]) for i in range(kept)]
         batch = store.batch(last, self.prompts, self.x.device)
         self.ended = batch.x - like(batch.t, batch.u) * batch.u
         self.ended_prompt, self.ended_negative, self.next = batch.prompt, batch.negative, 0
 
-    def _restart(self, lane: int) -> None:
-        if self.x[lane].isfinite().all():
+    def _restart(self, index: int) -> None:
+        if self.x[index].isfinite().all():
             slot = self.next % len(self.ended)
-            self.ended[slot] = self.x[lane]
-            self.ended_prompt[slot], self.ended_negative[slot] = self.prompt[lane], self.negative[lane]
+            self.ended[slot] = self.x[index]
+            self.ended_prompt[slot], self.ended_negative[slot] = self.prompt[index], self.negative[index]
             self.next += 1
-        super()._restart(lane)
+        super()._restart(index)
 
     def samples(self, count: int, draws: torch.Generator) -> tuple[torch.Tensor, Conditions]:
         """(x_0 [count, ...], their conditions)."""

@@ -12,7 +12,7 @@ import torch
 from linvideo.trajectories.seeding import generator
 
 # Time of one step, in steps of MSE on stored teacher states: measured on the small world (CPU, one thread, batch 8,
-# guided lanes). What it came to stands in the rows.
+# guided rollouts). The rows have the time that was measured in each run.
 COST = {
     "mse": 1.0,
     "own_mse": 1.75,

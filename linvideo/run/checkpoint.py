@@ -1,7 +1,7 @@
 """checkpoint-<step>/ folders: safetensors files and state.json, moved into place when complete.
 
 torch.distributed.checkpoint writes them, every rank its own shards, and reads them back into however many shards there
-are then. Optimizer, schedule, EMA, lanes and random state are ordinary nested state dicts: their tensors go to the
+are then. Optimizer, schedule, EMA, rollouts and random state are ordinary nested state dicts: their tensors go to the
 safetensors files, what is left, with a reference in each tensor's place, to state.json. So a checkpoint can hold data
 only, never code. state.json also has the other files' checksums, and its own.
 """

@@ -8,8 +8,8 @@ from linvideo.trajectories.prompts import PromptEmbeddings
 from linvideo.trajectories.seeding import generator
 from linvideo.trajectories.store import TrajectoryStore
 from linvideo.transfer import objectives
-from linvideo.transfer.lanes import StudentLanes
 from linvideo.transfer.objectives import ObjectiveConfig
+from linvideo.transfer.rollouts import StudentRollouts
 from linvideo.transfer.train_config import TrainConfig
 
 
@@ -42,10 +42,10 @@ class GradientStep:
         self.config, self.stage, self.objective = config, stage, objective
         self.ranks = Ranks.alone(student.device) if ranks is None else ranks
         self.micro_batches = range(config.gradient_accumulation_steps)
-        self.all_lanes: list[StudentLanes] = []  # of each micro-batch
+        self.all_rollouts: list[StudentRollouts] = []  # one for each micro-batch
         if objective.name != "mse":
             arguments = (store, prompts, *grid, config.seed, student.device)
-            self.all_lanes = [StudentLanes(self.positions(micro), *arguments) for micro in self.micro_batches]
+            self.all_rollouts = [StudentRollouts(self.positions(micro), *arguments) for micro in self.micro_batches]
 
     @property
     def global_batch(self) -> int:
@@ -64,25 +64,26 @@ class GradientStep:
         if name == "mse":
             batch = self.store.draw(positions, *draws, step, prompts=self.prompts, device=self.student.device)
             return objectives.teacher_state_mse(self.student, batch)
-        lanes = self.all_lanes[micro]
+        rollouts = self.all_rollouts[micro]
         if name == "own_mse":
-            return objectives.own_state_mse(self.student, self.teacher, lanes)
+            return objectives.own_state_mse(self.student, self.teacher, rollouts)
         if name == "adm_step":
-            return objectives.adm_sampler_step(self.student, self.teacher, lanes, self.objective)
+            return objectives.adm_sampler_step(self.student, self.teacher, rollouts, self.objective)
         share = torch.rand(self.global_batch, generator=generator(*draws, "dt", step))[list(positions)]
-        # in (0, 1] of the largest step, which takes at most half of the room that t has
-        dt = (1 - share).to(self.student.device) * (lanes.room / 2).clamp_max(self.objective.max_dt)
-        return objectives.adm_small_step(self.student, self.teacher, lanes, dt, self.objective)
+        # a share in (0, 1] of the largest step, which is at most half of the margin
+        dt = (1 - share).to(self.student.device) * (rollouts.margin / 2).clamp_max(self.objective.max_dt)
+        return objectives.adm_small_step(self.student, self.teacher, rollouts, dt, self.objective)
 
     def state_dict(self) -> dict:
-        """The lanes of all ranks, in the order of the global batch."""
-        if not self.all_lanes:
+        """Return the rollouts of all ranks, in the order of the global batch."""
+        if not self.all_rollouts:
             return {}
-        states = [lanes.state_dict() for lanes in self.all_lanes]
+        states = [rollouts.state_dict() for rollouts in self.all_rollouts]
         mine = {name: torch.stack([state[name] for state in states]) for name in states[0]}  # [micro, B, ...]
         every = {name: self.ranks.gather_samples(part) for name, part in mine.items()}  # [rank, micro, B, ...]
+        # stored checkpoints have this key, an earlier word for rollouts
         return {"lanes": {name: part.transpose(0, 1).flatten(0, 2) for name, part in every.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        for lanes in self.all_lanes:
-            lanes.load_state_dict({name: part[lanes.positions] for name, part in state["lanes"].items()})
+        for rollouts in self.all_rollouts:
+            rollouts.load_state_dict({name: part[rollouts.positions] for name, part in state["lanes"].items()})

@@ -18,7 +18,7 @@ import torch
 from linvideo.run.gradient import descend, mean_square, teacher_velocity
 from linvideo.trajectories.flow import NUM_TRAIN_TIMESTEPS, like, predict_velocity
 from linvideo.trajectories.store import StateBatch
-from linvideo.transfer.lanes import StudentLanes
+from linvideo.transfer.rollouts import StudentRollouts
 
 OBJECTIVES = ("hybrid", "mse", "own_mse", "adm", "adm_step")
 WEIGHTS = ("unit", "score")
@@ -73,12 +73,12 @@ def teacher_state_mse(student: torch.nn.Module, batch: StateBatch) -> torch.Tens
     return mean_square(predict_velocity(student, batch.x, batch.timestep, batch.conditions), batch.u)
 
 
-def own_state_mse(student: torch.nn.Module, teacher: torch.nn.Module, lanes: StudentLanes) -> torch.Tensor:
-    """The same on the student's own states; moves the lanes on."""
-    conditions = lanes.conditions()
-    u_student = predict_velocity(student, lanes.x, lanes.timestep, conditions)
-    u_teacher = teacher_velocity(teacher, lanes.x, lanes.timestep, conditions)
-    lanes.advance(student, u_student)
+def own_state_mse(student: torch.nn.Module, teacher: torch.nn.Module, rollouts: StudentRollouts) -> torch.Tensor:
+    """Velocity error on the student's own states. Advances the rollouts."""
+    conditions = rollouts.conditions()
+    u_student = predict_velocity(student, rollouts.x, rollouts.timestep, conditions)
+    u_teacher = teacher_velocity(teacher, rollouts.x, rollouts.timestep, conditions)
+    rollouts.advance(student, u_student)
     return mean_square(u_student, u_teacher)
 
 
@@ -97,46 +97,55 @@ def adm_gradient(u_teacher: torch.Tensor, u_student: torch.Tensor, weight: torch
 
 
 def adm_small_step(
-    student: torch.nn.Module, teacher: torch.nn.Module, lanes: StudentLanes, dt: torch.Tensor, config: ObjectiveConfig
+    student: torch.nn.Module,
+    teacher: torch.nn.Module,
+    rollouts: StudentRollouts,
+    dt: torch.Tensor,
+    config: ObjectiveConfig,
 ) -> torch.Tensor:
-    """ADM at x_hat_t = x_s - dt u_S(x_s), t = s - dt, on the student's own trajectory; moves the lanes on.
+    """ADM at x_hat_t = x_s - dt u_S(x_s), t = s - dt, on the student's own trajectory. Advances the rollouts.
 
     The gradient is divided by |d x_hat / d u_S| = dt, so that its size does not depend on how small the step is. To
     first order in dt this is the gradient of the own-state velocity error.
 
-    Args: dt: [B], at most half of the lanes' room. Returns the weighted mean of (u_T - u_S)^2 at x_hat_t as value.
+    Args:
+        dt: [B], size of the small step in t, at most half of the rollouts' margin.
+
+    Returns a loss with the value of the weighted mean of (u_T - u_S)^2 at x_hat_t.
     """
-    t = lanes.sigma - dt
+    t = rollouts.sigma - dt
     weight = torch.ones_like(t) if config.weight == "unit" else score_weight(t, config.weight_clip)
-    return _adm(student, teacher, lanes, dt, t, weight, normalize=True)
+    return _adm(student, teacher, rollouts, dt, t, weight, normalize=True)
 
 
 def adm_sampler_step(
-    student: torch.nn.Module, teacher: torch.nn.Module, lanes: StudentLanes, config: ObjectiveConfig
+    student: torch.nn.Module, teacher: torch.nn.Module, rollouts: StudentRollouts, config: ObjectiveConfig
 ) -> torch.Tensor:
-    """ADM at the end of one whole sampler step, weight (1 - t) / t clipped; moves the lanes on."""
-    t = sampler_step_end(lanes)
+    """ADM at the end of one whole sampler step, weight (1 - t) / t clipped. Advances the rollouts."""
+    t = sampler_step_end(rollouts)
     weight = score_weight(t, config.weight_clip)
-    return _adm(student, teacher, lanes, lanes.sigma - t, t, weight, normalize=False)
+    return _adm(student, teacher, rollouts, rollouts.sigma - t, t, weight, normalize=False)
 
 
-def sampler_step_end(lanes: StudentLanes) -> torch.Tensor:
-    """t [B] at the end of each lane's next sampler step. A step that would end at t = 0, which has no score, or leave
-    the range of an expert, stops half-way to that end."""
-    lowest = lanes.sigma - lanes.room
-    return torch.where(lanes.sigma_next > lowest, lanes.sigma_next, lowest + lanes.room / 2)
+def sampler_step_end(rollouts: StudentRollouts) -> torch.Tensor:
+    """Return t [B] at the end of each rollout's next sampler step.
+
+    At t = 0 there is no score, so a step that would end there, or leave the expert's range, stops half-way to that end.
+    """
+    lowest = rollouts.sigma - rollouts.margin
+    return torch.where(rollouts.sigma_next > lowest, rollouts.sigma_next, lowest + rollouts.margin / 2)
 
 
-def _adm(student, teacher, lanes, dt, t, weight, normalize: bool) -> torch.Tensor:
-    conditions = lanes.conditions()
-    u = predict_velocity(student, lanes.x, lanes.timestep, conditions)
-    x_hat = lanes.x - like(dt, u) * u
+def _adm(student, teacher, rollouts, dt, t, weight, normalize: bool) -> torch.Tensor:
+    conditions = rollouts.conditions()
+    u = predict_velocity(student, rollouts.x, rollouts.timestep, conditions)
+    x_hat = rollouts.x - like(dt, u) * u
     with torch.no_grad():
         timestep = NUM_TRAIN_TIMESTEPS * t
         u_teacher = teacher_velocity(teacher, x_hat, timestep, conditions)
         u_student = predict_velocity(student, x_hat, timestep, conditions)
         gradient = adm_gradient(u_teacher, u_student, weight)
         value = (gradient * (u_teacher - u_student)).mean()
-    lanes.advance(student, u)
-    # -u is x_hat / dt as far as the gradient goes, also where an expert's range leaves no room and dt is 0
+    rollouts.advance(student, u)
+    # -u is x_hat / dt as far as the gradient goes, also at the end of an expert's range, where dt is 0
     return descend(-u if normalize else x_hat, gradient, value)

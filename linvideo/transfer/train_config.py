@@ -26,10 +26,10 @@ from linvideo.transfer.warmup import WarmupConfig
 class TrainConfig(RunConfig):
     """Selective transfer of one Wan pipeline, from trajectories to the exported pipeline folder.
 
-    Of the options that every run has: output_dir also gets selection.json; max_train_steps and use_ema are of
-    fine-tuning, compile is for selection and fine-tuning; train_batch_size counts teacher states, or lanes of student
-    states; offload_teacher is of use with objectives that ask the teacher in every step, all but "mse", and with lora
-    the teacher costs nothing anyway.
+    Notes on the options that every run has: output_dir also holds selection.json. max_train_steps and use_ema apply to
+    fine-tuning, compile applies to selection and fine-tuning. train_batch_size counts teacher states or, for objectives
+    on the student's own states, rollouts. offload_teacher helps with objectives that evaluate the teacher in every
+    step (all but "mse"); with lora the teacher takes no memory of its own anyway.
 
     Args:
         expert: which transformer of a pipeline with two (Wan 2.2) is trained, "high_noise" or "low_noise"; the other is

@@ -13,7 +13,7 @@ from benchmarks.ablations.__main__ import main
 from benchmarks.ablations.ablate import ablate, start_after
 from benchmarks.ablations.bench import Bench
 from benchmarks.ablations.distance import kernel_distance, labels
-from benchmarks.ablations.objectives import AblationStep, RecordingLanes
+from benchmarks.ablations.objectives import AblationStep, RecordingRollouts
 from benchmarks.ablations.settings import COST, DEFAULT, SETTINGS, SUITES, Setting, Suite, fixed_layers, steps
 from benchmarks.ablations.variants import RopeAfterBranch
 from linvideo.demo import teacher
@@ -106,7 +106,7 @@ def toy_step(tmp_path, kind: str | None, objective: str = "own_mse", student: fl
 
 def test_renoised_adm_moves_the_noised_estimate_towards_the_teacher(tmp_path):
     step = toy_step(tmp_path, "adm_renoise")
-    x, sigma, scale = step.lanes.x.clone(), step.lanes.sigma.clone(), step.student.scale
+    x, sigma, scale = step.rollouts.x.clone(), step.rollouts.sigma.clone(), step.student.scale
     original, drawn = step._t_and_noise, []
 
     def record(clean, draws):
@@ -131,22 +131,22 @@ def test_dmd_asks_nothing_of_a_student_whose_score_is_the_teachers(tmp_path):
     assert step.score_net.scale.item() != before
 
 
-def test_a_score_network_learns_from_the_samples_that_lanes_end_in(tmp_path):
+def test_a_score_network_learns_from_the_samples_that_rollouts_end_in(tmp_path):
     step = toy_step(tmp_path, "adm_score_net")
-    lanes = step.lanes
-    assert isinstance(lanes, RecordingLanes)
-    first = lanes.ended.clone()
+    rollouts = step.rollouts
+    assert isinstance(rollouts, RecordingRollouts)
+    first = rollouts.ended.clone()
     for number in range(6):
         step(number)
-    assert lanes.next >= 4  # four lanes of four steps each, from different starts
-    assert not torch.equal(lanes.ended[: lanes.next], first[: lanes.next])
-    assert torch.equal(lanes.ended[lanes.next :], first[lanes.next :])
+    assert rollouts.next >= 4  # four rollouts of four steps each, from different starts
+    assert not torch.equal(rollouts.ended[: rollouts.next], first[: rollouts.next])
+    assert torch.equal(rollouts.ended[rollouts.next :], first[rollouts.next :])
 
 
 def test_the_teachers_samples_stand_in_at_first(tmp_path):
     step = toy_step(tmp_path, "adm_score_net")
     last = step.store.batch([3], step.prompts)
-    assert torch.allclose(step.lanes.ended[0], (last.x - last.t.item() * last.u)[0])
+    assert torch.allclose(step.rollouts.ended[0], (last.x - last.t.item() * last.u)[0])
 
 
 def test_uniform_t_draws_a_step_as_often_as_it_covers_t(tmp_path):

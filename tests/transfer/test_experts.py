@@ -23,8 +23,8 @@ from linvideo.trajectories.flow import predict_velocity, sampler_grid
 from linvideo.trajectories.prompts import encode_prompts
 from linvideo.trajectories.seeding import draw_noise
 from linvideo.transfer import objectives, train
-from linvideo.transfer.lanes import StudentLanes
 from linvideo.transfer.objectives import ObjectiveConfig
+from linvideo.transfer.rollouts import StudentRollouts
 
 BOUNDARY = 700.0  # of tiny_experts
 SHAPE = (16, 2, 4, 4)
@@ -102,59 +102,61 @@ def test_a_stride_counts_steps_in_the_range(tmp_path, name):
         collect_store(tmp_path / "t", tiny_experts(), name, **{**settings, "stride": 6})
 
 
-def lanes_of(tmp_path, name, count=6, **request):
-    """Lanes on SIGMAS; the boundary is 0.5, which belongs to the high-noise expert."""
+def rollouts_of(tmp_path, name, count=6, **request):
+    """Rollouts on SIGMAS; the boundary is 0.5, which belongs to the high-noise expert."""
     timesteps = 1000 * SIGMAS[:-1]
     steps = Expert(name, 500.0).steps(timesteps)
     request = {"expert": name, "boundary_timestep": 500.0, "guidance_scale_2": 1.0, **request}
     store = toy_store(tmp_path / name, timesteps[steps.start : steps.stop], **request)
-    return StudentLanes(range(count), store, toy_prompts(), timesteps, SIGMAS, seed=3, device="cpu"), store
+    return StudentRollouts(range(count), store, toy_prompts(), timesteps, SIGMAS, seed=3, device="cpu"), store
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-def test_lanes_never_leave_the_range(tmp_path, name):
-    lanes, store = lanes_of(tmp_path, name)
+def test_rollouts_never_leave_the_range(tmp_path, name):
+    rollouts, store = rollouts_of(tmp_path, name)
     student, seen = AffineFlow(0.4, 0.2), set()
     for _ in range(9):
-        before = lanes.restarts.clone()
-        lanes.advance(student, predict_velocity(student, lanes.x, lanes.timestep, lanes.conditions()))
-        seen |= set(lanes.step.tolist())
-        for lane in (lanes.restarts > before).nonzero().flatten().tolist():
+        before = rollouts.restarts.clone()
+        rollouts.advance(student, predict_velocity(student, rollouts.x, rollouts.timestep, rollouts.conditions()))
+        seen |= set(rollouts.step.tolist())
+        for index in (rollouts.restarts > before).nonzero().flatten().tolist():
             if name == "high_noise":
-                noise = draw_noise(tuple(lanes.x.shape[1:]), 3, "lane", lane, int(lanes.restarts[lane]), "noise")
-                assert torch.equal(lanes.x[lane], noise)
+                noise = draw_noise(
+                    tuple(rollouts.x.shape[1:]), 3, "lane", index, int(rollouts.restarts[index]), "noise"
+                )
+                assert torch.equal(rollouts.x[index], noise)
             else:  # a stored state of the first step, under the prompt that the teacher got there with
                 states = store.batch(list(range(len(store))), toy_prompts())
-                (state,) = [i for i, x in enumerate(states.x) if torch.equal(x, lanes.x[lane])]
-                assert states.timestep[state] == 200.0 and states.prompt[state] == lanes.prompt[lane]
-    assert seen == {"high_noise": {0, 1, 2}, "low_noise": {3}}[name] and lanes.restarts.min() > 1
+                (state,) = [i for i, x in enumerate(states.x) if torch.equal(x, rollouts.x[index])]
+                assert states.timestep[state] == 200.0 and states.prompt[state] == rollouts.prompt[index]
+    assert seen == {"high_noise": {0, 1, 2}, "low_noise": {3}}[name] and rollouts.restarts.min() > 1
 
 
-def test_low_noise_lanes_restart_at_the_first_step_in_range_also_with_a_stride(tmp_path):
+def test_low_noise_rollouts_restart_at_the_first_step_in_range_also_with_a_stride(tmp_path):
     pipeline, settings = tiny_experts(), {"num_inference_steps": 9, "stride": 2, "guidance_scale": 1.0}
     store, prompts = collect_store(tmp_path / "s", pipeline, "low_noise", **settings)
     timesteps, sigmas = sampler_grid(pipeline.scheduler, 9)
     assert set(store.timesteps()[:, 0].tolist()) == {float(timesteps[5]), float(timesteps[6])}
-    lanes = StudentLanes(range(8), store, prompts, timesteps, sigmas, seed=3, device="cpu")
-    lanes.step[:] = 8
-    lanes.advance(AffineFlow(0.1), lanes.x)
-    assert lanes.step.tolist() == [5] * 8 and lanes.restarts.tolist() == [1] * 8
+    rollouts = StudentRollouts(range(8), store, prompts, timesteps, sigmas, seed=3, device="cpu")
+    rollouts.step[:] = 8
+    rollouts.advance(AffineFlow(0.1), rollouts.x)
+    assert rollouts.step.tolist() == [5] * 8 and rollouts.restarts.tolist() == [1] * 8
 
 
 @pytest.mark.parametrize("name, first, scale", [("high_noise", 3.0, 3.0), ("low_noise", 3.0, 2.0), ("low_noise", 1, 1)])
-def test_lanes_move_with_their_experts_guidance(tmp_path, name, first, scale):
+def test_rollouts_move_with_their_experts_guidance(tmp_path, name, first, scale):
     scales = {"guidance_scale": first, "guidance_scale_2": 2.0, "boundary_timestep": 700.0}
     timesteps = 1000 * SIGMAS[:-1]
     steps = Expert(name, 700.0).steps(timesteps)
     store = toy_store(tmp_path / "s", timesteps[steps.start : steps.stop], expert=name, **scales)
-    lanes = StudentLanes(range(4), store, toy_prompts(), timesteps, SIGMAS, seed=3, device="cpu")
-    lanes.step[:] = steps.start
-    student, x, t, change = AffineFlow(0.0), lanes.x.clone(), lanes.sigma, lanes.sigma_next - lanes.sigma
-    lanes.advance(student, predict_velocity(student, x, 1000 * t, lanes.conditions()))
-    guided = -1 + scale * (lanes.prompt + 1.0 - -1)  # the toy's u is its condition
+    rollouts = StudentRollouts(range(4), store, toy_prompts(), timesteps, SIGMAS, seed=3, device="cpu")
+    rollouts.step[:] = steps.start
+    student, x, t, change = AffineFlow(0.0), rollouts.x.clone(), rollouts.sigma, rollouts.sigma_next - rollouts.sigma
+    rollouts.advance(student, predict_velocity(student, x, 1000 * t, rollouts.conditions()))
+    guided = -1 + scale * (rollouts.prompt + 1.0 - -1)  # the toy's u is its condition
     if first == 1:  # WanPipeline then guides neither expert
-        guided = torch.where(lanes.negative, -1.0, lanes.prompt + 1.0)
-    assert torch.allclose(lanes.x, x + (change * guided).view(-1, 1, 1, 1, 1))
+        guided = torch.where(rollouts.negative, -1.0, rollouts.prompt + 1.0)
+    assert torch.allclose(rollouts.x, x + (change * guided).view(-1, 1, 1, 1, 1))
 
 
 def test_steps_stop_inside_the_high_noise_range(tmp_path):
@@ -165,18 +167,18 @@ def test_steps_stop_inside_the_high_noise_range(tmp_path):
 
     student, teacher, calls = Recorder(0.5, 0.3), Recorder(0.2, -0.1), []
     for objective in ("adm_step", "adm"):
-        lanes, _ = lanes_of(tmp_path, "high_noise", count=12)
-        assert set(lanes.step.tolist()) == {0, 1, 2}  # t of the last is the boundary itself, with no room below
+        rollouts, _ = rollouts_of(tmp_path, "high_noise", count=12)
+        assert set(rollouts.step.tolist()) == {0, 1, 2}  # t of the last is the boundary itself, with no margin below
         calls.clear()
         if objective == "adm_step":
-            loss = objectives.adm_sampler_step(student, teacher, lanes, ObjectiveConfig())
+            loss = objectives.adm_sampler_step(student, teacher, rollouts, ObjectiveConfig())
         else:
-            loss = objectives.adm_small_step(student, teacher, lanes, lanes.room / 2, ObjectiveConfig())
+            loss = objectives.adm_small_step(student, teacher, rollouts, rollouts.margin / 2, ObjectiveConfig())
         loss.backward()
         assert loss.isfinite() and student.scale.grad.isfinite() and len(calls) == 3
         assert min(float(timestep.min()) for timestep in calls) >= 500.0
-    lanes, _ = lanes_of(tmp_path, "low_noise")
-    assert torch.equal(lanes.room, lanes.sigma)
+    rollouts, _ = rollouts_of(tmp_path, "low_noise")
+    assert torch.equal(rollouts.margin, rollouts.sigma)
 
 
 @pytest.mark.parametrize("objective", ["adm", "adm_step", "own_mse"])

@@ -6,8 +6,8 @@ from toy import SHAPE, AffineFlow, gaussian_velocity, toy_prompts, toy_store
 
 from linvideo.trajectories.flow import predict_velocity, score_from_velocity
 from linvideo.transfer import objectives
-from linvideo.transfer.lanes import StudentLanes
 from linvideo.transfer.objectives import ObjectiveConfig
+from linvideo.transfer.rollouts import StudentRollouts
 
 SIGMAS = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
 TIMESTEPS = 1000 * SIGMAS[:-1]
@@ -18,8 +18,8 @@ def store(tmp_path):
     return toy_store(tmp_path / "store", TIMESTEPS)
 
 
-def make_lanes(store, count=6):
-    return StudentLanes(range(count), store, toy_prompts(), TIMESTEPS, SIGMAS, seed=3, device="cpu")
+def make_rollouts(store, count=6):
+    return StudentRollouts(range(count), store, toy_prompts(), TIMESTEPS, SIGMAS, seed=3, device="cpu")
 
 
 def column(values):
@@ -36,9 +36,9 @@ def test_teacher_state_mse_is_the_stored_velocitys_mean_square(store):
 
 def test_own_state_mse(store):
     student, teacher = AffineFlow(0.5, 0.3), AffineFlow(0.2, -0.1)
-    lanes = make_lanes(store)
-    x, t = lanes.x.clone(), lanes.sigma.clone()
-    loss = objectives.own_state_mse(student, teacher, lanes)
+    rollouts = make_rollouts(store)
+    x, t = rollouts.x.clone(), rollouts.sigma.clone()
+    loss = objectives.own_state_mse(student, teacher, rollouts)
     assert torch.allclose(loss, (0.3 * x + column(0.4 * t)).square().mean())
     loss.backward()
     by_hand = (2 * (0.3 * x + column(0.4 * t)) * x).mean()
@@ -47,36 +47,36 @@ def test_own_state_mse(store):
 
 
 @pytest.mark.parametrize("name", ["own_mse", "adm", "adm_step"])
-def test_objectives_on_lanes_move_them_and_keep_the_teacher_out_of_autocast(name, store):
-    student, teacher, lanes = AffineFlow(0.5, 0.3), AffineFlow(0.2, -0.1), make_lanes(store, count=12)
+def test_objectives_on_rollouts_move_them_and_keep_the_teacher_out_of_autocast(name, store):
+    student, teacher, rollouts = AffineFlow(0.5, 0.3), AffineFlow(0.2, -0.1), make_rollouts(store, count=12)
     autocast = {student: set(), teacher: set()}
     for model, seen in autocast.items():
         model.register_forward_pre_hook(lambda *_, seen=seen: seen.add(torch.is_autocast_enabled("cpu")))
-    u = predict_velocity(student, lanes.x, lanes.timestep, lanes.conditions()).detach()
-    x, step, change = lanes.x.clone(), lanes.step.clone(), lanes.sigma_next - lanes.sigma
+    u = predict_velocity(student, rollouts.x, rollouts.timestep, rollouts.conditions()).detach()
+    x, step, change = rollouts.x.clone(), rollouts.step.clone(), rollouts.sigma_next - rollouts.sigma
     autocast[student].clear()
     with torch.autocast("cpu", torch.bfloat16):
         if name == "own_mse":
-            objectives.own_state_mse(student, teacher, lanes)
+            objectives.own_state_mse(student, teacher, rollouts)
         elif name == "adm":
-            objectives.adm_small_step(student, teacher, lanes, torch.full((12,), 1e-3), ObjectiveConfig())
+            objectives.adm_small_step(student, teacher, rollouts, torch.full((12,), 1e-3), ObjectiveConfig())
         else:
-            objectives.adm_sampler_step(student, teacher, lanes, ObjectiveConfig())
+            objectives.adm_sampler_step(student, teacher, rollouts, ObjectiveConfig())
     assert autocast == {student: {True}, teacher: {False}}
     goes_on = step + 1 < len(TIMESTEPS)
     assert 0 < goes_on.sum() < 12
-    assert torch.equal(lanes.step, torch.where(goes_on, step + 1, 0))  # those at the end begin anew
-    assert torch.equal(lanes.restarts, (~goes_on).long())
-    assert torch.allclose(lanes.x[goes_on], (x + column(change) * u)[goes_on])
+    assert torch.equal(rollouts.step, torch.where(goes_on, step + 1, 0))  # those at the end begin anew
+    assert torch.equal(rollouts.restarts, (~goes_on).long())
+    assert torch.allclose(rollouts.x[goes_on], (x + column(change) * u)[goes_on])
 
 
 @pytest.mark.parametrize("weight", ["unit", "score"])
 def test_adm_small_step_by_hand(store, weight):
     student, teacher = AffineFlow(0.5, 0.3), AffineFlow(0.2, -0.1)
-    lanes, dt = make_lanes(store), torch.tensor([0.01, 0.02, 0.03, 0.015, 0.005, 0.025])
-    x, s = lanes.x.clone(), lanes.sigma.clone()
-    condition = torch.where(lanes.negative, -1.0, lanes.prompt + 1.0)
-    loss = objectives.adm_small_step(student, teacher, lanes, dt, ObjectiveConfig(weight=weight, weight_clip=3.0))
+    rollouts, dt = make_rollouts(store), torch.tensor([0.01, 0.02, 0.03, 0.015, 0.005, 0.025])
+    x, s = rollouts.x.clone(), rollouts.sigma.clone()
+    condition = torch.where(rollouts.negative, -1.0, rollouts.prompt + 1.0)
+    loss = objectives.adm_small_step(student, teacher, rollouts, dt, ObjectiveConfig(weight=weight, weight_clip=3.0))
     loss.backward()
 
     t = s - dt
@@ -90,11 +90,11 @@ def test_adm_small_step_by_hand(store, weight):
 
 def test_adm_sampler_step_by_hand(store):
     student, teacher = AffineFlow(0.5, 0.3), AffineFlow(0.2, -0.1)
-    lanes = make_lanes(store, count=12)
-    assert set(lanes.step.tolist()) == {0, 1, 2, 3}  # the last step, which ends at t = 0, is among them
-    x, s, after = lanes.x.clone(), lanes.sigma.clone(), lanes.sigma_next.clone()
-    condition = torch.where(lanes.negative, -1.0, lanes.prompt + 1.0)
-    objectives.adm_sampler_step(student, teacher, lanes, ObjectiveConfig(weight_clip=5.0)).backward()
+    rollouts = make_rollouts(store, count=12)
+    assert set(rollouts.step.tolist()) == {0, 1, 2, 3}  # the last step, which ends at t = 0, is among them
+    x, s, after = rollouts.x.clone(), rollouts.sigma.clone(), rollouts.sigma_next.clone()
+    condition = torch.where(rollouts.negative, -1.0, rollouts.prompt + 1.0)
+    objectives.adm_sampler_step(student, teacher, rollouts, ObjectiveConfig(weight_clip=5.0)).backward()
 
     t = torch.where(after > 0, after, s / 2)
     x_hat = x - column(s - t) * (0.5 * x + column(0.3 * s + condition))
@@ -106,12 +106,12 @@ def test_adm_sampler_step_by_hand(store):
 def test_adm_small_step_is_half_the_own_state_gradient_to_first_order(store):
     gradients = []
     for objective in ("mse", "adm"):
-        student, teacher, lanes = AffineFlow(0.5, 0.3), AffineFlow(0.2, -0.1), make_lanes(store)
+        student, teacher, rollouts = AffineFlow(0.5, 0.3), AffineFlow(0.2, -0.1), make_rollouts(store)
         if objective == "mse":
-            objectives.own_state_mse(student, teacher, lanes).backward()
+            objectives.own_state_mse(student, teacher, rollouts).backward()
         else:
             dt = torch.full((6,), 1e-4)
-            objectives.adm_small_step(student, teacher, lanes, dt, ObjectiveConfig()).backward()
+            objectives.adm_small_step(student, teacher, rollouts, dt, ObjectiveConfig()).backward()
         gradients.append(torch.stack([student.scale.grad, student.shift.grad]))
     assert torch.allclose(gradients[1], gradients[0] / 2, rtol=2e-3)
 

@@ -1,12 +1,14 @@
-"""States on the student's own trajectories, without roll-outs: lanes, each one video being sampled by the student.
+"""The student's rollouts: videos that the student is sampling while it trains, advanced one step per training step.
 
-Every training step evaluates the student at the lanes' states anyway; that velocity also moves each lane one Euler step
-along the sampler's grid (guided, when the sampler is). A lane that reaches the end restarts from fresh noise with
-another prompt. Lanes start on stored teacher states, so they stand at all t from the first step. The lanes are hidden
-state: they belong in the checkpoint. Multistep schedulers are replaced by Euler on their own grid.
+Every training step evaluates the student at the current states of its rollouts anyway. The same velocity also advances
+each rollout by one Euler step on the sampler's grid (with guidance if the sampler uses it), so states on the student's
+own trajectories cost no sampling of their own. A rollout that reaches the end restarts from fresh noise with another
+prompt. Rollouts start from stored teacher states, so that every t is covered from the first training step. Their states
+are hidden state and belong in the checkpoint. Multistep schedulers are replaced by Euler steps on the same grid.
 
-One expert's lanes (Wan 2.2) stay in its range: the end is the last step there, and the low-noise expert's lanes restart
-where the teacher's trajectories enter its range, the high-noise expert being no student of this run.
+When one expert of Wan 2.2 is trained, its rollouts stay in that expert's range of t. They end at the last step in the
+range. The low-noise expert's rollouts restart where the teacher's trajectories enter its range, because the other
+expert, which would produce those states, is not trained in this run.
 """
 
 from collections.abc import Sequence
@@ -23,13 +25,17 @@ from linvideo.trajectories.store import StateBatch, TrajectoryStore
 STATE = ("x", "step", "prompt", "negative", "restarts")
 
 
-class StudentLanes:
-    """The lanes of one forward.
+class StudentRollouts:
+    """The rollouts of one micro-batch, one for each of its samples.
 
     Args:
-        positions: their places among all lanes of a step, one for each sample of its global batch.
-        store: teacher trajectories made with the same grid.
-        timesteps [n], sigmas [n + 1]: the sampler's grid.
+        positions: Positions of the rollouts in the global batch.
+        store: Teacher trajectories, recorded on the same grid.
+        prompts: Text embeddings to sample under.
+        timesteps: [n], the sampler's timesteps.
+        sigmas: [n + 1], the sampler's t, with the final 0.
+        seed: Seed of the start states, noise and prompts.
+        device: Device that holds the states.
     """
 
     def __init__(
@@ -49,22 +55,23 @@ class StudentLanes:
         self.end = self.expert.steps(self.timesteps).stop
         if self.expert.name == "low_noise":
             first = store.timesteps()[:, 0]
-            self.entries = (first == first.max()).nonzero().flatten().tolist()  # trajectories that were kept from there
-        start = store.draw(self.positions, seed, "lanes", prompts=prompts, device=device)
+            # trajectories whose first stored state is the first step in the range
+            self.entries = (first == first.max()).nonzero().flatten().tolist()
+        start = store.draw(self.positions, seed, "lanes", prompts=prompts, device=device)  # see _restart for the name
         self.x = start.x
-        # [B] each, on the CPU: the step on the grid, the condition, how often the lane began anew
+        # [B] each, on the CPU: the step on the grid, the condition, the number of restarts
         self.step = self._steps_of(start)
         self.prompt, self.negative = start.prompt, start.negative
         self.restarts = torch.zeros(len(self.positions), dtype=torch.long)
 
     @property
     def timestep(self) -> torch.Tensor:
-        """[B], what the model is given (1000 t)."""
+        """[B], the timestep as the model takes it (1000 t)."""
         return self.timesteps[self.step].to(self.x.device)
 
     @property
     def sigma(self) -> torch.Tensor:
-        """[B], the lanes' t."""
+        """[B], the current t."""
         return self.sigmas[self.step].to(self.x.device)
 
     @property
@@ -72,19 +79,19 @@ class StudentLanes:
         return self.sigmas[self.step + 1].to(self.x.device)
 
     @property
-    def room(self) -> torch.Tensor:
-        """[B], how far t can fall from the lanes' before it leaves the range of the student, or is 0."""
+    def margin(self) -> torch.Tensor:
+        """[B], the distance from the current t down to the end of the student's range (to 0 without experts)."""
         return (self.sigma - self.expert.t_min).clamp_min(0)
 
     def conditions(self) -> Conditions:
-        """What each lane is trained under; kept until the lane restarts."""
+        """Return the condition of each rollout, which stays the same until it restarts."""
         return self.prompts.conditions(self.prompt, self.negative, self.x.device)
 
     @torch.no_grad()
     def advance(self, student: torch.nn.Module, u: torch.Tensor) -> None:
-        """Move every lane one sampler step; u [B, ...] is the student's velocity at the lanes' states, as they are."""
+        """Advance every rollout by one sampler step; u [B, ...] is the student's velocity at the current states."""
         u = u.detach()
-        if self.guidance_scale != 1:  # the sampler also needs the condition that was not evaluated
+        if self.guidance_scale != 1:  # guidance also needs the velocity under the other condition
             other = self.prompts.conditions(self.prompt, ~self.negative, self.x.device)
             u_other = predict_velocity(student, self.x, self.timestep, other)
             flip = like(self.negative, u)
@@ -92,22 +99,23 @@ class StudentLanes:
         self.x = self.x + like(self.sigma_next - self.sigma, u) * u
         self.step = self.step + 1
         finished = (self.step >= self.end) | ~self.x.isfinite().flatten(1).all(dim=1).cpu()
-        for lane in finished.nonzero().flatten().tolist():
-            self._restart(lane)
+        for index in finished.nonzero().flatten().tolist():
+            self._restart(index)
 
-    def _restart(self, lane: int) -> None:
-        self.restarts[lane] += 1
-        name = (self.seed, "lane", self.positions[lane], int(self.restarts[lane]))
+    def _restart(self, index: int) -> None:
+        self.restarts[index] += 1
+        # an earlier word for a rollout; it names the random stream, so another word would change what seeds reproduce
+        name = (self.seed, "lane", self.positions[index], int(self.restarts[index]))
         if self.expert.name == "low_noise":
             trajectory = self.entries[stable_hash(*name, "trajectory") % len(self.entries)]
             state = trajectory * self.store.request["states_per_trajectory"]
             start = self.store.batch([state], self.prompts, self.x.device)
-            self.x[lane], self.step[lane], self.prompt[lane] = start.x[0], self._steps_of(start)[0], start.prompt[0]
+            self.x[index], self.step[index], self.prompt[index] = start.x[0], self._steps_of(start)[0], start.prompt[0]
         else:
-            self.x[lane] = draw_noise(tuple(self.x.shape[1:]), *name, "noise").to(self.x.device)
-            self.step[lane] = 0
-            self.prompt[lane] = stable_hash(*name, "prompt") % len(self.prompts)
-        self.negative[lane] = stable_hash(*name, "negative") / 2**63 < self.negative_probability
+            self.x[index] = draw_noise(tuple(self.x.shape[1:]), *name, "noise").to(self.x.device)
+            self.step[index] = 0
+            self.prompt[index] = stable_hash(*name, "prompt") % len(self.prompts)
+        self.negative[index] = stable_hash(*name, "negative") / 2**63 < self.negative_probability
 
     def _steps_of(self, states: StateBatch) -> torch.Tensor:
         return (states.timestep.cpu()[:, None] - self.timesteps).abs().argmin(dim=1)
