@@ -1,1 +1,1 @@
-"""Hand-written Triton kernels; needs torch and triton only, and importing it loads neither."""
+"""Hand-written Triton kernels. The package needs only torch and triton, and importing it loads neither."""

@@ -1,4 +1,4 @@
-"""What is read from AMD's machine code."""
+"""Reading AMD machine code."""
 
 from benchmarks import amdgcn
 

@@ -1,4 +1,4 @@
-"""The clock model against an independent estimate, and its parts."""
+"""The parts of the clock model, and their sum against an independent estimate."""
 
 import pytest
 
@@ -16,7 +16,7 @@ EMPTY = Code(**dict.fromkeys(Code._fields, 0))._replace(resident=1, exponentials
 
 
 def made(name: str, tile: configs.Tile, capability: int = 90):
-    """The job of a kernel and use, with a tile; nothing is compiled."""
+    """Return the job of a kernel and use ("<kernel>-<use>") with the given tile. Nothing is compiled."""
     jobs = compile_jobs(128, "hedgehog", torch.bfloat16, capability, options=("rope",) if name.endswith("cos") else ())
     kernel, _, use = name.partition("-")
     job = next(job for job in jobs if job.launch.kernel.__name__ == kernel and job.name.endswith("-" + use))
@@ -40,13 +40,13 @@ def made(name: str, tile: configs.Tile, capability: int = 90):
     ],
 )
 def test_within_a_third_of_an_independent_estimate(name, tile, loop, resident, ahead, estimate):
-    """Both from the machine code of the same kernels, D = 128 on sm_90: clocks per row and head."""
+    """Both estimates are clocks per row and head, from the machine code of the same kernels (D = 128, sm_90)."""
     job = made(name, configs.Tile(*tile))
     code = EMPTY._replace(loop=loop, resident=resident, ahead=ahead)
     assert clock_model.clocks(job, code).total == pytest.approx(estimate, rel=0.3)
 
 
-def test_what_each_part_is_made_of():
+def test_the_parts_of_the_model():
     job = made("accumulate_state-plain", configs.Tile(128, 8, 1))
     clocks = clock_model.clocks(job, EMPTY._replace(loop=640))
     assert clocks.tensor == pytest.approx(8 * 128**2 / (790e12 / 132 / 1.755e9))  # xW and phi^T y, each half
@@ -69,7 +69,7 @@ def test_a_grid_that_does_not_fill_its_last_wave_takes_longer():
     assert all(0.5 < clock_model.utilisation(job, EMPTY, shape) <= 1.0 for shape in list(MODELS.values())[:4])
 
 
-def test_the_model_deals_the_rows_out_as_the_launchers_do():
+def test_the_model_divides_the_rows_as_a_launch_does():
     compared = set()
     for options in ((), ("rope",)):
         for job in compile_jobs(128, "hedgehog", torch.bfloat16, 90, options=options):
@@ -84,7 +84,7 @@ def test_the_model_deals_the_rows_out_as_the_launchers_do():
 
 @pytest.mark.parametrize("capability", clock_model.GPUS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_kernel_over_rows_of_every_gpu_has_clocks(capability, dtype):
+def test_every_row_kernel_has_clocks_on_every_gpu(capability, dtype):
     for feature_map, options in (("hedgehog_joint", ("rope", "mix")), ("elu", ())):
         jobs = compile_jobs(64, feature_map, dtype, capability, options=options)
         rows = [job for job in jobs if job.launch.kernel.__name__ in clock_model.MOVED]

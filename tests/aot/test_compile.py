@@ -1,4 +1,4 @@
-"""The static gates: shipped kernels compiled ahead of time, without a GPU, and what ptxas made of them."""
+"""The static gates: the kernels are compiled ahead of time, without a GPU, and the machine code is checked."""
 
 import inspect
 import json
@@ -36,14 +36,14 @@ def test_gates(job):
 
 
 def functions() -> list:
-    """Every jit function of the package, kernels and what they call."""
+    """Return every jit function of the package: the kernels and the functions that they call."""
     modules = [module for key, module in sys.modules.items() if key.startswith("linvideo_kernels.linear_attn.")]
     found = {id(value): value for module in modules for value in vars(module).values()}
     return [value for value in found.values() if isinstance(value, triton.JITFunction)]
 
 
 def test_the_sample_is_small_and_holds_every_kernel_option_and_map():
-    """Every jit function that runs as a program, and each option, is among at most 350 jobs."""
+    """At most 350 jobs contain every jit function that runs as a program, each option and each feature map."""
     kernels = {function.__name__ for function in functions() if "tl.program_id" in inspect.getsource(function.fn)}
     assert kernels == {job.launch.kernel.__name__ for job in SAMPLE} and len(kernels) == 8
     assert len(SAMPLE) <= 350
@@ -59,15 +59,15 @@ TARGETS = {90: ("cuda", 90, 32), 942: ("hip", "gfx942", 64), 1100: ("hip", "gfx1
 
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("options", [(), ("rope", "mix"), ("key_mask", "packed")], ids="-".join)
-def test_a_launch_finds_what_was_compiled_here(options, capability, monkeypatch):
-    """The same source, options and target, so the same entry of Triton's cache; and the gates hold for what runs."""
+def test_a_launch_finds_what_was_compiled_ahead_of_time(options, capability, monkeypatch):
+    """Source, options and target are equal: a launch finds the entry in Triton's cache, and the gates apply to it."""
     gpu = Driver(GPUTarget(*TARGETS[capability]))
     monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
     backend = triton.compiler.make_backend(gpu.get_current_target())
     assert gpu.target == gpu_target(capability)
     for job in compile_jobs(128, "hedgehog", torch.bfloat16, capability, options=options):
         kernel, tile, args, constexprs = job.launch
-        monkeypatch.setattr(kernel, "device_caches", {0: kernel.create_binder()})  # of this driver
+        monkeypatch.setattr(kernel, "device_caches", {0: kernel.create_binder()})  # for this driver
         compiled = []
         monkeypatch.setattr(kernel, "compile", lambda *source, compiled=compiled, **how: compiled.append((source, how)))
         kernel.run(*args, grid=(1,), warmup=True, **constexprs, **tile.options)
@@ -81,7 +81,7 @@ ATOMICS = r"\b(atom|red)\."  # in PTX
 
 
 def test_kernels_use_no_atomics():
-    """Sums have a fixed order: the same input gives the same bits. In the sources, helpers too, and in the PTX."""
+    """Sums have a fixed order, so the same input gives the same bits. Checked in all sources and in the PTX."""
     names = {function.__name__ for function in functions()}
     assert names > {job.launch.kernel.__name__ for job in SAMPLE}  # helpers too
     for function in functions():
@@ -111,7 +111,7 @@ def test_an_atomic_in_a_helper_shows_in_the_ptx():
 
 
 def test_no_minimum_hides_a_nan():
-    """min.f32 and max.f32 return the operand that is no NaN; of the maps only the softmaxes may take an extremum."""
+    """min.f32 and max.f32 return the operand that is not NaN; only the softmax-like maps may use them."""
     for feature_map in ("elu", "relu"):
         checked = set()
         for job in compile_jobs(64, feature_map, torch.bfloat16, 90):
@@ -122,11 +122,11 @@ def test_no_minimum_hides_a_nan():
         assert checked == {"accumulate_state", "map_grad"}
 
 
-# What follows shows that each gate can fail.
+# The tests below show that each gate can fail.
 
 
 def broken(kernel: str, dtype=torch.bfloat16, capability: int = 90, **tile) -> dict[str, str]:
-    """Faults of a kernel (D = 128, hedgehog) with another tile."""
+    """Return the faults of a kernel (D = 128, hedgehog) with another tile."""
     table = configs.tile
     try:
         configs.tile = lambda name, *args: table(name, *args)._replace(**tile) if name == kernel else table(name, *args)
@@ -169,7 +169,7 @@ def test_loads_that_something_hides_pass_the_gate(kernel, tile):
 
 def test_products_on_cuda_cores_fail_the_gate():
     job = next(j for j in compile_jobs(128, "hedgehog", torch.float32, 90) if "apply_state" in j.name)
-    job = job._replace(name=job.name.replace("fp32", "bf16"))  # as if it had been meant for tensor cores
+    job = job._replace(name=job.name.replace("fp32", "bf16"))  # as if it were meant for tensor cores
     assert "matrix" in static_gates.check(job)[1]
 
 
@@ -191,13 +191,13 @@ def test_a_hazard_fails_its_gate():
 
 
 def test_ptxas_is_the_one_that_triton_uses():
-    """sm_100 and above have one of their own."""
+    """sm_100 and above have a ptxas of their own."""
     for capability in static_gates.ARCHITECTURES.keys() - configs.AMD.keys():
         text = triton.backends.nvidia.compiler.get_ptxas(capability).version
         assert static_gates.ptxas_version(capability).startswith(text)
 
 
-def test_an_error_of_the_compiler_is_a_fault_and_no_crash(monkeypatch):
+def test_a_compiler_error_is_a_fault_and_not_a_crash(monkeypatch):
     def fail(self):
         raise RuntimeError("ptxas\nand its whole program")
 

@@ -1,4 +1,4 @@
-"""The tables in kernels/README.md are those that the code gives."""
+"""The tables in kernels/README.md match the code."""
 
 import pytest
 
@@ -7,14 +7,14 @@ triton = pytest.importorskip("triton", reason="tests/aot needs triton")
 from benchmarks import gate_tables, static_gates  # noqa: E402
 
 
-@pytest.mark.skipif(triton.__version__ != gate_tables.TRITON, reason="the figures of another Triton")
-def test_the_readme_has_the_figures_of_the_code():
+@pytest.mark.skipif(triton.__version__ != gate_tables.TRITON, reason="the figures are those of another Triton release")
+def test_the_readme_matches_the_code():
     readme = gate_tables.README.read_text()
     new = gate_tables.replaced(readme, gate_tables.text())
     assert readme == new, "run python -m benchmarks.static_gates --readme"
 
 
-def test_what_is_outside_the_markers_stays():
+def test_text_outside_the_markers_is_kept():
     old = f"before\n{gate_tables.BEGIN}\nold\n{gate_tables.END}\nafter\n"
     assert gate_tables.replaced(old, "\nnew\n") == old.replace("old", "new")
     with pytest.raises(ValueError, match="expected the lines"):

@@ -1,4 +1,4 @@
-"""What is read from SASS: how far loops load ahead, which registers an instruction writes."""
+"""Reading SASS: how far loops load ahead, and which registers an instruction writes."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from benchmarks import sass  # noqa: E402
 
 
 def listing(*lines: str, sets: dict[int, int] = {}, waits: dict[int, int] = {}) -> str:  # noqa: B006
-    """As cuobjdump prints it. sets, waits: of a line, the scoreboard that it sets, or waits for."""
+    """Format lines as cuobjdump does. sets and waits map a line to the scoreboard that it sets or waits for."""
     rows = []
     for i, line in enumerate(lines):
         control = sets.get(i, 7) << 5 | (1 << waits[i] if i in waits else 0) << 11
@@ -26,8 +26,8 @@ def ahead(*lines: str, ttgir: str = "", **scoreboards) -> float | None:
     "pending, groups, tiles",
     [(0, 1, 0.3), (1, 1, 1.3), (2, 1, 2.3), (0, 2, 0.3), (1, 2, 0.4), (2, 2, 1.3), (3, 2, 1.4)],
 )
-def test_copies_of_the_loop_s_end_are_waited_for_at_its_top(pending, groups, tiles):
-    """A loop of ten instructions: the wait is the second, the groups of copies are closed by the ninth, or before."""
+def test_a_wait_at_the_top_for_copies_at_the_end_of_the_loop(pending, groups, tiles):
+    """A loop of ten instructions, where the second waits and the ninth (and the eighth) close a group of copies."""
     close = ["NOP"] * (2 - groups) + ["LDGDEPBAR"] * groups
     body = ["NOP", f"DEPBAR.LE SB0, 0x{pending}", *["FADD R0, R0, R1"] * 5, *close, "@P0 BRA 0x10"]
     assert ahead("NOP", *body) == pytest.approx(tiles)
@@ -35,7 +35,7 @@ def test_copies_of_the_loop_s_end_are_waited_for_at_its_top(pending, groups, til
 
 @pytest.mark.parametrize("before", [1, 2, 4])
 def test_tma_counts_the_copies_before_the_loop(before):
-    """The loop of ten instructions waits in its third, after a wait for something else, and copies in its ninth."""
+    """The third of ten instructions waits, after a wait for something else, and the ninth copies."""
     assert ahead("NOP", *TMA_LOOP, ttgir=pipelined(before)) == pytest.approx(before - 0.6)
 
 
@@ -52,7 +52,7 @@ TMA_LOOP = [
 
 
 def pipelined(before: int) -> str:
-    """Triton's program of that loop, with so many copies before it."""
+    """Return Triton's program for that loop, with `before` copies before it."""
     slot = "%slot = ttg.memdesc_index %barriers[%k] :"
     copy = "ttng.async_tma_copy_global_to_local %u_ptr[%i, %j] %u, %slot, %true :"
     loop = [slot, "ttng.wait_barrier %product, %phase :", "ttng.wait_barrier %slot, %phase :", copy]
@@ -71,7 +71,7 @@ def test_a_load_into_registers_is_waited_for_by_its_scoreboard():
     assert ahead(*lines, ttgir=rows, sets={2: 3}, waits={7: 3}) is None
 
 
-def test_the_way_back_from_a_retried_wait_is_no_loop():
+def test_the_jump_back_from_a_retried_wait_is_no_loop():
     lines = ["NOP", "NOP", "@!P0 BRA 0x60", "MUFU.EX2 R0, R0", "@P1 BRA 0x10", "EXIT", "@!P0 BRA 0x60", "BRA 0x30"]
     assert [instruction.at for instruction in sass.hot_loop(sass.parse(listing(*lines)))] == [0x10, 0x20, 0x30, 0x40]
 

@@ -1,4 +1,4 @@
-"""The check for registers of asynchronous products that are touched before the wait, on machine code made wrong."""
+"""The check for registers of asynchronous products that are touched before the wait, on altered machine code."""
 
 import re
 
@@ -16,7 +16,7 @@ from benchmarks import sass, tune, wgmma_hazards  # noqa: E402
 
 @pytest.fixture(scope="module")
 def code() -> list[sass.Instruction]:
-    """A real kernel, whose second and third product take A from registers and go on under other instructions."""
+    """A real kernel whose second and third product take A from registers and run while other instructions execute."""
     with tune.using("apply_state", configs.Tile(64, 4, 1, resident=2)):
         jobs = compile_jobs(128, "hedgehog", torch.bfloat16, 90)
     job = next(job for job in jobs if "apply_state" in job.name and "normalize" in job.name)
@@ -24,7 +24,7 @@ def code() -> list[sass.Instruction]:
 
 
 def under_a_product(code) -> tuple[int, wgmma_hazards.Product]:
-    """A plain instruction of three operands behind a product with A in registers, before its wait; and that product."""
+    """Find a plain arithmetic instruction between a product with A in registers and its wait; return both."""
     product = None
     for i, instruction in enumerate(code):
         made = wgmma_hazards.Product.of(instruction)
@@ -38,7 +38,7 @@ def changed(code, i: int, text: str) -> list[sass.Instruction]:
     return [*code[:i], code[i]._replace(text=text), *code[i + 1 :]]
 
 
-def test_the_kernel_as_it_is_has_none(code):
+def test_the_unaltered_kernel_has_no_hazard(code):
     assert wgmma_hazards.register_operands(code) >= 16
     assert wgmma_hazards.hazards(code) == []
 
@@ -57,14 +57,14 @@ def test_one_register_changed_is_found(code, kind):
     assert found and all(line.startswith(f"0x{code[i].at:x} ") and what in line for line in found)
 
 
-def test_a_wide_result_that_only_ends_in_an_operand_is_found(code):
+def test_a_wide_result_that_overlaps_an_operand_is_found(code):
     i, product = under_a_product(code)
     assert wgmma_hazards.hazards(changed(code, i, f"LDS.128 R{product.a[0] - 3}, [R1]"))
     assert wgmma_hazards.hazards(changed(code, i, f"CS2R R{product.a[0] - 1}, SRZ"))
 
 
 def test_a_lost_wait_is_found_around_the_loop(code):
-    """The next iteration loads the operands of its first product over those of the last one."""
+    """Without the wait, the next iteration overwrites the operands of the last product."""
     last = max(i for i, instruction in enumerate(code) if "WARPGROUP.DEPBAR" in instruction.text)
     found = wgmma_hazards.hazards(changed(code, last, "NOP"))
     at = [[int(address, 16) for address in re.findall(r"0x[0-9a-f]+(?= |$)", line)] for line in found]
@@ -83,8 +83,8 @@ A, B = "HGMMA.64x64x16.F32.BF16 R24, R92, gdesc[UR4], R24", "HGMMA.64x64x16.F32.
         ([A + ", gsb0", "@P0 WARPGROUP.DEPBAR.LE gsb0, 0x0", "FADD R92, R0, R0"], 1),  # it may not wait
         ([A + ", gsb0", "@P0 FADD R92, R0, R0"], 1),  # it may write
         ([A, "WARPGROUP.DEPBAR.LE gsb0, 0x0", "FADD R92, R0, R0"], 1),  # the wait is for closed groups
-        ([A, A.replace("R92", "R96")], 0),  # products add to one accumulator in turn
-        ([A, B.replace("R96", "R30")], 1),  # but read no other one's
+        ([A, A.replace("R92", "R96")], 0),  # products may add to one accumulator in turn
+        ([A, B.replace("R96", "R30")], 1),  # but not read the accumulator of another
         ([A, B.replace("R56", "R48")], 1),  # nor share a part of it
         ([A.replace("R92", "R52")], 1),  # A within its own accumulator
         ([A, "@P0 BRA 0x30", "FADD R0, R1, R1", "FADD R95, R0, R0"], 1),

@@ -1,4 +1,4 @@
-"""The axes on which the tests of linear attention vary, and inputs for a point on them."""
+"""The axes along which the tests of linear attention vary, and inputs for a point on them."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ import torch
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NORMALIZED = ("hedgehog", "hedgehog_joint", "elu", "relu", "softmax")
 WEIGHTED = ("hedgehog", "hedgehog_joint")
-# (feature map, normalize), every pair the op accepts
+# (feature map, normalize): all pairs that the op accepts
 MAPS = [(name, True) for name in NORMALIZED] + [(name, False) for name in (*NORMALIZED, "identity")]
 LAYOUTS = ("contiguous", "packed_qkv", "heads_first", "guarded", "shared_batch", "last_stride_2")
 GRAD_LAYOUTS = ("contiguous", "sum", "per_head", "heads_first")
@@ -41,13 +41,13 @@ class Case:
     v_mean: float = 0.0
     eps: float = 1e-6
     batch: int = 2
-    heads: int = 2  # of the keys
-    group: int = 1  # query heads to a key head
-    rope: bool = False  # makes nk = nq
+    heads: int = 2  # key heads
+    group: int = 1  # query heads per key head
+    rope: bool = False  # whether to rotate; sets nk = nq
     mix: float | None = None  # r
-    mask: str = "none"  # "some": keys left out here and there; "whole": all keys of one sequence too
-    packed: str = "no"  # "rows": sequences in [1, N, H, D]; "flat": in [N, H, D]; makes batch = 1
-    lengths: tuple[tuple[int, int], ...] = ()  # of the packed sequences' (queries, keys); gives nq and nk
+    mask: str = "none"  # "some": some keys are masked; "whole": also all keys of one sequence
+    packed: str = "no"  # "rows": sequences in [1, N, H, D]; "flat": in [N, H, D]. Both set batch = 1
+    lengths: tuple[tuple[int, int], ...] = ()  # (queries, keys) of each packed sequence; sets nq and nk
 
     def __post_init__(self):
         if self.lengths:
@@ -61,16 +61,16 @@ class Case:
 
     @property
     def logits(self) -> float:
-        """The size of what goes into an exponential."""
+        """The typical size of the logits, the arguments of the exponentials."""
         weight = self.weight_scale if self.map[0] in WEIGHTED else 1.0
         return self.input_scale * weight * (2 if self.map[0] == "hedgehog_joint" else 1)
 
     @property
     def options(self) -> dict:
-        """Keyword arguments of the op, on the CPU, and "flat" (see numerics.call)."""
+        """The op's keyword arguments, on the CPU, and "flat" (see numerics.call)."""
         name, normalize = self.map
         options = {"feature_map": name, "normalize": normalize, "eps": self.eps}
-        if not normalize:  # the output grows with Nk; 1 / (4 Nk) keeps it in fp16's range
+        if not normalize:  # the output grows with Nk, and 1 / (4 Nk) keeps it in fp16's range
             options["scale"] = 0.25 / self.nk
         if self.rope:
             angles = torch.rand(self.nq, self.head_dim // 2, generator=torch.Generator().manual_seed(1)) * 6.3
@@ -84,7 +84,7 @@ class Case:
         return options
 
     def _ends(self) -> tuple[list[int], list[int]]:
-        """Of `lengths`, or of five sequences: one without queries, one without keys, one key, and the rest."""
+        """Return the boundaries of `lengths`, or of five sequences, one without queries and one without keys."""
         if self.lengths:
             return tuple([0, *itertools.accumulate(side)] for side in zip(*self.lengths, strict=True))
         q = [0, 0, 1, self.nq // 3, self.nq // 3, self.nq]
@@ -119,7 +119,10 @@ class Case:
 
 
 def pairwise(axes: dict[str, list], seed: int = 0) -> Iterator[dict]:
-    """Rows that together hold every pair of values of every two axes (greedy: best of 30 random rows each time)."""
+    """Yield rows that together contain every pair of values of any two axes.
+
+    The search is greedy: each row is the best of 30 random ones.
+    """
     rng = random.Random(seed)
     pairs = {
         ((a, i), (b, j))
@@ -137,46 +140,46 @@ def pairwise(axes: dict[str, list], seed: int = 0) -> Iterator[dict]:
 
 
 def sample(axes: dict[str, list], count: int, seed: int = 1) -> list[dict]:
-    """`count` rows of independent random values."""
+    """Return `count` rows of independent random values."""
     rng = random.Random(seed)
     return [{name: rng.choice(values) for name, values in axes.items()} for _ in range(count)]
 
 
 def of_many_terms(case: Case, rows: int = 15) -> Case:
-    """The case as the error model wants it, results being sums of many independent terms: at least so many rows, and a
-    mean of v only where the op takes it off (do.v of a mean is one large number, which a rounding moves as a whole).
+    """Adapt a case to the error model, in which results are sums of many independent terms.
 
-    For samples; test_accuracy's axes, alone and in pairs, hold the rest.
+    The case gets at least `rows` rows, and a mean of v only if the op subtracts it (the product of do with a mean is
+    one large number, which a single rounding changes as a whole). This is for random samples; test_accuracy covers the
+    other values, alone and in pairs.
     """
     v_mean = case.v_mean if case.map[1] else 0.0
     return dataclasses.replace(case, nq=max(case.nq, rows), nk=max(case.nk, rows), v_mean=v_mean)
 
 
 def _place(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """The values of x [B, N, H, D] in memory of another layout."""
+    """Return the values of x [B, N, H, D] in memory with another layout."""
     b, n, h, d = x.shape
     if layout == "heads_first":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "guarded":  # NaN before, after and between the rows, and an odd storage offset
-        room = x.new_full((b, n + 133, h, d + 9), float("nan"))[:, 3 : n + 3, :, 1 : d + 1]
-        return room.copy_(x)
+        inside = x.new_full((b, n + 133, h, d + 9), float("nan"))[:, 3 : n + 3, :, 1 : d + 1]
+        return inside.copy_(x)
     if layout == "last_stride_2":
         return torch.stack([x, torch.full_like(x, float("nan"))], dim=-1).flatten(-2)[..., ::2]
     return x.contiguous()
 
 
 def _poison(k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor) -> None:
-    """NaN and infinity where a key is left out (of every batch entry that shares the row)."""
+    """Write NaN and infinity to masked keys; to a shared row, only if all batch entries mask it."""
     left_out = ~key_mask if k.shape[0] == key_mask.shape[0] else ~key_mask.any(0, keepdim=True)
     rows = torch.nn.functional.pad(left_out, (0, k.shape[1] - left_out.shape[1]))
     k[rows], v[rows] = float("nan"), float("inf")
 
 
 def make_inputs(case: Case, device: str, seed: int = 0) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """({"q", "k", "v"[, "q_weight", "k_weight"][, "softmax_out", "r"]}, gradient of the output), dtype and layout the
-    case's.
+    """Return the inputs {"q", "k", "v"[, "q_weight", "k_weight"][, "softmax_out", "r"]} and the gradient of the output.
 
-    The inputs are leaves that require gradients.
+    They have the dtype and layout of the case. The inputs are leaves that require gradients.
     """
     rng = torch.Generator().manual_seed(seed)
     dtype, d, h = DTYPES[case.dtype], case.head_dim, case.heads
@@ -203,7 +206,7 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> tuple[dict[str, torch
             inputs[name] = (weight * case.weight_scale).to(device, dtype)
     grad = normal(case.batch, case.nq, h_q, d).to(device, dtype)
     if case.grad_layout == "sum":
-        grad = grad.flatten()[0].expand_as(grad)  # what out.sum().backward() gives: every stride 0
+        grad = grad.flatten()[0].expand_as(grad)  # as out.sum().backward() gives it, with all strides 0
     elif case.grad_layout == "per_head":
         grad = grad[:, :1, :, :1].expand_as(grad)
     elif case.grad_layout == "heads_first":

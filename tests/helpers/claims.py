@@ -1,5 +1,7 @@
-"""What the op promises to the bit or to fp32's rounding: functions of a case and a device. tests/ops/test_claims.py
-runs CLAIMS on the CPU path, tests/kernels/test_kernel_claims.py runs them and KERNEL_CLAIMS on the kernels.
+"""What the op promises to the bit, or to fp32's rounding: each claim is a function of a case and a device.
+
+tests/ops/test_claims.py checks CLAIMS on the CPU path. tests/kernels/test_kernel_claims.py checks CLAIMS and
+KERNEL_CLAIMS on the kernels.
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ def halves(q, k, v, **options):
 
 
 def in_parts(q, k, v, **options):
-    """linear_attn of unpacked rows with the keys' state as the sum of three parts' states, one of a single key."""
+    """linear_attn of unpacked rows, with the keys' state summed over three parts, one of which is a single key."""
     state = 0.0, 0.0
     for part in (slice(0, 30), slice(30, 31), slice(31, None)):
         keys = taken(options, STATE_OPTIONS)
@@ -63,7 +65,7 @@ def halves_make_the_whole(case: Case, device: str) -> None:
 
 
 def states_of_parts_add_up(case: Case, device: str) -> None:
-    """S and z to fp32's rounding; what follows from the sums, gradients too, to the bounds of the whole."""
+    """Outputs and gradients computed from summed states are within the bounds of the whole op."""
     inputs, grad = make_inputs(case, device)
     check(case, inputs, grad, run(in_parts, inputs, grad, case.options))
 
@@ -91,17 +93,17 @@ def one_packed_sequence_is_the_unpacked(case: Case, device: str) -> None:
 def heads_first_is_the_contiguous(case: Case, device: str) -> None:
     """x.transpose(1, 2) of [B, H, N, D] changes nothing."""
     inputs, grad = make_inputs(dataclasses.replace(case, heads=2), device)
-    turned = {
+    transposed = {
         name: x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() if x.dim() == 4 else x
         for name, x in inputs.items()
     }
-    assert not turned["q"].is_contiguous()
-    other = run(linear_attn, turned, grad.transpose(1, 2).contiguous().transpose(1, 2), case.options)
+    assert not transposed["q"].is_contiguous()
+    other = run(linear_attn, transposed, grad.transpose(1, 2).contiguous().transpose(1, 2), case.options)
     assert_same_bits(run(linear_attn, inputs, grad, case.options), other)
 
 
 def the_ends_of_the_mixture_are_exact(case: Case, device: str) -> None:
-    """r = 1: softmax_out, and nothing for q, k, v. r = 0: what there is without a mixture, nothing for softmax_out."""
+    """r = 1 gives softmax_out and no gradient for q, k, v; r = 0 gives the op without mix and none for softmax_out."""
     plain = dataclasses.replace(case, mix=None)
     inputs, grad = make_inputs(plain, device)
     for r in (0.0, 1.0):
@@ -119,7 +121,7 @@ def the_ends_of_the_mixture_are_exact(case: Case, device: str) -> None:
 
 
 def r_may_have_any_shape_and_dtype(case: Case, device: str) -> None:
-    """One number of whatever dimensions and dtype: the same output, and its gradient comes in its own shape."""
+    """r may be one number of any shape and dtype: the output is the same, and dr has r's shape and dtype."""
     inputs, grad = make_inputs(dataclasses.replace(case, mix=0.375), device)  # exact in every dtype
     with torch.no_grad():
         inputs["softmax_out"] += 1
@@ -135,7 +137,7 @@ def r_may_have_any_shape_and_dtype(case: Case, device: str) -> None:
 
 
 def left_out_rows_may_hold_anything(case: Case, device: str) -> None:
-    """NaN and infinity in keys that a mask leaves out, or 0: the same bits, and no gradient for them."""
+    """Masked keys give the same bits whether they hold NaN, infinity or 0, and their gradients are 0."""
     inputs, grad = make_inputs(case, device)
     left_out = ~case.options["key_mask"].to(device)
     cleared = dict(inputs)
@@ -148,13 +150,13 @@ def left_out_rows_may_hold_anything(case: Case, device: str) -> None:
 
 
 def _scattered(x: torch.Tensor) -> torch.Tensor:
-    """The same values, their axes in reverse order in memory and other numbers between them."""
-    room = torch.stack([x.permute(*reversed(range(x.dim()))), x.permute(*reversed(range(x.dim()))) + 1], -1)
-    return room[..., 0].permute(*reversed(range(x.dim())))
+    """Return the same values with the axes in reverse order in memory, and other numbers between them."""
+    pairs = torch.stack([x.permute(*reversed(range(x.dim()))), x.permute(*reversed(range(x.dim()))) + 1], -1)
+    return pairs[..., 0].permute(*reversed(range(x.dim())))
 
 
 def strides_of_the_small_tensors_do_not_matter(case: Case, device: str) -> None:
-    """Tables, mask, cu_seqlens, weights, r, S and z, all of odd strides."""
+    """Tables, mask, cu_seqlens, weights, r, S and z may have odd strides."""
     inputs, grad = make_inputs(case, device)
     options = dict(case.options)
     for name, x in options.items():
@@ -177,16 +179,18 @@ def strides_of_the_small_tensors_do_not_matter(case: Case, device: str) -> None:
 
 
 def rope_is_the_rotation_before(case: Case, device: str) -> None:
-    """rope=(cos, sin) gives the bits of rows that were turned in fp32 and rounded first; on a GPU, which fuses one of
-    the products into the difference, what the last bit of such a row may change."""
+    """rope=(cos, sin) gives the bits of rows that were first rotated in fp32 and rounded.
+
+    A GPU fuses one of the products into the difference, so there the last bit of a rotated row may differ.
+    """
     inputs, _ = make_inputs(case, device)
     options = dict(case.options)
-    turned = {name: rotate(inputs[name].detach(), *(t.to(device) for t in options["rope"])) for name in "qk"}
-    assert all(x.dtype == DTYPES[case.dtype] for x in turned.values())
+    rotated = {name: rotate(inputs[name].detach(), *(t.to(device) for t in options["rope"])) for name in "qk"}
+    assert all(x.dtype == DTYPES[case.dtype] for x in rotated.values())
     with torch.no_grad():
         inside = call(linear_attn, inputs, options)
         del options["rope"]
-        before = call(linear_attn, inputs | turned, options)
+        before = call(linear_attn, inputs | rotated, options)
     if device == "cpu":
         assert torch.equal(inside, before)
     else:
@@ -195,7 +199,7 @@ def rope_is_the_rotation_before(case: Case, device: str) -> None:
 
 
 def tables_may_have_any_dtype(case: Case, device: str) -> None:
-    """cos and sin are read as float32, whatever holds them."""
+    """cos and sin are read as float32, whatever their dtype."""
     inputs, grad = make_inputs(case, device)
     for dtype in DTYPES.values():
         narrow = tuple(table.to(dtype) for table in case.options["rope"])
@@ -205,7 +209,7 @@ def tables_may_have_any_dtype(case: Case, device: str) -> None:
 
 
 def single_precision_weights_are_cast(case: Case, device: str) -> None:
-    """A float32 weight beside 16-bit rows that holds 16-bit values: the same output, a float32 gradient."""
+    """With 16-bit rows, a float32 weight that holds 16-bit values gives the same output and a float32 gradient."""
     inputs, grad = make_inputs(case, device)
     wide = inputs | {n: x.detach().float().requires_grad_() for n, x in inputs.items() if "weight" in n}
     expected, actual = (run(linear_attn, x, grad, case.options) for x in (inputs, wide))
@@ -231,13 +235,13 @@ CLAIMS = [
     (tables_may_have_any_dtype, ROTATED),
     (single_precision_weights_are_cast, [c for c in CASES if c.map[0] in WEIGHTED and c.dtype != "fp32"]),
 ]
-KERNEL_CLAIMS = [  # on the CPU path strides choose BLAS's order of sums
+KERNEL_CLAIMS = [  # not on the CPU path, where the strides change the order in which BLAS sums
     (heads_first_is_the_contiguous, UNPACKED),
     (strides_of_the_small_tensors_do_not_matter, CASES),
 ]
 
 
 def each(claims: list, cases: int | None = None):
-    """The decorator that gives a test each claim with (the first `cases` of) its cases."""
+    """Return a decorator that runs a test on each claim with its cases, or with the first `cases` of them."""
     pairs = [(claim, case) for claim, every in claims for case in every[:cases]]
     return pytest.mark.parametrize("claim, case", pairs, ids=[f"{claim.__name__}-{case}" for claim, case in pairs])

@@ -4,7 +4,7 @@ from linvideo.commands.main import main
 
 
 def refused(capsys, *argv: object) -> str:
-    """The one line of a refusal."""
+    """Run the command, assert that it refuses with one line and status 2, and return that line."""
     try:
         status = main([str(word) for word in argv])
     except SystemExit as stop:  # argparse's own refusals

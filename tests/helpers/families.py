@@ -1,4 +1,4 @@
-"""A tiny random model of every family, the inputs of its forward, and a complete tiny pipeline around it."""
+"""For each family, a tiny random model, the inputs of its forward, and a complete tiny pipeline around it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,14 +25,14 @@ LTX_CHANNELS, HUNYUAN_CHANNELS, COG_CHANNELS = 8, 4, 4
 
 @dataclass(frozen=True)
 class Family:
-    """What the tests need of one; every call of `transformer`, `inputs` and `pipeline` gives the same numbers."""
+    """What the tests need from a family. Every call of `transformer`, `inputs` and `pipeline` gives the same values."""
 
     transformer: Callable[[], diffusers.ModelMixin]
     inputs: Callable[[], dict]  # a batch of two
     pipeline: Callable[[], diffusers.DiffusionPipeline]
     num_layers: int = 3
-    arguments: Callable[[], dict] = dict  # of the pipeline's call, those that are not the same for all
-    settings: dict = field(default_factory=dict)  # attributes of the pipeline that its folder does not keep
+    arguments: Callable[[], dict] = dict  # arguments of the pipeline's call that differ between families
+    settings: dict = field(default_factory=dict)  # attributes of the pipeline that are not saved in its folder
 
 
 def run(family: Family, model: torch.nn.Module, **changed) -> torch.Tensor:
@@ -41,7 +41,7 @@ def run(family: Family, model: torch.nn.Module, **changed) -> torch.Tensor:
 
 
 def generate(family: Family, pipeline: diffusers.DiffusionPipeline) -> np.ndarray:
-    """Two steps of the pipeline: frames [F, 32, 32, 3] in [0, 1]."""
+    """Run two steps of the pipeline and return frames [F, 32, 32, 3] in [0, 1]."""
     pipeline.set_progress_bar_config(disable=True)
     for name, value in family.settings.items():
         setattr(pipeline, name, value)
@@ -127,7 +127,7 @@ def ltx_transformer() -> diffusers.LTXVideoTransformer3DModel:
 
 
 def ltx_inputs() -> dict:
-    """Latents of 3 frames of 2 x 2, packed; of the second sample's text two tokens are padding."""
+    """Return packed latents of 3 frames of 2 x 2; two tokens of the second sample's text are padding."""
     return {
         "hidden_states": randn(2, 12, LTX_CHANNELS, seed=1),
         "encoder_hidden_states": randn(2, 6, TEXT_DIM, seed=2),
@@ -190,7 +190,7 @@ def hunyuan_video15_transformer() -> diffusers.HunyuanVideo15Transformer3DModel:
 
 
 def hunyuan_video15_inputs() -> dict:
-    """Three texts per sample, each with padding in one of the two samples or both."""
+    """Return inputs with two texts per sample, each padded in one of the two samples or both, and image tokens."""
     return {
         "hidden_states": randn(2, 2 * HUNYUAN_CHANNELS + 1, 3, 2, 4, seed=1),
         "timestep": torch.tensor([900.0, 300.0]),
@@ -297,7 +297,7 @@ def with_image() -> dict:
 
 
 def tokens_with_timesteps() -> dict:
-    """Wan 2.2 TI2V-5B's form: a timestep per token, 0 where the first frame is given."""
+    """Return inputs as Wan 2.2 TI2V-5B takes them: one timestep per token, 0 for the given first frame."""
     timestep = torch.linspace(900, 300, 2)[:, None].repeat(1, 48)
     timestep[:, :16] = 0
     return tiny_inputs() | {"timestep": timestep}

@@ -1,23 +1,23 @@
-"""Float64 truth and error bounds for linear_attn_state and linear_attn_apply by themselves; they meet in S and z.
+"""The float64 truth and error bounds for linear_attn_state and linear_attn_apply on their own; they share S and z.
 
 The error model is that of numerics. S and z are sums of features that were rounded once, so their errors are u/2 times
-the root of the sum of squared terms; they are fp32 and not rounded again. dS and dz of the queries' half likewise:
-dz_f = -sum a delta phi_f, with delta = do.(o - c) + do.c, moves by a (delta + do.c) with phi. The rounding of S moves
-all of dz together, so that its norm varies like one number: like dr it gets 4 deviations, not 2.
+the root of the sum of squared terms; they are fp32 and not rounded again. The same holds for dS and dz of the queries'
+half: dz_f = -sum a delta phi_f, with delta = do.(o - c) + do.c, changes by a (delta + do.c) with phi. The rounding of S
+changes all of dz together, so the norm of dz varies like a single number. Like dr it gets 4 deviations instead of 2.
 """
 
 import torch
 from cases import DTYPES, Case, make_inputs
-from numerics import _features, _moved, clean, key_terms, query_terms, sum_of, turned, unit_roundoff
+from numerics import _features, _moved, clean, key_terms, query_terms, rotated, sum_of, unit_roundoff
 
 from linvideo.ops import linear_attn_apply, linear_attn_state
 from linvideo.ops.reference import features, spans
 
 
 def state_reference(k, v, options: dict, k_weight=None, dtype=None):
-    """S and z in k's (float64) precision; with rope, k is rounded to `dtype` once it is turned."""
+    """Return S and z in k's (float64) precision; with rope, k is rotated and rounded to `dtype` first."""
     if "rope" in options:
-        k = turned(k, options["rope"], dtype)
+        k = rotated(k, options["rope"], dtype)
     keep = options.get("key_mask")
     if keep is not None:
         keep = keep.to(k.device)[..., None, None]
@@ -30,9 +30,9 @@ def state_reference(k, v, options: dict, k_weight=None, dtype=None):
 
 
 def apply_reference(q, state, z, options: dict, q_weight=None, softmax_out=None, r=None, dtype=None):
-    """The output in q's (float64) precision."""
+    """Return the output in q's (float64) precision; with rope, q is rotated and rounded to `dtype` first."""
     if "rope" in options:
-        q = turned(q, options["rope"], dtype)
+        q = rotated(q, options["rope"], dtype)
     phi = features(q, q_weight, None, options["feature_map"])
     group = q.shape[2] // state.shape[1]
     state, z = (x.repeat_interleave(group, 1) for x in (state, z))
@@ -60,7 +60,7 @@ def _double(inputs: dict) -> dict[str, torch.Tensor]:
 
 
 def _assert_close(case: Case, actual: dict, exact: dict, squares: dict, absolutes: dict, exempt=("S", "z")) -> None:
-    """Bound 2 of numerics.check; the results in `exempt` are not rounded to the inputs' dtype."""
+    """Assert bound 2 of numerics.check. The results in `exempt` are not rounded to the inputs' dtype."""
     fp32, u = unit_roundoff(torch.float32), unit_roundoff(DTYPES[case.dtype])
     lines = []
     for name, true in exact.items():
@@ -80,7 +80,7 @@ def _norms(terms: dict, power: int) -> dict[str, float]:
 
 
 def check_state(case: Case, device: str) -> None:
-    """S, z and, for any gradients of theirs, those of k, v and the weight."""
+    """Check S and z and, for random gradients of S and z, the gradients of k, v and the weight."""
     inputs, _ = make_inputs(case, device)
     inputs = {name: inputs[name] for name in ("k", "v", "k_weight") if name in inputs}
     taken = ("feature_map", "rope", "key_mask", "cu_seqlens_k")
@@ -120,9 +120,10 @@ def _state_terms(case: Case, inputs: dict, options: dict, ds, dz, power: int) ->
 
 
 def check_apply(case: Case, device: str, rounds_gradient: bool = False) -> None:
-    """o and the gradients of q, S, z, the weight and the mixture, S and z being fp32 inputs of their own.
+    """Check o and the gradients of q, S, z, the weight and the mixture; S and z are fp32 inputs of their own.
 
-    rounds_gradient: (1 - r) do is rounded before dS and dz are made of it; where do is constant, so is that error.
+    rounds_gradient: Whether (1 - r) do is rounded before dS and dz are computed from it; if do is constant, so is that
+    error.
     """
     inputs, grad = make_inputs(case, device)
     keys = {name: inputs[name] for name in ("k", "v", "k_weight") if name in inputs}
@@ -140,7 +141,7 @@ def check_apply(case: Case, device: str, rounds_gradient: bool = False) -> None:
     terms = [_apply_terms(inputs | leaves, grad.double(), options, power) for power in (2, 1)]
     results = {"o": actual.detach().double()} | _grads(actual, inputs | leaves, grad)
     truths = {"o": exact.detach()} | _grads(exact, exact_inputs, grad.double())
-    if case.dtype == "fp16":  # by contract nothing, or what is right, where no key has the feature
+    if case.dtype == "fp16":  # where no key has the feature, the gradient may be 0, by contract, or the right one
         nobody = leaves["z"] == 0
         for name in ("dS", "dz"):
             at = nobody if name == "dz" else nobody[..., None]
@@ -185,8 +186,10 @@ def _apply_terms(inputs: dict, do, options: dict, power: int) -> dict[str, float
 
 
 def _shared_terms(phi, do, s, z, center, options: dict, power: int):
-    """What adds up along the rows in dz: sum_n |a phi do.c|^power of a mean c of v, and the one rounding of S, whose
-    error in delta all rows share: |S_gd sum_n a^2 phi_f phi_g do_d|^power over g and d.
+    """Return the terms of dz that add up along the rows.
+
+    These are sum_n |a phi do.c|^power for a mean c of v, and the error of the one rounding of S, which all rows share
+    in delta: |S_gd sum_n a^2 phi_f phi_g do_d|^power over g and d.
     """
     if not options["normalize"]:
         return 0.0

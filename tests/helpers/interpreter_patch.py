@@ -1,12 +1,12 @@
-"""Mends Triton's interpreter where it differs from the compiler, for Triton 3.6.0 and 3.7.1.
+"""Fix Triton's interpreter where it differs from the compiler, for Triton 3.6.0 and 3.7.1.
 
-The interpreter keeps bfloat16 as raw uint16 bits and computes on those bits: tl.dot multiplies bit patterns, `-x`
-subtracts them, and fp32 -> bf16 cuts the mantissa off instead of rounding to nearest even. `for i in
-tl.range(tensor)` fails on numpy >= 2.4 (3.6.0 only), where a one-element array is no scalar any more.
+The interpreter keeps bfloat16 as raw uint16 bits and computes with those bits: tl.dot multiplies bit patterns, `-x`
+negates them, and fp32 -> bf16 truncates the mantissa instead of rounding to nearest even. In 3.6.0,
+`for i in tl.range(tensor)` fails with numpy >= 2.4, where a one-element array is no longer a scalar.
 
-It also makes it about twice as fast, without a change of what it computes: `triton.language` is patched once a launch
-and not at every call of a device function, and sums of integers are checked for overflow only where a test asks for it
-(`overflow_raises`; the interpreter itself computes the check and drops it).
+The patch also makes the interpreter about twice as fast, without changing what it computes. It patches
+`triton.language` once per launch instead of at every call of a device function, and it checks sums of integers for
+overflow only inside `overflow_raises` (the interpreter itself computes the check and discards it).
 """
 
 import contextlib
@@ -22,7 +22,7 @@ def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
 
 
 def fp32_to_bf16(x: np.ndarray) -> np.ndarray:
-    """Bits of the nearest bfloat16, ties to even; NaN stays (quiet) NaN."""
+    """Return the bits of the nearest bfloat16, with ties to even; NaN stays (quiet) NaN."""
     bits = np.asarray(x, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(x), (bits >> 16) | 0x40, rounded).astype(np.uint16)
@@ -52,7 +52,7 @@ def apply() -> None:
     binary, ternary, unary = InterpreterBuilder.binary_op, InterpreterBuilder.ternary_op, InterpreterBuilder.unary_op
     patch_tensor, check_tensor = interpreter._patch_lang_tensor, ReduceScanOpInterface.check_tensor
     patch_lang, execute = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched = set()  # in this launch: modules of functions, by their globals
+    patched = set()  # ids of the globals of modules that have been patched in this launch
 
     def cast_impl(self, src, dst_type):
         src = _widen(src)
@@ -71,7 +71,7 @@ def apply() -> None:
         return _narrow(op(_widen(lhs).data, _widen(rhs).data)) if _is_bf16(lhs) else binary(self, lhs, rhs, op)
 
     def ternary_op(self, lhs, rhs, other, op):
-        if _is_bf16(other) and op is not np.where:  # a select moves bits, which is right as it is
+        if _is_bf16(other) and op is not np.where:  # a select only moves bits, which is correct
             return _narrow(op(_widen(lhs).data, _widen(rhs).data, _widen(other).data))
         return ternary(self, lhs, rhs, other, op)
 
@@ -112,7 +112,7 @@ def apply() -> None:
 
 @contextlib.contextmanager
 def overflow_raises():
-    """Inside, an int32 sum or product that leaves int32's range raises, as it would wrap around on a GPU."""
+    """Context in which an int32 sum or product that overflows raises; on a GPU it would wrap around."""
     builder = interpreter.interpreter_builder
     before = builder.options
     builder.options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=True)

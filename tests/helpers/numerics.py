@@ -1,26 +1,27 @@
-"""Float64 truth and derived error bounds for the tests of linear attention.
+"""The float64 truth and derived error bounds for the tests of linear attention.
 
-Error model. A kernel rounds its factors (phi, S, dS, dx, ...) to the inputs' dtype, once each, and sums in fp32.
-Independent roundings add in quadrature: the error is about u/2 (u: the unit roundoff, u/2: the usual size of one
-rounding) times the root of the sum of the squared terms, propagated through the formulas, v taken about its mean:
-`term_sizes(..., power=2)`. Where terms cancel this is more than u times the result: at Nk = 1 the gradients of q, k
-and the weights vanish, but their terms do not. fp32 sums, and taking off v's mean, are bounded by the sum of the
-terms' absolute values: `term_sizes(..., power=1)`.
+The error model: a kernel rounds its factors (phi, S, dS, dx, ...) to the inputs' dtype, once each, and sums in fp32.
+Independent roundings add in quadrature. So the error is about u/2 (u is the unit roundoff, u/2 the usual size of one
+rounding) times the root of the sum of the squared terms, which are propagated through the formulas with v's mean
+subtracted: `term_sizes(..., power=2)`. Where terms cancel, this is more than u times the result: at Nk = 1 the
+gradients of q, k and the weights vanish, but their terms do not. The errors of fp32 sums, and of subtracting v's mean,
+are bounded by the sum of the terms' absolute values: `term_sizes(..., power=1)`.
 
-The options:
-    key_mask     A key that is left out is a row of zeros.
-    cu_seqlens   Each sequence by itself; the weights' gradients add.
+The options in this model:
+    key_mask     A masked key is a row of zeros.
+    cu_seqlens   Each sequence counts separately, and the gradients of the weights add up.
     groups       A key head has one S; dS and dz are sums over its query heads before they are rounded.
-    rope         By the op's contract the turned rows are rounded to the inputs' dtype: the truth rounds them too and
-                 passes the gradient straight through. Turning a gradient back keeps the norm of its error; a path that
-                 rounds it before as well as after makes one more error of u/2 times the result, for which bound 2 has
-                 room.
-    mix          Scales what linear attention gives and gets by 1 - r; d softmax_out = r do is one rounding.
-    dr           One number, whose error in eager is small by luck; a bound follows from the terms alone. L = sum do.o
-                 moves by dphi_k with phi_k, by dS with S, and by do with o; each is rounded once:
-                 sum phi_k^2 dphi_k^2 + sum dS^2 S^2 (about v's mean) + sum do^2 o^2. A sum of so many independent
-                 roundings is normal with deviation u/2 times the root of that; thousands of cases are tried, so the
-                 bound is 5 deviations.
+    rope         By the op's contract the rotated rows are rounded to the inputs' dtype. The truth rounds them, too, and
+                 passes the gradient straight through. Rotating a gradient back keeps the norm of its error. A path that
+                 rounds the gradient both before and after makes one more error of u/2 times the result, which bound 2
+                 allows for.
+    mix          Scales both the output of linear attention and its gradient by 1 - r; d softmax_out = r do is rounded
+                 once.
+    dr           A single number, whose error in eager may be small by chance, so the bound follows from the terms
+                 alone. L = sum do.o changes by dphi_k with phi_k, by dS with S, and by do with o, each of which is
+                 rounded once: sum phi_k^2 dphi_k^2 + sum dS^2 S^2 (v's mean subtracted) + sum do^2 o^2. A sum of many
+                 independent roundings is normal, with a deviation of u/2 times the root of that. Since thousands of
+                 cases are tested, the bound is 5 deviations.
 """
 
 import torch
@@ -30,7 +31,7 @@ from linvideo.ops.reference import linear_attn_reference, rotate, spans
 
 
 def call(op, inputs: dict[str, torch.Tensor], options: dict) -> torch.Tensor:
-    """op(...) on what make_inputs and Case.options give; "flat" rows come and go without their batch of one."""
+    """Call `op` with what make_inputs and Case.options return; with "flat", rows have no batch axis inside `op`."""
     device = inputs["q"].device
     arguments, settings = dict(inputs), {name: _moved(x, device) for name, x in options.items() if name != "flat"}
     flat = options.get("flat", False) and op is not linear_attn_reference
@@ -49,7 +50,7 @@ def _moved(x, device):
 
 
 def run(op, inputs: dict[str, torch.Tensor], grad: torch.Tensor, options: dict) -> dict[str, torch.Tensor]:
-    """Output and every gradient of `op`, in float64: {"o", "dq", "dk", "dv"[, "dq_weight", "dk_weight"][, ...]}."""
+    """Return the output and all gradients of `op` in float64: {"o", "dq", "dk", "dv"[, "dq_weight", ...]}."""
     out = call(op, inputs, options)
     assert out.dtype == grad.dtype, f"output is {out.dtype}, inputs are {grad.dtype}"
     grads = torch.autograd.grad(out, list(inputs.values()), grad)
@@ -60,21 +61,21 @@ def run(op, inputs: dict[str, torch.Tensor], grad: torch.Tensor, options: dict) 
 
 
 def truth(inputs: dict[str, torch.Tensor], grad: torch.Tensor, options: dict) -> dict[str, torch.Tensor]:
-    """`run` of the reference in float64 on the same (rounded) values."""
+    """Run the reference in float64 on the same (rounded) values."""
     exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     options = dict(options)
     rope, dtype = options.pop("rope", None), inputs["q"].dtype
 
     def reference(**arguments):
         if rope is not None:
-            arguments |= {name: turned(arguments[name], rope, dtype) for name in "qk"}
+            arguments |= {name: rotated(arguments[name], rope, dtype) for name in "qk"}
         return linear_attn_reference(**arguments)
 
     return run(reference, exact, grad.double(), options | {"flat": False})
 
 
-def turned(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """float64 x turned in float32 and rounded to `dtype`, as the op promises; the gradient is that of turning alone."""
+def rotated(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Rotate float64 x in float32 and round it to `dtype`, as the op does; the gradient ignores the rounding."""
     cos, sin = (table.to(x.device) for table in rope)
     exact = rotate(x, cos.double(), sin.double())
     rounded = rotate(x.detach().float(), cos.float(), sin.float()).to(dtype)
@@ -82,7 +83,10 @@ def turned(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], dtype: torc
 
 
 def _features(name: str, u: torch.Tensor, weight: torch.Tensor | None, power: int):
-    """(phi, pull) of u [B, N, H, D]; pull takes the terms' sizes of phi's gradient, to `power`, to those of u and W."""
+    """Return phi of u [B, N, H, D], and a function `pull` for its backward.
+
+    pull maps the sizes of the terms of phi's gradient, to `power`, to those of the gradients of u and W.
+    """
 
     def softmax_pull(p: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         return p**power * (g + (p**power * g).sum(-1, keepdim=True))
@@ -114,9 +118,9 @@ def sum_of(equation: str, power: int, *factors: torch.Tensor) -> torch.Tensor:
 
 
 def query_terms(phi_q, do, s, z, s_terms, center, options: dict, power: int) -> dict[str, torch.Tensor]:
-    """Values and terms of the queries' half, o = phi_q S / den; s, z, s_terms, center of the key heads.
+    """Return the values and terms of the queries' half, o = phi_q S / den; s, z, s_terms, center are per key head.
 
-    With a = 1 / den, delta = do . o, dS = sum a phi_q^T do, dz = -sum a delta phi_q: dphi_q = a (do S^T - delta z).
+    With a = 1 / den, delta = do . o, dS = sum a phi_q^T do and dz = -sum a delta phi_q, dphi_q = a (do S^T - delta z).
     """
     group = phi_q.shape[2] // s.shape[1]
     eps, normalize = options.get("eps", 0.0), options["normalize"]
@@ -152,17 +156,17 @@ def query_terms(phi_q, do, s, z, s_terms, center, options: dict, power: int) -> 
 
 
 def key_terms(phi_k, v, ds_terms, dz_terms, power: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Terms of the keys' half: dphi_k = v dS^T + dz and dv = phi_k dS."""
+    """Return the terms of the keys' half: dphi_k = v dS^T + dz and dv = phi_k dS."""
     dphi = torch.einsum("bnhd,bhfd->bnhf", v.abs() ** power, ds_terms) + dz_terms[:, None]
     return dphi, torch.einsum("bnhf,bhfd->bnhd", phi_k.abs() ** power, ds_terms)
 
 
 def clean(inputs: dict, options: dict) -> dict[str, torch.Tensor]:
-    """The inputs in float64, with rows turned and keys that are left out 0."""
+    """Return the inputs in float64, with rows rotated and masked keys set to 0."""
     u = {name: x.detach().double() for name, x in inputs.items()}
     for name in "qk":
         if "rope" in options and name in u:
-            u[name] = turned(u[name], options["rope"], inputs[name].dtype)
+            u[name] = rotated(u[name], options["rope"], inputs[name].dtype)
     if "key_mask" in options:
         keep = options["key_mask"].to(u["k"].device)[..., None, None]
         u |= {name: torch.where(keep, u[name], 0.0) for name in "kv"}
@@ -173,9 +177,9 @@ def clean(inputs: dict, options: dict) -> dict[str, torch.Tensor]:
 def term_sizes(
     inputs: dict, grad: torch.Tensor, options: dict, power: int, about_mean: bool = True
 ) -> dict[str, float]:
-    """Norm over each result of (sum |term|^power)^(1/power), the terms of every sum on the way to it.
+    """Return, for each result, the norm of (sum |term|^power)^(1/power) over the terms of all sums that lead to it.
 
-    At power 2 v is taken about c = sum_f S_f / sum_f z_f, if about_mean.
+    At power 2, c = sum_f S_f / sum_f z_f is subtracted from v if `about_mean`.
     """
     u, name = clean(inputs, options), options["feature_map"]
     phi_q, pull_q = _features(name, u["q"], u.get("q_weight"), power)
@@ -216,24 +220,27 @@ def term_sizes(
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """Largest relative error of rounding to nearest: 2^-24, 2^-11, 2^-8 for fp32, fp16, bf16."""
+    """Return the largest relative error of rounding to nearest: 2^-24, 2^-11 and 2^-8 for fp32, fp16 and bf16."""
     return torch.finfo(dtype).eps / 2
 
 
 def check(case: Case, inputs: dict, grad: torch.Tensor, actual: dict[str, torch.Tensor], either: bool = False) -> None:
-    """Assert that every result is finite and its error, a norm over the tensor, within two bounds.
+    """Assert that every result is finite and that its error, a norm over the tensor, is within two bounds.
 
     1. Twice the error of eager PyTorch in the same dtype, plus u/2 of the terms before cancellation, plus fp32's error.
-    2. Whatever eager does: u times the result and the terms before cancellation in quadrature, plus fp32's error.
-    dr has one bound, 2.5u times its terms, plus fp32's error.
-    either: within one of the two, v not about its mean, is enough. For options drawn together, of which few rows, whole
-    masks and RoPE in one case pass on errors that are rounded several times, in eager as in ours. Then dr has three
-    times its bound: the outputs of a sequence with one key are all one row, whose roundings add up. Where eager's fp16
-    overflows ours need only be finite then.
-    fp32's error: 4 roundoffs of the sum of absolute terms; logits of size x carry about x roundoffs, which exp makes
-    relative (and those of hedgehog_joint are 2x); 8 times that is allowed. Where a logit is a product with a weight its
-    D sums are rounded too, in an order that depends on the processor. In quadrature these are sqrt(D) roundoffs of x,
-    for q and for k alike; 6 sqrt(D) is four deviations of both together.
+    2. Independent of eager: u times the result and the terms before cancellation, added in quadrature, plus fp32's
+       error.
+    dr has a single bound: 2.5u times its terms, plus fp32's error.
+
+    With `either`, one of the two bounds is enough, and v's mean is not subtracted. This is for randomly combined
+    options: few rows, masks of whole sequences and RoPE in one case lead to errors that are rounded several times, in
+    eager as in the kernels. dr then gets three times its bound, because all outputs of a sequence with one key are the
+    same row, whose roundings add up. Where eager's fp16 overflows, the result then only has to be finite.
+
+    fp32's error is 4 roundoffs of the sum of absolute terms, plus the error of the logits. Logits of size x carry about
+    x roundoffs (2x for hedgehog_joint), which exp turns into a relative error; 8 times that is allowed. If logits are
+    products with a weight, the sums over D are rounded, too, in an order that depends on the processor. In quadrature
+    these are sqrt(D) roundoffs of x, for q and for k; 6 sqrt(D) is four deviations of both together.
     """
     exact = truth(inputs, grad, case.options)
     eager = run(linear_attn_reference, inputs, grad, case.options)
@@ -245,7 +252,7 @@ def check(case: Case, inputs: dict, grad: torch.Tensor, actual: dict[str, torch.
     lines = []
     for name, true in exact.items():
         error, theirs = (actual[name] - true).norm().item(), (eager[name] - true).norm().item()
-        theirs = theirs if theirs == theirs else float("inf")  # eager fp16 may overflow; bound 2 still holds us
+        theirs = theirs if theirs == theirs else float("inf")  # eager fp16 may overflow; bound 2 still applies
         size = (true.norm().item() ** 2 + squares[name] ** 2) ** 0.5
         floor = 4 * fp32 * absolutes[name] + roundings * case.logits * fp32 * size + subnormal * true.numel() ** 0.5
         first, second = 2 * theirs + u / 2 * squares[name] + floor, u * size + floor

@@ -1,4 +1,4 @@
-"""Tiny offline models that many tests share: random weights, no download, a fraction of a second to build."""
+"""Tiny models that many tests share, with random weights: no download, built in a fraction of a second."""
 
 import torch
 
@@ -6,7 +6,7 @@ HEADS, HEAD_DIM, TEXT_DIM, IMAGE_DIM = 2, 24, 32, 20
 
 
 def tiny_transformer(num_layers: int = 3, seed: int = 0, kind: type | None = None, **config):
-    """A WanTransformer3DModel in eval mode, or another `kind` with its arguments; `config` overrides any of them."""
+    """Return a WanTransformer3DModel, or another `kind`, in eval mode; `config` overrides any of its arguments."""
     from diffusers import WanTransformer3DModel
 
     arguments = {
@@ -24,7 +24,7 @@ def tiny_transformer(num_layers: int = 3, seed: int = 0, kind: type | None = Non
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = (kind or WanTransformer3DModel)(**{**arguments, **config})
-        # Random weights of the default size give nearly uniform attention, on which softmax and linear hardly differ.
+        # With weights of the default size attention is nearly uniform, and softmax and linear hardly differ.
         for block in model.blocks:
             torch.nn.init.normal_(block.attn1.to_q.weight, std=0.5)
             torch.nn.init.normal_(block.attn1.to_k.weight, std=0.5)
@@ -32,7 +32,7 @@ def tiny_transformer(num_layers: int = 3, seed: int = 0, kind: type | None = Non
 
 
 def tiny_inputs(batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 1) -> dict:
-    """Arguments of the transformer's forward: latents [batch, 16, 3, 8, 8] (48 tokens), 5 text tokens."""
+    """Return arguments of the transformer's forward: latents [batch, 16, 3, 8, 8] (48 tokens), 5 text tokens."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "hidden_states": torch.randn(batch, 16, 3, 8, 8, generator=generator).to(dtype),
@@ -43,7 +43,7 @@ def tiny_inputs(batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 
 
 
 def tiny_tokenizer():
-    """Byte-level BPE without merges: every prompt tokenises and nothing is downloaded."""
+    """Return a byte-level BPE tokenizer without merges, which takes any prompt and needs no download."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -58,7 +58,7 @@ def tiny_tokenizer():
 
 
 def tiny_pipeline(transformer=None, seed: int = 0, **arguments):
-    """A complete WanPipeline around `transformer` (default `tiny_transformer()`); `arguments` are WanPipeline's."""
+    """Return a complete WanPipeline around `transformer` (default `tiny_transformer()`)."""
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -82,13 +82,13 @@ def tiny_pipeline(transformer=None, seed: int = 0, **arguments):
 
 
 def tiny_image_transformer(clip: bool = True, seed: int = 0, **config):
-    """Of image-to-video models: Wan 2.1's with `clip`, Wan 2.2's without."""
+    """Return the transformer of an image-to-video model, Wan 2.1's with `clip` and Wan 2.2's without."""
     image = {"image_dim": IMAGE_DIM, "added_kv_proj_dim": HEADS * HEAD_DIM} if clip else {}
     return tiny_transformer(seed=seed, in_channels=36, **image, **config)
 
 
 def tiny_image_pipeline(transformer=None, seed: int = 0, **arguments):
-    """A complete WanImageToVideoPipeline around `transformer` (default `tiny_image_transformer()`)."""
+    """Return a complete WanImageToVideoPipeline around `transformer` (default `tiny_image_transformer()`)."""
     from diffusers import WanImageToVideoPipeline
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
@@ -105,7 +105,7 @@ def tiny_image_pipeline(transformer=None, seed: int = 0, **arguments):
 
 
 def tiny_image(seed: int = 0):
-    """A PIL image of another size than the videos."""
+    """Return a PIL image whose size differs from that of the videos."""
     from PIL import Image
 
     pixels = torch.rand(4, 5, 3, generator=torch.Generator().manual_seed(seed))
@@ -113,7 +113,7 @@ def tiny_image(seed: int = 0):
 
 
 def sampled_states(pipeline, noise: torch.Tensor, **settings) -> torch.Tensor:
-    """The states [S + 1, ...] that the pipeline's own sampler goes through from noise [...], its result last."""
+    """Return the states [S + 1, ...] of the pipeline's own sampler, from noise [...] to its result."""
     states = [noise[None]]
 
     def keep(_, step, timestep, kwargs):
@@ -125,7 +125,7 @@ def sampled_states(pipeline, noise: torch.Tensor, **settings) -> torch.Tensor:
 
 
 def generate(pipeline, prompt: str = "a red circle moves left", seed: int = 0, num_inference_steps: int = 2):
-    """Frames [5, 32, 32, 3] in [0, 1] as a numpy array."""
+    """Run the pipeline and return frames [5, 32, 32, 3] in [0, 1] as a numpy array."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         prompt=prompt,

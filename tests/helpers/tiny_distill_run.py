@@ -1,5 +1,7 @@
-"""A whole distillation of a second or two, in this process or as a script, as tiny_run.py is for transfers; the
-stage may also be "export", where there is but one step to die at."""
+"""A complete distillation in a second or two, in this process or as a script, like tiny_run.py for transfers.
+
+The stage to die at may also be "export", which has only one step.
+"""
 
 import copy
 import json
@@ -14,11 +16,14 @@ from linvideo.models import convert
 from linvideo.run import export
 from linvideo.run.read_config import from_dict
 
-LINEAR = [1]  # layers of the student
+LINEAR = [1]  # linear layers of the student
 
 
 def distill_config(output_dir, **overrides) -> DistillConfig:
-    """Both stages train a little, every stateful part is in use; `overrides` replace top-level values and sections."""
+    """Return a config in which both stages train a little and every part with state is in use.
+
+    `overrides` replace top-level values and sections.
+    """
     values = {
         **copy.deepcopy(COMMON),
         "output_dir": str(output_dir),
@@ -37,7 +42,7 @@ def tiny_student(teacher):
 
 
 def run(output_dir, **overrides) -> SimpleNamespace:
-    """What the finished run has made on its way; see tiny_run.watched."""
+    """Run a distillation and return what it has made on the way; see tiny_run.watched."""
     teacher = tiny_teacher()
     with watched(distiller) as seen:
         distill(distill_config(output_dir, **overrides), teacher, tiny_student(teacher), PROMPTS)

@@ -1,8 +1,11 @@
-"""Runs of tiny_run.py under torchrun: a folder, and a JSON file of name -> overrides of the config.
+"""Runs of tiny_run.py under torchrun. The arguments are a folder and a JSON file {name: overrides of the config}.
 
-"distill" among the overrides takes tiny_distill_run.py instead; "die": [stage, step, rank] kills that rank there;
-"like_cuda" has RMSNorm give fp32 under autocast, as CUDA's does and the CPU's does not. Each rank prints
-"<rank> <process id>" when everything is imported.
+Further keys in the overrides:
+    distill    Whether to run tiny_distill_run.py instead.
+    die        [stage, step, rank]: kill that rank at that step.
+    like_cuda  Whether RMSNorm returns fp32 under autocast, as it does on CUDA but not on the CPU.
+
+Each rank prints "<rank> <process id>" when everything is imported.
 """
 
 import json
@@ -19,7 +22,7 @@ from linvideo.run.parallel import disconnect
 
 
 def torchrun_arguments(processes: int, folder: Path, runs: dict[str, dict]) -> dict:
-    """Of subprocess, to run each name -> overrides in folder/name, one after another in the same processes."""
+    """Return the arguments for subprocess that run each {name: overrides} in folder/name, in turn and in one job."""
     (folder / "runs.json").write_text(json.dumps(runs))
     with socket.socket() as free:
         free.bind(("localhost", 0))

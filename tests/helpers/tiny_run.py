@@ -1,5 +1,8 @@
-"""A whole training run of a few seconds, in this process or as a script: a folder, overrides of the config as JSON, and
-maybe the stage and the step at which it kills itself. It prints a line when everything is imported."""
+"""A complete training run in a few seconds, in this process or as a script.
+
+The script's arguments are a folder, overrides of the config as JSON and, optionally, the stage and step at which it
+kills itself. It prints a line when everything is imported.
+"""
 
 import copy
 import json
@@ -24,12 +27,12 @@ from linvideo.transfer.train_config import TrainConfig
 
 HELPERS = Path(__file__).parent
 ROOT = HELPERS.parents[1]
-# of processes that run this file, or import it, from the checkout
+# for processes that run or import this file from the checkout
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", HELPERS))),
 }
-# of transfers and distillations alike
+# for both transfers and distillations
 COMMON = {
     "train_batch_size": 2,
     "gradient_accumulation_steps": 2,
@@ -51,7 +54,10 @@ PROMPTS = ["a red fox runs", "two white boats race", "rain falls on a pond"]
 
 
 def tiny_config(output_dir, **overrides) -> TrainConfig:
-    """Every stage trains a little, every stateful part is in use; `overrides` replace top-level values and sections."""
+    """Return a config in which every stage trains a little and every part with state is in use.
+
+    `overrides` replace top-level values and sections.
+    """
     values = {
         **copy.deepcopy(COMMON),
         "output_dir": str(output_dir),
@@ -71,7 +77,7 @@ def tiny_teacher():
 
 
 def tiny_experts(**transformers):
-    """Of Wan 2.2's form; with 4 steps the timesteps are 1000, 859, 603 and 9, two for each expert."""
+    """Return a pipeline like Wan 2.2's; with 4 steps the timesteps are 1000, 859, 603 and 9, two for each expert."""
     first, second = (tiny_transformer(num_layers=3, ffn_dim=32, seed=seed) for seed in (0, 1))
     return tiny_pipeline(**{"transformer": first, "transformer_2": second, **transformers}, boundary_ratio=0.7)
 
@@ -83,8 +89,11 @@ def run(output_dir, **overrides) -> TrainResult:
 
 @contextmanager
 def watched(module: ModuleType = trainer) -> Iterator[SimpleNamespace]:
-    """What `train` of the module trainer, or `distill` of distiller, makes on its way: run, source, converted, data,
-    student and teacher, or models."""
+    """Record what `train` in the module trainer, or `distill` in distiller, makes on the way.
+
+    The yielded namespace gets run, source, converted and data and, for a training, student and teacher, for a
+    distillation models.
+    """
     seen = SimpleNamespace()
 
     def keep(function: str, *names: str):
@@ -107,13 +116,13 @@ def die(*_):
 
 
 def die_at(stage: str, step: int) -> None:
-    """Kill this process when the run reaches `step` of `stage`, at the worst moment we know of."""
-    if stage == "trajectories":  # shard `step` is on disk, its entry is not yet
+    """Have this process killed when the run reaches `step` of `stage`, at the worst moment we know of."""
+    if stage == "trajectories":  # shard `step` is on disk, but its entry is not yet
         write_json = store.write_json
         store.write_json = lambda path, *rest, **options: (
             die() if path.name == f"shard-{step:06d}.json" else write_json(path, *rest, **options)
         )
-    elif stage == "prompts":  # half of their file is written
+    elif stage == "prompts":  # half of the prompts' file is written
 
         def half(_, path, *__):
             Path(path).write_bytes(b"half")

@@ -26,13 +26,13 @@ class AffineFlow(torch.nn.Module):
 
 
 def toy_prompts(count: int = 3) -> PromptEmbeddings:
-    """Prompt i is all i + 1, the negative prompt all -1; 2 tokens of 2 numbers."""
+    """Return prompts of 2 tokens with 2 numbers: all i + 1 for prompt i, all -1 for the negative prompt."""
     embeds = torch.arange(1.0, count + 1).view(-1, 1, 1).expand(count, 2, 2)
     return PromptEmbeddings(embeds, -torch.ones(1, 2, 2))
 
 
 def toy_store(path, timesteps: torch.Tensor, seed: int = 0, **request) -> TrajectoryStore:
-    """4 trajectories of random numbers at the given timesteps, in two shards."""
+    """Return a store with 4 trajectories of random numbers at the given timesteps, in two shards."""
     steps = len(timesteps)
     values = {"num_trajectories": 4, "shard_size": 2, "states_per_trajectory": steps, "seed": seed}
     values |= {"guidance_scale": 1.0, "negative_probability": 0.25}
@@ -54,7 +54,7 @@ def toy_store(path, timesteps: torch.Tensor, seed: int = 0, **request) -> Trajec
 
 
 def gaussian_velocity(x, t, mean, variance):
-    """E[eps - x_0 | x_t = x] for x_0 ~ N(mean, variance I), in closed form."""
+    """Return E[eps - x_0 | x_t = x] for x_0 ~ N(mean, variance I), in closed form."""
     marginal = (1 - t) ** 2 * variance + t**2
     eps = t * (x - (1 - t) * mean) / marginal
     x_0 = mean + (1 - t) * variance * (x - (1 - t) * mean) / marginal

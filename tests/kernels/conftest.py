@@ -1,4 +1,4 @@
-"""Runs the kernels in Triton's interpreter on CPU tensors, or on a GPU where TRITON_INTERPRET is not set."""
+"""Run the kernels in Triton's interpreter on CPU tensors or, if TRITON_INTERPRET is not set, on a GPU."""
 
 import os
 
@@ -16,7 +16,7 @@ if INTERPRET:
 
     interpreter_patch.apply()
 else:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode on CUDA asks for it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by deterministic mode on CUDA
     torch.backends.cudnn.allow_tf32 = False  # on by default, and Wan's patch embedding is a convolution
 
 
@@ -29,21 +29,21 @@ def device() -> str:
 
 @pytest.fixture(scope="session")
 def gpu(device) -> str:
-    """`device`, for what cannot fail in the interpreter, which runs one program after another in one thread."""
+    """`device`, for tests that cannot fail in the interpreter, which runs the programs one by one in one thread."""
     if device == "cpu":
-        pytest.skip("means something on a GPU only")
+        pytest.skip("only meaningful on a GPU")
     return device
 
 
 @pytest.fixture(autouse=True)
 def bfloat16_is_not_refused(monkeypatch):
-    """interpreter_patch has mended what `check_interpreted` refuses."""
+    """Lift the refusal of `check_interpreted`, since interpreter_patch fixes bfloat16."""
     monkeypatch.setattr(library, "check_interpreted", lambda x: None)
 
 
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory():
-    """torch.empty and its kin come filled with NaN, so that an element no kernel wrote is seen."""
+    """Have torch.empty and the like return NaN, so that an element that no kernel has written is noticed."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -53,9 +53,10 @@ def nan_in_fresh_memory():
 
 @pytest.fixture
 def set_tiles(monkeypatch, device):
-    """A function that changes fields of configs.Tile of the kernels that walk over rows; tma only where it can read.
+    """Return a function that changes fields of configs.Tile for the kernels that loop over rows.
 
-    For the interpreter: a GPU keeps the tiles that fit it.
+    tma is set only where descriptors can read. The function has an effect in the interpreter only; on a GPU the tiles
+    of the table remain.
     """
     from linvideo_kernels.linear_attn import configs
 

@@ -1,5 +1,5 @@
-"""Forward and every gradient of the kernels against float64: each axis alone, a pairwise sample; `full`: a larger
-random one. Without the op's options, which test_options has.
+"""Forward and every gradient of the kernels against float64: each axis alone, a pairwise sample and, marked `full`, a
+larger random sample. The op's options are covered by test_options.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ BASE = Case()
 
 def single_axis() -> list[Case]:
     cases = [dataclasses.replace(BASE, **{axis: value}) for axis, values in AXES.items() for value in values]
-    # what goes wrong in 16 bits and what goes wrong in fp32 are different things
+    # fp32 has faults of its own, which 16 bits do not show
     cases += [dataclasses.replace(case, dtype="fp32") for case in cases if case.dtype == "bf16"]
     return list(dict.fromkeys(cases))
 

@@ -1,5 +1,5 @@
-"""Offsets beyond 2^31 elements. In the interpreter the tensors lie in sparse files, of which only the pages of their
-rows are touched; on a GPU in one piece of memory."""
+"""Offsets beyond 2^31 elements. In the interpreter the tensors are in sparse files, where only the pages with their
+rows take space; on a GPU they are in one block of memory."""
 
 import contextlib
 import dataclasses
@@ -21,13 +21,13 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRET:
     import interpreter_patch
 
-# the interpreter's small, a GPU's on the tiles of wide heads
+# small in the interpreter; on a GPU the tiles of wide heads
 SIZE = {"head_dim": 16, "dtype": "fp32"} if INTERPRET else {"head_dim": 128, "dtype": "bf16"}
 CASE = Case(nq=17, nk=20, batch=1, heads=1, **SIZE)
 FAR = 2**31 + 2**20
-APART = 2**20  # between tensors that interleave: more than their near rows take
-# Strides of [B, N, H, D] that take the last of three batch entries, the last row or the last of three heads past 2^31
-# elements, though each stride is below, and a stride that is beyond itself.
+APART = 2**20  # distance between interleaved tensors, more than their near rows take
+# Strides of [B, N, H, D] that put the last of three batch entries, the last row or the last of three heads beyond 2^31
+# elements, though no stride is that large; and a batch stride that is.
 STRIDES = {
     "batch": lambda n, h, d: (FAR // 2, h * d, d, 1),
     "rows": lambda n, h, d: (h * d, FAR // (n - 1) // 64 * 64 + 64, d, 1),
@@ -43,7 +43,7 @@ def multiply(out, n):
 
 @pytest.fixture
 def far(tmp_path, device):
-    """A function that copies a tensor to memory of other strides; skips where there is none."""
+    """Return a function that copies a tensor to memory with other strides; skip the test if there is not enough."""
     dtype, length, placed = DTYPES[CASE.dtype], FAR + 16 * APART, []
     memory = None
     if device == "cuda":
@@ -83,7 +83,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_far_rows_are_the_near_ones(name, far, device):
-    """The bits of the contiguous call, forward and backward; no 32-bit sum overflows on the way."""
+    """Forward and backward have the bits of the contiguous call, and no 32-bit sum overflows."""
     strides, options = CALLS[name]
     case = dataclasses.replace(CASE, **options)
     inputs, grad = make_inputs(case, device)
@@ -101,7 +101,7 @@ def test_far_rows_are_the_near_ones(name, far, device):
 
 @pytest.mark.parametrize("name", ["q", "v"])
 def test_far_rows_through_descriptors(name, far, set_tiles, device):
-    """TMA's strides are 64 bits wide as well."""
+    """The strides of TMA descriptors are 64 bits wide, too."""
     set_tiles(tma=True)
     inputs, grad = make_inputs(CASE, device)
     expected = run(linear_attn, inputs, grad, CASE.options)
@@ -111,7 +111,7 @@ def test_far_rows_through_descriptors(name, far, set_tiles, device):
 
 
 def test_overflow_is_seen(device):
-    """The check that the tests above rely on."""
+    """`overflow_raises`, which the tests above rely on, detects an overflow."""
     if device != "cpu":
         pytest.skip("a feature of the interpreter")
     out = torch.zeros(1, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Where such kernels break: splits, the range of fp16, eps, empty features, memory outside the tensors, reruns."""
+"""Where such kernels tend to break: splits, fp16's range, eps, empty features, memory outside the tensors, reruns."""
 
 import pytest
 import torch
@@ -8,13 +8,13 @@ from numerics import check, run, truth
 
 from linvideo.ops import linear_attn
 
-# phi(0) is not 0: a padded row or column that is not masked shows
+# maps with phi(0) > 0, which show padded rows or columns that are not masked
 MASKED = ("hedgehog", "hedgehog_joint", "elu", "softmax")
 
 
 @pytest.fixture
 def splits(monkeypatch) -> list[int]:
-    """The number of splits of N in every launch; enough multiprocessors for one split per tile in the interpreter."""
+    """Record the number of splits in every launch; in the interpreter, there are enough SMs for one split per tile."""
     seen = []
 
     def deal_out(tile, length, *args):
@@ -46,7 +46,7 @@ def test_several_splits_with_every_option(splits, device):
 
 @pytest.mark.parametrize("packed", ["no", "rows"])
 def test_fewer_tiles_in_the_last_split(packed, monkeypatch, device):
-    """5 tiles on 3 splits of 2: the last one ends early, and its second tile is all padding."""
+    """With 5 tiles in 3 splits of 2, the last split ends early: its second tile is all padding."""
 
     def deal_out(tile, length, batch, sequences, *_):
         rows = 2 * tile.block
@@ -65,7 +65,7 @@ def test_fewer_tiles_in_the_last_split(packed, monkeypatch, device):
 @pytest.mark.parametrize("block", [16, 64, 128])
 @pytest.mark.parametrize("length", [1, 64, 65, 1000, 32_760])
 def test_work_covers_every_row_once(length, block, sm_count):
-    """The items of deal_out, found as tiles.locate finds them, hold each row of each sequence in exactly one item."""
+    """Each row of each sequence is in exactly one item of deal_out, when items are found as in tiles.locate."""
     tile = configs.Tile(block, 4, 1)
     work = configs.deal_out(tile, length, 2, None, 12, sm_count)
     assert work.items == 2 * work.splits and work.rows % block == 0
@@ -75,7 +75,7 @@ def test_work_covers_every_row_once(length, block, sm_count):
     last = 0
     for sequence, (first, end) in enumerate(zip(ends, ends[1:], strict=False)):
         item = first // packed.rows + sequence
-        assert item >= last  # the items of the sequence before end here
+        assert item >= last  # the items of the previous sequence end before it
         last = item - (-(end - first) // packed.rows)
     assert last <= packed.items
 
@@ -89,7 +89,7 @@ def test_reruns_are_bit_equal(dtype, splits, gpu):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_inputs_and_what_lies_around_them_stay(layout, device):
+def test_inputs_and_the_memory_around_them_are_not_written(layout, device):
     case = Case(head_dim=24, nq=17, nk=33, layout=layout, dtype="fp32")
     inputs, grad = make_inputs(case, device)
     storages = [x.untyped_storage() for x in (*inputs.values(), grad)]
@@ -102,7 +102,7 @@ def test_inputs_and_what_lies_around_them_stay(layout, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", MASKED)
 def test_nothing_outside_the_tensors_is_read(name, dtype, device):
-    """NaN before, after and between the rows of every input."""
+    """There is NaN before, after and between the rows of every input."""
     case = Case(head_dim=24, nq=17, nk=33, map=(name, True), layout="guarded", dtype=dtype)
     inputs, grad = make_inputs(case, device)
     check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))
@@ -129,7 +129,7 @@ def test_scale(scale, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_queries_or_keys_without_positive_features(dtype, device):
-    """relu leaves rows of q, or every key, without features: o = 0 / eps, and 1 / eps overflows fp16."""
+    """Where relu leaves a query or all keys without features, o = 0 / eps; 1 / eps overflows fp16."""
     case = Case(head_dim=32, nq=33, nk=17, map=("relu", True), dtype=dtype)
     inputs, grad = make_inputs(case, device)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_queries_or_keys_without_positive_features(dtype, device):
 @pytest.mark.parametrize("name", ["hedgehog", "softmax"])
 @pytest.mark.parametrize("nk", [1, 15])
 def test_queries_that_share_little_with_the_keys(name, dtype, nk, device):
-    """Nearly one-hot features, more of them than keys: phi(q) z is tiny and 1 / den beyond fp16."""
+    """With nearly one-hot features, more of them than keys, phi(q) z is tiny and 1 / den exceeds fp16."""
     case = Case(head_dim=64, nq=33, nk=nk, map=(name, True), dtype=dtype, input_scale=16.0, v_mean=1.0)
     inputs, grad = make_inputs(case, device)
     check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))
@@ -152,7 +152,7 @@ def test_queries_that_share_little_with_the_keys(name, dtype, nk, device):
 
 @pytest.mark.parametrize("map", [("elu", True), ("relu", True), ("identity", False)])
 def test_sums_beyond_the_range_of_fp16(map, device):
-    """S and z pass 65504 long before N = 32,760."""
+    """S and z exceed 65504 long before N = 32,760."""
     case = Case(head_dim=16, nq=20, nk=3000, map=map, dtype="fp16", input_scale=64.0, v_mean=3.0, batch=1, heads=1)
     inputs, grad = make_inputs(case, device)
     with torch.no_grad():
@@ -163,8 +163,8 @@ def test_sums_beyond_the_range_of_fp16(map, device):
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_long_sequences(dtype, set_tiles, device):
-    """phi / den falls with Nk: at 20,000 keys it nears fp16's subnormal numbers."""
-    set_tiles(block=1024)  # fewer steps of the interpreter
+    """phi / den decreases with Nk, and at 20,000 keys it is close to fp16's subnormal numbers."""
+    set_tiles(block=1024)  # fewer steps in the interpreter
     case = Case(head_dim=16, nq=16, nk=20_000, dtype=dtype, v_mean=1.0, batch=1, heads=1)
     inputs, grad = make_inputs(case, device)
     check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))
@@ -173,7 +173,7 @@ def test_long_sequences(dtype, set_tiles, device):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("size", [1e-12, 1e12])
 def test_gradients_of_any_size(dtype, size, device):
-    """The backward is linear in the gradient: a mean over a video's tokens makes it small, loss scaling large."""
+    """Gradients may be small (a mean over a video's tokens) or large (loss scaling); the backward is linear in them."""
     case = Case(head_dim=32, nq=33, nk=33, dtype=dtype)
     inputs, grad = make_inputs(case, device)
     grad = (grad.double() * size).to(grad.dtype)
@@ -194,7 +194,7 @@ def test_nan_and_infinity_are_not_hidden(map, device):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("v_mean", [0.0, 1.0, 3.0])
 def test_fixed_gates_on_typical_inputs(v_mean, dtype, device):
-    """Plain relative errors, whatever the error model says."""
+    """Plain relative errors are small, independent of the error model."""
     gates = {"fp32": (2e-6, 1e-5), "bf16": (4e-3, 8e-3)}[dtype]
     for map in MAPS[:2]:
         case = Case(head_dim=64, nq=130, nk=130, map=map, dtype=dtype, v_mean=v_mean, batch=1, heads=1)
@@ -208,18 +208,18 @@ def test_fixed_gates_on_typical_inputs(v_mean, dtype, device):
 def test_interpreter_refuses_bf16_without_the_patch(monkeypatch, device):
     if device != "cpu":
         pytest.skip("a limit of the interpreter")
-    monkeypatch.undo()  # of the fixture that lifts the refusal
+    monkeypatch.undo()  # undoes the fixture that lifts the refusal
     inputs, _ = make_inputs(Case(head_dim=16, nq=4, nk=4), device)
     with pytest.raises(ValueError, match="expected float32 or float16 under TRITON_INTERPRET=1"):
         linear_attn(**inputs)
 
 
 def test_gradients_near_the_end_of_fp16(device):
-    """do . o is a sum of D products and leaves fp16's range before any gradient does (a grown loss scale)."""
+    """With a large loss scale, do . o leaves fp16's range before any gradient does, as a sum of D products."""
     case = Case(head_dim=128, nq=64, nk=64, dtype="fp16", batch=1, heads=1, map=("softmax", True), input_scale=4.0)
     inputs, grad = make_inputs(case, device)
     grad = 1000.0 * grad.sign()
-    with torch.no_grad():  # query n finds its own key, whose value points where its gradient does
+    with torch.no_grad():  # query n attends to its own key, whose value points in the direction of the gradient
         inputs["k"].copy_(inputs["q"])
         inputs["v"].copy_(grad.sign())
     actual, exact = run(linear_attn, inputs, grad, case.options), truth(inputs, grad, case.options)

@@ -1,4 +1,4 @@
-"""Where and how a GPU runs the kernels: another device than the current one, another stream, CUDA graphs."""
+"""The kernels on a device other than the current one, on another stream, and in CUDA graphs."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def inference(inputs: dict, grad: torch.Tensor, options: dict) -> list[torch.Ten
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_another_device_than_the_current_one(case, gpu):
+def test_a_device_other_than_the_current_one(case, gpu):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     assert torch.cuda.current_device() == 0
@@ -40,7 +40,7 @@ def test_another_device_than_the_current_one(case, gpu):
 @pytest.mark.parametrize("call_of", [inference, training])
 @pytest.mark.parametrize("case", CASES)
 def test_a_side_stream(case, call_of, gpu):
-    """The kernels wait for what their stream does before them, here a long one, and not for the default stream."""
+    """The kernels run on the current stream, not the default one: they wait for the long work before them there."""
     (inputs, grad), options = make_inputs(case, gpu), moved(case.options, gpu)
     expected = call_of(inputs, grad, options)
     values = {name: x.detach().clone() for name, x in inputs.items()}
@@ -49,7 +49,7 @@ def test_a_side_stream(case, call_of, gpu):
     with torch.cuda.stream(stream), torch.no_grad():
         for x in inputs.values():
             x.zero_()
-        torch.cuda._sleep(50_000_000)  # tens of milliseconds: a kernel on another stream would find the zeros
+        torch.cuda._sleep(50_000_000)  # tens of milliseconds; meanwhile a kernel on another stream would read zeros
         for name, x in inputs.items():
             x.copy_(values[name])
     with torch.cuda.stream(stream):
@@ -65,7 +65,7 @@ def test_a_cuda_graph_replays_on_new_values(case, call_of, gpu):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call_of(inputs, grad, options)  # compiles, which must not happen in a capture
+        call_of(inputs, grad, options)  # compiles the kernels, which must not happen during a capture
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,4 +1,4 @@
-"""Each fault that interpreter_patch mends, against torch's own bfloat16."""
+"""Each fault that interpreter_patch fixes, against torch's own bfloat16."""
 
 import warnings
 
@@ -76,7 +76,7 @@ def test_negation(device):
 @pytest.mark.parametrize("explicit", [False, True])
 def test_rounding_is_to_nearest_even(device, explicit):
     spacing = 2.0**-7
-    ties = 1 + spacing * torch.tensor([0.5, 1.5, 2.5, 3.5])  # half way between neighbours: to the even one
+    ties = 1 + spacing * torch.tensor([0.5, 1.5, 2.5, 3.5])  # halfway between neighbours: round to the even one
     carry = torch.tensor([2 - spacing / 4, -2 + spacing / 4])  # rounds up into the next exponent
     edges = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 3.3895e38, 3.4e38, 1e-40, -1e-45])
     x = torch.cat([ties, -ties, carry, edges, torch.randn(256 - 18) * 100]).to(device)
@@ -107,7 +107,7 @@ def test_arithmetic_and_comparison(device):
 def test_range_over_a_loaded_number(device):
     n, out = torch.tensor([5], dtype=torch.int32, device=device), fresh(device, 1, dtype=torch.int32)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # numpy < 2.4 only warns of what numpy 2.4 refuses
+        warnings.simplefilter("error")  # numpy < 2.4 only warns about what numpy 2.4 refuses
         count_to[(1,)](n, out)
     assert out.item() == 10
 

@@ -1,4 +1,4 @@
-"""The op's exact promises, kept by the kernels."""
+"""The op's exact promises (helpers/claims.py) on the kernels."""
 
 from claims import CLAIMS, KERNEL_CLAIMS, each, reruns_are_equal
 

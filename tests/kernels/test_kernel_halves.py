@@ -1,4 +1,4 @@
-"""linear_attn_state and linear_attn_apply of the kernels, each by itself, against float64; S and z are inputs with
+"""linear_attn_state and linear_attn_apply on the kernels, each on its own, against float64. S and z are inputs with
 gradients of their own.
 """
 
@@ -29,7 +29,7 @@ def test_pairwise(case, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_features_that_no_key_has(dtype, device):
-    """z = 0 there: nothing in float16, as promised; the gradient as everywhere in the other dtypes."""
+    """Where z = 0, the gradients of S and z are 0 in float16, as documented, and the usual ones in other dtypes."""
     inputs, grad = make_inputs(Case(head_dim=16, map=("relu", True), dtype=dtype, heads=1), device)
     with torch.no_grad():
         inputs["k"][..., :4] = -1.0

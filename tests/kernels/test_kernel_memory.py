@@ -1,4 +1,4 @@
-"""What a forward and backward of the kernels allocate and keep."""
+"""The memory that a forward and backward of the kernels allocate and keep."""
 
 import dataclasses
 import re
@@ -11,11 +11,11 @@ from numerics import call
 from linvideo.ops import linear_attn
 
 CASE = Case(head_dim=16, nq=2400, nk=2400, dtype="fp32", batch=1, heads=2)  # rows >> splits on any GPU
-# option: the tensors of q's size that stay for the backward (which of them are inputs does not matter)
+# name: (option, the tensors of q's size that are kept for the backward, whether they are inputs or not)
 OPTIONS = {
     "plain": ({}, {"q", "k", "v"}),
     "joint": ({"map": ("hedgehog_joint", True)}, {"q", "k", "v"}),
-    "rope": ({"rope": True}, {"q turned", "k turned", "v"}),
+    "rope": ({"rope": True}, {"q rotated", "k rotated", "v"}),
     "mask": ({"mask": "some"}, {"q", "k", "v"}),
     "packed": ({"packed": "rows"}, {"q", "k", "v"}),
     "mix": ({"mix": 0.3}, {"q", "k", "v", "softmax_out"}),
@@ -25,12 +25,12 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_memory_holds_no_features(name, set_tiles, device):
-    """Allocations of a forward and backward: nothing of size N x F, and nothing kept beside rows and sums."""
-    set_tiles(block=512)  # fewer steps of the interpreter; the number of splits stays
+    """A forward and backward allocate nothing of size N x F, and keep nothing but rows and sums."""
+    set_tiles(block=512)  # fewer steps in the interpreter; the number of splits does not change
     changes, rows = OPTIONS[name]
     case = dataclasses.replace(CASE, **changes)
     inputs, grad = make_inputs(case, device)
-    limit = inputs["q"].numel() * inputs["q"].element_size()  # an N x F tensor is twice that (once without a weight)
+    limit = inputs["q"].numel() * inputs["q"].element_size()  # an N x F tensor is twice that; without weights, as large
     kept = {}
 
     def pack(x):

@@ -1,4 +1,4 @@
-"""The kernels inside PyTorch's machinery: torch.library, torch.compile, autocast, checkpointing."""
+"""The kernels under torch.library, torch.compile, autocast and activation checkpointing."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ ALL = Case(head_dim=16, nq=30, dtype="fp32", rope=True, mix=0.3, mask="some", pa
 
 
 def test_kernels_really_run(monkeypatch, device):
-    """Not the plain PyTorch path: breaking that changes nothing here."""
+    """The tests do not use the plain PyTorch path: breaking that path changes nothing."""
     for function in ("state", "state_backward", "apply", "apply_backward"):
         assert hasattr(chunked, function)
         monkeypatch.setattr(chunked, function, None)
@@ -37,7 +37,7 @@ def test_opcheck_with_every_option(device):
 
 @pytest.mark.parametrize("op", [linear_attn, halves])
 def test_autocast(op, device):
-    """Rows and softmax_out are cast; weights, tables, r, S and z stay."""
+    """Rows and softmax_out are cast; weights, tables, r, S and z keep their dtypes."""
     inputs, _ = make_inputs(ALL, device)
     with torch.autocast(device, torch.bfloat16):
         out = call(op, inputs, ALL.options)
@@ -56,7 +56,7 @@ def test_activation_checkpointing_changes_nothing(case, device):
 
 
 def test_training_and_inference_give_the_same_output(device):
-    """With rope they run other kernels: only training keeps the turned rows."""
+    """With rope they run different kernels, since only training keeps the rotated rows."""
     inputs, _ = make_inputs(ALL, device)
     out = call(linear_attn, inputs, ALL.options)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A Wan transformer on the kernels: linear layers rotate and mixed layers mix inside the op, as on plain PyTorch."""
+"""A Wan transformer on the kernels, where the op rotates and mixes, gives the same results as on plain PyTorch."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from linvideo.models import convert, set_attention_types  # noqa: E402
 
 
 def run(model, device: str) -> dict[str, torch.Tensor]:
-    """Output and every gradient, on the CPU."""
+    """Return the output and every gradient, moved to the CPU."""
     inputs = {name: x.to(device) if torch.is_tensor(x) else x for name, x in tiny_inputs(batch=1).items()}
     model.zero_grad()
     out = model.to(device)(**inputs)[0]

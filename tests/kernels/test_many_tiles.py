@@ -1,8 +1,8 @@
-"""The tiles of a GPU, with every option, each program walking over many of them.
+"""Programs that loop over many tiles, with the tiles of a GPU and every option.
 
-At the sizes of the other tests a GPU's hundred multiprocessors give a program one tile: no second stage of a pipeline,
-no second phase of TMA's barriers, no sum that is carried on. Here the device is taken to have one multiprocessor.
-Triton's interpreter, which has no such tiles, runs two short cases to show that the tests themselves work.
+At the sizes of the other tests a GPU has enough multiprocessors to give each program one tile, so there is no second
+stage of a pipeline, no second phase of TMA's barriers, and no sum over tiles. Here the device is treated as if it had
+one multiprocessor. Triton's interpreter has no such tiles; it runs two short cases to show that the tests work.
 """
 
 import dataclasses
@@ -64,11 +64,11 @@ def one_multiprocessor(monkeypatch, device):
 
 
 @pytest.mark.parametrize("case", dict.fromkeys(CASES), ids=str)
-def test_many_tiles_a_program(case, one_multiprocessor, device):
+def test_many_tiles_per_program(case, one_multiprocessor, device):
     inputs, grad = make_inputs(case, device)
     actual = run(linear_attn, inputs, grad, case.options)
     check(case, inputs, grad, actual)
-    with torch.no_grad():  # with rope another kernel: the queries are rotated on chip
+    with torch.no_grad():  # with rope this runs another kernel, which rotates the queries on chip
         inference = call(linear_attn, inputs, case.options).double()
     check(case, inputs, grad, actual | {"o": inference})
 
@@ -104,9 +104,9 @@ def test_reruns_of_many_tiles_are_bit_equal(one_multiprocessor, gpu):
 
 @pytest.mark.skipif(INTERPRET, reason="hours in the interpreter")
 def test_a_video(device):
-    """Wan 2.1 1.3B at 480p, on all multiprocessors: 32,760 tokens of 12 heads."""
+    """The size of Wan 2.1 1.3B at 480p, 32,760 tokens and 12 heads, on all multiprocessors."""
     if torch.cuda.mem_get_info()[0] < 48e9:
-        pytest.skip("needs 48 GB of free GPU memory: the truth is float64")
+        pytest.skip("needs 48 GB of free GPU memory for the float64 reference")
     case = dataclasses.replace(BASE, nq=32_760, batch=1, heads=12, rope=True, mix=0.3)
     inputs, grad = make_inputs(case, device)
     check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))

@@ -1,5 +1,5 @@
-"""Forward and every gradient of the kernels with the op's options, against float64: each alone, a pairwise sample with
-the shapes, dtypes, layouts and the kernels' own choices of tiles; `full`: a larger random one.
+"""Forward and every gradient of the kernels with the op's options, against float64: each option alone, a pairwise
+sample together with shapes, dtypes, layouts and tiles and, marked `full`, a larger random sample.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from linvideo.ops import linear_attn
 BASE = Case(head_dim=16, nq=67, nk=70)
 TILES = {
     "block": [16, 32, 64],
-    "tma": [False, True],  # the interpreter reads through descriptors too, where nothing is packed or left out
+    "tma": [False, True],  # the interpreter can read through descriptors, too, if nothing is packed or masked
     "value_first": [False, True],
     "keeps": [False, True],
 }
@@ -30,7 +30,7 @@ AXES |= {
 
 
 def alone() -> list[Case]:
-    """Every value of every option and every map, in each dtype."""
+    """Return a case for every value of every option and for every map, in each dtype."""
     changes = [{name: value} for name, values in (OPTIONS | {"map": MAPS}).items() for value in values]
     cases = [dataclasses.replace(BASE, dtype=dtype, **change) for dtype in DTYPES for change in changes]
     return list(dict.fromkeys(cases))
@@ -63,7 +63,7 @@ def test_pairwise(row, set_tiles, device):
 
 @pytest.mark.parametrize("map", [("hedgehog", True), ("elu", False)], ids=str)
 def test_tf32x3(map, device):
-    """Three products for one are as good as one in fp32; other dtypes do not take part."""
+    """Three TF32 products are as accurate as one in fp32; the option does not affect other dtypes."""
     for dtype in DTYPES:
         case = dataclasses.replace(BASE, map=map, dtype=dtype, head_dim=24)
         inputs, grad = make_inputs(case, device)

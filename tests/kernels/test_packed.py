@@ -1,4 +1,4 @@
-"""Packed sequences of many lengths: none, one row, whole tiles, several tiles and a rest."""
+"""Packed sequences of many lengths: empty, one row, whole tiles, several tiles and a remainder."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ LENGTHS = {
     "every tile end": ((64, 65), (63, 1), (1, 64), (65, 63), (2, 2)),
     "long among short": ((1, 1), (300, 260), (0, 1), (1, 0), (3, 3)),
     "empty at both ends": ((0, 0), (5, 0), (0, 5), (130, 130), (0, 0)),
-    "nobody meets anybody": ((17, 0), (0, 9)),
+    "no queries with keys": ((17, 0), (0, 9)),
     "one": ((70, 131),),
     "many of one row": ((1, 1),) * 12,
 }
@@ -42,20 +42,20 @@ def test_lengths_of_other_maps_in_groups(map, device):
 
 @pytest.mark.parametrize("sm_count", [1, 1000])
 def test_few_and_many_programs(sm_count, monkeypatch, device):
-    """One item for several sequences' rows, and one for each tile."""
+    """An item may be longer than a sequence, or there is an item for each tile."""
     monkeypatch.setattr(launch, "INTERPRETER", launch.INTERPRETER._replace(sm_count=sm_count))
     assert_accurate(dataclasses.replace(BASE, lengths=LENGTHS["long among short"], packed="rows", mix=0.3), device)
 
 
 def test_queries_without_keys_give_zero(device):
-    """Their output, and their gradient, and whatever a sequence without queries has."""
-    case = dataclasses.replace(BASE, lengths=LENGTHS["nobody meets anybody"], packed="rows")
+    """Their output and gradients are 0, and so are those of a sequence without queries."""
+    case = dataclasses.replace(BASE, lengths=LENGTHS["no queries with keys"], packed="rows")
     results = assert_accurate(case, device)
     assert not any(x.any() for x in results.values())
 
 
 def test_sequences_do_not_see_each_other(device):
-    """NaN in one sequence stays there."""
+    """NaN in one sequence does not reach the others."""
     case = dataclasses.replace(BASE, lengths=((70, 70), (33, 40), (64, 64)), packed="rows", dtype="fp32")
     inputs, grad = make_inputs(case, device)
     expected = run(linear_attn, inputs, grad, case.options)
@@ -73,7 +73,7 @@ def test_sequences_do_not_see_each_other(device):
 
 
 def test_rows_that_no_sequence_covers_are_zero(monkeypatch, device):
-    """What a GPU's cu_seqlens hold is not checked: rows before and behind the sequences must not reach a gradient."""
+    """On a GPU the values of cu_seqlens are not checked: rows outside the sequences must not affect any gradient."""
     monkeypatch.setattr(checks, "check_packed", lambda *args: None)
     case = Case(head_dim=16, nq=90, nk=90, batch=1, rope=True, mix=0.3)
     inputs, grad = make_inputs(case, device)

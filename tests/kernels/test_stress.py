@@ -1,4 +1,4 @@
-"""Values that make features peaky, equal or nearly disjoint, and v far from 0: still accurate, still finite."""
+"""Results stay accurate and finite when features are peaky, equal or nearly disjoint, and when v is far from 0."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def eager_in_fp32(inputs: dict, grad: torch.Tensor, options: dict) -> dict:
 
 
 def assert_finite_where_eager_is(case: Case, inputs: dict, grad: torch.Tensor) -> None:
-    """No NaN or infinity where float32 eager has none; the range of a 16-bit result is its own."""
+    """Assert that there is no NaN or infinity where float32 eager has a number that fits the dtype of the result."""
     actual = run(linear_attn, inputs, grad, case.options)
     largest = torch.finfo(DTYPES[case.dtype]).max
     for name, x in eager_in_fp32(inputs, grad, case.options).items():
@@ -40,7 +40,7 @@ def assert_finite_where_eager_is(case: Case, inputs: dict, grad: torch.Tensor) -
 @pytest.mark.parametrize("map", SOFTMAXES[:2], ids=str)
 @pytest.mark.parametrize("scale", [30.0, 2500.0])
 def test_peaky_features(scale, map, dtype, device):
-    """|qW| up to 1e4: one-hot features, exponentials that would overflow."""
+    """With |qW| up to 1e4 features are one-hot, and exponentials would overflow."""
     case = dataclasses.replace(BASE, map=map, dtype=dtype, weight_scale=scale, v_mean=1.0)
     inputs, grad = make_inputs(case, device)
     largest = torch.einsum("bnhd,hde->bnhe", *(inputs[x].detach().double() for x in ("q", "q_weight"))).abs().max()
@@ -51,7 +51,7 @@ def test_peaky_features(scale, map, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("map", [map for map in MAPS if map[1]], ids=str)
 def test_all_inputs_equal(map, dtype, device):
-    """Every key, every value and every query one and the same: gradients cancel to nothing."""
+    """With all keys, values and queries equal, the gradients cancel."""
     case = dataclasses.replace(BASE, map=map, dtype=dtype)
     inputs, grad = make_inputs(case, device)
     with torch.no_grad():
@@ -63,13 +63,13 @@ def test_all_inputs_equal(map, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("map", SOFTMAXES, ids=str)
 def test_mean_of_v(map, dtype, device):
-    """The bounds take v about its mean: a mean of 100 costs no gradient."""
+    """The bounds subtract v's mean, so a mean of 100 must not make gradients less accurate."""
     assert_accurate(dataclasses.replace(BASE, map=map, dtype=dtype, v_mean=100.0), device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_constant_v(dtype, device):
-    """o is that constant, and nothing depends on q and k."""
+    """If v is constant, o is that constant, and nothing depends on q and k."""
     inputs, grad = make_inputs(dataclasses.replace(BASE, dtype=dtype), device)
     with torch.no_grad():
         inputs["v"].fill_(3.0)
@@ -85,7 +85,7 @@ def test_constant_v(dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("map", SOFTMAXES, ids=str)
 def test_tiny_denominators(map, dtype, eps, device):
-    """Queries whose features the keys hardly have, exp(-10) to exp(-80) and less: no NaN or infinity of our own."""
+    """Where keys hardly have the queries' features (exp(-10) to exp(-80) and less), no NaN or infinity is added."""
     case = dataclasses.replace(BASE, map=map, dtype=dtype, eps=eps)
     inputs, grad = make_inputs(case, device)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_tiny_denominators(map, dtype, eps, device):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("map", MAPS, ids=str)
 def test_largest_inputs(map, dtype, device):
-    """Rows near the largest fp16 number; of bf16, those whose logits stay within what `features` takes on a GPU."""
+    """Rows near the largest fp16 number and, in bf16, rows whose logits `features` still accepts on a GPU."""
     case = dataclasses.replace(BASE, map=map, dtype=dtype)
     inputs, grad = make_inputs(case, device)
     with torch.no_grad():
@@ -117,7 +117,7 @@ MEANS = [{"map": map, "v_mean": mean} for map in SOFTMAXES[:2] for mean in (0.0,
 
 @pytest.mark.parametrize("option", [*OPTIONS, *MEANS], ids=str)
 def test_fixed_gates_of_bf16(option, device):
-    """Whatever the error model says, with W near the identity: o and dv within 0.4%, other gradients within 0.8%."""
+    """Independent of the error model, with W near the identity: o and dv within 0.4%, other gradients within 0.8%."""
     case = dataclasses.replace(BASE, **{"head_dim": 64, "nq": 130, "nk": 130, "batch": 1} | option)
     inputs, grad = make_inputs(case, device)
     actual, exact = run(linear_attn, inputs, grad, case.options), truth(inputs, grad, case.options)

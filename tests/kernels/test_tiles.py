@@ -1,4 +1,4 @@
-"""The kernels' own choices of how to read and multiply a tile: each gives right results, most the same bits."""
+"""The ways in which kernels may read and multiply a tile: all give correct results, and most give the same bits."""
 
 import dataclasses
 import importlib
@@ -17,16 +17,16 @@ from linvideo.ops import linear_attn
 @pytest.fixture(autouse=True)
 def interpreter_only(device):
     if device != "cpu":
-        pytest.skip("a GPU keeps the tiles that fit it")
+        pytest.skip("only the interpreter can run any tile; a GPU has only those of its table")
 
 
-BASE = Case(head_dim=16, nq=131, nk=70)  # neither fills its last tile
+BASE = Case(head_dim=16, nq=131, nk=70)  # neither length fills its last tile
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("dtype", "head_dim"), [("fp32", 24), ("fp16", 16), ("bf16", 24)])
 def test_descriptors_read_what_pointers_read(head_dim, dtype, layout, set_tiles, monkeypatch, device):
-    """TMA leaves zeros past the end where pointers repeat a row: the same bits."""
+    """Past the end TMA gives zeros, and pointers repeat a row, but the results have the same bits."""
     case = dataclasses.replace(BASE, head_dim=head_dim, dtype=dtype, layout=layout, heads=1)
     inputs, grad = make_inputs(case, device)
     used = []
@@ -45,8 +45,8 @@ def test_descriptors_read_what_pointers_read(head_dim, dtype, layout, set_tiles,
     assert used or layout == "shared_batch"
 
 
-def test_the_table_takes_descriptors_only_where_they_can_read():
-    """A descriptor leaves no row out, knows one length, and repeats nothing."""
+def test_the_table_uses_descriptors_only_where_they_can_read():
+    """A descriptor reads every key, has one fixed length, and cannot handle strides of 0."""
     taken = set()
     options = ("rope", "mix", "key_mask", "packed", "expanded", "factors", "keys")
     subsets = [frozenset(s) for n in range(len(options) + 1) for s in itertools.combinations(options, n)]
@@ -61,7 +61,7 @@ def test_the_table_takes_descriptors_only_where_they_can_read():
 
 
 @pytest.mark.parametrize("capability", configs.AMD)
-def test_amd_has_no_descriptors_and_takes_no_limit_of_registers(capability):
+def test_amd_has_neither_descriptors_nor_a_register_limit(capability):
     kernels = (
         "accumulate_state",
         "apply_state",
@@ -78,28 +78,28 @@ def test_amd_has_no_descriptors_and_takes_no_limit_of_registers(capability):
         assert not tile.tma and tile.z_by_dot and tile.options.keys() == {
             "num_warps", "num_stages", "matrix_instr_nonkdim"
         }  # fmt: skip
-    with pytest.raises(ValueError, match=f"needs an NVIDIA GPU; use 'ieee' on gfx{capability}"):
+    with pytest.raises(ValueError, match=f"'ieee' on gfx{capability}, got 'tf32x3'"):
         configs.tile("apply_state", 64, torch.float32, capability, "hedgehog", frozenset({"tf32x3"}))
 
 
 @pytest.mark.parametrize("map", [("identity", False), ("elu", True), ("hedgehog_joint", True)], ids=str)
-def test_descriptors_see_nan_and_infinity_past_the_end(map, set_tiles, device):
-    """Rows behind the last one, of another tensor in the same memory, do not come in."""
+def test_descriptors_ignore_nan_past_the_end(map, set_tiles, device):
+    """Rows behind the last one, which belong to other tensors in the same memory, have no effect."""
     set_tiles(tma=True)
     case = dataclasses.replace(BASE, map=map, dtype="fp32", heads=1)
     inputs, grad = make_inputs(case, device)
     for name in "qkv":
         x = inputs[name].detach()
-        room = x.new_full((x.shape[0], x.shape[1] + 64, *x.shape[2:]), float("nan"))
-        room[:, : x.shape[1]] = x
-        inputs[name] = room[:, : x.shape[1]].requires_grad_()
+        longer = x.new_full((x.shape[0], x.shape[1] + 64, *x.shape[2:]), float("nan"))
+        longer[:, : x.shape[1]] = x
+        inputs[name] = longer[:, : x.shape[1]].requires_grad_()
     check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))
 
 
 @pytest.mark.parametrize("changed", ["value_first", "z_by_dot"])
 @pytest.mark.parametrize(("map", "dtype"), list(zip(MAPS, itertools.cycle(DTYPES), strict=False)), ids=str)
 def test_other_ways_to_the_state(map, dtype, changed, set_tiles, device):
-    """S as phi^T v in place of (v^T phi)^T; z by sums in registers in place of a product."""
+    """S is formed as phi^T v instead of (v^T phi)^T, or z is summed in registers instead of by a product."""
     set_tiles(**{changed: False})
     case = dataclasses.replace(BASE, map=map, dtype=dtype, heads=1)
     inputs, grad = make_inputs(case, device)

@@ -1,4 +1,4 @@
-"""Linear attention: four functions launch the kernels (passes.py). Importing this loads Triton."""
+"""Linear attention: the four functions that launch the kernels (passes.py). Importing this package loads Triton."""
 
 from linvideo_kernels.linear_attn.passes import apply, apply_backward, prepared_shapes, state, state_backward
 from linvideo_kernels.linear_attn.prepare import prepare

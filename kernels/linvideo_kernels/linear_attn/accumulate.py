@@ -1,10 +1,12 @@
 """The state of linear attention, S = sum_n phi(u_n)^T y_n [F, D] and z = sum_n phi(u_n) [F], in fp32.
 
-Forward: u = k, y = v. Backward (row factors given): u = q, y = do, and with a = 1 / den and delta = do.(o - c)
+In the forward u = k and y = v. In the backward (with row factors) u = q and y = do, and with a = 1 / den and
+delta = do.(o - c)
     dS_f = sum_n a_n phi_nf do_n,    dz_f = -sum_n a_n delta_n phi_nf - dS_f.c.
 
-accumulate_state writes one partial S and z per work item, head and half of the feature map; reduce_state sums them in a
-fixed order, over the query heads of a key head too. Features are rounded to u's dtype once, for S and z alike.
+accumulate_state writes a partial S and z for each work item, head and half of the feature map. reduce_state adds them
+up in a fixed order, and in the backward also over the query heads that share a key head. Features are rounded to u's
+dtype once, and S and z are sums of the same rounded features.
 """
 
 import torch
@@ -25,37 +27,47 @@ def accumulate_state(
     stride_ub, stride_un, stride_uh, stride_yb, stride_yn, stride_yh,
     SEQUENCES, HEADS, N, splits, rows, factors_plane,
     D: tl.constexpr, WIDTH: tl.constexpr, SIGNS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    FEATURE_MAP: tl.constexpr, ROOM: tl.constexpr, VALUE_FIRST: tl.constexpr, Z_BY_DOT: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, FEATURE_SCALE: tl.constexpr, VALUE_FIRST: tl.constexpr, Z_BY_DOT: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Partial S [f, d] and z of one item, head and half; factors_ptr [2, B, H, N]: a and delta of each row.
+    """Write the partial S [f, d] and z of one item, head and half.
 
-    gain_ptr, the forward's z, multiplies the features: fp16 then holds shares of o, at most 1, and not phi / den.
+    factors_ptr [2, B, H, N] holds a and delta of each row. gain_ptr is the forward's z, which multiplies the features
+    in fp16: they are then shares of o, at most 1, whereas phi / den has no bound.
+
+    W and the accumulators stay on chip. For each tile the loop loads u and y, computes the logits u W and phi of one
+    half, and adds phi^T y to S. At D = 128 the [D, D] accumulator of one half takes half the registers that 4 warps can
+    have, so each half has its own program, which loads the rows and computes the logits again.
+
+    Roofline, per row and head: both halves together do 8 D^2 flops and, in 16 bits, read 4 D bytes from memory (the
+    second half reads from L2). That is 2 D flops per byte, 256 at D = 128. An H200 balances about 180 flops with a byte
+    (790 TFLOP/s, 4.3 TB/s), so the tensor cores are the limit, with memory close behind.
     """
-    # A descriptor knows neither a sequence's first row and length nor which keys are left out.
+    # A descriptor knows neither a sequence's first row and length nor which keys are masked.
     tl.static_assert(not TMA or (cu_ptr is None and keep_ptr is None))
-    pid = tl.program_id(0)  # the two halves of a head side by side: the second finds its rows in L2
+    pid = tl.program_id(0)  # the two halves of a head run next to each other, so the second finds its rows in L2
     half = pid % SIGNS
     head = pid // SIGNS % HEADS
     item = pid // SIGNS // HEADS
     sequence, batch, first, length, start, stop = locate(item, cu_ptr, SEQUENCES, N, splits, rows)
     u_ptr = head_rows(u_ptr, batch, first, head, stride_ub, stride_un, stride_uh, TMA)
     y_ptr = head_rows(y_ptr, batch, first, head, stride_yb, stride_yn, stride_yh, TMA)
-    at = (batch * HEADS + head).to(tl.int64) * N + first  # of a row in factors_ptr
+    at = (batch * HEADS + head).to(tl.int64) * N + first  # where the sequence begins in factors_ptr
     cols = tl.arange(0, WIDTH)
     w = w_ptr
     if w_ptr is not None:
         w = operand(w_ptr + head * WIDTH * WIDTH, True, WIDTH)
         if w_ptr.dtype.element_ty != tl.float32:
-            w = (w * (1.0 - 2.0 * half)).to(w.dtype)  # the half's sign, exact
+            w = (w * (1.0 - 2.0 * half)).to(w.dtype)  # the sign of the half, which is exact
     if gain_ptr is not None:
         gain_ptr += ((sequence * (HEADS // GROUP) + head // GROUP) * SIGNS + half).to(tl.int64) * D
-    state = tl.zeros([WIDTH, WIDTH], tl.float32)  # [d, f] value-first, else [f, d]
-    if Z_BY_DOT:
-        sums = tl.zeros([16, WIDTH], tl.float32)  # rows 0 and 1 together are z
+    state = tl.zeros([WIDTH, WIDTH], tl.float32)  # [d, f] with VALUE_FIRST, else [f, d]
+    # z sums phi over rows, which lie in different threads: a tl.sum for each tile would shuffle 200 times.
+    if Z_BY_DOT:  # z is a product with a 16-row operand; z = row 0 + row 1 of the result
+        sums = tl.zeros([16, WIDTH], tl.float32)
         one = (tl.arange(0, 16) == 0)[:, None]
         two = (tl.arange(0, 16) == 1)[:, None]
-    else:  # wgmma's layout gives a thread rows n and n + 8 of 16: their sum moves nothing between threads
+    else:  # wgmma's layout gives one thread rows n and n + 8 of every 16, so adding those moves no data
         sums = tl.zeros([BLOCK // 16, 8, WIDTH], tl.float32)
     for row in range(start, stop, BLOCK):
         n = row + tl.arange(0, BLOCK)
@@ -69,7 +81,7 @@ def accumulate_state(
         x = logits(u, w, WIDTH, PRECISION)
         if w_ptr is not None and u.dtype == tl.float32:
             x *= 1.0 - 2.0 * half
-        factor = tl.where(valid, ROOM, 0.0)  # rows that do not count have no features
+        factor = tl.where(valid, FEATURE_SCALE, 0.0)  # rows past the end, and masked ones, get no features
         if factors_ptr is not None:
             factor *= tl.load(factors_ptr + at + n, valid, 0.0)
         phi = features(x, 1, factor, D, WIDTH, FEATURE_MAP)
@@ -83,9 +95,9 @@ def accumulate_state(
         if Z_BY_DOT:
             multipliers = tl.where(one, 1.0, tl.zeros([16, BLOCK], tl.float32)).to(u.dtype)
             power = 1.0
-            if factors_ptr is not None:
+            if factors_ptr is not None:  # delta is the sum of two 16-bit numbers, one in each of the two rows
                 delta = -tl.load(factors_ptr + factors_plane + at + n, valid, 0.0)
-                if u.dtype == tl.float16:  # a sum over D products of do: it may leave the range that do is in
+                if u.dtype == tl.float16:  # delta is a sum of D products with do and may exceed fp16's range
                     power = floor_power(tl.max(tl.abs(delta), axis=0)) / 16384.0
                 high, low = split(delta / power, u.dtype)
                 multipliers = tl.where(one, high[None, :], tl.where(two, low[None, :], 0.0)).to(u.dtype)
@@ -111,14 +123,17 @@ def reduce_state(
     D: tl.constexpr, WIDTH: tl.constexpr, SIGNS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """scale times the sum of a sequence's partials, for ROWS features of one key head.
+    """Write scale times the sum of a sequence's partials, for ROWS features of one key head.
 
-    BACKWARD divides by the gain that accumulate_state multiplied with, takes the center c in stats_ptr out of dz (none
-    without normalisation: dz = 0), and multiplies by 1 - r where the output was mixed.
+    The number of partials, and with it the time of this pass, is limited by WAVES_OF_PARTIALS in configs.py.
+
+    With BACKWARD it also divides by the gain that accumulate_state has multiplied by, and subtracts dS_f.c from dz with
+    the center c in stats_ptr (without normalisation there is none, and dz = 0). If the output was mixed, it multiplies
+    by 1 - r.
     """
     pid = tl.program_id(0)
     chunks = SIGNS * (WIDTH // ROWS)
-    head = pid // chunks  # of all sequences' key heads
+    head = pid // chunks  # counts the key heads of all sequences
     half = pid % chunks // (WIDTH // ROWS)
     f = pid % (WIDTH // ROWS) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
@@ -157,9 +172,9 @@ def reduce_state(
 
 
 def accumulate(side: Side, y, *, key_heads, backward=False, scale=1.0, factors=None, z=None, stats=None, r=None):
-    """Returns scale S [B, Hk, F, D] and scale z [B, Hk, F] in fp32; B counts sequences where they are packed.
+    """Return scale S [B, Hk, F, D] and scale z [B, Hk, F] in fp32; B is the number of sequences if they are packed.
 
-    The backward passes r where the output was mixed, and if it was normalised the row factors, the forward's z and its
+    The backward passes r if the output was mixed and, if it was normalised, the row factors, the forward's z and its
     stats.
     """
     u = side.u
@@ -171,7 +186,7 @@ def accumulate(side: Side, y, *, key_heads, backward=False, scale=1.0, factors=N
     partial = torch.empty((work.items, heads, signs, width, width), **float32)
     z_partial = torch.empty((work.items, heads, signs, width), **float32)
     gain = z if u.dtype == torch.float16 else None
-    room = configs.room(side.feature_map) if gain is None else configs.ROOM
+    feature_scale = configs.feature_scale(side.feature_map) if gain is None else configs.FEATURE_SCALE
     launch(
         accumulate_state, work.items * heads * signs, tile, u.device,
         u_ptr=descriptor(u, tile, width) if tile.tma else u, w_ptr=side.weight,
@@ -180,7 +195,8 @@ def accumulate(side: Side, y, *, key_heads, backward=False, scale=1.0, factors=N
         SEQUENCES=work.sequences, HEADS=heads, N=length, splits=work.splits, rows=work.rows,
         factors_plane=0 if factors is None else factors.stride(0),
         D=dim, WIDTH=width, SIGNS=signs, GROUP=heads // key_heads, BLOCK=tile.block, FEATURE_MAP=side.feature_map,
-        ROOM=room, VALUE_FIRST=tile.value_first, Z_BY_DOT=tile.z_by_dot, TMA=tile.tma, PRECISION=side.precision,
+        FEATURE_SCALE=feature_scale, VALUE_FIRST=tile.value_first, Z_BY_DOT=tile.z_by_dot, TMA=tile.tma,
+        PRECISION=side.precision,
     )  # fmt: skip
     state = torch.empty((work.sequences, key_heads, signs * dim, dim), **float32)
     z_out = torch.empty((work.sequences, key_heads, signs * dim), **float32)
@@ -189,7 +205,7 @@ def accumulate(side: Side, y, *, key_heads, backward=False, scale=1.0, factors=N
         reduce_state, work.sequences * key_heads * signs * (width // tile.block), tile, u.device,
         partial_ptr=partial, z_partial_ptr=z_partial, gain_ptr=gain, stats_ptr=stats, r_ptr=r,
         cu_ptr=side.cu_seqlens, state_ptr=state, z_ptr=z_out,
-        HEADS=heads, splits=work.splits, rows=work.rows, scale=scale / room,
+        HEADS=heads, splits=work.splits, rows=work.rows, scale=scale / feature_scale,
         D=dim, WIDTH=width, SIGNS=signs, GROUP=heads // key_heads, ROWS=tile.block, BACKWARD=backward,
     )  # fmt: skip
     return state, z_out

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation, without a GPU, of what the launchers launch: they run on meta tensors, recorded."""
+"""Ahead-of-time compilation of the kernels, without a GPU: the launches are recorded on meta tensors and compiled."""
 
 from typing import NamedTuple
 
@@ -24,20 +24,23 @@ class CompileJob(NamedTuple):
 
     @property
     def key(self) -> tuple:
-        """Equal for jobs that compile the same kernel."""
+        """A key that is equal for jobs that compile the same kernel."""
         kernel, tile, args, constexprs = self.launch
         types = tuple(None if value is None else (_type(value), _divisible(value)) for value in args)
         return self.capability, kernel.__name__, tile, types, *constexprs.items()
 
     def compile(self):
-        """Triton's compiled kernel (.metadata.shared, .asm["cubin"]). Not in a process with TRITON_INTERPRET=1.
+        """Return Triton's compiled kernel (.metadata.shared, .asm["cubin"]); not with TRITON_INTERPRET=1.
 
-        It stands in Triton's cache then, where a launch finds it: many processes can compile what one will launch.
+        The kernel is then in Triton's cache, where a launch finds it: several processes can compile what one will run.
         """
         return triton.compile(self.source(), target=gpu_target(self.capability), options=self.launch.tile.options)
 
     def source(self) -> ASTSource:
-        """As a launch makes it, to what is empty in it and the order of the parameters: the cache's key has both."""
+        """Return the source as a launch makes it.
+
+        Even its empty entries and the order of the parameters are the same, since both are part of the cache's key.
+        """
         kernel, _, args, constexprs = self.launch
         signature = dict.fromkeys(kernel.arg_names, "constexpr")
         constants, attrs = dict(constexprs), {}
@@ -58,7 +61,7 @@ class CompileJob(NamedTuple):
 
 
 def gpu_target(capability: int) -> GPUTarget:
-    """As Triton's driver names it."""
+    """Return the target of a capability as Triton's driver would."""
     if capability in configs.AMD:
         return GPUTarget("hip", configs.arch(capability), configs.AMD[capability])
     return GPUTarget("cuda", capability, 32)
@@ -73,7 +76,13 @@ def compile_jobs(
     precision: str = "ieee",
     options: tuple[str, ...] = (),
 ) -> list[CompileJob]:
-    """One job for each different kernel of a forward and a backward. capability: 90 for sm_90; options: of OPTIONS."""
+    """Return one job for each distinct kernel of a forward and a backward.
+
+    Args:
+        head_dim, feature_map, dtype, normalize, precision: Arguments of the op.
+        capability: 90 for sm_90, 942 for gfx942.
+        options: Names from OPTIONS.
+    """
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -104,7 +113,7 @@ def compile_jobs(
         queries = (q_weight, rope, *mix, cu_seqlens)
         _, rotated, *prepared = passes.apply(q, state, z, *queries, *settings, True)
         passes.apply_backward(do, rotated if training else q, z, *queries, prepared, *settings)
-        if training:  # the forward without gradients is another kernel
+        if training:  # without gradients the forward runs other kernels: apply_state rotates the queries itself
             passes.state(k, v, *keys, feature_map, precision, False)
             passes.apply(q, state, z, *queries, *settings, False)
     what = [feature_map, f"d{head_dim}", TYPES[dtype], configs.arch(capability).replace("_", "")]
@@ -116,7 +125,7 @@ def compile_jobs(
 
 
 def _use(launch: Launch) -> str:
-    """What tells the uses of one kernel in a forward and backward apart."""
+    """Return a name that distinguishes the uses of one kernel in a forward and a backward."""
     given = {p.name for p, value in zip(launch.kernel.params, launch.args, strict=False) if value is not None}
     flags = [
         name.lower() for name in ("KEYS", "NORMALIZE", "BACKWARD", "CENTER") if launch.constexprs.get(name) is True

@@ -1,30 +1,31 @@
-"""Tile shapes and grid sizes by kernel, head dimension, element size and architecture; no autotuning."""
+"""Tile shapes and grid sizes by kernel, head dimension, dtype and architecture. There is no autotuning."""
 
 import functools
 from typing import NamedTuple
 
 import torch
 
-AMD = {942: 64, 950: 64, 1100: 32}  # capability: threads of a warp; 942 stands for gfx942 (MI300)
+AMD = {942: 64, 950: 64, 1100: 32}  # capability -> threads per warp; 942 stands for gfx942 (MI300)
 
 
 class Tile(NamedTuple):
-    block: int  # rows of a tile
-    warps: int
-    stages: int
-    resident: int = 1  # programs that one SM holds at a time
-    keeps: bool = True  # the state stays on chip (16-bit tiles)
-    tma: bool = False  # read rows through TMA descriptors where they allow it
-    value_first: bool = True  # accumulate_state forms S^T = y^T phi, not S = phi^T y
-    z_by_dot: bool = True  # accumulate_state sums z by a dot of 16 rows, not in registers (wgmma's layout)
-    amd: bool = False  # compiled for one of AMD, with other options
+    block: int  # rows per tile
+    warps: int  # warps per program
+    stages: int  # stages of the software pipeline (Triton's num_stages)
+    resident: int = 1  # programs that one SM is meant to hold at a time
+    keeps: bool = True  # the state stays on chip between tiles (16-bit only); otherwise each tile reads it again
+    tma: bool = False  # rows are read through TMA descriptors
+    value_first: bool = True  # accumulate_state forms S^T = y^T phi rather than S = phi^T y
+    z_by_dot: bool = True  # accumulate_state sums z with a 16-row product rather than in registers (wgmma's layout)
+    amd: bool = False  # compiled for a GPU in AMD, with other compiler options
 
     @property
     def options(self) -> dict[str, int]:
-        """Triton's. A stated limit of registers keeps ptxas from spilling a few bytes for one more program on an SM.
+        """The compiler options for Triton.
 
-        AMD's matrix instructions of 16 rows leave each row of a result to one warp, so that features made of it are
-        computed once; those of 32 rows, Triton's choice, spread a row over two.
+        On NVIDIA the register limit is explicit: without it, ptxas spills a few bytes to fit one more program on an SM.
+        On AMD, matrix instructions of 16 rows leave each row of a result in one warp, so that its features are computed
+        once; the instructions of 32 rows that Triton would choose spread a row over two warps.
         """
         if self.amd:
             return {"num_warps": self.warps, "num_stages": self.stages, "matrix_instr_nonkdim": 16}
@@ -33,33 +34,40 @@ class Tile(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Rows of all sequences, dealt out in items (tiles.locate)."""
+    """How the rows of all sequences are divided into work items (see tiles.locate)."""
 
     sequences: int
-    items: int
-    splits: int  # items of a sequence; of packed sequences each has its own number
-    rows: int  # of an item
+    items: int  # work items in total
+    splits: int  # items per sequence; 0 for packed sequences, each of which has its own number
+    rows: int  # rows per item
 
 
-# Options under which a TMA descriptor cannot read the rows: it leaves none out, knows one length and repeats nothing.
+# Options that a TMA descriptor cannot read rows under: it has one fixed length, reads every key, and cannot handle
+# strides of 0.
 NO_DESCRIPTOR = {
     "accumulate_state": frozenset({"packed", "expanded", "key_mask"}),
     "apply_state": frozenset({"packed", "expanded"}),
 }
-# Programs of an SM one after another, at most: those that write a partial sum each, and others.
+# The most programs that an SM runs one after another. Programs that each write a partial sum get fewer.
 WAVES_OF_PARTIALS, WAVES = 5, 16
-ROOM = 32768.0  # features of at most 1 are multiplied by it, so that small ones stay in fp16's range
+FEATURE_SCALE = 32768.0  # factor of features that are at most 1: it keeps small ones in fp16's range
 
 
 @functools.cache
 def tile(
     kernel: str, head_dim: int, dtype: torch.dtype, capability: int, feature_map: str, options: frozenset = frozenset()
 ) -> Tile:
-    """The table. capability: 90 for sm_90, 0 for the interpreter.
+    """Look up a kernel's tile.
 
-    options: those of "rope", "mix", "key_mask", "packed", "expanded" (rows repeat in memory), "tf32x3", "factors"
-    (accumulate_state multiplies its rows by factors: the backward of a normalised output) and "keys" (map_grad's rows
-    are the keys) that hold.
+    Args:
+        kernel: Name of the kernel.
+        head_dim: Head dimension D.
+        dtype: Dtype of the rows.
+        capability: 90 for sm_90, 942 for gfx942, 0 for Triton's interpreter.
+        feature_map: Name of the feature map.
+        options: Those that apply: "rope", "mix", "key_mask", "packed", "tf32x3", "expanded" (rows with a stride of 0),
+            "factors" (accumulate_state multiplies rows by factors, in the backward of a normalised output) and "keys"
+            (map_grad's rows are the keys).
     """
     wide = padded(head_dim) == 128
     if kernel in ("prepare_state", "reduce_state", "mix_grad", "rotate_rows"):
@@ -80,7 +88,7 @@ def tile(
 
 
 def _small(kernel: str) -> Tile:
-    """Kernels without products; the rows of the first two are features."""
+    """Kernels without matrix products. For prepare_state and reduce_state the tile's rows are features."""
     if kernel == "prepare_state":
         return Tile(64, 8, 1)
     if kernel == "reduce_state":
@@ -99,10 +107,14 @@ def _float32(kernel: str, head_dim: int, wide: bool, tf32x3: bool) -> Tile:
 
 
 def _hopper(kernel: str, dtype: torch.dtype, feature_map: str, options: frozenset) -> Tile:
-    """D > 64 on sm_90. 64 rows need 4 warps, 128 rows 8, for a dot that feeds a dot: fewer rows repeat exponentials.
+    """D > 64 on sm_90.
 
-    Triton's two stages issue the next tile's copies at the end of an iteration and wait for them at the top of the
-    next: only another program on the SM computes meanwhile. A program that is alone on its SM needs three stages.
+    A product that feeds another product gets 4 warps for 64 rows and 8 for 128, that is 16 rows per warp. With fewer
+    rows, several warps share a row and repeat the exponentials between the two products.
+
+    With two stages Triton issues the next tile's copies at the end of an iteration and waits for them at the start of
+    the next one, so only another program on the SM can compute in the meantime. A program that is alone on its SM needs
+    three stages to overlap loads with work.
     """
     weighted, joint = signs(feature_map) == 2, feature_map == "hedgehog_joint"
     if kernel == "accumulate_state":
@@ -119,7 +131,7 @@ def _hopper(kernel: str, dtype: torch.dtype, feature_map: str, options: frozense
     if kernel == "apply_state":
         if "mix" in options and options & {"rope", "packed"} or joint and "rope" in options:
             return Tile(64, 4, 2, keeps=False)
-        # Without descriptors the angles leave registers for a second program.
+        # Reading the rows without descriptors leaves enough registers for the angles and a second program.
         return Tile(64, 4, 1, resident=2, tma=not options & {"rope", *NO_DESCRIPTOR[kernel]})
     if kernel == "map_grad":
         return Tile(64, 8, 3) if weighted or "keys" not in options else Tile(64, 4, 1, resident=2)
@@ -127,17 +139,18 @@ def _hopper(kernel: str, dtype: torch.dtype, feature_map: str, options: frozense
 
 
 def _blackwell(kernel: str, head_dim: int) -> Tile:
-    """sm_100: Triton 3.6 fails to compile two or more stages of a tcgen05 loop; 3.7.1 may give wrong sums."""
+    """sm_100, with one stage: Triton 3.6 cannot compile a tcgen05 loop with more, and 3.7.1 may give wrong sums."""
     if kernel == "map_grad":
         return Tile(64, 4, 1) if padded(head_dim) < 128 else Tile(64, 8, 1, keeps=False)
     return Tile(64, 8 if head_dim > 32 else 4, 1)
 
 
 def _mma(kernel: str, wide: bool, weighted: bool, capability: int, options: frozenset) -> Tile:
-    """mma.sync: phi comes first in accumulate_state, as y^T would be prefetched in registers.
+    """GPUs whose products are mma.sync: sm_80, sm_89, sm_120 and the like.
 
-    sm_89 and sm_120 have 99 KB of shared memory: the state of a wide head comes from L2 for each tile. More stages
-    would keep several copies of it on chip.
+    accumulate_state forms phi^T y, because y^T as a first operand would be prefetched into registers. sm_89 and sm_120
+    have only 99 KB of shared memory, so there the state of a wide head is read from L2 for each tile; with more than
+    one stage, several copies of it would be on chip.
     """
     if not wide:
         if kernel == "apply_state":
@@ -151,14 +164,14 @@ def _mma(kernel: str, wide: bool, weighted: bool, capability: int, options: froz
         return Tile(32, 4, 1, resident=2)
     if capability == 80:
         return Tile(32, 8, 3)
-    full = kernel == "apply_state" and {"rope", "mix"} <= options  # more of each row in registers
+    full = kernel == "apply_state" and {"rope", "mix"} <= options  # these options need more registers per row
     return Tile(16 if full else 32, 8, 1, keeps=False)
 
 
 def _amd(kernel: str, wide: bool, dtype: torch.dtype, capability: int, feature_map: str, options: frozenset) -> Tile:
-    """gfx942, gfx950: one warp for each 16 rows. gfx1100 has half the registers, and products read them twice."""
+    """gfx942 and gfx950 use one warp per 16 rows. gfx1100 has half the registers, and its products read them twice."""
     if "tf32x3" in options:
-        raise ValueError(f"fp32_precision 'tf32x3' needs an NVIDIA GPU; use 'ieee' on {arch(capability)}")
+        raise ValueError(f"expected fp32_precision 'ieee' on {arch(capability)}, got 'tf32x3', for NVIDIA GPUs only")
     if capability == 1100:
         if wide:
             return Tile(32, 16, 1, keeps=False) if kernel == "map_grad" else Tile(16, 8, 1, keeps=False)
@@ -171,33 +184,44 @@ def _amd(kernel: str, wide: bool, dtype: torch.dtype, capability: int, feature_m
         return Tile(64, 4, 1, resident=2)
     if kernel != "apply_state":
         return Tile(64, 4, 1, keeps=False)
-    # More of each row is in registers here, and gfx942's products take more instructions than gfx950's.
+    # These cases need more registers per row, and gfx942's products take more instructions than gfx950's.
     more = dtype == torch.float16 or feature_map == "hedgehog_joint" or options & {"rope", "mix"}
     return Tile(32, 4, 1, keeps=False) if capability == 942 and more else Tile(32, 2, 1, resident=2, keeps=False)
 
 
 def arch(capability: int) -> str:
-    """The name that the compiler has for it: sm_90, gfx942."""
+    """Return the compiler's name for a capability: "sm_90" for 90, "gfx942" for 942."""
     return f"gfx{capability}" if capability in AMD else f"sm_{capability}"
 
 
 def signs(feature_map: str) -> int:
-    """Halves of the features, phi(x) and phi(-x)."""
+    """Return the number of halves of the features: 2 for phi(x) and phi(-x), else 1."""
     return 2 if feature_map.startswith("hedgehog") else 1
 
 
-def room(feature_map: str) -> float:
-    return ROOM if feature_map in ("hedgehog", "hedgehog_joint", "softmax") else 1.0
+def feature_scale(feature_map: str) -> float:
+    """Return the power of two that the kernels multiply phi by."""
+    return FEATURE_SCALE if feature_map in ("hedgehog", "hedgehog_joint", "softmax") else 1.0
 
 
 @functools.lru_cache(1024)
 def deal_out(
     tile: Tile, length: int, batch: int, sequences: int | None, programs: int, sm_count: int, partials: bool = False
 ) -> Work:
-    """`programs`: per item; `partials`: each writes a partial sum. A function of these alone: reruns are bit-equal.
+    """Divide the rows of a batch, or of packed sequences, into work items.
 
-    The splits of least time, counted in tiles: programs that an SM runs one after another, times the tiles of each and
-    one more for what it loads before the first.
+    The number of splits minimises the time, counted in tiles: the programs that an SM runs one after another, times the
+    tiles of each program plus one for what it loads before the first. It depends on the arguments alone, so reruns sum
+    in the same order and are bit-equal.
+
+    Args:
+        tile: The kernel's tile.
+        length: Rows per sequence, or of all packed sequences together.
+        batch: Number of batch entries.
+        sequences: Number of packed sequences; None if nothing is packed.
+        programs: Programs per item, one for each head or for each half of a head's features.
+        sm_count: SMs of the GPU.
+        partials: Whether each program writes a partial sum.
     """
     blocks = -(-length // tile.block)
     slots = tile.resident * sm_count
@@ -217,11 +241,11 @@ def deal_out(
 
 
 def prepared_shapes(batch: int, heads: int, head_dim: int, signs: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of a prepared state and of its statistics (prepare.py)."""
+    """Return the shapes of a prepared state and of its statistics (prepare.py)."""
     width = padded(head_dim)
     return (batch, heads, signs, width, width), (batch, heads, 2 * signs + 2, width)
 
 
 def padded(head_dim: int) -> int:
-    """The tile's width: D rounded up to a power of two, at least 16 for tl.dot."""
+    """Return the width of a tile: D rounded up to a power of two, at least the 16 that tl.dot needs."""
     return max(16, 1 << (head_dim - 1).bit_length())

@@ -1,7 +1,8 @@
-"""Feature maps phi on a tile of logits x, and their derivatives. fp32 in, fp32 out.
+"""The feature maps phi on a tile of logits x, and their derivatives, in fp32.
 
-"hedgehog" is [softmax(x), softmax(-x)], "hedgehog_joint" one softmax over [2x, -2x]; both come one half at a time, SIGN
-1 or -1. The other maps have one half. Where D is below the tile's width the columns beyond are padding: phi is 0 there.
+"hedgehog" is [softmax(x), softmax(-x)], and "hedgehog_joint" is one softmax over [2x, -2x]. Both are computed one half
+at a time, with SIGN 1 or -1, so that a tile of features is never wider than D. The other maps have a single half. If D
+is less than the tile's width, the columns beyond it are padding, where phi is 0.
 """
 
 import triton
@@ -12,10 +13,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def features(x, SIGN: tl.constexpr, scale, D: tl.constexpr, WIDTH: tl.constexpr, FEATURE_MAP: tl.constexpr):
-    """scale phi; scale is a number or one per row.
+    """Return scale * phi for one half; scale is a number or one number per row.
 
-    exp2 of one fused multiply-add is the cheapest exponential. On a GPU it bounds a softmax's logits: from 2^30 on, the
-    exact product may differ from the rounded `top` by more than exp2 holds, and the row becomes NaN.
+    The cheapest exponential is exp2 of one fused multiply-add. It limits the logits of a softmax on a GPU: from 2^30 on
+    the exact product in the multiply-add may exceed the rounded `top` by more than exp2 can take, and the row is NaN.
     """
     real = (tl.arange(0, WIDTH) < D)[None, :]
     scale = tl.zeros([x.shape[0]], tl.float32) + scale
@@ -37,20 +38,23 @@ def features(x, SIGN: tl.constexpr, scale, D: tl.constexpr, WIDTH: tl.constexpr,
         e = tl.exp2(x * (SIGN * LOG2E) - top[:, None])
         return e * (scale / tl.sum(e, axis=1))[:, None]
     elif FEATURE_MAP == "elu":
-        # where, not tl.minimum: on a GPU that returns the operand which is not NaN, and a NaN would vanish.
+        # tl.where, not tl.minimum, which on a GPU returns the operand that is not NaN: a NaN would vanish.
         phi = tl.where(x > 0, x + 1.0, tl.exp2(tl.where(x > 0, 0.0, x) * LOG2E))
         if D < WIDTH:
             phi = tl.where(real, phi, 0.0)
         return phi * scale[:, None]
     elif FEATURE_MAP == "relu":
-        return tl.where(x < 0, 0.0, x) * scale[:, None]  # keeps a NaN
+        return tl.where(x < 0, 0.0, x) * scale[:, None]  # written so that NaN stays NaN
     else:
         return x * scale[:, None]
 
 
 @triton.jit
 def pull_back(x, phi, g, FEATURE_MAP: tl.constexpr):
-    """Gradient g of the features to one of the logits, and <phi, g>; of "hedgehog_joint" the part of one half."""
+    """Map the gradient g of the features to that of SIGN * x, and return it with <phi, g> per row.
+
+    For "hedgehog_joint" it is only phi * g: the caller adds the rest, which needs both halves.
+    """
     if FEATURE_MAP == "elu":
         return g * tl.where(x > 0, 1.0, phi), tl.sum(phi * g, axis=1)
     elif FEATURE_MAP == "relu":

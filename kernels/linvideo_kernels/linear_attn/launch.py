@@ -12,12 +12,12 @@ from triton.compiler import CompiledKernel
 
 from linvideo_kernels.linear_attn import configs
 
-# Run-time sizes of the kernels: another value is no other kernel.
+# Run-time sizes: a new value of one of these does not compile another kernel.
 SIZES = ["SEQUENCES", "HEADS", "N", "splits", "rows", "factors_plane"]
 
 
 class Target(NamedTuple):
-    capability: int  # 90 for sm_90, 942 for AMD's gfx942 (configs.AMD); 0 for the interpreter
+    capability: int  # 90 for sm_90, 942 for AMD's gfx942 (configs.AMD), 0 for Triton's interpreter
     sm_count: int
 
 
@@ -34,7 +34,7 @@ _recording_target = INTERPRETER
 
 
 def launch(kernel, programs: int, tile, device: torch.device, **arguments) -> None:
-    """Run `programs` programs of the kernel on the device that its tensors are on; `arguments` by their names in it."""
+    """Run `programs` programs of the kernel on `device`, where its tensors are; `arguments` are its parameters."""
     if _recording is not None:
         args = tuple(arguments.pop(p.name) for p in kernel.params if not p.is_constexpr)
         _recording.append(Launch(kernel, tile, args, arguments))
@@ -50,10 +50,11 @@ _compiled: dict[tuple, CompiledKernel] = {}
 
 
 def _run(kernel, programs: int, tile, device: torch.device, arguments: dict) -> None:
-    """Launch through Triton once, and from then on what it compiled: finding that again is most of Triton's launch.
+    """Launch through Triton the first time, and launch the compiled kernel directly from then on.
 
-    What it compiles depends on the tensors' dtypes, on whether their addresses are multiples of 16, on AMD on whether
-    they are larger than 2 GB, and on the values of the other arguments: the key holds no less.
+    Finding the compiled kernel again is most of the cost of a launch through Triton. What Triton compiles depends on
+    the tensors' dtypes, on whether their addresses are multiples of 16, on whether they are larger than 2 GB (on AMD),
+    and on the values of the other arguments; the key holds all of these.
     """
     ordered, plain, pointers = (get(arguments) for get in _getters(kernel.fn))
     if len(arguments) > len(ordered):
@@ -65,7 +66,7 @@ def _run(kernel, programs: int, tile, device: torch.device, arguments: dict) -> 
         return
     compiled = kernel[(programs,)](*ordered, **tile.options)
     if isinstance(compiled, CompiledKernel):  # the interpreter has none
-        if len(_compiled) >= 1024:  # lengths that are never the same
+        if len(_compiled) >= 1024:  # e.g. sequence lengths that never repeat
             _compiled.clear()
         _compiled[key] = compiled
 
@@ -75,13 +76,13 @@ def _pointer(x) -> tuple | None:
         return None
     if isinstance(x, torch.Tensor):
         large = torch.version.hip is not None and x.untyped_storage().nbytes() >= 2**31
-        return x.dtype, x.data_ptr() % 16, large  # on AMD, Triton addresses up to 2 GB with 32 bits
-    return x.base.dtype, *x.block_shape  # a TMA descriptor, which has its sizes and strides at run time
+        return x.dtype, x.data_ptr() % 16, large  # on AMD, Triton uses 32-bit offsets up to 2 GB
+    return x.base.dtype, *x.block_shape  # a TMA descriptor, whose sizes and strides are run-time values
 
 
 @functools.cache
 def _getters(function: Callable) -> tuple[operator.itemgetter, ...]:
-    """Of all arguments in the kernel's order, of those that are no pointers, and of the pointers."""
+    """Return getters of all arguments in the kernel's order, of the arguments that are no pointers, and of pointers."""
     names = list(inspect.signature(function).parameters)
     pointers = [name for name in names if name.endswith("_ptr")]
     return tuple(operator.itemgetter(*some) for some in (names, [n for n in names if n not in pointers], pointers))
@@ -111,7 +112,7 @@ def _cuda_target(index: int) -> Target:
 
 @contextlib.contextmanager
 def recording(target: Target):
-    """Inside, launches on meta tensors are appended to the yielded list instead of run."""
+    """Context in which launches are appended to the yielded list instead of run; the tensors may be on meta."""
     global _recording, _recording_target
     _recording, _recording_target = [], target
     try:

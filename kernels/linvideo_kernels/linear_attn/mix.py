@@ -1,7 +1,7 @@
-"""Gradients of the mixture o = r softmax_out + (1 - r) lin in its other two arguments.
+"""Gradients of the mixture o = r softmax_out + (1 - r) lin with respect to softmax_out and r.
 
-d softmax_out = r do, and dr = sum do.(softmax_out - lin), with do.lin = delta + do.c per row (row_gradient.py,
-prepare.py).
+d softmax_out = r do and dr = sum do.(softmax_out - lin). The linear output lin is not needed for that: per row,
+do.lin = delta + do.c, where map_grad has computed delta (row_gradient.py) and c is the mean of v (prepare.py).
 """
 
 import torch
@@ -21,7 +21,10 @@ def mix_grad(
     SEQUENCES, HEADS, N, splits, rows, factors_plane,
     D: tl.constexpr, WIDTH: tl.constexpr, SIGNS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One partial dr per item and head."""
+    """Write d softmax_out, and one partial dr per item and head.
+
+    Limited by memory: it reads do and softmax_out, writes d softmax_out, and forms no product.
+    """
     pid = tl.program_id(0)
     head = pid % HEADS
     item = pid // HEADS
@@ -46,7 +49,15 @@ def mix_grad(
 
 
 def mix_gradient(side: Side, do, softmax_out, r, stats, factors):
-    """Returns the gradients of softmax_out and of r, the latter [1] in fp32. side: the queries; factors: map_grad's."""
+    """Return the gradients of softmax_out and of r, the latter [1] in fp32.
+
+    Args:
+        side: The queries.
+        do, softmax_out: Gradient of the output and softmax attention, [B, N, H, D].
+        r: The mixing scalar, one element.
+        stats: Statistics of the prepared state (prepare.py).
+        factors: [2, B, H, N] as map_grad has written it; delta is the second plane.
+    """
     softmax_out = aligned(softmax_out)
     dsoftmax = side.new_rows()
     _, length, heads, dim = do.shape

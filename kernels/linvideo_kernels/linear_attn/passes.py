@@ -1,5 +1,6 @@
 """The four functions that the op calls: the state of the keys, the output of the queries, and their backwards.
 
+    function        kernels                                                         results
     state           accumulate_state, reduce_state                                  S, z
     apply           prepare_state, apply_state                                      o
     apply_backward  map_grad, project_grad                                          dq, dW; a and delta of each row
@@ -7,11 +8,13 @@
     state_backward  prepare_state, apply_state                                      dv
                     map_grad, project_grad                                          dk, dW
 
-All take rows [B, N, H, D]; S [B, Hk, F, D] and z [B, Hk, F] are plain fp32 sums, so states of parts of the keys add.
-The weight is one in any dtype, or what `operand` made of it. With a rotary embedding the keys, and in training the
-queries, are rotated first (rotate_rows); in training the forwards return them and the backwards take them in place of
-u. Otherwise apply_state rotates the queries' tiles as they come. In training `apply` also returns the state as
-prepare_state makes it, for its backward.
+All take rows [B, N, H, D]. S [B, Hk, F, D] and z [B, Hk, F] are plain fp32 sums, so the states of parts of the keys add
+up. The weight may have any dtype, or may have been prepared by `operand`.
+
+With a rotary embedding, rotate_rows first rotates the keys and, in training, the queries. In training the forward
+functions return the rotated rows, and the backward functions take these instead of q and k. Without training,
+apply_state rotates the queries' tiles as it loads them. In training `apply` also returns the prepared state for its
+backward.
 """
 
 import torch
@@ -27,7 +30,7 @@ from linvideo_kernels.linear_attn.side import Side, aligned
 
 
 def state(k, v, weight, rope, key_mask, cu_seqlens, feature_map: str, precision: str, training: bool):
-    """Returns S, z and in training the rotated k (None without rope)."""
+    """Return S, z and, in training, the rotated k (None without rope)."""
     side = Side.of(k, weight, feature_map, precision, rope, key_mask, cu_seqlens)
     side = side if rope is None else rotated(side)
     return *accumulate(side, aligned(v), key_heads=k.shape[2]), side.u if training and rope is not None else None
@@ -36,7 +39,7 @@ def state(k, v, weight, rope, key_mask, cu_seqlens, feature_map: str, precision:
 def state_backward(
     dstate, dz, k, v, weight, rope, key_mask, cu_seqlens, state, z, feature_map: str, precision: str
 ):  # fmt: skip
-    """Returns dk, dv, dweight; k as `state` rotated it."""
+    """Return dk, dv and dweight. k is the k that `state` has rotated."""
     side = Side.of(k, weight, feature_map, precision, None, key_mask, cu_seqlens)
     grad, stats = prepare(state, z, k.dtype, feature_map != "identity", (dstate.contiguous(), dz.contiguous()))
     dv = apply_rows(side, grad, stats, normalize=False)
@@ -48,7 +51,7 @@ def apply(
     q, state, z, weight, rope, softmax_out, r, cu_seqlens,
     feature_map: str, scale: float, normalize: bool, eps: float, precision: str, training: bool,
 ):  # fmt: skip
-    """Returns o, and in training the rotated q (None without rope), T and its statistics, else three times None."""
+    """Return o and, in training, the rotated q (None without rope), T and its statistics; otherwise three Nones."""
     side = Side.of(q, weight, feature_map, precision, rope, None, cu_seqlens)
     rotate = training and rope is not None
     side = rotated(side) if rotate else side
@@ -61,9 +64,9 @@ def apply_backward(
     do, q, z, weight, rope, softmax_out, r, cu_seqlens, prepared,
     feature_map: str, scale: float, normalize: bool, eps: float, precision: str,
 ):  # fmt: skip
-    """Returns dq, dstate, dz, dweight, dsoftmax_out, dr (None for what is not there).
+    """Return dq, dstate, dz, dweight, dsoftmax_out and dr; the last three are None without a weight or a mixture.
 
-    q as `apply` rotated it; prepared: (T, statistics), of `apply` or `prepare`.
+    q is the q that `apply` has rotated, and prepared is (T, statistics) from `apply` or `prepare`.
     """
     prepared, stats = prepared
     do, z = aligned(do), z.contiguous()
@@ -81,5 +84,5 @@ def apply_backward(
 
 
 def prepared_shapes(sequences: int, key_heads: int, head_dim: int, feature_map: str):
-    """Shapes of T and of its statistics, which `apply` returns in training."""
+    """Return the shapes of T and of its statistics, which `apply` returns in training."""
     return configs.prepared_shapes(sequences, key_heads, head_dim, configs.signs(feature_map))

@@ -1,15 +1,14 @@
-"""From the fp32 state to what apply_state and map_grad multiply with, in a few microseconds.
+"""Preparation of the fp32 state for apply_state and map_grad, which multiply by it. It takes a few microseconds.
 
-Each program reads a head's whole state, for the mean and the power of two, and writes ROWS features of it: at D = 128
-four programs share a head, without a second launch. The loops are unrolled, so that their loads are in flight together.
+What is prepared:
+    forward, normalised      T = S - z c^T with the overall mean c = sum_f S_f / sum_f z_f, so that a mean of v costs no
+                             precision; then o = c + (phi T - eps c) / (phi z + eps)
+    forward, not normalised  T = S and c = 0
+    gradients of the state   T = dS, and c is subtracted from v: dphi(k)_f = T_f.(v - c) + (dz_f + T_f.c)
+T is divided by a power of two that brings it to the top of fp16's range, and rounded to q's dtype.
 
-Forward, normalised: T = S - z c^T with the overall mean c = sum_f S_f / sum_f z_f, so that a mean of v costs no
-precision; o = c + (phi T - eps c) / (phi z + eps). Not normalised: T = S, c = 0.
-Gradients of the state: T = dS, and c comes off v: dphi(k)_f = T_f.(v - c) + (dz_f + T_f.c).
-
-T is scaled by a power of two to the top of fp16's range and cast to q's dtype.
-Layout: T [B, H, SIGNS, f, d]; stats [B, H, 2 SIGNS + 2, WIDTH] fp32: z of each half, dz_f + T_f.c of each half, c, and
-the power of two to multiply by in place of the scale (in every column).
+Layout: T is [B, H, SIGNS, f, d]. stats is [B, H, 2 SIGNS + 2, WIDTH] in fp32 and holds, in this order, z of each half,
+dz_f + T_f.c of each half, c, and the power of two to multiply by (the same in every column).
 """
 
 import torch
@@ -26,7 +25,12 @@ def prepare_state(
     state_ptr, z_ptr, grad_ptr, z_grad_ptr, out_ptr, stats_ptr,
     D: tl.constexpr, WIDTH: tl.constexpr, SIGNS: tl.constexpr, ROWS: tl.constexpr, CENTER: tl.constexpr,
 ):  # fmt: skip
-    """grad_ptr, z_grad_ptr: dS and dz, to prepare in place of S."""
+    """Write ROWS features of one head's T and their statistics; with grad_ptr and z_grad_ptr, prepare dS and dz.
+
+    Each program reads the whole state of its head, since c and the power of two depend on all of it. At D = 128 four
+    programs of 64 features each share a head, and no second launch is needed. The loops are unrolled so that their
+    loads are in flight together.
+    """
     chunks: tl.constexpr = WIDTH // ROWS
     head = (tl.program_id(0) // (SIGNS * chunks)).to(tl.int64)
     mine = tl.program_id(0) % (SIGNS * chunks)
@@ -78,7 +82,14 @@ def prepare_state(
 
 
 def prepare(state, z, dtype, center: bool, grads=(None, None)):
-    """Returns T in `dtype` and the stats. state [B, H, F, D] and z [B, H, F] contiguous; grads: (dS, dz)."""
+    """Return T in `dtype` and the stats.
+
+    Args:
+        state, z: State [B, H, F, D] and z [B, H, F], both contiguous.
+        dtype: Dtype of T, that of the rows.
+        center: Whether to subtract the mean c, as for a normalised output.
+        grads: (dS, dz), both contiguous, to prepare instead of the state.
+    """
     batch, heads, features, dim = state.shape
     signs = features // dim
     out_shape, stats_shape = configs.prepared_shapes(batch, heads, dim, signs)

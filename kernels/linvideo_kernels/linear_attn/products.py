@@ -1,4 +1,4 @@
-"""Products of a tile of rows with what a head keeps: its weight, a half of its state, its z."""
+"""Products of a tile of rows with the matrices of its head: the weight and one half of the state."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def operand(ptr, KEEP: tl.constexpr, WIDTH: tl.constexpr):
-    """A [WIDTH, WIDTH] operand to be kept on chip, or its address, where `times` shall read it for each tile."""
+    """Load a [WIDTH, WIDTH] operand to keep it on chip, or return its address for `times` to load it for each tile."""
     if KEEP and ptr.dtype.element_ty != tl.float32:
         i = tl.arange(0, WIDTH)
         return tl.load(ptr + i[:, None] * WIDTH + i[None, :])
@@ -16,7 +16,10 @@ def operand(ptr, KEEP: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def times(a, b, acc, TRANSPOSE: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + a @ b, or a @ b^T, b an `operand`; fp32 in pieces, as a long inner axis fills registers."""
+    """Return acc + a @ b, or acc + a @ b^T with TRANSPOSE; b is an `operand`.
+
+    In fp32 the product is formed in pieces of 16 of the inner axis, because a long inner axis fills the registers.
+    """
     i = tl.arange(0, WIDTH)
     if a.dtype == tl.float32:
         CHUNK: tl.constexpr = 16
@@ -36,7 +39,7 @@ def times(a, b, acc, TRANSPOSE: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl
 
 @triton.jit
 def logits(u, w, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """u W, w an `operand`; u itself for the maps without weights, w None."""
+    """Return the logits u W with w an `operand`, or u itself if w is None (the maps without weights)."""
     if w is None:
         return u.to(tl.float32)
     else:
@@ -45,13 +48,13 @@ def logits(u, w, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def floor_power(x):
-    """2^floor(log2 x) for x in 1e-25 to 1e25; 1 for all else: 0, infinity, NaN."""
+    """Return 2^floor(log2 x) for x between 1e-25 and 1e25, else 1 (for 0, infinity and NaN, too)."""
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where((power > 1e-25) & (power < 1e25), power, 1.0)
 
 
 @triton.jit
 def split(x, DTYPE: tl.constexpr):
-    """x = high + low with both in DTYPE: 16 bits and more of x survive a 16-bit dot."""
+    """Split x into high + low, both in DTYPE, so that a 16-bit product keeps 16 bits of x or more."""
     high = x.to(DTYPE)
     return high, (x - high.to(tl.float32)).to(DTYPE)

@@ -1,7 +1,8 @@
-"""Rotary embedding of rows on its own: of the keys, and in training of the queries, which the backward wants in memory.
+"""Rotary embedding in a kernel of its own: for the keys and, in training, for the queries, which the backward reads.
 
-Without gradients apply_state turns the queries' tiles itself, which saves writing and reading them. The keys' tiles are
-read by a program for each half of the feature map, in a kernel without room for angles: turning them first is cheaper.
+Without gradients, apply_state rotates the queries' tiles itself, which saves writing and reading them. The keys are
+always rotated first: two programs read each tile of theirs, one for each half of the feature map, in a kernel that has
+no registers left for angles. One round trip to memory is cheaper than rotating twice.
 """
 
 import torch
@@ -19,7 +20,8 @@ def rotate_rows(
     HEADS, N, splits,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)  # the heads of a block of rows side by side: they find their angles in L2
+    """Rotate one tile of one head. Limited by memory: it reads and writes each row once and forms no product."""
+    pid = tl.program_id(0)  # the heads of a block of rows run next to each other, so the angles come from L2
     head = pid % HEADS
     batch = pid // HEADS // splits
     row = pid // HEADS % splits * BLOCK
@@ -33,7 +35,7 @@ def rotate_rows(
 
 
 def rotated(side: Side) -> Side:
-    """The same rows, rotated, and no angles any more."""
+    """Return the side with its rows rotated and without angles."""
     u = side.u
     batch, length, heads, dim = u.shape
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)

@@ -1,11 +1,13 @@
-"""Gradients of one side's rows u (q or k) and of its feature weights; the features are computed again.
+"""Gradients with respect to the rows u of one side (q or k) and to its feature weights, in two kernels.
 
-map_grad: through the feature map, on to the logits x = u W. With T, c from prepare.py and t_f = T_f.y:
+map_grad takes the gradient back through the feature map to the logits x = u W. It computes the features again. With T
+and c from prepare.py and t_f = T_f.y:
     queries  y = do: a = 1 / den, delta = do.(o - c) = a (sum_f phi_f t_f - eps do.c), dphi_f = a (t_f - delta z_f)
     keys     y = v - c: dphi_f = t_f + dz_f + T_f.c
-The map is linear in dphi, so the queries' dx is a (pull(t) - delta pull(z)): one pass over the features gives a and
-delta, which accumulate_state needs, and dx.
-project_grad: du = dx W^T in place of dx, dW = sum_n u_n^T dx_n.
+The derivative of the map, `pull`, is linear in dphi, so the queries' dx is a (pull(t) - delta pull(z)). One pass over
+the features therefore gives dx and also a and delta, which accumulate_state needs.
+
+project_grad computes du = dx W^T, which overwrites dx, and dW = sum_n u_n^T dx_n.
 """
 
 import torch
@@ -28,7 +30,17 @@ def map_grad(
     FEATURE_MAP: tl.constexpr, NORMALIZE: tl.constexpr, KEYS: tl.constexpr, KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx, turned back where the map has no weights; of normalised queries also a and delta in factors_ptr."""
+    """Write dx of one item and head and, for normalised queries, a and delta to factors_ptr.
+
+    W and, with KEEP, both halves of T stay on chip. For each tile the loop loads u and y, computes the logits once, and
+    for each half phi and t = y T^T. The row sums <phi, t> and <phi, z> give delta and den only after both halves; so
+    pull(t) and pull(z) are accumulated separately and combined at the end, which saves a second pass over q and do.
+    Without weights dx is already du, and the rotary embedding is undone here.
+
+    Roofline, per row and head: 6 D^2 flops and, in 16 bits, 6 D bytes for u, y and dx, that is D flops per byte, so at
+    D = 128 memory would be the limit. In the model of kernels/README.md it is instead the time of one program: only one
+    fits on an SM, and its products, exponentials and row sums follow each other.
+    """
     pid = tl.program_id(0)
     head = pid % HEADS
     item = pid // HEADS
@@ -62,7 +74,7 @@ def map_grad(
         x = logits(u, w, WIDTH, PRECISION)
         dx = tl.zeros([BLOCK, WIDTH], tl.float32)  # pull(t)
         dz = tl.zeros([BLOCK, WIDTH], tl.float32)  # pull(z)
-        both = tl.zeros([BLOCK, WIDTH], tl.float32)  # of hedgehog_joint: phi of the first half minus the second
+        both = tl.zeros([BLOCK, WIDTH], tl.float32)  # for hedgehog_joint: phi of the first half minus the second
         inner = tl.zeros([BLOCK], tl.float32)  # <phi, t>
         den = tl.zeros([BLOCK], tl.float32)  # <phi, z>
         for half in tl.static_range(SIGNS):
@@ -89,7 +101,7 @@ def map_grad(
             inner = inner * factor - delta * den
             a *= mixed
         else:
-            if factors_ptr is not None:  # for mix_grad: do.o
+            if factors_ptr is not None:  # mix_grad reads do.o here
                 tl.store(factors_ptr + factors_plane + at + n, inner * factor, valid)
             a = tl.zeros([BLOCK], tl.float32) + factor * mixed
         if FEATURE_MAP == "hedgehog_joint":
@@ -109,7 +121,14 @@ def project_grad(
     SEQUENCES, HEADS, N, splits, rows,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Overwrites dx by du, turned back, and writes one partial dW per item and head; packed sequences are one here."""
+    """Overwrite dx with du, rotated back, and write one partial dW for each item and head.
+
+    Packed sequences count as one here, because rows of different sequences share W. W and the accumulator dW stay on
+    chip. Each tile loads u and dx, adds u^T dx to dW, and stores dx W^T.
+
+    Roofline, per row and head: 4 D^2 flops and, in 16 bits, 6 D bytes to read u and dx and to write du. That is 2/3 D
+    flops per byte, 85 at D = 128, so memory is the limit.
+    """
     pid = tl.program_id(0)
     head = pid % HEADS
     item = pid // HEADS
@@ -118,7 +137,8 @@ def project_grad(
     dx_ptr = head_rows(dx_ptr, batch, first, head, stride_ob, stride_on, stride_oh, False)
     cols = tl.arange(0, WIDTH)
     w_ptr += head * WIDTH * WIDTH
-    IN_PIECES: tl.constexpr = PRECISION == "tf32x3"  # its three products fill the registers; "ieee" spills in pieces
+    # The three products of "tf32x3" fill the registers unless formed in pieces; "ieee" spills if it is.
+    IN_PIECES: tl.constexpr = PRECISION == "tf32x3"
     w = w_ptr  # [in, out]
     if not IN_PIECES:
         w = tl.load(w_ptr + cols[:, None] * WIDTH + cols[None, :])
@@ -144,14 +164,14 @@ def project_grad(
 
 
 def row_gradient(side: Side, y, state, stats, *, keys, normalize, rope=None, scale=1.0, eps=0.0, r=None, factors=None):
-    """Returns du like u and the weight's gradient [H, D, D] in fp32 (None without weights).
+    """Return du, like side.u, and the gradient of the weight [H, D, D] in fp32 (None without weights).
 
-    side.u has been rotated by `rope`, (cos, sin), and du is the gradient of the rows before that. factors [2, B, H, N]:
-    receives a and delta.
+    side.u has been rotated by rope = (cos, sin), and du is the gradient of the rows before that rotation. If given,
+    factors [2, B, H, N] receives a and delta.
     """
     u = side.u
     batch, length, heads, dim = u.shape
-    if rope is not None:  # from here on, for turning back
+    if rope is not None:  # the kernels rotate the gradient back
         side = side._replace(cos=rope[0].contiguous(), sin=rope[1].contiguous())
     dx = side.new_rows()
     tile = side.tile("map_grad", keys=keys)
@@ -181,4 +201,4 @@ def row_gradient(side: Side, y, state, stats, *, keys, normalize, rope=None, sca
         SEQUENCES=batch, HEADS=heads, N=length, splits=work.splits, rows=work.rows,
         D=dim, WIDTH=width, BLOCK=tile.block, PRECISION=side.precision,
     )  # fmt: skip
-    return dx, dw_partial.sum(0)  # a plain sum over one axis: the same order every run
+    return dx, dw_partial.sum(0)  # a sum over one axis has the same order in every run

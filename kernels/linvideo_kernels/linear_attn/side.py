@@ -1,4 +1,4 @@
-"""One side of linear attention, the queries or the keys, as the launchers see it."""
+"""One side of linear attention, the queries or the keys, as the functions that launch kernels see it."""
 
 import functools
 import sys
@@ -15,15 +15,15 @@ class Side(NamedTuple):
     u: torch.Tensor  # [B, N, H, D], aligned
     weight: torch.Tensor | None  # [H, WIDTH, WIDTH] in u's dtype
     feature_map: str
-    precision: str  # of fp32 products: "ieee" or "tf32x3"
+    precision: str  # precision of fp32 products: "ieee" or "tf32x3"
     cos: torch.Tensor | None = None  # [N, D/2]
     sin: torch.Tensor | None = None
     keep: torch.Tensor | None = None  # [B, N] int8: 0 leaves a key out
-    cu_seqlens: torch.Tensor | None = None  # [sequences + 1] int32, where B is 1
+    cu_seqlens: torch.Tensor | None = None  # [sequences + 1] int32; B is 1
 
     @classmethod
     def of(cls, u, weight, feature_map, precision, rope=None, keep=None, cu_seqlens=None) -> "Side":
-        """With the weight as `operand` makes it, or made it before."""
+        """Make a side from the op's arguments; the weight may have been through `operand` already."""
         weight = None if weight is None else operand(weight, u)
         cos, sin = (None, None) if rope is None else (table.contiguous() for table in rope)
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
@@ -31,7 +31,7 @@ class Side(NamedTuple):
         return cls(aligned(u), weight, feature_map, precision, cos, sin, keep, cu_seqlens)
 
     def new_rows(self) -> torch.Tensor:
-        """Room for an output like u. Rows that no packed sequence covers are written by no kernel: they are 0."""
+        """Allocate an output like u. It starts at 0 with packed sequences: no kernel writes rows outside of them."""
         make = torch.empty if self.cu_seqlens is None else torch.zeros
         return make(self.u.shape, dtype=self.u.dtype, device=self.u.device)
 
@@ -70,40 +70,40 @@ def _options(rope: bool, key_mask: bool, packed: bool, tf32x3: bool, **more: boo
 
 
 def operand(weight: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """The weight [H, D, D] cast to u's dtype and padded with zeros to [H, WIDTH, WIDTH]; itself where it is so."""
+    """Cast the weight [H, D, D] to u's dtype and pad it with zeros to [H, WIDTH, WIDTH], where it is not so already."""
     missing = configs.padded(int(u.shape[-1])) - weight.shape[-1]
     weight = weight.to(u.dtype).contiguous()
     return torch.nn.functional.pad(weight, (0, missing, 0, missing)) if missing else weight
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy where its last stride is not 1 or not every row starts at a multiple of 8 elements.
+    """Return x, or a copy if its last stride is not 1 or a row does not start at a multiple of 8 elements.
 
-    Reading rows 2 bytes at a time, in every pass, costs far more than the copy.
+    Otherwise every pass would read rows 2 bytes at a time, which costs far more than the copy.
     """
     fits = x.stride(-1) == 1 and not any(stride % 8 for stride in x.stride()[:3]) and x.data_ptr() % 16 == 0
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def strides(name: str, x: torch.Tensor | None) -> dict[str, int]:
-    """A kernel's arguments stride_<name>b, n and h: the first three strides of x, 0 where there is no x."""
+    """Return a kernel's arguments stride_<name>b, n and h: the first three strides of x, or 0 if x is None."""
     return dict(zip(_stride_names(name), (0, 0, 0) if x is None else x.stride(), strict=False))
 
 
 @functools.cache
 def _stride_names(name: str) -> tuple[str, ...]:
-    return tuple(sys.intern(f"stride_{name}{axis}") for axis in "bnh")  # interned: Python binds those faster
+    return tuple(sys.intern(f"stride_{name}{axis}") for axis in "bnh")  # Python binds interned names faster
 
 
 def descriptor(x: torch.Tensor, tile: configs.Tile, width: int) -> TensorDescriptor:
-    """TMA descriptor of the row tiles of x [B, N, H, D]."""
+    """Return the TMA descriptor that reads tiles of the rows of x [B, N, H, D]."""
     b, n, h, d = x.shape
     sb, sn, sh = _steps(x)
     return TensorDescriptor(x, [b, h, n, d], [sb, sh, sn, 1], [1, 1, tile.block, width])
 
 
 def expanded(*tensors: torch.Tensor) -> bool:
-    """Whether one of them repeats elements, which TMA cannot."""
+    """Return whether one of the tensors repeats elements in memory (a stride of 0), which TMA cannot read."""
     return any(0 in _steps(x) for x in tensors)
 
 
@@ -113,7 +113,7 @@ def _steps(x: torch.Tensor) -> tuple[int, ...]:
 
 @functools.lru_cache(1024)
 def _steps_of(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The first three strides; that of an axis of one element does not matter and is the one without gaps."""
+    """Return the first three strides. The stride of an axis of one element is arbitrary; make it contiguous."""
     steps, step = [], shape[3]
     for size, stride in zip(reversed(shape[:3]), reversed(strides[:3]), strict=True):
         step = stride if size > 1 else step

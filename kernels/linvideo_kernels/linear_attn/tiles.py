@@ -1,9 +1,11 @@
-"""Where a program's rows lie, how their tiles come on chip, and the rotary embedding of a tile.
+"""Which rows a program has, loading and storing tiles of them, and the rotary embedding of a tile.
 
-Rows are those of a batch, or of sequences packed one after another (cu_seqlens). Work items are runs of rows of one
-sequence. Packed, sequence s has the items from cu[s] // rows + s on: there is room for all of it, without a table.
-Every row starts at a multiple of 8 elements (side.aligned), which Triton cannot tell from strides that are no multiple
-of 16.
+The rows belong to a batch, or to sequences packed one after another (cu_seqlens). A work item is a run of `rows`
+consecutive rows of one sequence. Packed sequences need no table of items: sequence s owns the item numbers from
+cu[s] // rows + s on, which are always enough for its rows.
+
+Every row starts at a multiple of 8 elements (see side.aligned). Triton only infers alignment from strides that are
+multiples of 16, so the addresses say so themselves (tl.multiple_of).
 """
 
 import triton
@@ -12,13 +14,17 @@ import triton.language as tl
 
 @triton.jit
 def locate(item, cu_ptr, SEQUENCES, N, splits, rows):
-    """An item's sequence, batch entry, the sequence's first row in it and its length, the item's first and last row."""
+    """Find a work item: its sequence and batch entry, and which rows it has.
+
+    Returns (sequence, batch, first, length, start, stop): the sequence begins at row `first` of the batch entry and has
+    `length` rows, of which the item has start to stop - 1. An item number that no sequence uses has an empty range.
+    """
     if cu_ptr is None:
         sequence = item // splits
         batch, first, length = sequence, tl.full([], 0, tl.int32), N
         start = item % splits * rows
     else:
-        low = 0
+        low = 0  # binary search for the last sequence whose first item is at most `item`
         high = SEQUENCES
         while high - low > 1:
             middle = (low + high) // 2
@@ -34,7 +40,7 @@ def locate(item, cu_ptr, SEQUENCES, N, splits, rows):
 
 @triton.jit
 def head_rows(ptr, batch, first, head, stride_b, stride_n, stride_h, TMA: tl.constexpr):
-    """The address of a head's row `first`; a descriptor stays what it is."""
+    """Return the address of a head's row `first`; a TMA descriptor is returned as it is."""
     if TMA:
         return ptr
     else:
@@ -53,9 +59,10 @@ def load_rows(
     ptr, batch, head, row, length, keep, stride_n,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Rows [row, row + BLOCK) of a head. Those past the sequence repeat its last one (0 with TMA); not kept ones are 0.
+    """Load rows [row, row + BLOCK) of a head.
 
-    A repeated row is finite if its sequence is, so that a factor 0 takes it out.
+    Rows past the sequence repeat its last row, without a mask on the loads; with TMA they are 0. A repeated row is
+    finite if the sequence is, so the caller can cancel it with a factor 0. Rows that `keep` leaves out are 0.
     """
     if TMA:
         return tl.reshape(ptr.load([batch, head, row, 0]), [BLOCK, WIDTH])
@@ -72,7 +79,7 @@ def load_rows(
 
 @triton.jit
 def kept(keep_ptr, batch, N, n, valid):
-    """Which of the rows n the key mask [B, N] leaves in."""
+    """Return which of the rows n the key mask [B, N] keeps."""
     return tl.load(keep_ptr + batch.to(tl.int64) * N + n, valid, 0) != 0
 
 
@@ -84,16 +91,16 @@ def store_rows(ptr, x, row, valid, stride_n, D: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def rotate(u, cos_ptr, sin_ptr, row, valid, sign, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Rotates the pairs (2i, 2i + 1) of rows `row` and on by their angles i, back where sign is -1.
+    """Rotate the channel pairs (2i, 2i + 1) of a tile by the angles of its rows; sign -1 rotates back.
 
-    In fp32, rounded to u's dtype.
+    The tile begins at row `row` of the tables. It is rotated in fp32 and rounded to u's dtype.
     """
     pair = tl.arange(0, WIDTH // 2)
-    start = row.to(tl.int64) * (D // 2)  # the tile's own offsets stay 32 bits wide: half the registers
+    start = row.to(tl.int64) * (D // 2)  # offsets inside the tile stay 32 bits wide and take half the registers
     at = tl.arange(0, u.shape[0])[:, None] * (D // 2) + pair[None, :]
     real = valid[:, None] & (pair < D // 2)[None, :]
     cos = tl.load(cos_ptr + start + at, real, 0.0).to(tl.float32)
     sin = tl.load(sin_ptr + start + at, real, 0.0).to(tl.float32) * sign
     even, odd = tl.split(tl.reshape(u.to(tl.float32), [u.shape[0], WIDTH // 2, 2]))
-    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
-    return tl.reshape(turned, [u.shape[0], WIDTH]).to(u.dtype)
+    rotated = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+    return tl.reshape(rotated, [u.shape[0], WIDTH]).to(u.dtype)
