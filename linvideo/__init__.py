@@ -1,15 +1,16 @@
 """linvideo: linear attention for video diffusion transformers (LinVideo, arXiv 2510.08318).
 
-Each folder imports only from those above it, and from kernels/, which holds the Triton kernels:
+Each folder imports only from the folders above it, and from kernels/, which holds the Triton kernels:
 
     trajectories/  the teacher's data: prompts, sampling, the store of states and velocities
     ops/           the attention operators: checks, torch.library, the CPU path, the reference
-    nn/            layers that own weights
-    models/        one file per family of diffusers; conversion, saving and loading, model cards
-    run/           what any training run needs: folder, checkpoints, steps, optimizer, ranks, validation
-    transfer/      the paper: warm-up, sensitivity, selection of layers, objectives, fine-tuning
-    distillation/  few steps
-    evaluation/    measuring a model; planning/: what a run will need
+    nn/            layers with weights
+    models/        one file per model family of diffusers; conversion, saving and loading, model cards
+    run/           what every training run needs: folder, checkpoints, steps, optimizer, ranks, validation
+    transfer/      the paper's method: warm-up, sensitivity, selection of layers, objectives, fine-tuning
+    distillation/  distillation to few steps
+    evaluation/    measuring a model
+    planning/      estimating what a run will need
     demo/          the embedded world, its metrics and its small teacher
     commands/      the command line, one file per command
 """

@@ -1,4 +1,4 @@
-"""`python -m linvideo` and `torchrun -m linvideo`: the same as the console script."""
+"""`python -m linvideo` and `torchrun -m linvideo`, which do the same as the `linvideo` command."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""Tell diffusers that pipelines may hold components of the library "linvideo", without importing diffusers.
+"""Register "linvideo" with diffusers as a library of pipeline components, without importing diffusers.
 
 diffusers loads the components named in model_index.json only from the libraries in LOADABLE_CLASSES. With "linvideo"
-among them, a converted transformer is recorded as ["linvideo", "LinVideoWanTransformer3DModel"] and
-`WanPipeline.from_pretrained(folder)` finds it, from a local folder and from the Hub alike.
+among them, a converted transformer is saved as ["linvideo", "LinVideoWanTransformer3DModel"], and
+`WanPipeline.from_pretrained(folder)` finds it, in a local folder as well as on the Hub.
 """
 
 import sys
@@ -11,7 +11,7 @@ _MODULE = "diffusers.pipelines.pipeline_loading_utils"
 
 
 def install() -> None:
-    """Register now if diffusers' loader is imported already, else as soon as it is. Calling it again does nothing."""
+    """Register now if diffusers' loader is already imported, else as soon as it is. A second call does nothing."""
     if _MODULE in sys.modules:
         _register(sys.modules[_MODULE])
     elif not any(isinstance(finder, _PostImportFinder) for finder in sys.meta_path):
@@ -24,7 +24,7 @@ def _register(module) -> None:
 
 
 class _PostImportFinder:
-    """Finds the one module through the other finders, and has its loader register after executing it."""
+    """Finder of that one module: it asks the other finders and has the module's loader register after executing it."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname != _MODULE:

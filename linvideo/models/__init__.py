@@ -1,4 +1,4 @@
-"""Diffusers transformers with linear self-attention: conversion, description, loading and saving."""
+"""Diffusers transformers with linear self-attention: converting, describing, loading and saving them."""
 
 from diffusers import ModelMixin, SchedulerMixin
 

@@ -1,5 +1,4 @@
-"""The self-attention layers of a video transformer, stock or converted: which they are, what they run as, and
-attention itself."""
+"""The self-attention layers of a video transformer, stock or converted: finding them, their types, and attention."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -14,12 +13,14 @@ from linvideo.models.sampling_settings import stored_settings
 from linvideo.nn import LinearAttentionBranch
 
 ATTENTION_TYPES = ("softmax", "linear", "mixed")
-FAMILIES: dict[type, type] = {}  # diffusers' class -> ours; importing a family's file registers it (see mixin.py)
+FAMILIES: dict[type, type] = {}  # diffusers' class -> ours; importing the file of a family adds it (see mixin.py)
 
 
 def _accept_converted_parts() -> None:
-    """Let every pipeline class take our class where it takes the stock one: diffusers' `from_pipe` compares types, not
-    subclasses, and leaves a converted transformer out."""
+    """Let every pipeline class accept our class where it accepts the stock one.
+
+    diffusers' `from_pipe` compares exact types and would leave out a converted transformer.
+    """
     stock = DiffusionPipeline._get_signature_types.__func__
 
     def _get_signature_types(cls: type[DiffusionPipeline]) -> dict[str, tuple]:
@@ -35,15 +36,15 @@ _accept_converted_parts()
 
 
 def is_converted(model: object) -> bool:
-    """Whether a model is one of our classes, which has a type for each of its layers."""
+    """Return whether a model is of one of our classes, which have a type for each layer."""
     return isinstance(model, tuple(FAMILIES.values()))
 
 
 def family(model: torch.nn.Module) -> type[ModelMixin]:
-    """Our class for a diffusers transformer, stock or converted, compiled or not.
+    """Return our class for a diffusers transformer, stock or converted, compiled or not.
 
     Raises:
-        ValueError: no family of ours has it.
+        ValueError: The transformer belongs to no supported family.
     """
     model = unwrap_module(model)
     if is_converted(model):
@@ -55,17 +56,18 @@ def family(model: torch.nn.Module) -> type[ModelMixin]:
 
 
 def self_attentions(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The self-attention modules of a transformer, stock or converted, in the order of the layers."""
+    """Return the self-attention modules of a transformer, stock or converted, in the order of the layers."""
     paths = family(model).attention_paths
     return [getattr(block, name) for blocks, name in paths for block in getattr(model, blocks)]
 
 
 def video_transformers(pipeline: DiffusionPipeline) -> dict[str, ModelMixin]:
-    """Name -> transformer of a pipeline, stock or converted: "transformer" and, of two experts, "transformer_2". Of one
-    that torch.compile has wrapped, the model inside.
+    """Return a pipeline's transformers by name: "transformer" and, with two experts, "transformer_2".
+
+    For a transformer that torch.compile has wrapped, it is the model inside.
 
     Raises:
-        ValueError: it has none, or one that is of no family of ours.
+        ValueError: The pipeline has no transformer, or one that belongs to no supported family.
     """
     names = ("transformer", "transformer_2")
     parts = {name: getattr(pipeline, name, None) for name in names}
@@ -78,12 +80,13 @@ def video_transformers(pipeline: DiffusionPipeline) -> dict[str, ModelMixin]:
 
 
 def default_fps(pipeline: DiffusionPipeline) -> int:
-    """Frames per second that the pipeline's videos are meant to be played at: as its folder says (see
-    linvideo.models.sampling_settings), else the default of its call, where the call takes a frame rate, else that of
-    its family.
+    """Return the frame rate, in frames per second, at which the pipeline's videos should be played.
+
+    It is that of the pipeline's folder (see linvideo.models.sampling_settings), else the default of the pipeline's call
+    if that takes a frame rate, else that of its family.
 
     Raises:
-        ValueError: the pipeline has no transformer of a family of ours, or its folder's settings are damaged.
+        ValueError: The pipeline has no transformer of a supported family, or its folder's settings are damaged.
     """
     transformer = next(iter(video_transformers(pipeline).values()))
     arguments = inspect.signature(pipeline.__call__).parameters
@@ -100,13 +103,17 @@ def attend(
     key_mask: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of q, k and v [B, N, H, D], normalised and rotated, as the layer's `attention_type` says; [B, N, H, D].
+    """Return attention [B, N, H, D] of the layer's `attention_type`.
 
     Args:
-        query, key: in value's dtype: autocast's norms may give fp32, which only some backends cast back. The processor
-            casts, so that the fp32 ones are not kept meanwhile.
-        key_mask: bool [B, N], the keys that count, for linear attention.
-        attention_mask: the same for softmax attention, as diffusers' processor of the family has it.
+        processor: Attention processor, which holds the backend and the parallel configuration.
+        attn: Self-attention module of the layer.
+        query, key: Normalised and rotated queries and keys [B, N, H, D], in value's dtype. Under autocast the norms may
+            return fp32, which only some backends cast back. The processor casts them, so that the fp32 tensors are not
+            kept during attention.
+        value: Values [B, N, H, D].
+        key_mask: Bool [B, N], True for the keys that count, for linear attention.
+        attention_mask: The same mask for softmax attention, in the form of diffusers' processor of the family.
     """
     attention_type = getattr(attn, "attention_type", "softmax")
     options = {"key_mask": key_mask, "group": context_group(processor)}
@@ -131,14 +138,15 @@ def attend(
 def choose_backend(
     model: ModelMixin, name: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """As the model's set_attention_backend, and the backend is tried once.
+    """Set the model's attention backend after trying it once.
 
     Args:
-        name: of diffusers' attention backends.
-        device, dtype: that attention will run with, where they are not the model's of now.
+        model: Transformer, stock or converted.
+        name: Name of one of diffusers' attention backends.
+        device, dtype: Device and dtype that attention will run with. None is the model's current one.
 
     Raises:
-        ValueError: no such backend, a package that it needs is missing, or it doesn't run on this device.
+        ValueError: There is no such backend, a package that it needs is missing, or it does not run on this device.
     """
     if name not in (known := [backend.value for backend in AttentionBackendName]):
         raise ValueError(f"attention_backend must be one of the following: {', '.join(known)}; got {name!r}")
@@ -146,16 +154,16 @@ def choose_backend(
     tokens = torch.zeros(1, 16, attn.heads, attn.inner_dim // attn.heads, device=device or model.device)
     tokens = tokens.to(dtype or model.dtype)
     try:
-        with attention_backend(name):  # the setter leaves a default for the whole process behind
+        with attention_backend(name):  # not set_attention_backend, which also sets a default for the whole process
             dispatch_attention_fn(tokens, tokens, tokens)
-    except Exception as error:  # the backends' packages raise anything
+    except Exception as error:  # the backends' packages may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot use attention_backend {name!r} here: {reason}") from None
     model.set_attention_backend(name)
 
 
 def context_group(processor: object) -> torch.distributed.ProcessGroup | None:
-    """The ranks that hold the other tokens, under diffusers' context parallelism."""
+    """Return the group of ranks that hold the other tokens under diffusers' context parallelism, else None."""
     config = processor._parallel_config
     return None if config is None else config.context_parallel_config._flattened_mesh.get_group()
 
@@ -167,7 +175,7 @@ def attach_attention(
     feature_map: str = "hedgehog",
     r_init: float = 0.8,
 ) -> None:
-    """Give one self-attention module its type, the linear branch that the type needs, and the processor."""
+    """Give a self-attention module its type, the linear branch that the type needs, and our processor."""
     if attention_type not in ATTENTION_TYPES:
         raise ValueError(f"an attention type must be one of {', '.join(ATTENTION_TYPES)}, got {attention_type!r}")
     if attention_type != "softmax":
@@ -183,19 +191,23 @@ def attach_attention(
 
 
 def stored_attention_type(attn: torch.nn.Module) -> str:
-    """The type that the module's parameters make it, whatever its runtime `attention_type` is."""
+    """Return a module's type according to its parameters, whatever its runtime `attention_type` is."""
     branch = getattr(attn, "linear_attn", None)
     return "softmax" if branch is None else "linear" if branch.r is None else "mixed"
 
 
 def set_attention_types(model: ModelMixin, types: Mapping[int, str]) -> dict[int, str]:
-    """Run the given layers (0-based) as another type from now on; returns the types they ran as before.
+    """Run layers as another type from now on, and return the types that they ran as before.
 
-    "softmax" is always possible, "linear" needs a linear branch (a linear or mixed layer), "mixed" needs r (a mixed
-    layer). No parameter is added or dropped, and what `save_pretrained` writes does not change.
+    No parameter is added or dropped, and `save_pretrained` writes the same as before.
+
+    Args:
+        model: Converted transformer.
+        types: Type to run each layer as, by layer number (starting at 0). "softmax" is always possible, "linear" needs
+            a linear branch (a linear or mixed layer), and "mixed" needs r (a mixed layer).
 
     Raises:
-        ValueError: not a converted model, an unknown layer or type, or a type that the layer has no weights for.
+        ValueError: The model is not converted, a layer or type is unknown, or a layer has no weights for its type.
             Nothing is changed then.
     """
     if not is_converted(unwrap_module(model)):
@@ -216,9 +228,9 @@ def set_attention_types(model: ModelMixin, types: Mapping[int, str]) -> dict[int
 
 @contextmanager
 def attention_types(model: ModelMixin, types: Mapping[int, str]) -> Iterator[None]:
-    """`set_attention_types` for the length of a with-block, restored on exit and on error.
+    """Context manager around `set_attention_types`: the previous types are restored on exit, even after an error.
 
-    With gradient checkpointing, backward() has to run inside the block too: it computes the layers again.
+    With gradient checkpointing, backward() must run inside the block, too, since it computes the layers again.
     """
     before = set_attention_types(model, types)
     try:

@@ -6,22 +6,22 @@ from linvideo.nn import LinearAttentionBranch
 
 
 def linear_branches(model: torch.nn.Module) -> dict[int, LinearAttentionBranch]:
-    """Layer (0-based) -> branch, for the layers that have one."""
+    """Return {layer: branch} for the layers that have a linear branch; layers are numbered from 0."""
     branches = {layer: getattr(block.attn1, "linear_attn", None) for layer, block in enumerate(model.blocks)}
     return {layer: branch for layer, branch in branches.items() if branch is not None}
 
 
 def gates(model: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
-    """Layer -> r of shape [1], for the mixed layers."""
+    """Return {layer: r} for the mixed layers; r has shape [1]."""
     return {layer: branch.r for layer, branch in linear_branches(model).items() if branch.r is not None}
 
 
 def kept_whole(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Name -> parameter that every rank has whole and in fp32 where a model is sharded, about 1% of all.
+    """Return {name: parameter} for the parameters that are not sharded: each rank keeps them whole and in fp32.
 
-    The linear branches, which the warm-up reaches from outside of any forward that FSDP2 sees (r is a single number
-    besides), a critic's discriminator, which is outside as well, and the norms and modulation tables, which Wan
-    computes in fp32.
+    They are about 1% of all: the linear branches, which the warm-up uses outside of any forward that FSDP2 sees (and r
+    is a single number); a critic's discriminator, which is used outside as well; and the norms and modulation tables,
+    which Wan computes in fp32.
     """
     pieces = ("linear_attn", "discriminator", "scale_shift_table")
     return {
@@ -32,7 +32,7 @@ def kept_whole(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def feature_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Name in the model's state dict -> W_q or W_k, [H, D, D]; empty for feature maps without weights."""
+    """Return {name in the state dict: W_q or W_k [H, D, D]}; empty for feature maps without weights."""
     return {
         f"blocks.{layer}.attn1.linear_attn.{name}": getattr(branch, name)
         for layer, branch in linear_branches(model).items()

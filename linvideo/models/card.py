@@ -1,4 +1,4 @@
-"""The model card of a saved model, README.md: what is known of it and no more, so that no figure is ever invented."""
+"""The model card (README.md) of a saved model. It states only what is known, so it never contains invented figures."""
 
 import inspect
 import os
@@ -26,16 +26,16 @@ NAMES |= {"lpips": "LPIPS"}
 
 @dataclass(frozen=True)
 class Training:
-    """How a model came to be what it is, which its weights do not say.
+    """How a model was made, which cannot be read from its weights.
 
     Args:
-        method: in words, say "selective transfer".
-        steps: optimizer steps of each stage.
-        settings: name -> value, each said as it is; those that are None are left out.
-        validation: the last row of validation.jsonl: step, stage and metrics.
-        earlier: folder of the model that it started from, if that is another than the pipeline's own; what its card
-            says of training is said here too.
-        untrained: what is said where there are no steps.
+        method: Name of the method, for instance "selective transfer".
+        steps: Number of optimizer steps in each stage.
+        settings: Settings to list, {name: value}. Those that are None are left out.
+        validation: Last row of validation.jsonl, with step, stage and metrics.
+        earlier: Folder of the model that training started from, if it differs from the pipeline's own. The training
+            history in its card is repeated in this one.
+        untrained: Text to use if there are no steps.
     """
 
     method: str
@@ -58,12 +58,14 @@ def write_card(
     training: Training | None = None,
     kept: str | os.PathLike | None = None,
 ) -> None:
-    """Write README.md into the folder of a saved pipeline or transformer. Nothing of ours, no card.
+    """Write README.md into the folder of a saved pipeline or transformer; a stock model gets no card.
 
     Args:
-        training: None where it is not known; the card then says so, or what the card of the folder that the pipeline
-            was loaded from says.
-        kept: a folder whose README.md is taken instead, if there is one that somebody else wrote.
+        model: Pipeline or transformer.
+        folder: Folder to write to.
+        training: Description of how the model was made. None if that is not known: the card then repeats the card of
+            the folder that the model was loaded from, or says that it is not known.
+        kept: Folder with an existing README.md, which is copied instead if linvideo has not written it.
     """
     text = None if kept is None else _read(kept)
     if text is not None and MARK not in text:
@@ -73,7 +75,7 @@ def write_card(
 
 
 def card(model: DiffusionPipeline | ModelMixin, training: Training | None = None) -> str:
-    """The text of a pipeline's or transformer's card; see write_card."""
+    """Return the text of a pipeline's or transformer's card; see `write_card`."""
     base = _base_model(model)
     inputs = inspect.signature(model.__call__).parameters if isinstance(model, DiffusionPipeline) else ()
     data = ModelCardData(
@@ -111,12 +113,12 @@ def _transformers(model: DiffusionPipeline | ModelMixin) -> dict[str, ModelMixin
         return {"transformer": model}
     try:
         return video_transformers(model)
-    except ValueError:  # any pipeline may be saved
+    except ValueError:  # other pipelines may be saved, too
         return {}
 
 
 def _history(model: DiffusionPipeline | ModelMixin, training: Training | None) -> list[str]:
-    """What was done to the model, first things first."""
+    """Return lines on what was done to the model, in the order in which it was done."""
     folders = [_folder(model), training and training.earlier]
     lines = []
     for text in (_read(folder) for folder in folders if folder is not None):
@@ -127,8 +129,10 @@ def _history(model: DiffusionPipeline | ModelMixin, training: Training | None) -
 
 
 def _plain(text: str) -> str:
-    """One line of Markdown without HTML, links, images, headings or code, whoever wrote it. Our own bold stays, and a
-    line that has been through here stays as it is."""
+    """Escape text to one line of Markdown without HTML, links, images, headings or code, whoever wrote it.
+
+    Bold text is kept. Escaping a line again does not change it.
+    """
     printable = "".join(letter if letter.isprintable() else " " for letter in text)
     return re.sub(r"\\*([<>\[\]`#|~])", r"\\\1", printable)
 
@@ -136,7 +140,7 @@ def _plain(text: str) -> str:
 def _metrics(row: dict[str, Any]) -> str:
     where = f"after step {row['stage_step']} of {row['stage']}" if {"stage", "stage_step"} <= set(row) else "at the end"
     rows = [f"| {name} | {row[key]:.4g} |" for key, name in NAMES.items() if key in row]
-    said = f"Validation {where}: means over videos, against those of the base model from the same noise."
+    said = f"Validation {where}: means over videos, compared with the base model's videos from the same noise."
     return "\n".join([said, "", "| | |", "|---|---|", *rows])
 
 
@@ -153,7 +157,7 @@ def _usage(model: DiffusionPipeline | ModelMixin) -> str:
 
 
 def _base_model(model: DiffusionPipeline | ModelMixin) -> str | None:
-    """The Hub id of what the model was made from: as a card of ours in its folder says, else as it was downloaded."""
+    """Return the Hub id of the base model, from linvideo's card in the model's folder or from the download path."""
     folder = _folder(model)
     text = None if folder is None else _read(folder)
     if text is not None and MARK in text:
@@ -162,13 +166,13 @@ def _base_model(model: DiffusionPipeline | ModelMixin) -> str | None:
     parts = model.components.values() if isinstance(model, DiffusionPipeline) else [model]
     parts = [part for part in map(unwrap_module, parts) if isinstance(part, ModelMixin)]
     paths = [_path(part) for part in sorted(parts, key=lambda part: not is_converted(part))]
-    # a repository's name is believed only where the cache of the Hub has it: elsewhere "a/b" may be a folder
+    # only a path in the Hub's cache is taken as a repository's name, since "a/b" may also be a folder
     found = (re.search(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]", path) for path in paths)
     return next((f"{match[1]}/{match[2]}" for match in found if match), None)
 
 
 def _folder(model: DiffusionPipeline | ModelMixin) -> Path | None:
-    """The local folder that the model was loaded from."""
+    """Return the local folder that the model was loaded from, if there is one."""
     path = _path(model)
     return Path(path) if path and os.path.isdir(path) else None
 

@@ -1,5 +1,8 @@
-"""CogVideoX: text and video attend jointly, text first, without masks. Conversion only: CogVideoX predicts v of a DDPM,
-and linvideo's training objectives are those of rectified flow."""
+"""CogVideoX: text and video attend jointly, text first, without masks.
+
+It can be converted but not trained: CogVideoX predicts v of a DDPM, and linvideo's training objectives are those of
+rectified flow.
+"""
 
 import torch
 from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
@@ -11,11 +14,12 @@ from linvideo.models.mixin import LinearAttentionMixin
 
 
 class LinVideoCogVideoXAttnProcessor(CogVideoXAttnProcessor2_0):
-    """Joint attention of a CogVideoX block, computed as the layer's `attn.attention_type` says; it owns nothing. Other
-    than diffusers' it knows attention backends.
+    """Joint attention of a CogVideoX block, of the type `attn.attention_type`. It has no weights of its own.
+
+    Unlike diffusers' processor it supports attention backends.
 
     Raises:
-        ValueError: a layer that is not softmax meets an attention mask.
+        ValueError: A layer that is not softmax is called with an attention mask.
     """
 
     _attention_backend = None
@@ -55,7 +59,7 @@ class LinVideoCogVideoXAttnProcessor(CogVideoXAttnProcessor2_0):
 
 
 def _rotate_video(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], text_tokens: int) -> torch.Tensor:
-    """[B, N, H, D] with RoPE on the tokens after the text."""
+    """Apply RoPE to the tokens of x [B, N, H, D] that come after the text."""
     return torch.cat([x[:, :text_tokens], apply_rotary_emb(x[:, text_tokens:], rope, sequence_dim=1)], dim=1)
 
 
@@ -65,14 +69,14 @@ class LinVideoCogVideoXTransformer3DModel(LinearAttentionMixin, CogVideoXTransfo
     attention_paths = (("transformer_blocks", "attn1"),)
     processor_class = LinVideoCogVideoXAttnProcessor
     stock_processors = (CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0)
-    _repeated_blocks = ["CogVideoXBlock"]  # for compile_repeated_blocks; diffusers names none
+    _repeated_blocks = ["CogVideoXBlock"]  # for compile_repeated_blocks; diffusers leaves it out
 
     @classmethod
     def fps(cls, pipeline: DiffusionPipeline) -> int:
         return 8 if pipeline.transformer.config.patch_size_t is None else 16  # CogVideoX, CogVideoX 1.5
 
     def fuse_qkv_projections(self) -> None:
-        """One projection for q, k and v; diffusers' own would exchange the processors."""
+        """Fuse the projections of q, k and v. diffusers' method would also replace the processors."""
         for attn in self_attentions(self):
             attn.fuse_projections(fuse=True)
 

@@ -1,4 +1,4 @@
-"""Conversion of a video transformer to linear self-attention, and the end of it."""
+"""Converting a video transformer to linear self-attention, and finalizing the conversion."""
 
 from collections.abc import Iterable
 from copy import copy as shallow_copy
@@ -23,32 +23,36 @@ def convert(
     r_init: float = 0.8,
     copy: bool = True,
 ) -> LinearAttentionMixin | DiffusionPipeline:
-    """Give self-attention layers of a video transformer a linear branch; the original is never altered.
+    """Return a converted model, in which self-attention layers of a video transformer have a linear branch.
 
-    With mode "mixed" and r_init=1 the result computes exactly what the original does.
+    The original is not changed. With mode "mixed" and r_init=1 the result computes exactly what the original does. The
+    method is LinVideo's (arXiv 2510.08318).
 
     Args:
-        transformer_or_pipeline: a diffusers transformer of a family that docs/models.md lists, an already converted one
-            (its softmax layers can be added), or a pipeline that holds one. A pipeline comes back as a new pipeline
-            object that shares all other components; of Wan 2.2, `transformer` and `transformer_2` are both converted,
-            with the same layers. For one of them alone: `pipeline.transformer_2 = convert(pipeline.transformer_2)`. Of
-            a transformer that torch.compile has wrapped, the model inside is converted: compile the result anew.
-        layers: 0-based layer numbers, those of VACE's control blocks after the others, or "all" (of an already
-            converted model: all that are still softmax).
-        mode: "mixed" for r * softmax + (1 - r) * linear with a learnable r per layer, "linear" for the linear branch
-            alone.
-        feature_map: "hedgehog", "hedgehog_joint", "elu", "relu" or "softmax"; one per model.
-        r_init: start of r, in [0, 1].
-        copy: True copies all weights, so that training the result leaves the original alone; False shares them, which
-            costs no memory.
+        transformer_or_pipeline: Diffusers transformer of a family listed in docs/models.md, stock or already converted
+            (to convert more of its softmax layers), or a pipeline with one. In a pipeline of Wan 2.2, `transformer` and
+            `transformer_2` are both converted, with the same layers; to convert only one of them, use
+            `pipeline.transformer_2 = convert(pipeline.transformer_2)`. If torch.compile has wrapped the transformer,
+            the model inside is converted; compile the result again.
+        layers: Layer numbers to convert, starting at 0, or "all" for all layers that are still softmax. VACE's control
+            blocks count after the main ones.
+        mode: Type of the converted layers: "mixed" for r * softmax + (1 - r) * linear with a learnable r per layer, or
+            "linear" for the linear branch alone.
+        feature_map: Name of the feature map, the same for all layers of a model: "hedgehog", "hedgehog_joint", "elu",
+            "relu" or "softmax". See `linvideo.ops.linear_attn`.
+        r_init: Initial value of r in [0, 1].
+        copy: Whether to copy all weights, so that training the result leaves the original unchanged. False shares them,
+            which takes no memory.
 
-    The weights keep their dtype, device and requires_grad, the model its training flag. The new parameters are fp32,
-    trainable, and on the device of their layer.
+    Returns:
+        The converted transformer, or a new pipeline object that has it and shares all other components. The weights
+        keep their dtype, device and requires_grad, and the model keeps its training flag. The new parameters are fp32,
+        trainable, and on the device of their layer.
 
     Raises:
-        ValueError: for anything outside these ranges, a layer named twice or converted already, weights on the meta
-            device, weights that cannot be copied (GGUF's, which copy=False takes), or a model with hooks (offloading,
-            context parallelism, caches: enable those after converting).
+        ValueError: An argument is outside these ranges; a layer is named twice or already converted; weights are on the
+            meta device, or cannot be copied (GGUF weights work with copy=False); or the model has hooks (enable
+            offloading, context parallelism and caches after converting).
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -59,18 +63,19 @@ def convert(
 
 
 def finalize(model: LinearAttentionMixin, linear_layers: Iterable[int] | None = None) -> LinearAttentionMixin:
-    """End the mixture, in place: every mixed layer becomes linear (r is dropped) or softmax (the branch is dropped).
+    """Make every mixed layer linear (dropping r) or softmax (dropping the branch), in place.
 
     Args:
-        model: a converted transformer. An optimizer made before still holds the dropped parameters: make a new one.
-        linear_layers: exactly the layers (0-based) that are linear afterwards; None rounds, a layer with r < 0.5
-            becoming linear. Layers that are linear already stay so and have to be among them.
+        model: Converted transformer. An optimizer created before still holds the dropped parameters; create a new one.
+        linear_layers: Numbers (starting at 0) of exactly the layers that are linear afterwards; layers that are already
+            linear must be among them. None rounds r instead: a mixed layer with r < 0.5 becomes linear.
 
-    Returns the same model (of one that torch.compile has wrapped, the model inside), with its config true again.
+    Returns:
+        The same model, or the model inside if torch.compile has wrapped it. Its config describes the new layers.
 
     Raises:
-        ValueError: not a converted transformer, or linear_layers names a layer without a linear branch, leaves out one
-            that is linear already, or is no list of distinct layers. Nothing is changed then.
+        ValueError: The model is not a converted transformer, or linear_layers is not a list of distinct layers, names a
+            layer without a linear branch, or lacks one that is already linear. The model is then unchanged.
     """
     model = unwrap_module(model)
     if not isinstance(model, LinearAttentionMixin):
@@ -85,7 +90,7 @@ def finalize(model: LinearAttentionMixin, linear_layers: Iterable[int] | None = 
         if lacking := sorted(i for i in linear if stored[i] == "softmax"):
             raise ValueError(f"linear_layers must name mixed or linear layers, got the softmax layers {lacking}")
         if dropped := sorted(i for i, kind in enumerate(stored) if kind == "linear" and i not in linear):
-            raise ValueError(f"linear_layers must contain the layers that are linear already, {dropped} are missing")
+            raise ValueError(f"linear_layers must contain the layers that are already linear, {dropped} are missing")
 
     for i, attn in enumerate(attentions):
         if i in linear:
@@ -102,7 +107,7 @@ def _convert_pipeline(pipeline: DiffusionPipeline, **arguments) -> DiffusionPipe
     if not names:
         raise ValueError(f"expected a pipeline with a transformer, got {type(pipeline).__name__} without one")
     converted = {name: _convert_transformer(getattr(pipeline, name), **arguments) for name in names}
-    # A shallow copy keeps the pipeline's own settings; setting a component also updates what model_index.json will say.
+    # A shallow copy keeps the pipeline's settings. Setting a component also updates what model_index.json will say.
     result = shallow_copy(pipeline)
     for name, transformer in converted.items():
         setattr(result, name, transformer)
@@ -118,16 +123,16 @@ def _convert_transformer(model, layers, mode, feature_map, r_init, copy) -> Line
     if not chosen:
         raise ValueError("layers must name at least one layer that is still softmax, got none")
     if taken := sorted(set(chosen) - set(free)):
-        raise ValueError(f"layers must name layers that are still softmax, {taken} are converted already")
+        raise ValueError(f"layers must name layers that are still softmax, {taken} are already converted")
     if len(free) < len(stored) and feature_map != model.config.linear_attention["feature_map"]:
         known = model.config.linear_attention["feature_map"]
         raise ValueError(
-            f"a model has one feature_map: expected {known!r} as in its linear layers, got {feature_map!r}"
+            f"a model has one feature_map: expected {known!r}, as in its linear layers, got {feature_map!r}"
         )
 
     result = copy_module(model, share_tensors=not copy)
-    # Only the class changes, so that what the user set on the model (fused projections, adapters, checkpointing,
-    # attention backend) is kept; a model built anew from the config would lose it.
+    # Only the class changes, which keeps what the user has set on the model (fused projections, adapters, gradient
+    # checkpointing, attention backend). A new model built from the config would lose it.
     result.__class__ = kind = family(model)
     for i, attn in enumerate(self_attentions(result)):
         if i in chosen:
@@ -141,11 +146,11 @@ def _convert_transformer(model, layers, mode, feature_map, r_init, copy) -> Line
 
 
 def _check_convertible(model) -> None:
-    kind = family(model)  # also refuses subclasses, because changing the class would drop their methods
+    kind = family(model)  # refuses subclasses, too, because changing the class would drop their methods
     if type(model) is not kind and "attention_types" in model.config:
         raise ValueError(
-            f"this model is a converted one that the stock {type(model).__name__} loaded without its linear layers;"
-            f" load it with linvideo.{kind.__name__} or linvideo.load_pipeline"
+            f"expected a model with its linear layers, got a converted one that the stock {type(model).__name__} has"
+            f" loaded without them; load it with linvideo.{kind.__name__} or linvideo.load_pipeline"
         )
     kind.check_convertible(model)
     if any(_has_hooks(module) for module in model.modules()):
@@ -159,7 +164,7 @@ def _check_convertible(model) -> None:
 
 
 def _has_hooks(module) -> bool:
-    registry = getattr(module, "_diffusers_hook", None)  # pipelines leave an empty one behind
+    registry = getattr(module, "_diffusers_hook", None)  # pipelines leave an empty registry behind
     return hasattr(module, "_hf_hook") or (registry is not None and bool(registry.hooks))
 
 
@@ -176,13 +181,13 @@ def _check_layers(layers, num_layers: int) -> list[int]:
 
 
 def copy_module(model: ModelMixin, share_tensors: bool) -> ModelMixin:
-    """A model of its own, over the same tensors or over copies of them.
+    """Return a new model with the same tensors, or with copies of them.
 
     Raises:
-        ValueError: the weights are of a kind that cannot be copied.
+        ValueError: The weights are of a type that cannot be copied.
     """
     tensors = chain(model.parameters(), model.buffers()) if share_tensors else ()
-    # deepcopy takes what its memo holds for copied already
+    # deepcopy does not copy objects that are in its memo
     try:
         result = deepcopy(model, {id(tensor): tensor for tensor in tensors})
     except Exception as error:
@@ -190,7 +195,7 @@ def copy_module(model: ModelMixin, share_tensors: bool) -> ModelMixin:
         if share_tensors or not special:
             raise
         names = ", ".join(sorted(kind.__name__ for kind in special))
-        raise ValueError(f"weights of the kind {names} cannot be copied; pass copy=False, which shares them") from error
+        raise ValueError(f"weights of type {names} cannot be copied; pass copy=False, which shares them") from error
     if not share_tensors:
         for parameter in result.parameters():
             parameter.grad = None

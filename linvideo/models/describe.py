@@ -1,4 +1,4 @@
-"""What a transformer's self-attention layers are."""
+"""A description of a transformer's self-attention layers."""
 
 from dataclasses import dataclass
 
@@ -10,19 +10,19 @@ from linvideo.models.attention import self_attentions, stored_attention_type
 
 @dataclass(frozen=True)
 class Description:
-    """Layers are 0-based; `r` maps each mixed layer to its value; parameters are counts."""
+    """The self-attention layers of a transformer. Layer numbers start at 0."""
 
     model_class: str
     num_layers: int
     layers_softmax: list[int]
     layers_linear: list[int]
     layers_mixed: list[int]
-    r: dict[int, float]
-    feature_map: str | None  # None: no layer has a linear branch
+    r: dict[int, float]  # mixed layer -> value of its r
+    feature_map: str | None  # None if no layer has a linear branch
     heads: int
     head_dim: int
-    parameters: int
-    parameters_linear_attn: int  # of `parameters`, those in linear branches
+    parameters: int  # number of parameters
+    parameters_linear_attn: int  # number of parameters in linear branches
     dtype: str
 
     def __str__(self) -> str:
@@ -41,10 +41,16 @@ class Description:
 
 
 def describe(model: ModelMixin) -> Description:
-    """Describe a transformer, stock or converted, by the weights it holds (not by what its layers run as).
+    """Describe a transformer, stock or converted, by its weights (not by what its layers currently run as).
+
+    Args:
+        model: Transformer of a supported family. For a pipeline, pass `pipeline.transformer`.
+
+    Returns:
+        A `Description`; str() of it is the summary that the command line prints.
 
     Raises:
-        ValueError: `model` is no transformer (of a pipeline: its transformer) of a family that there is.
+        ValueError: `model` is not a transformer of a supported family.
     """
     model = unwrap_module(model)
     attentions = self_attentions(model)
@@ -68,7 +74,7 @@ def describe(model: ModelMixin) -> Description:
 
 
 def ranges(layers: list[int]) -> str:
-    """[0, 2, 3, 4] -> "0, 2-4"."""
+    """Format layer numbers as ranges: [0, 2, 3, 4] -> "0, 2-4"."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:

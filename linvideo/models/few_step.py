@@ -1,5 +1,7 @@
-"""The sampler of a distilled model: a few fixed timesteps, each a jump to x_0 that is noised again (DMD2, Yin et al.,
-arXiv 2405.14867)."""
+"""The scheduler of a distilled model (DMD2, Yin et al., arXiv 2405.14867).
+
+At each of a few fixed timesteps it jumps to x_0, which is then noised for the next one.
+"""
 
 import json
 import zlib
@@ -13,14 +15,19 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class FewStepScheduler(FlowMatchEulerDiscreteScheduler):
-    """x' = (1 - t') (x - t u) + t' eps at `timesteps` (1000 t, falling); the last step returns its x_0.
+    """Scheduler with the step x' = (1 - t') (x - t u) + t' eps at fixed timesteps; the last step returns x_0.
 
-    Every row of a batch has a generator of its own, seeded by its first sample. So the row's `generator` or `latents`
-    that a pipeline is called with decide its whole video, whatever else is in the batch; pipelines pass a scheduler no
-    generator.
+    Each row of a batch has its own generator, which is seeded with the row's first sample. So the `generator` or
+    `latents` of a call decide a row's whole video, whatever else is in the batch. (Pipelines pass no generator to a
+    scheduler.)
+
+    Args:
+        timesteps: Decreasing timesteps 1000 t, from at most num_train_timesteps to more than 0.
+        num_train_timesteps: Timestep that corresponds to t = 1.
 
     Raises:
-        ValueError: timesteps that do not fall inside (0, 1000]; sampling with another number of steps.
+        ValueError: The timesteps do not decrease within (0, num_train_timesteps], or sampling asks for another number
+            of steps.
     """
 
     @register_to_config
@@ -35,7 +42,7 @@ class FewStepScheduler(FlowMatchEulerDiscreteScheduler):
         self._generators: list[torch.Generator] | None = None  # one per row
 
     def to_json_string(self) -> str:
-        """Of what this class is made from; what the base has beside it would be reported as unknown on loading."""
+        """Return this class's own arguments only: loading would report those of the base class as unknown."""
         config = json.loads(super().to_json_string())
         own = {"_class_name", "_diffusers_version", "timesteps", "num_train_timesteps"}
         return json.dumps({name: value for name, value in config.items() if name in own}, indent=2) + "\n"
@@ -45,7 +52,7 @@ class FewStepScheduler(FlowMatchEulerDiscreteScheduler):
         return len(self.config.timesteps)
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None) -> None:
-        """Raises ValueError when num_inference_steps is given and not `num_steps`."""
+        """Set the fixed timesteps; raise ValueError if num_inference_steps is neither None nor `num_steps`."""
         if num_inference_steps not in (None, self.num_steps):
             raise ValueError(f"this model was distilled to {self.num_steps} steps, got {num_inference_steps}")
         sigmas = [t / self.config.num_train_timesteps for t in self.config.timesteps]
@@ -60,7 +67,7 @@ class FewStepScheduler(FlowMatchEulerDiscreteScheduler):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[torch.Tensor]:
-        """One step; computed in fp32, returned in model_output's dtype."""
+        """Do one step, computed in fp32 and returned in model_output's dtype."""
         if self.step_index is None:
             self._init_step_index(timestep)
         if self._generators is None:
@@ -74,12 +81,12 @@ class FewStepScheduler(FlowMatchEulerDiscreteScheduler):
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=result) if return_dict else (result,)
 
     def stock(self) -> FlowMatchEulerDiscreteScheduler:
-        """diffusers' own scheduler with the same timesteps, for folders that are to load without linvideo.
+        """Return diffusers' own scheduler with the same timesteps, for folders that should load without linvideo.
 
-        Its noise is not reproducible: it comes from torch's global generator.
+        Its noise comes from torch's global generator, so a generator or latents do not reproduce a video.
 
         Raises:
-            ValueError: timesteps that are not evenly spaced from 1000 t = 1000, which it has no settings for.
+            ValueError: The timesteps are not evenly spaced from num_train_timesteps down, which that scheduler needs.
         """
         terminal = self.config.timesteps[-1] / self.config.num_train_timesteps
         scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=terminal, stochastic_sampling=True)
@@ -87,15 +94,17 @@ class FewStepScheduler(FlowMatchEulerDiscreteScheduler):
         wanted = torch.tensor(self.config.timesteps)
         if scheduler.timesteps.shape != wanted.shape or not torch.allclose(scheduler.timesteps, wanted, atol=1e-2):
             raise ValueError(
-                f"diffusers' scheduler only has evenly spaced timesteps from {self.config.num_train_timesteps} down,"
-                f" got {self.config.timesteps}"
+                f"diffusers' scheduler needs evenly spaced timesteps from {self.config.num_train_timesteps} down, got"
+                f" {self.config.timesteps}"
             )
         return scheduler
 
 
 def own_settings(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """What a distilled pipeline has to be called with: its number of steps, and no guidance, which is in the weights;
-    nothing for others."""
+    """Return the arguments that a distilled pipeline must be called with; for other pipelines, none.
+
+    They are its number of steps and guidance_scale=1, since guidance is in its weights.
+    """
     scheduler = pipeline.scheduler
     few = isinstance(scheduler, FewStepScheduler)
     return {"num_inference_steps": scheduler.num_steps, "guidance_scale": 1.0} if few else {}

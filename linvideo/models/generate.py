@@ -1,4 +1,4 @@
-"""Videos from a pipeline of any family; what differs between a real Wan folder and the embedded one is settled here."""
+"""Generating videos with a pipeline of any family, including the small embedded Wan model of the demo."""
 
 import inspect
 import logging
@@ -15,21 +15,26 @@ from linvideo.models.few_step import own_settings
 def generate_video(
     pipeline, prompt: str | list[str] | None, num_frames: int | None = None, output_type: str = "np", **kwargs
 ):
-    """Run the pipeline and return its first video (prompt: str) or all of them, in the pipeline's output_type.
+    """Generate videos with a pipeline.
 
     Args:
-        pipeline: a diffusers pipeline for video, stock or converted.
-        prompt: one caption or several; None with prompt_embeds.
-        num_frames: frames of the result; None is the pipeline's own default. Numbers and sizes that the pipeline would
-            round are refused.
-        kwargs: height, width (pixels), num_inference_steps, guidance_scale, negative_prompt, generator, latents,
-            prompt_embeds, ... as the pipeline takes them. A distilled pipeline is called with its own number of steps
-            and without guidance, which is in its weights.
+        pipeline: Diffusers video pipeline, stock or converted.
+        prompt: Caption, or a list of captions; None if `prompt_embeds` is given.
+        num_frames: Number of frames. None is the pipeline's default. A number of frames, or a size, that the pipeline
+            would round is refused.
+        output_type: Type of the result, as for the pipeline: "np" for floats in [0, 1] of shape [F, height, width, 3],
+            "pt", "pil" or "latent".
+        kwargs: Other arguments of the pipeline, such as height and width (in pixels), num_inference_steps,
+            guidance_scale, negative_prompt, generator, latents and prompt_embeds. A distilled pipeline runs with its
+            own number of steps and without guidance, which is in its weights.
+
+    Returns:
+        One video if `prompt` is a string, otherwise all videos.
 
     Raises:
-        ValueError: num_frames does not fit the VAE's temporal compression (it must be 1 plus a multiple of it), height
-            or width is no multiple of 16 or of what the VAE and the patches take, the pipeline has no such argument,
-            the video is not finite, or a distilled pipeline is asked for guidance or another number of steps.
+        ValueError: num_frames is not 1 plus a multiple of the VAE's temporal compression; height or width is not a
+            multiple of 16 and of what the VAE and the patches need; the pipeline has no such argument; the video is not
+            finite; or a distilled pipeline is called with guidance or with another number of steps.
     """
     arguments = inspect.signature(pipeline.__call__).parameters
     if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values()):
@@ -44,7 +49,7 @@ def generate_video(
     names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
     temporal = next(getattr(pipeline, name) for name in names if hasattr(pipeline, name))
     if isinstance(pipeline.vae, AutoencoderKLCogVideoX):
-        temporal *= 2  # it decodes pairs of latent frames: of an even number comes a longer video
+        temporal *= 2  # it decodes pairs of latent frames; an even number of them gives a longer video
     if num_frames is not None and (num_frames < 1 or (num_frames - 1) % temporal):
         raise ValueError(f"num_frames must be 1 plus a multiple of {temporal} for this VAE, got {num_frames}")
     for side, step in zip(("height", "width"), _steps(pipeline), strict=True):
@@ -59,7 +64,7 @@ def generate_video(
     if kwargs.get("num_inference_steps", 1) < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {kwargs['num_inference_steps']}")
     if temporal == 1 and num_frames is not None:
-        # WanPipeline rounds to 1 plus a multiple of the factor, which with 1 always adds a frame, and warns of it.
+        # WanPipeline rounds to 1 plus a multiple of the factor; for a factor of 1 that adds a frame, with a warning.
         num_frames -= 1
         logging.getLogger(type(pipeline).__module__).setLevel(logging.ERROR)
     if num_frames is not None:
@@ -72,14 +77,14 @@ def generate_video(
         videos = pipeline(prompt=prompt, output_type=output_type, **kwargs).frames
     if isinstance(videos, torch.Tensor | np.ndarray) and not (finite := torch.as_tensor(videos).isfinite()).all():
         raise ValueError(
-            f"the sampled video is not finite ({(~finite).sum():,} of {finite.numel():,} values): look for NaN in the"
-            f" weights, or use a dtype with more range than {pipeline.dtype}"
+            f"the sampled video is not finite ({(~finite).sum():,} of {finite.numel():,} values): check the weights for"
+            f" NaN, or use a dtype with more range than {pipeline.dtype}"
         )
     return videos[0] if isinstance(prompt, str) else videos
 
 
 def _steps(pipeline) -> list[int]:
-    """What height and width have to be multiples of: 16, and a patch of latents."""
+    """Return the numbers that height and width must be multiples of: of 16, and of a patch of latents."""
     patch = next(iter(video_transformers(pipeline).values())).config.patch_size
     names = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio")
     spatial = next(getattr(pipeline, name) for name in names if hasattr(pipeline, name))

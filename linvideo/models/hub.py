@@ -1,4 +1,4 @@
-"""Pushing to the Hugging Face Hub with the model card that a folder gets."""
+"""Pushing a pipeline to the Hugging Face Hub, with linvideo's model card."""
 
 import os
 import tempfile
@@ -19,15 +19,25 @@ def push_to_hub(
     commit_message: str = "Upload pipeline",
     create_pr: bool = False,
 ) -> str:
-    """Upload a pipeline as `save_pipeline` writes it; returns the commit's address.
+    """Upload a pipeline as `save_pipeline` writes it.
 
-    `pipeline.push_to_hub` works too, but gives a new repository diffusers' empty card. Here and there a card that the
-    repository has already stays. A folder that is saved already goes up by `hf upload`, which keeps its card as it is,
-    with the metrics of its own training.
+    `pipeline.push_to_hub` works, too, but gives a new repository diffusers' empty model card. Both keep a card that is
+    already in the repository. To upload a folder that is already saved, use `hf upload`, which keeps the folder's card
+    with the metrics of its training.
 
     Args:
-        repo_id: "owner/name"; it is created if it is not there.
-        private, token, commit_message, create_pr: as of diffusers' push_to_hub.
+        pipeline: Pipeline to upload, converted or stock.
+        repo_id: Repository id "owner/name". The repository is created if it does not exist.
+        private: Whether a new repository is private. None is the default of the account or organization.
+        token: Access token of the Hub. None is the token of the current login.
+        commit_message: Message of the commit.
+        create_pr: Whether to open a pull request instead of committing to the main branch.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: The pipeline cannot be saved; see `save_pipeline`.
     """
     repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as workspace:

@@ -1,6 +1,6 @@
-"""HunyuanVideo 1.5: video and text attend jointly, text last, its padding masked as keys.
+"""HunyuanVideo 1.5: video and text attend jointly, text last. The text's padding is masked as keys.
 
-In linear layers a padding token's own row is computed like any other; softmax leaves it out. No other token reads it.
+Linear layers also compute the rows of padding tokens, which softmax layers leave out. No other token reads them.
 """
 
 import torch
@@ -14,8 +14,7 @@ from linvideo.models.mixin import LinearAttentionMixin
 
 
 class LinVideoHunyuanVideo15AttnProcessor(HunyuanVideo15AttnProcessor2_0):
-    """Joint attention of a HunyuanVideo 1.5 block, computed as the layer's `attn.attention_type` says; it owns
-    nothing."""
+    """Joint attention of a HunyuanVideo 1.5 block, of the type `attn.attention_type`. It has no weights of its own."""
 
     def __call__(
         self,
@@ -25,7 +24,7 @@ class LinVideoHunyuanVideo15AttnProcessor(HunyuanVideo15AttnProcessor2_0):
         attention_mask: torch.Tensor,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """attention_mask: [B, text tokens], true where there is text."""
+        """Return video and text after attention; attention_mask is [B, text tokens], true for text, not padding."""
         query, key, value = (
             layer(hidden_states).unflatten(2, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
         )
@@ -42,7 +41,7 @@ class LinVideoHunyuanVideo15AttnProcessor(HunyuanVideo15AttnProcessor2_0):
 
         key_mask = pad(attention_mask, (query.shape[1] - attention_mask.shape[1], 0), value=True).bool()
         pairs = None
-        if getattr(attn, "attention_type", "softmax") != "linear":  # n^2 of them
+        if getattr(attn, "attention_type", "softmax") != "linear":  # linear attention needs no N x N mask
             pairs = key_mask[:, None, :, None] & key_mask[:, None, None, :]
         out = attend(self, attn, query, key, value, key_mask=key_mask, attention_mask=pairs)
 

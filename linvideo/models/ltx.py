@@ -1,4 +1,4 @@
-"""LTX-Video: text comes in by cross-attention; RoPE turns q and k over all heads at once, before they are split."""
+"""LTX-Video: text enters through cross-attention; RoPE rotates q and k before they are split into heads."""
 
 import torch
 from diffusers import DiffusionPipeline, LTXVideoTransformer3DModel
@@ -9,12 +9,12 @@ from linvideo.models.mixin import LinearAttentionMixin
 
 
 class LinVideoLTXAttnProcessor(LTXVideoAttnProcessor):
-    """Self-attention of an LTX block, computed as the layer's `attn.attention_type` says; it owns nothing.
+    """Self-attention of an LTX block, of the type `attn.attention_type`. It has no weights of its own.
 
     Cross-attention is left to diffusers.
 
     Raises:
-        ValueError: a layer that is not softmax meets an attention mask.
+        ValueError: A layer that is not softmax is called with an attention mask.
     """
 
     def __call__(

@@ -1,11 +1,10 @@
-"""What all families of video transformers share: self-attention layers that are softmax, linear, or a learned mixture
-of both.
+"""The base of all converted transformers: self-attention layers that are softmax, linear or a learned mixture of both.
 
-The parameters sit in a module `linear_attn` of the self-attention module, the attention processor holds no state, and
-the config names the type of every layer, so that diffusers' own save_pretrained, from_pretrained, offloading, LoRA and
+The parameters are in a module `linear_attn` of each self-attention module, the attention processor has no state, and
+the config names the type of every layer. So diffusers' own save_pretrained, from_pretrained, offloading, LoRA and
 compilation keep working.
 
-A family is one file: a processor that computes q, k and v as diffusers does and calls `attend`, and a class
+A family is one file, with a processor that computes q, k and v as diffusers does and calls `attend`, and a class:
 
     class LinVideoXTransformer3DModel(LinearAttentionMixin, XTransformer3DModel):
         attention_paths = (("blocks", "attn1"),)
@@ -26,22 +25,23 @@ from linvideo.nn import FEATURE_MAPS
 
 
 class LinearAttentionMixin:
-    """A diffusers transformer with a type per self-attention layer. Usually made by `linvideo.convert`.
+    """A diffusers transformer with a type for each self-attention layer, usually made by `linvideo.convert`.
 
-    Args (all of the base model's, and):
-        attention_types: one of "softmax", "linear", "mixed" per layer; None is softmax everywhere.
-        linear_attention: {"feature_map": name}, shared by all layers that are not softmax.
+    Args (in addition to those of the base model):
+        attention_types: Type of each layer, "softmax", "linear" or "mixed". None makes all layers softmax.
+        linear_attention: Settings {"feature_map": name} of all layers that are not softmax.
 
     Class attributes:
-        attention_paths: (name of a list of blocks, name of the self-attention in each); layers count through them.
-        processor_class: the class of the self-attentions' processors.
-        stock_processors: the classes of diffusers' processors that it computes the same as.
+        attention_paths: Pairs (name of a list of blocks, name of the self-attention in a block). Layers are numbered
+            through all of them.
+        processor_class: Class of the processors of the self-attentions.
+        stock_processors: Classes of diffusers' processors that `processor_class` can replace.
 
-    Every self-attention has a runtime attribute `attention_type`, see `set_attention_types`; the config and what is
-    saved always follow the weights that are there, not this attribute.
+    Every self-attention also has a runtime attribute `attention_type`; see `set_attention_types`. The config and saved
+    files always follow the weights of a layer, not this attribute.
 
     Raises:
-        ValueError: attention_types or linear_attention do not fit; on loading, weights and config disagree.
+        ValueError: attention_types or linear_attention do not fit the model; on loading, weights and config disagree.
     """
 
     attention_paths: tuple[tuple[str, str], ...]
@@ -50,7 +50,7 @@ class LinearAttentionMixin:
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        if LinearAttentionMixin not in cls.__bases__:  # FSDP2 derives classes of its own
+        if LinearAttentionMixin not in cls.__bases__:  # a class that FSDP2 has derived from one of ours
             return
         base = next(kind for kind in cls.__mro__[1:] if issubclass(kind, ModelMixin))
         cls.__init__ = _init_of(base)
@@ -60,26 +60,29 @@ class LinearAttentionMixin:
 
     @classmethod
     def check_convertible(cls, model: ModelMixin) -> None:
-        """Raise ValueError when a model of the base class is in a state that linear attention cannot take over."""
+        """Raise ValueError for a model of the base class whose attention has no linear form."""
 
     @classmethod
     def fps(cls, pipeline: DiffusionPipeline) -> int:
-        """Frames per second of the videos that a pipeline of this family was trained on; see `default_fps`."""
+        """Return the frame rate (frames per second) that this family was trained on; see `default_fps`."""
         return 16
 
     def register_attention_config(self, feature_map: str) -> None:
-        """Write the layers as they are into the config; call it after any change of structure."""
+        """Write the types of the layers to the config; to be called after any change of structure."""
         own = {
             "attention_types": [stored_attention_type(attn) for attn in self_attentions(self)],
             "linear_attention": {"feature_map": feature_map},
         }
-        # diffusers drops the keys listed here when it rebuilds a model from a config
+        # diffusers drops the keys in this list when it builds a model from a config
         defaults = [key for key in self.config.get("_use_default_values", []) if key not in own]
         self.register_to_config(**own, _use_default_values=defaults)
 
     def enable_cache(self, config: object) -> None:
-        """As diffusers' enable_cache. By default TaylorSeer hooks all modules whose names end in "attn": a linear_attn
-        inside a cached attention would count only the steps that this one computes, and predict some of those."""
+        """Enable a cache, as in diffusers.
+
+        By default TaylorSeer hooks all modules whose names end in "attn". A hook on the linear_attn inside a cached
+        attention would count only the steps that this attention computes, and predict some of them. It is removed.
+        """
         super().enable_cache(config)
         for attn in self_attentions(self):
             if registry := getattr(getattr(attn, "linear_attn", None), "_diffusers_hook", None):
@@ -87,37 +90,45 @@ class LinearAttentionMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As diffusers' from_pretrained, but a checkpoint that lacks weights of this model is refused: diffusers only
-        warns and leaves such parameters on the meta device. A stock folder loads as all softmax."""
+        """Load a model, as in diffusers; a stock folder gives a model in which all layers are softmax.
+
+        A checkpoint that lacks weights is refused: diffusers only warns and leaves such parameters on the meta device.
+        """
         return_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         left_over = sorted(key for key in info["unexpected_keys"] if ".linear_attn." in key)
         if missing:
             only_linear = all(".linear_attn." in key for key in missing)
-            hint = "; to add linear layers, load it as it is and call linvideo.convert(model, layers=...)"
+            hint = "; to add linear layers, load the stock model and call linvideo.convert(model, layers=...)"
             raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__}, the first is"
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__}, the first of which is"
                 f" {missing[0]}{hint if only_linear else ''}"
             )
         if left_over:
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds {left_over[0]}, but its config names that layer's attention"
-                " otherwise; config.json and weights do not belong together"
+                f"{pretrained_model_name_or_path} holds {left_over[0]}, but its config gives that layer another"
+                " attention type; config.json and weights do not belong together"
             )
         return (model, info) if return_info else model
 
     def _upload_folder(self, working_dir, repo_id, token=None, subfolder=None, **kwargs):
-        """Both ways to push end here, with a card of diffusers' in the folder: that of the repository, or an empty
-        one, which is no use."""
+        """Upload a folder, with linvideo's model card if the repository has none.
+
+        Both ways to push a model end here. The folder has a card from diffusers by then: that of the repository, or an
+        empty one.
+        """
         if not subfolder and not file_exists(repo_id, CARD, token=token):
             write_card(self, working_dir)
         return super()._upload_folder(working_dir, repo_id, token=token, subfolder=subfolder, **kwargs)
 
 
 def _init_of(base: type) -> Callable:
-    """An __init__ with the base model's arguments next to its own: diffusers reads the config keys off the signature,
-    and a hand-written list would drop keys that a newer diffusers adds."""
+    """Return an __init__ that takes the base model's arguments and two of its own.
+
+    diffusers reads the config keys from the signature, and a hand-written list of them would lack keys that a newer
+    diffusers adds.
+    """
 
     def __init__(
         self, *args, attention_types: list[str] | None = None, linear_attention: dict | None = None, **kwargs

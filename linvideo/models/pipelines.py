@@ -24,38 +24,41 @@ from linvideo.packaged import packaged
 from linvideo.workspace import move_into_place, remove_dead, use_umask, workspace
 
 _INDEX = "model_index.json"
-_DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40.0") else "torch_dtype"  # as diffusers calls it
+_DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40.0") else "torch_dtype"  # diffusers' name for it
 ONLY_WAN = (
     "training knows Wan's rectified flow only, other families just convert (CogVideoX, for one, predicts v of a DDPM)"
 )
 
 
 def wan_dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """dtype for `load_pipeline`: all in `dtype` but Wan's VAE and image encoder, which are published in fp32."""
+    """Return `dtype` for `load_pipeline`: all in `dtype`, except Wan's VAE and image encoder, published in fp32."""
     return {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
 
 
 def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipeline:
     """Load a diffusers pipeline, converted or stock, from a local folder or a Hugging Face Hub repository.
 
-    Args:
-        path_or_repo: a folder with model_index.json, a repository id "owner/name", or a folder of the package; see
-            `linvideo.packaged.packaged`.
-        kwargs: passed to `DiffusionPipeline.from_pretrained`, for instance `dtype`, which diffusers below 0.40 calls
-            `torch_dtype`; either name does with every version.
+    Files from others are treated as data: weights are read from safetensors only, and code in the folder is run only
+    with trust_remote_code=True.
 
-    Files from others are data: weights come from safetensors only, and code in the folder is run only with
-    trust_remote_code=True.
+    Args:
+        path_or_repo: Folder with model_index.json, repository id "owner/name", or folder of the installed package (see
+            `linvideo.packaged.packaged`).
+        kwargs: Arguments for `DiffusionPipeline.from_pretrained`, for instance `dtype`, which diffusers before 0.40
+            calls `torch_dtype`; here both names work with every version.
+
+    Returns:
+        A pipeline of the class that the folder names.
 
     Raises:
-        ValueError: no pipeline is there, a part of it is missing or damaged, use_safetensors=False was asked for, a
-            model is given that the pipeline has no part for, or the folder is a converted one that names the stock
-            class for its transformer.
+        ValueError: There is no pipeline; a part is missing or damaged; use_safetensors=False is given; a model is given
+            for a part that the pipeline does not have; or the folder holds a converted model but names the stock class
+            for its transformer.
     """
     if not kwargs.pop("use_safetensors", True):
-        raise ValueError("weights are read from safetensors only, got use_safetensors=False")
+        raise ValueError("expected use_safetensors=True, since weights are read from safetensors only, got False")
     if "dtype" in kwargs and "torch_dtype" in kwargs:
-        raise ValueError("expected dtype or torch_dtype, two names for the same, got both")
+        raise ValueError("expected dtype or torch_dtype, two names of one argument, got both")
     kwargs = {_DTYPE if name in ("dtype", "torch_dtype") else name: value for name, value in kwargs.items()}
     if not isinstance(path_or_repo, str | os.PathLike):
         raise ValueError(f"expected a path or a repository id, got {path_or_repo!r}")
@@ -70,12 +73,12 @@ def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipelin
         kind = _pipeline_class(location, kwargs)
         pipeline = kind.from_pretrained(location, use_safetensors=True, **kwargs)
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        # diffusers trusts what it reads: a damaged model_index.json surfaces as any of these
+        # diffusers does not check what it reads, and a damaged model_index.json can raise any of these
         clear = isinstance(error, OSError | SafetensorError | ValueError) and str(error).strip()
         reason = str(error).strip().splitlines()[0] if clear else repr(error)
         raise ValueError(f"cannot load a pipeline from {location}: {reason}") from error
     for name, component in pipeline.components.items():
-        # a stock class keeps config keys that it does not know
+        # a stock class keeps unknown config keys
         if type(component) in FAMILIES and "attention_types" in component.config:
             raise ValueError(
                 f"{location}: {name} has linear attention layers, but {_INDEX} names {type(component).__name__} for it;"
@@ -85,10 +88,13 @@ def load_pipeline(path_or_repo: str | os.PathLike, **kwargs) -> DiffusionPipelin
 
 
 def _pipeline_class(location: str, kwargs: dict) -> type[DiffusionPipeline]:
-    """The class that the folder names, where diffusers has it: `DiffusionPipeline.from_pretrained` itself ignores what
-    it is given for a part that is optional in that class, such as Wan's transformer."""
+    """Return the class that the folder names, if diffusers has it, else DiffusionPipeline.
+
+    `DiffusionPipeline.from_pretrained` ignores models that are passed for parts that are optional in the class, such as
+    Wan's transformer; the class itself does not.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # diffusers still passes the Hub's client an argument that it has given up
+        warnings.simplefilter("ignore")  # diffusers still passes an argument that the Hub's client has deprecated
         name = DiffusionPipeline.load_config(location, **kwargs)["_class_name"]
     kind = getattr(diffusers, name, None) if isinstance(name, str) and "custom_pipeline" not in kwargs else None
     if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
@@ -106,25 +112,26 @@ def save_pipeline(
     training: Training | None = None,
     settings: dict[str, Any] | None = None,
 ) -> None:
-    """Save a pipeline so that `folder` is only ever absent, the old one, or complete.
+    """Save a pipeline as a diffusers folder, which is at any moment absent, the old pipeline or the complete new one.
 
-    It is written to a temporary folder next to the target, read back, and then renamed. With `overwrite` the old
-    pipeline is moved away just before that rename, and deleted after it; what a kill in between has moved away is put
-    back by the next call.
+    The pipeline is written to a temporary folder next to the target, read back, and then renamed. With `overwrite`, the
+    old pipeline is moved away just before the rename and deleted after it. If the process is killed in between, the
+    next call puts it back.
 
     Args:
-        folder: the target; it may exist if it is empty.
-        overwrite: replace a pipeline that is there, but for a README.md that linvideo has not written.
-        training: what the model card, README.md, is to say of how the model was made; see linvideo.models.card.
-        settings: what its videos are to be made with by default: height, width, num_frames, num_inference_steps,
-            guidance_scale, fps, any of them. None is what the folder has said that the pipeline was loaded from.
+        pipeline: Pipeline to save, converted or stock.
+        folder: Target folder. It may exist if it is empty.
+        overwrite: Whether to replace an existing pipeline. Its README.md is kept unless linvideo has written it.
+        training: Description of how the model was made, for the model card README.md; see linvideo.models.card.
+        settings: Default settings for making videos with it, any of height, width, num_frames, num_inference_steps,
+            guidance_scale and fps. None keeps the settings of the folder that the pipeline was loaded from.
 
     Raises:
-        ValueError: the target is a file, a folder with content and overwrite is False, or one with content that is no
-            pipeline (never replaced). Or a model that no folder could give back: with LoRA adapters (fuse and unload
-            them first), with weights that are not in memory (offloaded to disk, in shards) or not finite, or with
-            layers of other names than its config makes. Nothing is changed then.
-        OSError: what is read back is not what was written. Nothing is changed then.
+        ValueError: The target is a file, a folder with content (unless `overwrite`), or a folder with content other
+            than a pipeline, which is never replaced. Or the model cannot be loaded again: it has LoRA adapters (fuse
+            and unload them first), weights that are not in memory (offloaded to disk, sharded) or not finite, or layers
+            whose names differ from those of its config. Nothing is changed then.
+        OSError: What was read back is not what was written. Nothing is changed then.
     """
     check_saveable(pipeline)
     target = Path(folder).resolve()
@@ -146,14 +153,14 @@ def save_pipeline(
 
 @contextlib.contextmanager
 def new_folder(target: str | os.PathLike, overwrite: bool = True) -> Iterator[Path]:
-    """An empty temporary folder next to `target` to write into; on a clean exit it becomes `target`.
+    """Yield an empty temporary folder next to `target` to write into; on a clean exit it becomes `target`.
 
-    What stood there is moved away just before and deleted just after; if the move fails it is put back. An exception
-    inside leaves the target as it was and nothing else behind. What a kill leaves is put right by
-    `workspace.remove_dead(target.parent)`, which belongs before the caller looks at the target.
+    An existing target is moved away just before that and deleted just after; if the move fails it is put back. After an
+    exception inside, the target is unchanged and nothing else is left behind. What a killed process leaves is cleaned
+    up by `workspace.remove_dead(target.parent)`, which callers should call before they look at the target.
 
     Raises:
-        ValueError: with overwrite False, content has come to the target meanwhile. It stays.
+        ValueError: `overwrite` is False and another process has written to the target meanwhile. It is not changed.
     """
     target = Path(target).resolve()
     with workspace(target) as space:
@@ -165,13 +172,13 @@ def new_folder(target: str | os.PathLike, overwrite: bool = True) -> Iterator[Pa
         if overwrite:
             move_into_place(new, target, space)
         elif target.is_dir() and any(target.iterdir()):
-            raise ValueError(f"{target} has been written meanwhile, by another process; choose another folder")
+            raise ValueError(f"{target} has been written meanwhile by another process; choose another folder")
         else:
             os.rename(new, target)  # fails on a folder with content
 
 
 def _sync(folder: Path) -> None:
-    """Wait until the files are on the disk: else the name could outlive a power cut without the content."""
+    """Wait until the files are on disk; otherwise the name could survive a power cut without the content."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -179,11 +186,16 @@ def _sync(folder: Path) -> None:
 
 
 def wan_transformer(pipeline: DiffusionPipeline, component: str = "transformer") -> WanTransformer3DModel:
-    """The pipeline's transformer, stock or converted; of Wan 2.2's two, `component` names one. Of one that
-    torch.compile has wrapped, the model inside.
+    """Return the pipeline's Wan transformer, stock or converted.
+
+    For a transformer that torch.compile has wrapped, this is the model inside.
+
+    Args:
+        pipeline: Pipeline with the transformer.
+        component: Name of the component, "transformer" or, for the second expert of Wan 2.2, "transformer_2".
 
     Raises:
-        ValueError: it has none, or another family's.
+        ValueError: The pipeline has no such transformer, or it is not Wan's.
     """
     transformer = unwrap_module(getattr(pipeline, component, None))
     if not isinstance(transformer, WanTransformer3DModel):

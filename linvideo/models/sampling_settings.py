@@ -1,6 +1,7 @@
-"""What a pipeline's videos are made with unless one says otherwise: the size, frames, steps, guidance and frame rate
-that it was trained or distilled for. They are in scheduler/sampling.json of its folder, where downloads from the Hub
-have them too. The flow shift is in the scheduler's own config.
+"""Default settings for a pipeline's videos: the size, frames, steps, guidance and frame rate that it was trained for.
+
+They are stored in scheduler/sampling.json of its folder, which downloads from the Hub include. The flow shift is in the
+scheduler's own config.
 """
 
 import json
@@ -27,15 +28,15 @@ KINDS = {
 
 
 def stored_settings(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """What the folder that the pipeline was loaded from says, by the names in KINDS; nothing where it says nothing.
+    """Return the settings in the folder that the pipeline was loaded from, {name in KINDS: value}; {} without a file.
 
     Raises:
-        ValueError: the file there is damaged.
+        ValueError: The file is damaged.
     """
     location = str(pipeline.config.get("_name_or_path") or "")
     try:
         found = Path(location, FILE) if os.path.isdir(location) else try_to_load_from_cache(location, FILE)
-    except HFValidationError:  # a pipeline that was made in memory has no location
+    except HFValidationError:  # a pipeline made in memory has no location
         return {}
     if not isinstance(found, str | Path) or not Path(found).is_file():
         return {}
@@ -49,14 +50,14 @@ def stored_settings(pipeline: DiffusionPipeline) -> dict[str, Any]:
 
 
 def sampling_settings(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """The stored ones that a call of the pipeline takes; steps and guidance of a distilled one are always its own."""
+    """Return the stored settings that a call takes. A distilled pipeline always has its own steps and guidance."""
     stored = stored_settings(pipeline)
     stored.pop("fps", None)
     return stored | own_settings(pipeline)
 
 
 def write_settings(pipeline: DiffusionPipeline, folder: str | os.PathLike, settings: dict[str, Any] | None) -> None:
-    """Store settings (names in KINDS) with the pipeline that `folder` is to hold; None is those that it came with."""
+    """Write settings {name in KINDS: value} to the folder of a pipeline; None writes those that it was loaded with."""
     known = stored_settings(pipeline) if settings is None else settings
     known = {name: _checked(name, value) for name, value in known.items()} | (own_settings(pipeline) if known else {})
     if known:

@@ -1,4 +1,4 @@
-"""Writing mp4 files that are whole or not there."""
+"""Writing mp4 files that are either complete or absent."""
 
 import errno
 import os
@@ -13,17 +13,21 @@ from linvideo.workspace import remove_dead, workspace
 
 
 def save_video(frames: np.ndarray | Sequence, output: str | Path, fps: int, crf: int = 25) -> None:
-    """An mp4 (H.264) of one video. It is encoded to a temporary folder next to `output`, read back, and only then moved
-    there, replacing what is there.
+    """Save one video as an mp4 file (H.264).
+
+    It is encoded to a temporary folder next to `output`, read back, and only then moved to `output`, replacing an
+    existing file.
 
     Args:
-        frames: [F, H, W, 3] with H and W even, floats in [0, 1] or uint8; an array, or a list of arrays or PIL images.
-        fps: frames per second, at least 1.
-        crf: constant rate factor of the encoder, from 0 (lossless) to 51.
+        frames: Frames [F, H, W, 3] with even H and W, floats in [0, 1] or uint8, as an array or as a list of arrays or
+            PIL images.
+        output: Path of the file.
+        fps: Frame rate in frames per second, at least 1.
+        crf: Constant rate factor of the encoder, from 0 (lossless) to 51 (worst).
 
     Raises:
-        ValueError: frames of another shape, or with values that are not finite; fps below 1.
-        OSError: the file could not be written, or does not hold the frames. What was at `output` is unchanged then.
+        ValueError: The frames have another shape or values that are not finite, or fps is below 1.
+        OSError: The file could not be written or does not hold all frames. An existing file is then unchanged.
     """
     output, pixels = Path(output), _pixels(frames)
     with _temporary(output, output.parent) as new:
@@ -32,11 +36,12 @@ def save_video(frames: np.ndarray | Sequence, output: str | Path, fps: int, crf:
 
 
 def check_output(output: str | Path, fps: int = 16) -> None:
-    """Encode a small video where `output` is to be, and delete it: what is wrong with the place, the encoder or fps is
-    found before hours of sampling. Folders that are not there yet are not made.
+    """Encode a small video next to `output` and delete it.
+
+    This finds problems with the folder, the encoder or fps before hours of sampling. It creates no missing folders.
 
     Raises:
-        ValueError, OSError: as `save_video`.
+        ValueError, OSError: As for `save_video`.
     """
     output = Path(output).absolute()
     with _temporary(output, next(parent for parent in output.parents if parent.exists())) as new:
@@ -45,20 +50,22 @@ def check_output(output: str | Path, fps: int = 16) -> None:
 
 @contextmanager
 def _temporary(output: Path, parent: Path) -> Iterator[Path]:
-    """A name to write to in a temporary folder in `parent`, where those of killed processes are deleted; on any system
-    error the message names `output`."""
+    """Yield a path to write to, in a temporary folder in `parent`.
+
+    Temporary folders of killed processes are deleted. The message of any system error names `output`.
+    """
     try:
         if parent.exists() and not parent.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         remove_dead(parent)
-        with workspace(parent / "video") as space:  # a short name: that of the output may be as long as one can be
+        with workspace(parent / "video") as space:  # a short name, since that of `output` may already be the longest
             yield space / output.name
     except OSError as error:
         raise OSError(f"cannot write the video {output}: {error.strerror or error}") from error
 
 
 def _pixels(frames: np.ndarray | Sequence) -> np.ndarray:
-    """uint8 [F, H, W, 3], contiguous."""
+    """Convert frames to contiguous uint8 [F, H, W, 3]."""
     pixels = np.stack([np.asarray(frame) for frame in frames]) if len(frames) else np.empty(0)
     if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.shape[1] % 2 or pixels.shape[2] % 2:
         raise ValueError(f"expected frames [F, H, W, 3] with H and W even, got {list(pixels.shape)}")
@@ -70,7 +77,7 @@ def _pixels(frames: np.ndarray | Sequence) -> np.ndarray:
 
 
 def _encode(pixels: np.ndarray, path: Path, fps: int, crf: int = 25) -> None:
-    """Raises OSError with ffmpeg's reason, or when the file cannot be read back."""
+    """Encode pixels to `path`; raise OSError with ffmpeg's reason, or if the file cannot be read back."""
     from imageio_ffmpeg import count_frames_and_secs, get_ffmpeg_exe
 
     if not fps >= 1:
@@ -83,11 +90,11 @@ def _encode(pixels: np.ndarray, path: Path, fps: int, crf: int = 25) -> None:
         done = subprocess.run(command, input=memoryview(pixels).cast("B"), capture_output=True)
         if done.returncode:
             reason = done.stderr.decode(errors="replace").strip().splitlines()
-            raise OSError(f"ffmpeg ended with status {done.returncode}{': ' + reason[-1] if reason else ''}")
+            raise OSError(f"ffmpeg exited with status {done.returncode}{': ' + reason[-1] if reason else ''}")
         with path.open("rb") as file:
             os.fsync(file.fileno())
         found = count_frames_and_secs(str(path))[0]
-    except RuntimeError as error:  # there is no ffmpeg, or it cannot read the file
+    except RuntimeError as error:  # ffmpeg is missing or cannot read the file
         raise OSError(str(error).strip().splitlines()[-1]) from None
     if found != frames:
         raise OSError(f"the file holds {found} of {frames} frames")

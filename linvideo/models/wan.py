@@ -1,4 +1,4 @@
-"""Wan and the models built of its blocks: one processor for Wan 2.1 and 2.2, VACE, SkyReels-V2 and ChronoEdit."""
+"""Wan and the models built from its blocks: one processor for Wan 2.1 and 2.2, VACE, SkyReels-V2 and ChronoEdit."""
 
 import torch
 from diffusers import (
@@ -17,16 +17,17 @@ from linvideo.ops.reference import rotate
 
 
 class LinVideoWanAttnProcessor(WanAttnProcessor):
-    """Self-attention of a Wan block, computed as the layer's `attn.attention_type` says; it owns nothing.
+    """Self-attention of a Wan block, of the type `attn.attention_type`. It has no weights of its own.
 
     Cross-attention is left to diffusers, so `model.set_attn_processor(LinVideoWanAttnProcessor())` restores a model
-    whose processors were exchanged. With any other processor every layer runs as softmax and keeps its linear weights.
+    whose processors have been replaced. With any other processor every layer runs as softmax; its linear weights are
+    kept.
 
     Raises:
-        ValueError: a layer that is not softmax meets an attention mask.
+        ValueError: A layer that is not softmax is called with an attention mask.
     """
 
-    _attention_backend = None  # both attributes are written by diffusers (set_attention_backend, enable_parallelism)
+    _attention_backend = None  # diffusers writes both attributes (set_attention_backend, enable_parallelism)
     _parallel_config = None
 
     def __call__(
@@ -45,7 +46,7 @@ class LinVideoWanAttnProcessor(WanAttnProcessor):
 
         query, key, value = _qkv(attn, hidden_states)
         rope = None if rotary_emb is None else _tables(*rotary_emb)
-        if attention_type == "linear":  # the op rotates as it reads
+        if attention_type == "linear":  # the op rotates q and k itself
             out = attn.linear_attn(query, key, value, rope=rope, group=context_group(self))
         else:
             if rope is not None:
@@ -60,7 +61,7 @@ class LinVideoWanAttnProcessor(WanAttnProcessor):
 
 
 def _qkv(attn: torch.nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[B, N, H*D] -> normalised q, normalised k, v, each [B, N, H, D]; fused projections included."""
+    """Return normalised q, normalised k, and v, each [B, N, H, D], of states [B, N, H*D]."""
     if attn.fused_projections:
         query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
     else:
@@ -71,8 +72,8 @@ def _qkv(attn: torch.nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tens
 
 
 def _tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """diffusers' tables [1, N, 1, D], every entry repeated for its pair of channels -> [N, D/2]."""
-    return cos[0, :, 0, 0::2].contiguous(), sin[0, :, 0, 0::2].contiguous()  # once, and not in each kernel
+    """Convert diffusers' tables [1, N, 1, D], which repeat each entry for a pair of channels, to [N, D/2]."""
+    return cos[0, :, 0, 0::2].contiguous(), sin[0, :, 0, 0::2].contiguous()  # one copy here instead of one per kernel
 
 
 class LinVideoWanTransformer3DModel(LinearAttentionMixin, WanTransformer3DModel):
@@ -88,7 +89,7 @@ class LinVideoWanTransformer3DModel(LinearAttentionMixin, WanTransformer3DModel)
 
 
 class LinVideoWanVACETransformer3DModel(LinearAttentionMixin, WanVACETransformer3DModel):
-    """Wan VACE; the control blocks' layers count after the main ones."""
+    """Wan VACE. The layers of the control blocks are numbered after the main ones."""
 
     attention_paths = (("blocks", "attn1"), ("vace_blocks", "attn1"))
     processor_class = LinVideoWanAttnProcessor
@@ -108,7 +109,7 @@ class LinVideoSkyReelsV2Transformer3DModel(LinearAttentionMixin, SkyReelsV2Trans
 
     @classmethod
     def check_convertible(cls, model: SkyReelsV2Transformer3DModel) -> None:
-        """ValueError for a model with a block-causal mask, which linear attention has no form of."""
+        """Raise ValueError for a model with a block-causal mask, which has no linear form."""
         if model.config.num_frame_per_block > 1:
             raise ValueError(
                 "expected a SkyReels-V2 model with full attention, got num_frame_per_block"

@@ -45,7 +45,7 @@ def linear_attn(
             On CUDA the logits of a softmax must stay below 2^30.
         q_weight, k_weight: Weights W of the hedgehog maps, [H, D, D] for the queries and [Hk, D, D] for the keys; xW is
             [..., D] @ [D, D] in each head. Required with the hedgehog maps and refused with the others. They may have
-            any of the three dtypes: they are cast to q's, and their gradients come back in their own.
+            any of the three dtypes; they are cast to q's, and their gradients come back in their own.
         rope: Rotary embedding as tables (cos, sin), each [N, D/2] with N = Nq = Nk. The channel pairs (2i, 2i + 1) of q
             and k are rotated in float32 before the feature map and rounded to q's dtype. The tables get no gradient.
         mix: Pair (softmax_out, r) to mix with, LinVideo's selective transfer: the result is

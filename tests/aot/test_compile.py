@@ -81,7 +81,7 @@ ATOMICS = r"\b(atom|red)\."  # in PTX
 
 
 def test_kernels_use_no_atomics():
-    """Sums have a fixed order, so the same input gives the same bits. Checked in all sources and in the PTX."""
+    """Sums have a fixed order, so the same input gives the same bits. Checked in every source and in the PTX."""
     names = {function.__name__ for function in functions()}
     assert names > {job.launch.kernel.__name__ for job in SAMPLE}  # helpers too
     for function in functions():

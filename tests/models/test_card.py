@@ -1,4 +1,4 @@
-"""The model card: what is known and no more, through every way of saving; and pushes, to a Hub of folders."""
+"""The model card says only what is known, however a model is saved; pushing to the Hub, which folders stand for."""
 
 import os
 import re
@@ -38,7 +38,7 @@ def read(folder) -> ModelCard:
     return ModelCard((Path(folder) / "README.md").read_text())
 
 
-def test_a_conversion_says_that_it_is_untrained_and_invents_nothing(tmp_path):
+def test_the_card_of_a_conversion_says_that_it_is_untrained_and_has_no_figures(tmp_path):
     save_pipeline(converted(), tmp_path / "a", training=UNTRAINED)
     data, text = read(tmp_path / "a").data, read(tmp_path / "a").text
     assert (data.library_name, data.pipeline_tag) == ("diffusers", "text-to-video") and "linvideo" in data.tags
@@ -48,7 +48,7 @@ def test_a_conversion_says_that_it_is_untrained_and_invents_nothing(tmp_path):
     assert "## Metrics" not in text and "PSNR" not in text and str(tmp_path) not in text
 
 
-def test_what_is_not_known_is_said_to_be_unknown(tmp_path):
+def test_the_card_says_what_is_not_known(tmp_path):
     save_pipeline(converted(), tmp_path / "a")
     assert "not recorded" in read(tmp_path / "a").text
     save_pipeline(tiny_pipeline(), tmp_path / "stock")
@@ -93,7 +93,7 @@ def test_history_and_base_model_are_carried_on(tmp_path):
     save_pipeline(again, tmp_path / "copy")
     copied = read(tmp_path / "copy")
     assert copied.data.base_model == WAN and copied.text.count("- selective transfer") == 1
-    assert "## Metrics" not in copied.text and "not recorded" not in copied.text  # these weights may be others
+    assert "## Metrics" not in copied.text and "not recorded" not in copied.text  # the weights may have changed since
     save_pipeline(convert(again, layers=[1], mode="linear"), tmp_path / "more", training=UNTRAINED)
     lines = read(tmp_path / "more").text.split("## Training")[1].splitlines()
     assert [line.split(":")[0] for line in lines if line.startswith("- ")] == [
@@ -104,7 +104,7 @@ def test_history_and_base_model_are_carried_on(tmp_path):
     assert card(tiny_pipeline(), distilled).count("\n- ") == 4  # two tags and two of training
 
 
-def test_foreign_lines_are_text_and_nothing_else(tmp_path):
+def test_lines_from_others_are_plain_text(tmp_path):
     save_pipeline(converted(), tmp_path / "a", training=Training("a <b>method</b>", settings={"seed": "![](http://x)"}))
     hostile = [
         "<script>alert(1)</script>",
@@ -124,7 +124,7 @@ def test_foreign_lines_are_text_and_nothing_else(tmp_path):
     assert r"\<script\>alert(1)\</script\>" in first and r"a \<b\>method\</b\>" in first
 
 
-def test_overwriting_keeps_a_text_of_the_users_own(tmp_path):
+def test_overwriting_keeps_the_users_own_card(tmp_path):
     target = tmp_path / "a"
     save_pipeline(converted(), target, training=UNTRAINED)
     save_pipeline(load_pipeline(target), target, overwrite=True, training=TRANSFER)
@@ -140,7 +140,7 @@ def test_overwriting_keeps_a_text_of_the_users_own(tmp_path):
         save_pipeline(converted(), target, overwrite=True)
 
 
-def test_damaged_cards_are_no_obstacle(tmp_path):
+def test_damaged_cards_do_no_harm(tmp_path):
     save_pipeline(converted(), tmp_path / "a", training=UNTRAINED)
     for damage in (f"---\n: [\n---\n{MARK}", f"{MARK}\n## Training", f"---\nbase_model: 3\ntags: 4\n---\n{MARK}", ""):
         (tmp_path / "a" / "README.md").write_text(damage)
@@ -163,7 +163,7 @@ def test_saved_again_through_diffusers(tmp_path):
 
 @pytest.fixture
 def repositories(tmp_path, monkeypatch):
-    """A Hub whose repositories are folders."""
+    """Replace the Hub by a folder for each repository."""
     root = tmp_path / "hub"
 
     def create_repo(repo_id, **_):
@@ -206,14 +206,14 @@ def test_a_pipeline_pushes_with_its_card(repositories):
     hub.push_to_hub(converted(), "me/pipeline")
     assert "linear  (2): 0, 2" in read(repositories / "me/pipeline").text
     assert type(load_pipeline(repositories / "me/pipeline").transformer) is linvideo.LinVideoWanTransformer3DModel
-    converted().push_to_hub("me/pipeline")  # diffusers' own keeps a card that is there
+    converted().push_to_hub("me/pipeline")  # diffusers' own method keeps an existing card
     assert "linear  (2): 0, 2" in read(repositories / "me/pipeline").text
-    converted().push_to_hub("me/other")  # and loads all the same where there was none
+    converted().push_to_hub("me/other")  # and works with a new repository, too
     assert load_pipeline(repositories / "me/other").transformer.config.attention_types[0] == "linear"
 
 
 @pytest.mark.parametrize("push", [hub.push_to_hub, lambda pipeline, name: pipeline.transformer.push_to_hub(name)])
-def test_a_card_on_the_hub_stays(repositories, push):
+def test_a_card_on_the_hub_is_kept(repositories, push):
     (repositories / "me/mine").mkdir(parents=True)
     (repositories / "me/mine" / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
     push(converted(), "me/mine")
@@ -229,7 +229,7 @@ from types import SimpleNamespace
 import {second}
 pipeline = WanPipeline.from_pretrained("me/tiny")
 assert type(pipeline.transformer).__name__ == "LinVideoWanTransformer3DModel"
-# as if there were a network: with the list of files diffusers looks for the code of libraries that it does not know
+# as with a network: given the list of files, diffusers looks for the code of unknown libraries
 files = [SimpleNamespace(rfilename=name) for name in sys.argv[1:]]
 pipeline_utils.model_info = lambda *args, **kwargs: SimpleNamespace(siblings=files)
 assert type(WanPipeline.from_pretrained("me/tiny").transformer) is type(pipeline.transformer)
@@ -242,7 +242,7 @@ assert "base_model: me/tiny" in card(pipeline)
 
 @pytest.mark.parametrize("first, second", [("linvideo", "diffusers"), ("diffusers", "linvideo")])
 def test_loading_from_the_hub(tmp_path, first, second):
-    """From the Hub's cache, as a download leaves it."""
+    """Load from the Hub's cache, in the state in which a download leaves it."""
     snapshot = tmp_path / "models--me--tiny" / "snapshots" / ("0" * 40)
     save_pipeline(converted(), snapshot)
     (tmp_path / "models--me--tiny" / "refs").mkdir()

@@ -50,7 +50,7 @@ def test_linear_and_r_below_1_change_the_output():
             assert (one - other).norm() > 1e-3 * one.norm()
 
 
-def test_original_is_not_altered():
+def test_original_is_not_changed():
     base = tiny_transformer()
     state, config, output = clone_state(base), dict(base.config), run(base)
     model = convert(base)
@@ -130,7 +130,7 @@ def test_layers_can_be_added():
     assert first.config.attention_types == ["softmax", "softmax", "linear"]
     assert torch.equal(second.blocks[2].attn1.linear_attn.q_weight, first.blocks[2].attn1.linear_attn.q_weight)
     assert describe(convert(second, layers="all", mode="linear")).layers_linear == [1, 2]
-    with pytest.raises(ValueError, match=r"\[0, 2\] are converted already"):
+    with pytest.raises(ValueError, match=r"\[0, 2\] are already converted"):
         convert(second, layers=[2, 0, 1])
     with pytest.raises(ValueError, match="one feature_map"):
         convert(second, layers=[1], feature_map="relu")
@@ -224,7 +224,7 @@ def misread(model):
         (with_processor, "expected WanAttnProcessor in layer 1"),
         (with_hooks, "without hooks"),
         (lambda model: model.to("meta"), "meta device"),
-        (misread, "loaded without its linear layers"),
+        (misread, "has loaded without them"),
         (lambda model: tiny_transformer(attention_head_dim=12), "head_dim must be a multiple of 8"),
     ],
 )
@@ -255,7 +255,7 @@ def test_a_compiled_transformer_is_the_model_inside(tmp_path):
 
 
 class Uncopyable(torch.nn.Parameter):
-    """As GGUF's weights are."""
+    """A parameter that cannot be copied, like GGUF weights."""
 
     def __deepcopy__(self, memo):
         raise KeyError(None)

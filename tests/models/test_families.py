@@ -1,7 +1,7 @@
-"""Every family with every feature: the table of docs/models.md, which `python tests/models/test_families.py` writes.
+"""Every family with every feature: the table in docs/models.md, which `python tests/models/test_families.py` writes.
 
-A check fails unless the feature does its work. Where diffusers' own model lacks the feature the test shows that, so it
-fails as soon as diffusers gains it.
+A check fails unless the feature has its effect. If diffusers' own model lacks the feature, the test shows that, so it
+fails as soon as diffusers adds it.
 """
 
 import functools
@@ -42,7 +42,7 @@ def kinds(family: Family) -> list[str]:
 
 
 def of_all_kinds(family: Family, base: torch.nn.Module | None = None) -> torch.nn.Module:
-    """The tiny model with softmax, linear and mixed layers in turn."""
+    """Return the tiny model with softmax, linear and mixed layers in turn."""
     layers = {kind: [i for i, other in enumerate(kinds(family)) if other == kind] for kind in KINDS}
     model = linvideo.convert(family.transformer() if base is None else base, layers["linear"], mode="linear")
     return linvideo.convert(model, layers["mixed"], r_init=0.6)
@@ -133,7 +133,7 @@ def saves_and_loads(family: Family, folder: Path) -> None:
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert loaded.config.attention_types == kinds(family)
     assert torch.equal(run(family, loaded), expected)
-    with pytest.raises(ValueError, match=type(model).__name__):  # rather than the stock class
+    with pytest.raises(ValueError, match=type(model).__name__):  # it names our class, not the stock one
         diffusers.AutoModel.from_pretrained(str(folder))
     half = type(model).from_pretrained(folder, torch_dtype=torch.bfloat16)
     assert self_attentions(half)[1].to_q.weight.dtype == torch.bfloat16
@@ -167,7 +167,7 @@ def runs_in_its_pipeline(family: Family, folder: Path) -> None:
 
 
 def exchanges_processors(family: Family, folder: Path) -> None:
-    """Stock processors make every layer softmax and keep the weights; ours bring the linear layers back."""
+    """With stock processors every layer is softmax and keeps its weights; our processors bring back linear layers."""
     base = family.transformer()
     stock = base.attn_processors
     model = of_all_kinds(family, base)
@@ -214,7 +214,7 @@ def lora_of(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def load_lora(family: Family, model: torch.nn.Module) -> diffusers.DiffusionPipeline:
-    """The pipeline around the model, after it has loaded an adapter of the first q."""
+    """Return the pipeline around the model after it has loaded an adapter for the first q."""
     pipeline = family.pipeline()
     pipeline.transformer = model
     weights = {}
@@ -259,7 +259,7 @@ def takes_an_attention_backend(family: Family, folder: Path) -> None:
         used.append(kwargs["backend"])
         return diffusers.models.attention_dispatch.dispatch_attention_fn(*args, **kwargs)
 
-    with attention_backend("native"):  # set_attention_backend also writes a process-wide default; this restores it
+    with attention_backend("native"):  # restores the process-wide default that set_attention_backend also sets
         model.set_attention_backend("_native_math")
         with mock.patch.object(attention_module, "dispatch_attention_fn", dispatch):
             assert relative(run(family, model), expected) < 1e-4
@@ -267,7 +267,7 @@ def takes_an_attention_backend(family: Family, folder: Path) -> None:
 
 
 def offloads_groups(family: Family, folder: Path) -> None:
-    """To disk, so that weights which are not brought back would be empty."""
+    """Groups are offloaded to disk, so weights that are not loaded again would be empty."""
     for level in ("block_level", "leaf_level"):
         model = of_all_kinds(family)
         expected = run(family, model)
@@ -329,7 +329,7 @@ def takes_torchao_weights(family: Family, folder: Path) -> None:
 
 
 def fuse(family: Family, model: torch.nn.Module) -> None:
-    """Fuse, and see that the fused projection is the one in use: without it the output changes."""
+    """Fuse the projections and check that the fused one is in use: clearing it changes the output."""
     model.fuse_qkv_projections()
     before = run(family, model)
     attn = next(m for name, m in model.named_modules() if name.endswith((".0.attn1", ".0.attn")))
@@ -351,7 +351,7 @@ def fuses_projections(family: Family, folder: Path) -> None:
 
 
 def sequence(family: Family, model: torch.nn.Module, cache: str, steps: int = 4) -> list[torch.Tensor]:
-    """Outputs at falling timesteps with a cache; fails if the second block's attention runs in every one of them."""
+    """Return outputs at decreasing timesteps with a cache; fail if the second block's attention runs in each step."""
     now = []
     model.enable_cache(CACHES[cache](lambda: now[-1]))
     modules = dict(model.named_modules())
@@ -360,7 +360,7 @@ def sequence(family: Family, model: torch.nn.Module, cache: str, steps: int = 4)
     outputs, timestep = [], family.inputs()["timestep"]
     for step in range(steps):
         now.append(900 - 100 * step)
-        position = {"step_index": step, "num_inference_steps": steps, "sigma": now[-1] / 1000}  # SeaCache asks for it
+        position = {"step_index": step, "num_inference_steps": steps, "sigma": now[-1] / 1000}  # SeaCache needs it
         with model.cache_context("cond", **position):
             outputs.append(run(family, model, timestep=(timestep * (1 - 0.01 * step)).to(timestep.dtype)))
     hook.remove()
@@ -370,7 +370,7 @@ def sequence(family: Family, model: torch.nn.Module, cache: str, steps: int = 4)
 
 
 SECOND_ATTENTION = ("blocks.1.attn1", "transformer_blocks.1.attn1", "transformer_blocks.1.attn")
-CACHES = {  # each gets a function that tells the timestep
+CACHES = {  # functions of a callback that returns the current timestep
     "first-block cache": lambda now: FirstBlockCacheConfig(threshold=10.0),
     "MagCache": lambda now: MagCacheConfig(
         threshold=10.0, num_inference_steps=4, retention_ratio=0.25, mag_ratios=[1.0] * 4
@@ -396,7 +396,7 @@ CACHES = {  # each gets a function that tells the timestep
 
 
 def works_with(cache: str, family: Family, folder: Path) -> None:
-    """At r = 1 the outputs with a cache are the original's with that cache."""
+    """At r = 1 the outputs with a cache equal those of the original model with that cache."""
     base = family.transformer()
     expected = sequence(family, base, cache)
     assert all(map(torch.equal, sequence(family, linvideo.convert(base, r_init=1.0), cache), expected))
@@ -421,7 +421,7 @@ def checkpoints_gradients(family: Family, folder: Path) -> None:
 
 @contextmanager
 def rms_norm_in_fp32() -> Iterator[None]:
-    """What CUDA's RMSNorm gives under autocast; the CPU's gives bf16."""
+    """Have RMSNorm return fp32 under autocast, as on CUDA; on the CPU it returns bf16."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
@@ -446,14 +446,14 @@ def context_plan(family: Family, model: torch.nn.Module) -> None:
 def splits_tokens(family: Family, folder: Path) -> None:
     name = next(name for name, other in FAMILIES.items() if other is family)
     assert context_parallel_outcomes()[name] == "as one"
-    if name == "LTX-Video":  # what diffusers' own cannot do either
+    if name == "LTX-Video":  # diffusers' own model cannot do these either
         assert "doesn't match the broadcast shape" in context_parallel_outcomes()["stock LTX-Video, text mask"]
         assert "is invalid for input of size" in context_parallel_outcomes()["stock LTX-Video, training"]
 
 
 @functools.cache
 def context_parallel_outcomes() -> dict[str, str]:
-    """Of every family with a plan, all in one start of two processes."""
+    """Return the outcome for every family with a plan; two processes are started once for all of them."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(context_parallel_process, (folder,), nprocs=2)
         ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(2)]
@@ -486,7 +486,7 @@ def context_parallel_process(rank: int, folder: str) -> None:
 
 
 def context_parallel_outcome(family: Family, split: Callable[[torch.nn.Module], None]) -> str:
-    """Returns "as one" if outputs and summed gradients are those of one process, and each linear layer sums once."""
+    """Return "as one" if outputs and summed gradients equal those of one process and each linear layer sums once."""
     from torch import distributed
 
     from linvideo.nn import linear_attention
@@ -494,12 +494,12 @@ def context_parallel_outcome(family: Family, split: Callable[[torch.nn.Module], 
     single, model, sums = of_all_kinds(family), of_all_kinds(family), []
     split(model)
     inputs = family.inputs()
-    if "encoder_attention_mask" in inputs:  # LTX's cross-attention splits the text too, but not its mask
+    if "encoder_attention_mask" in inputs:  # LTX's cross-attention splits the text, too, but not its mask
         inputs["encoder_attention_mask"] = None
     if (error := relative(run(family, model, **inputs), run(family, single, **inputs))) > 1e-5:
         return f"outputs differ by {error}"
 
-    if "encoder_attention_mask" in inputs:  # and its backward takes as many text tokens as video tokens
+    if "encoder_attention_mask" in inputs:  # and its backward needs as many text tokens as video tokens
         inputs["encoder_hidden_states"] = randn(*inputs["hidden_states"].shape[:2], TEXT_DIM, seed=2)
     single(**inputs)[0].square().mean().backward()
 
@@ -545,7 +545,7 @@ FEATURES: dict[str, Callable[[Family, Path], None]] = {
 }
 
 
-# What diffusers' own model lacks: the use of the feature, and for each family the error that it ends in.
+# Features that diffusers' own models lack: how to use the feature, and the error that this gives for each family.
 STOCK = {
     "LoRA: the pipeline loads, fuses": load_lora,
     "context parallelism": context_plan,
@@ -607,7 +607,7 @@ def test_from_pipe_keeps_a_converted_transformer_wherever_it_keeps_the_stock_one
     for kind in [getattr(package, name) for name in dir(package) if name.endswith("Pipeline")]:
         try:
             expected = kind.from_pipe(stock)
-        except (AttributeError, TypeError, ValueError):  # takes other parts
+        except (AttributeError, TypeError, ValueError):  # needs other parts
             continue
         result = None
         for part in ("transformer", "transformer_2"):
@@ -619,7 +619,7 @@ def test_from_pipe_keeps_a_converted_transformer_wherever_it_keeps_the_stock_one
     assert type(stock) in kept, kept
 
 
-def test_layers_of_vace_count_through_its_control_blocks():
+def test_layers_of_vace_include_its_control_blocks():
     model = linvideo.convert(FAMILIES["Wan VACE"].transformer(), layers=[1, 3], mode="linear")
     linear = [name.removesuffix(".attn1.linear_attn") for name, m in model.named_modules() if m in branches(model)]
     assert linear == ["blocks.1", "vace_blocks.0"]
@@ -630,7 +630,7 @@ def test_block_causal_sky_reels_is_refused():
     family = FAMILIES["SkyReels-V2"]
     base = family.transformer()
     model = linvideo.convert(base, layers=[1], mode="linear")
-    base._set_ar_attention(3)  # what SkyReels-V2's diffusion-forcing pipelines do
+    base._set_ar_attention(3)  # as SkyReels-V2's diffusion-forcing pipelines do
     with pytest.raises(ValueError, match="expected a SkyReels-V2 model with full attention, got num_frame_per_block 3"):
         linvideo.convert(base)
     causal = run(family, base)
@@ -654,7 +654,7 @@ def test_hunyuan_video_does_not_read_its_text_padding():
 
     seen = []
 
-    def disturb(block, arguments):  # the model itself clears the padding of the text, but not what a block makes of it
+    def disturb(block, arguments):  # the model clears the text's padding, but not what a block computes from it
         video, text, temb, mask, *rest = arguments
         seen.append(int((~mask).sum()))
         return video, torch.where(mask[..., None], text, torch.randn_like(text)), temb, mask, *rest
@@ -669,7 +669,7 @@ def test_hunyuan_video_does_not_read_its_text_padding():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_taylor_seer_leaves_the_branches_alone(name):
     model = of_all_kinds(FAMILIES[name])
-    model.enable_cache(TaylorSeerCacheConfig())  # its default patterns take every module whose name ends in "attn"
+    model.enable_cache(TaylorSeerCacheConfig())  # its default patterns match every module whose name ends in "attn"
     hooked = {
         name for name, m in model.named_modules() if getattr(m, "_diffusers_hook", None) and m._diffusers_hook.hooks
     }
@@ -700,7 +700,7 @@ def test_inductor_compiles_a_block_of_wan():
     assert relative(run(FAMILIES["Wan 2.1 T2V"], model), expected) < 1e-5
 
 
-# class of ours, config where it is not the default, layers, parameters in billions
+# (our class, config values other than the defaults, number of layers, parameters in billions)
 REAL = {
     "Wan 2.1 1.3B": (
         linvideo.LinVideoWanTransformer3DModel,
@@ -716,7 +716,7 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_configurations(name):
-    """On the meta device, which costs no memory: convert() itself wants weights."""
+    """Real sizes are tested on the meta device, which takes no memory; convert() itself needs weights."""
     kind, config, layers, billions = REAL[name]
     with torch.device("meta"):
         stock = kind(**config)

@@ -1,4 +1,4 @@
-"""The few-step scheduler: what it computes, what it refuses, and that a pipeline folder keeps it."""
+"""The few-step scheduler: its step, what it refuses, and that a pipeline folder keeps it."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from linvideo.models import FewStepScheduler, load_pipeline
 FOUR = [1000.0, 750.0, 500.0, 250.0]
 
 
-def test_a_step_goes_to_the_clean_sample_and_is_noised_again():
+def test_a_step_jumps_to_the_clean_sample_and_adds_noise_again():
     scheduler, x, u = FewStepScheduler(FOUR), torch.randn(2, 3), torch.randn(2, 3)
     scheduler.set_timesteps(4)
     assert scheduler.timesteps.tolist() == FOUR and scheduler.sigmas.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -60,7 +60,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 
 @pytest.mark.parametrize("timesteps", [[], [500, 500], [250, 500], [1001], [500, 0], [10, -1], [float("nan")]])
-def test_timesteps_have_to_fall(timesteps):
+def test_timesteps_must_decrease(timesteps):
     with pytest.raises(ValueError, match="must fall from at most 1000 to more than 0"):
         FewStepScheduler(timesteps)
 
@@ -79,7 +79,7 @@ def test_the_stock_scheduler_has_the_same_timesteps(timesteps):
     assert again.timesteps.tolist() == pytest.approx(timesteps, abs=1e-2)
 
 
-def test_what_the_stock_scheduler_cannot_say_is_refused():
+def test_timesteps_that_the_stock_scheduler_cannot_express_are_refused():
     with pytest.raises(ValueError, match="evenly spaced"):
         FewStepScheduler([1000.0, 937.5, 833.3, 625.0]).stock()
 
@@ -117,7 +117,7 @@ def test_diffusers_loads_it_whichever_is_imported_first(folder, first):
     assert done.stdout.decode().strip() == "FewStepScheduler", done.stderr.decode()
 
 
-def test_generate_takes_its_steps_and_no_guidance(folder, tmp_path, capsys, monkeypatch):
+def test_generate_uses_its_steps_and_no_guidance(folder, tmp_path, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr("diffusers.WanPipeline.__call__", lambda self, **settings: asked.append(settings) or 1 / 0)
     size = ["--height", "32", "--width", "32", "--num_frames", "5", "--prompt", "a fox", "--device", "cpu"]

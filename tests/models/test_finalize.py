@@ -28,7 +28,7 @@ def test_rounds_r():
     assert not any(name.endswith("linear_attn.r") for name in model.state_dict())
     assert [hasattr(block.attn1, "linear_attn") for block in model.blocks] == [True, False, True, False]
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    finalize(model)  # nothing is left to end
+    finalize(model)  # no mixed layer is left
     assert model.state_dict().keys() == state.keys() and torch.equal(run(model), expected)
 
 
@@ -54,7 +54,7 @@ def test_finalized_model_runs_as_its_weights_say():
     model = mixed_model(0.2, 0.9, 0.4)
     with attention_types(model, {1: "softmax"}):
         pass
-    model.blocks[0].attn1.attention_type = "softmax"  # a runtime choice does not outlive the branch it was about
+    model.blocks[0].attn1.attention_type = "softmax"  # a runtime type does not outlive the branch it was chosen for
     finalize(model)
     assert [block.attn1.attention_type for block in model.blocks] == ["linear", "softmax", "linear"]
 

@@ -1,4 +1,4 @@
-"""What `generate_video` promises of every family: its frame rate, and as many frames of the size that is asked for."""
+"""`generate_video` with every family: the frame rate, and the requested size and number of frames."""
 
 import diffusers
 import numpy as np
@@ -19,7 +19,7 @@ def test_every_family_has_its_frame_rate(name):
     assert default_fps(pipeline) == default_fps(convert(pipeline, layers=[0])) == FPS.get(name, 16)
 
 
-def test_a_frame_rate_that_the_pipeline_states_comes_first(monkeypatch):
+def test_a_frame_rate_in_the_pipeline_takes_precedence(monkeypatch):
     cogvideox = cogvideox_pipeline()
     cogvideox.transformer.register_to_config(patch_size_t=2)  # CogVideoX 1.5
     assert default_fps(cogvideox) == 16
@@ -28,7 +28,7 @@ def test_a_frame_rate_that_the_pipeline_states_comes_first(monkeypatch):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_video_is_as_asked_for_or_refused(name):
+def test_a_video_is_as_requested_or_refused(name):
     family = FAMILIES[name]
     pipeline = family.pipeline()
     pipeline.set_progress_bar_config(disable=True)
@@ -51,7 +51,7 @@ def test_a_video_is_as_asked_for_or_refused(name):
 
 def test_sizes_that_the_pipeline_would_round_are_refused():
     pipeline = tiny_pipeline(expand_timesteps=True)
-    pipeline.vae_scale_factor_spatial = 16  # as of Wan 2.2 TI2V, whose patches have 32 pixels then
+    pipeline.vae_scale_factor_spatial = 16  # as in Wan 2.2 TI2V, whose patches then have 32 pixels
     with pytest.raises(ValueError, match="height must be a positive multiple of 32, got 720"):
         generate_video(pipeline, "a fox", height=720, width=1280)
 

@@ -1,4 +1,4 @@
-"""A converted folder loads with its linear layers, or not at all, whichever library is imported first."""
+"""A converted folder loads with its linear layers or not at all, whichever library is imported first."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ assert type(WanPipeline.from_pretrained(root).transformer).__name__ == name
 assert type(AutoModel.from_pretrained(root, subfolder="transformer")).__name__ == name
 assert type(linvideo.load_pipeline(root).transformer).__name__ == name
 try:
-    AutoModel.from_pretrained(root + "/transformer")  # without a model_index.json it looks in diffusers only
+    AutoModel.from_pretrained(root + "/transformer")  # without model_index.json it only looks in diffusers
 except ValueError as error:
     assert name in str(error), error
 else:
@@ -27,7 +27,7 @@ else:
 LINVIDEO_FIRST = """
 import sys
 import linvideo
-assert not {"torch", "diffusers", "triton"} & set(sys.modules), "import linvideo has to be light"
+assert not {"torch", "diffusers", "triton"} & set(sys.modules), "import linvideo must not import these"
 finders = len(sys.meta_path)
 linvideo._diffusers_hook.install()
 assert len(sys.meta_path) == finders

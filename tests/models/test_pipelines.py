@@ -80,7 +80,7 @@ def one_line_error(path, match, **kwargs):
     assert "\n" not in str(error.value)
 
 
-def test_what_is_no_pipeline(tmp_path, folder):
+def test_a_folder_without_a_pipeline_is_refused(tmp_path, folder):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     one_line_error(tmp_path / "empty", "model_index.json")
@@ -152,7 +152,7 @@ def test_save_refuses_and_changes_nothing(converted, tmp_path):
 def test_save_overwrites_only_on_request(converted, tmp_path):
     target = tmp_path / "deep" / "pipeline"
     target.mkdir(parents=True)
-    save_pipeline(converted, target)  # an empty folder is no reason to refuse
+    save_pipeline(converted, target)  # an empty folder may be written to
     (target / "stale.txt").write_text("old")
     with pytest.raises(ValueError, match="not empty"):
         save_pipeline(converted, target)
@@ -269,14 +269,14 @@ SPOILED = {
         lambda pipeline: on_disk(pipeline, "cpu"),
         "text_encoder has .* not in memory",
     ),
-    "NaN": (with_nan, "transformer holds values that are not finite, in blocks.1.attn1.to_k.weight"),
-    "compiled block": (with_compiled_block, "loading asks for blocks.1.*the model has none"),
-    "foreign part": (with_foreign_part, "leaves out vae, a Linear"),
+    "NaN": (with_nan, "transformer has values in blocks.1.attn1.to_k.weight that are not finite"),
+    "compiled block": (with_compiled_block, "loading expects blocks.1.*the model has none"),
+    "foreign part": (with_foreign_part, "has not saved vae, a Linear"),
 }
 
 
 @pytest.mark.parametrize("name", SPOILED)
-def test_what_no_folder_could_give_back_is_refused_and_replaces_nothing(name, folder, tmp_path):
+def test_a_model_that_could_not_be_loaded_again_is_refused_and_replaces_nothing(name, folder, tmp_path):
     copy, (spoil, message) = damaged_copy(folder, tmp_path), SPOILED[name]
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     pipeline = load_pipeline(copy)
@@ -317,7 +317,7 @@ def flip_a_bit(path):
         lambda path: path.unlink(),
     ],
 )
-def test_what_is_read_back_must_be_what_was_written(part, damage, folder, tmp_path, monkeypatch):
+def test_damage_while_saving_is_noticed(part, damage, folder, tmp_path, monkeypatch):
     copy = damaged_copy(folder, tmp_path)
     pipeline = load_pipeline(copy)
     model = getattr(pipeline, part)
@@ -334,7 +334,7 @@ def test_what_is_read_back_must_be_what_was_written(part, damage, folder, tmp_pa
     load_pipeline(copy)
 
 
-def test_what_comes_to_the_target_meanwhile_stays(converted, tmp_path, monkeypatch):
+def test_content_that_appears_in_the_target_meanwhile_is_kept(converted, tmp_path, monkeypatch):
     target, save = tmp_path / "pipeline", converted.vae.save_pretrained
 
     def another_writes(*args, **kwargs):
@@ -356,7 +356,7 @@ main(["convert", sys.argv[1], "--output_dir", sys.argv[1], "--overwrite"])
 """
 
 
-def test_a_killed_overwrite_is_put_right_by_the_next_call(tmp_path, capsys):
+def test_a_killed_overwrite_is_cleaned_up_by_the_next_call(tmp_path, capsys):
     target = tmp_path / "pipeline"
     save_pipeline(tiny_pipeline(), target)
     for name in (".pipeline.mybackup", ".tmp-mine-pipeline", ".tmp-0123456789abcdef-pipeline"):
@@ -367,7 +367,7 @@ def test_a_killed_overwrite_is_put_right_by_the_next_call(tmp_path, capsys):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(target)], env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL and not target.exists()
     convert_again = ["convert", str(target), "--output_dir", str(target)]
-    assert main(convert_again) == 2  # the old pipeline is back, and stays without --overwrite
+    assert main(convert_again) == 2  # the old pipeline is back, and is kept without --overwrite
     assert "exists" in capsys.readouterr().err
     assert type(load_pipeline(target).transformer).__name__ == "WanTransformer3DModel"
     assert main([*convert_again, "--overwrite"]) == 0

@@ -1,4 +1,4 @@
-"""Sampling settings stay with a pipeline's folder, and are what the commands start from."""
+"""Sampling settings are kept in a pipeline's folder, and commands use them as defaults."""
 
 import json
 
@@ -27,19 +27,19 @@ def folders(tmp_path_factory):
     return path
 
 
-def test_they_travel_from_folder_to_folder(folders, tmp_path):
+def test_settings_are_copied_from_folder_to_folder(folders, tmp_path):
     for load in (load_pipeline, WanPipeline.from_pretrained):
         pipeline = load(str(folders / "stock"))
         assert sampling_settings(pipeline) == CALL and default_fps(pipeline) == 7
     save_pipeline(convert(pipeline, layers=[0]), tmp_path / "linear")
     linear = load_pipeline(tmp_path / "linear")
     assert sampling_settings(linear) == CALL and default_fps(linear) == 7
-    assert linear.scheduler.config.shift == pipeline.scheduler.config.shift  # the flow shift is there
+    assert linear.scheduler.config.shift == pipeline.scheduler.config.shift  # holds the flow shift
     save_pipeline(linear, tmp_path / "linear", overwrite=True)
     assert json.loads((tmp_path / "linear" / FILE).read_text()) == SETTINGS
 
 
-def test_a_folder_without_them_is_as_before(folders, tmp_path):
+def test_a_folder_without_settings_gets_none(folders, tmp_path):
     for pipeline in (tiny_pipeline(), load_pipeline(folders / "old")):
         assert sampling_settings(pipeline) == {} and default_fps(pipeline) == 16
     assert not (folders / "old" / FILE).exists()
@@ -57,7 +57,7 @@ def test_a_distilled_model_has_its_own_steps_and_refuses_guidance(folders):
             generate_video(few, "a cat", **size, **{name: value})
     calls, forward = [], few.transformer.forward
     few.transformer.forward = lambda *args, **kwargs: (calls.append(0), forward(*args, **kwargs))[1]
-    generate_video(few, "a cat", **size)  # diffusers' own defaults are 50 steps with guidance
+    generate_video(few, "a cat", **size)  # the pipeline's defaults would be 50 steps with guidance
     assert len(calls) == 2
 
 
@@ -65,7 +65,7 @@ def test_a_distilled_model_has_its_own_steps_and_refuses_guidance(folders):
     "content",
     ["{", "[1]", "5", '{"height": "a"}', '{"fps": 0}', '{"width": true}', '{"guidance_scale": NaN}', "[" * 10**5],
 )
-def test_damaged_settings_are_refused_in_a_line(folders, tmp_path, content):
+def test_damaged_settings_are_refused_in_one_line(folders, tmp_path, content):
     save_pipeline(load_pipeline(folders / "stock"), tmp_path / "copy")
     (tmp_path / "copy" / FILE).write_text(content)
     with pytest.raises(ValueError, match="cannot read the sampling settings in .*sampling.json") as error:
@@ -78,7 +78,7 @@ class Stop(ValueError):
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate", "check", "analyze"])
-def test_commands_start_from_them_and_say_so(folders, tmp_path, capsys, monkeypatch, command):
+def test_commands_use_the_settings_and_print_them(folders, tmp_path, capsys, monkeypatch, command):
     seen = []
 
     def stop(*args, **kwargs):
@@ -106,12 +106,12 @@ def test_commands_start_from_them_and_say_so(folders, tmp_path, capsys, monkeypa
     assert {name: found[name] for name in names} == {name: expected[name] for name in names}
 
 
-def test_the_distilled_ones_guidance_is_refused_by_the_command(folders, tmp_path, capsys):
+def test_the_command_refuses_guidance_for_a_distilled_model(folders, tmp_path, capsys):
     words = ["generate", str(folders / "few"), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4")]
     assert main([*words, "--guidance_scale", "5"]) == 2
     assert "guidance_scale of this distilled model must be 1.0, got 5.0" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_the_embedded_teacher_has_all_of_them():
+def test_the_embedded_teacher_has_all_settings():
     assert sampling_settings(load_pipeline("linvideo/demo/teacher")).keys() | {"fps"} == KINDS.keys()

@@ -1,4 +1,4 @@
-"""A video's file holds all its frames, or is not there, and what stood there before is kept."""
+"""A video file either has all frames or does not exist, and a failed save keeps an existing file."""
 
 import os
 import resource
@@ -21,7 +21,7 @@ def noise(*shape: int) -> np.ndarray:
 
 @contextmanager
 def largest_file(size: int):
-    """A stand-in for a full disk."""
+    """Limit the size of files, which stands for a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -50,21 +50,21 @@ def test_a_full_disk_is_an_error_and_the_old_video_stays(tmp_path, there):
     path = tmp_path / "v.mp4"
     if there:
         path.write_text("mine")
-    with largest_file(8192), pytest.raises(OSError, match=f"cannot write the video {path}: ffmpeg ended with"):
+    with largest_file(8192), pytest.raises(OSError, match=f"cannot write the video {path}: ffmpeg exited with"):
         save_video(noise(17, 64, 64, 3), path, 16)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"] * there
 
 
 @pytest.mark.parametrize(
-    "result, reason", [("", "No such file"), ("echo junk > $last", "frames"), ("exit 3", "ended with status 3")]
+    "result, reason", [("", "No such file"), ("echo junk > $last", "frames"), ("exit 3", "exited with status 3")]
 )
-def test_what_the_encoder_wrote_is_read_back(tmp_path, monkeypatch, result, reason):
+def test_the_written_file_is_read_back(tmp_path, monkeypatch, result, reason):
     ffmpeg = tmp_path / "ffmpeg"
     ffmpeg.write_text(f"#!/bin/sh\nfor last; do :; done\ncat > /dev/null\n{result}\n")
     ffmpeg.chmod(0o700)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
     (tmp_path / "videos").mkdir()
-    monkeypatch.chdir(tmp_path / "videos")  # where it writes to when it is to write to "-"
+    monkeypatch.chdir(tmp_path / "videos")  # where a relative path like "-" would be written
     for write in (check_output, lambda path: save_video(noise(3, 32, 32, 3), path, 16)):
         with pytest.raises(OSError, match=reason):
             write(tmp_path / "v.mp4")
@@ -89,13 +89,13 @@ def test_missing_frames_are_an_error(tmp_path, monkeypatch):
         (noise(2, 32, 32, 3), float("nan"), "fps must be at least 1, got nan"),
     ],
 )
-def test_what_is_no_video_is_refused(tmp_path, frames, fps, message):
+def test_frames_that_are_no_video_are_refused(tmp_path, frames, fps, message):
     with pytest.raises(ValueError, match=message):
         save_video(frames, tmp_path / "v.mp4", fps)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_place_is_tried_before(tmp_path):
+def test_the_output_path_is_tried_first(tmp_path):
     check_output(tmp_path / "a" / "b" / "v.mp4")
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "v.mp4", tmp_path / f"{'x' * 260}.mp4"):

@@ -18,7 +18,7 @@ KINDS = ["softmax", "linear", "mixed"]
 
 
 def three_kinds():
-    """One layer of each type, in the order of KINDS."""
+    """Return a model with one layer of each type, in the order of KINDS."""
     return convert(convert(tiny_transformer(), layers=[1], mode="linear"), layers=[2], r_init=0.6)
 
 
@@ -125,7 +125,7 @@ def test_set_attn_processor_keeps_the_weights():
     model.set_attn_processor(WanAttnProcessor())
     assert set(model.state_dict()) == keys
     assert torch.equal(run(model), run(tiny_transformer()))
-    model.set_attn_processor(LinVideoWanAttnProcessor())  # also on the cross-attention, which it leaves to diffusers
+    model.set_attn_processor(LinVideoWanAttnProcessor())  # cross-attention gets it, too, and is left to diffusers
     assert torch.equal(run(model), output)
 
 
@@ -134,7 +134,7 @@ def test_attention_backend_reaches_the_softmax_layers():
 
     model = three_kinds()
     expected = run(model)
-    with attention_backend("native"):  # set_attention_backend also writes a process-wide default; this restores it
+    with attention_backend("native"):  # restores the process-wide default that set_attention_backend also sets
         model.set_attention_backend("_native_math")
         assert {block.attn1.processor._attention_backend for block in model.blocks} == {"_native_math"}
         torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-4)
