@@ -1,9 +1,9 @@
 """Measure on this device: `python -m benchmarks [--suite op,block,model,train] [--part 1/2]`, and write the report.
 
-Each row goes at once to a new file of benchmarks/results per suite: a run that is cut short keeps what it measured. On
-a CPU there is the op suite, at small shapes; the others, and the shapes that matter, need a CUDA GPU. There, by
-arithmetic for an H100, op takes half an hour, block and model together 25 minutes, train 5: --part and --time_limit
-split them.
+Each suite gets a new file in benchmarks/results, and each row is written as soon as it is measured, so a run that is
+cut short loses nothing. On a CPU only the op suite runs, at small shapes; the other suites, and the shapes that matter,
+need a CUDA GPU. Estimated for an H100, op takes half an hour, block and model together 25 minutes, and train 5 minutes;
+--part and --time_limit split the work.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benchmarks.peers import PEERS, named
 from benchmarks.shapes import SHAPES, TINY, TINY_SHAPE, WAN
 
 SUITES = ("op", "block", "model", "train")
-Job = tuple[str, Callable[[], Iterator[dict]]]  # what to say, what to do
+Job = tuple[str, Callable[[], Iterator[dict]]]  # label for the log, function that yields the rows
 
 
 def jobs(
@@ -29,7 +29,7 @@ def jobs(
     tiny: bool,
     peers: list[str] | None = None,
 ) -> list[Job]:
-    """Each makes the rows of one shape, or of one model eager or compiled."""
+    """Return one job for each shape of the op suite, and for each model of the others one eager and one compiled."""
     made: list[Job] = []
     if "op" in suites:
         shapes = [TINY_SHAPE] if tiny else names or op.default_shapes(device)
@@ -53,7 +53,7 @@ def jobs(
 
 
 def run(todo: list[Job], environment: dict, folder: Path, time_limit: float) -> list[Path]:
-    """Do the jobs until `time_limit` seconds have passed, no row is begun after; returns the files."""
+    """Run the jobs and return their files. No row is started after `time_limit` seconds."""
     files = {suite: results.ResultFile(environment, folder) for suite in SUITES}
     begun = time.monotonic()
     for number, (name, job) in enumerate(todo, 1):
@@ -61,7 +61,7 @@ def run(todo: list[Job], environment: dict, folder: Path, time_limit: float) -> 
         try:
             while time.monotonic() - begun <= time_limit and (row := next(rows, None)) is not None:
                 files[row["suite"]].add(row)
-        except Exception as error:  # a model that does not fit, say: the next ones may
+        except Exception as error:  # for example a model that is too large for this GPU: the next one may fit
             why = f", ended by {measure.reason(error)}"
         print(f"[{number}/{len(todo)}] {name}: {time.monotonic() - started:.0f} s{why}", flush=True)
         if time.monotonic() - begun > time_limit:
@@ -75,35 +75,39 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", default="op", help=f"comma-separated, of {', '.join(SUITES)}")
-    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, *WAN], help="only these shapes and models")
-    parser.add_argument("--peers", nargs="+", metavar="WORD", help="op: only rows whose names hold one of these words")
-    parser.add_argument("--part", default="1/1", help="i/n: only the i-th of n parts of the work, to fit a time limit")
+    parser.add_argument("--suite", default="op", help=f"comma-separated list of {', '.join(SUITES)} (default: op)")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=[*SHAPES, *WAN], help="shapes and models to measure (default: all)"
+    )
+    parser.add_argument("--peers", nargs="+", metavar="WORD", help="op: words; only peers with one in their name run")
+    parser.add_argument("--part", default="1/1", help="i/n: the part of the work to do, to fit a time limit")
     dtypes = ["bfloat16", "float16", "float32"]
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16" if cuda else "float32")
     parser.add_argument("--output_dir", type=Path, default=results.FOLDER, help="default: benchmarks/results")
-    parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds after which no figure is begun")
-    parser.add_argument("--no_report", action="store_true", help="results only: no tables and plots on disk")
-    parser.add_argument("--tiny", action="store_true", help="one tiny shape a suite: does everything run?")
+    parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds after which no row is started")
+    parser.add_argument("--no_report", action="store_true", help="write the results only, no tables and plots")
+    parser.add_argument("--tiny", action="store_true", help="run each suite at one tiny shape, to see that it works")
     args = parser.parse_args(arguments)
     suites = args.suite.split(",")
     if unknown := sorted(set(suites) - set(SUITES)):
-        parser.error(f"expected --suite of {', '.join(SUITES)}, got {', '.join(unknown)}")
+        parser.error(f"expected --suite to be a list of {', '.join(SUITES)}, got {', '.join(unknown)}")
     part, _, parts = args.part.partition("/")
     if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
         parser.error(f"expected --part i/n with 1 <= i <= n, got {args.part}")
     if not cuda and not args.tiny and set(suites) != {"op"}:
-        parser.error(f"expected a CUDA GPU for --suite {args.suite}, found none; a CPU has --suite op")
+        parser.error(f"expected a CUDA GPU for --suite {args.suite}, found none; on a CPU only --suite op runs")
     if args.tiny:
         measure.SECONDS = 0.01
     dtype, device = getattr(torch, args.dtype), "cuda" if cuda else "cpu"
     if unmatched := [word for word in args.peers or () if not named([word])]:
-        parser.error(f"expected --peers to be words of {', '.join(PEERS)}; got {', '.join(unmatched)}")
+        parser.error(
+            f"expected --peers to be words that are in the names {', '.join(PEERS)}; got {', '.join(unmatched)}"
+        )
     if args.peers and "op" not in suites:
-        parser.error(f"--peers belongs to --suite op, got --suite {args.suite}")
+        parser.error(f"expected --suite to include op, which --peers is for; got --suite {args.suite}")
     todo = jobs(suites, args.shapes, dtype, device, args.tiny, args.peers)[int(part) - 1 :: int(parts)]
     if not todo:
-        parser.error("nothing to measure: expected --shapes and --part that leave some of the suite")
+        parser.error("nothing to measure: --shapes and --part leave none of the work of --suite")
     environment = results.environment({args.dtype: measure.rates(device, dtype)})
     print(results.versions(environment))
     print(f"{environment['device']}: {environment['rates']}", flush=True)
@@ -112,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     for document in map(results.read, paths):
         print("\n".join(tables.sections([(row, environment) for row in document["rows"]])))
     if not cuda:
-        print("This was a CPU: the figures of a GPU, and whole models, need one (README, Use 3).")
+        print("This was a CPU: whole models, and the shapes that matter, need a CUDA GPU.")
     if args.no_report:
         return
     own = [] if args.output_dir == results.FOLDER else [f"--results={args.output_dir}", f"--output={args.output_dir}"]

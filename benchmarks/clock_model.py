@@ -1,21 +1,21 @@
-"""How long each pass should take: a model from the machine code's figures, never a measurement.
+"""How long each pass should take: a model based on figures of the machine code, not a measurement.
 
-Of one row of one head, in clocks of an SM, a pass needs
+For one row of one head, in clocks of an SM, a pass needs
 
-    tensor   its products' flops at the rate of the tensor cores
-    issue    the loop's instructions: one a clock for each of the four schedulers
-    MUFU     the loop's exponentials: 16 a clock
-    memory   the rows that it reads and writes at the SM's share of the bandwidth
+    tensor   the flops of its products at the rate of the tensor cores
+    issue    the instructions of its loop: one per clock for each of the four schedulers
+    MUFU     the exponentials of its loop: 16 per clock
+    memory   the rows that it reads and writes, at the SM's share of the bandwidth
 
-and cannot be faster than any of them. Within one program the products and the rest follow each other, since the rest
-works on what a product gives, and so does the memory's time unless the loop loads ahead (Code.prefetches). R programs
-on an SM fill each other's gaps. So with serial = (tensor + max(issue, MUFU) [+ memory]) / R
+and cannot be faster than any of them. Within one program the products and the rest run one after the other, because the
+rest works on the results of the products; the time for memory is added unless the loop loads ahead (Code.prefetches). R
+programs on an SM fill each other's gaps. So with serial = (tensor + max(issue, MUFU) [+ memory]) / R
 
     clocks = max(tensor, issue, MUFU, memory, serial)
 
-What it leaves out: barriers, bank conflicts, latencies within a warp, L2. Against an independent estimate of the same
-kernels it is within 30% (tests/aot/test_clock_model.py). An op adds what is stated at GAP and PREPARE, the partial sums
-written and read, and the tail of each grid: programs come in waves of as many as fit on the GPU.
+The model leaves out barriers, bank conflicts, latencies within a warp, and L2. It is within 30% of an independent
+estimate of the same kernels (tests/aot/test_clock_model.py). For a whole op it adds GAP and PREPARE below, writing and
+reading the partial sums, and the tail of each grid: programs run in waves of as many as fit on the GPU.
 """
 
 from typing import NamedTuple
@@ -30,14 +30,14 @@ from benchmarks.shapes import Shape
 
 class Gpu(NamedTuple):
     name: str
-    flops: float  # of dense 16-bit products a second
-    bandwidth: float  # bytes a second
+    flops: float  # dense 16-bit products, per second
+    bandwidth: float  # bytes per second
     sm_count: int
     clock: float  # Hz
 
 
-# H200: rates that large products and copies are known to reach. The others: data sheets, to rank tiles with. AMD's
-# units take turns in other ways: no model.
+# The rates of the H200 are those that large products and copies are known to reach; the others are from data sheets and
+# serve to rank tiles. There is no model of AMD's GPUs, whose units overlap in another way.
 GPUS = {
     80: Gpu("A100", 312e12, 2.04e12, 108, 1.41e9),
     86: Gpu("RTX 3090", 71e12, 0.94e12, 82, 1.70e9),
@@ -46,21 +46,21 @@ GPUS = {
     100: Gpu("B200", 2250e12, 8.0e12, 148, 1.85e9),
     120: Gpu("RTX 5090", 209e12, 1.79e12, 170, 2.41e9),
 }
-GAP = 2e-6  # seconds between launches, assumed
-PREPARE = 5e-6  # seconds of prepare_state, each of whose programs reads the state of a head twice, assumed
-# Rows that a pass reads and writes.
+GAP = 2e-6  # assumed seconds between two launches
+PREPARE = 5e-6  # assumed seconds of prepare_state, each program of which reads the state of a head twice
+# Number of rows that each pass reads and writes, per row of a head.
 MOVED = {"accumulate_state": 2, "apply_state": 2, "map_grad": 3, "project_grad": 3, "rotate_rows": 2, "mix_grad": 3}
 PARTIALS = ("accumulate_state", "project_grad", "mix_grad")  # each program writes a partial sum
 
 
 class Clocks(NamedTuple):
-    """Of a row of a head."""
+    """Clocks of an SM for one row of one head."""
 
     tensor: float
     issue: float
     exponentials: float
     memory: float
-    serial: float  # of one program, over the programs on an SM
+    serial: float  # clocks of one program, divided by the number of programs on an SM
 
     @property
     def total(self) -> float:
@@ -68,12 +68,12 @@ class Clocks(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """What the total is."""
+        """The name of the largest part, which is the total."""
         return self._fields[self.index(self.total)]
 
 
 def clocks(job: CompileJob, code: Code) -> Clocks:
-    """Of a kernel that walks over rows."""
+    """Return the clocks of a kernel that walks over rows."""
     gpu, constexprs, tile = GPUS[job.capability], job.launch.constexprs, job.launch.tile
     rounds = halves(job) / tile.block  # of the loop, for one row
     per_clock = gpu.sm_count * gpu.clock
@@ -89,16 +89,16 @@ def clocks(job: CompileJob, code: Code) -> Clocks:
 
 
 def halves(job: CompileJob) -> int:
-    """Programs that walk over the same rows, each for one half of the features."""
+    """Return the number of programs that walk over the same rows, each for one half of the features."""
     return job.launch.constexprs["SIGNS"] if job.launch.kernel.__name__ == "accumulate_state" else 1
 
 
 def flops(job: CompileJob) -> float:
-    """Of a row of a head on tensor cores, in 16-bit terms; padding of the head included."""
+    """Return the flops on tensor cores for a row of a head, padding included, in flops at the 16-bit rate."""
     constexprs, name = job.launch.constexprs, job.launch.kernel.__name__
     square = 2 * constexprs["WIDTH"] ** 2
     if name in ("rotate_rows", "mix_grad") or constexprs["PRECISION"] == "ieee" and "-fp32-" in job.name:
-        return 0  # on CUDA cores products are instructions like others
+        return 0  # products on CUDA cores count as instructions
     weighted = configs.signs(constexprs.get("FEATURE_MAP", "hedgehog")) == 2
     signs = constexprs.get("SIGNS", 1)
     products = {
@@ -107,20 +107,20 @@ def flops(job: CompileJob) -> float:
         "map_grad": weighted + signs,
         "project_grad": 2,
     }[name]
-    return products * square * (6 if "-fp32-" in job.name else 1)  # three products of half the rate
+    return products * square * (6 if "-fp32-" in job.name else 1)  # three products at half the rate
 
 
 def dealt_out(job: CompileJob, shape: Shape) -> tuple[configs.Work, int]:
-    """The work items of a kernel, and the programs of each."""
+    """Return the work items of a kernel, and the number of programs for each."""
     programs = shape.heads * halves(job)
     sm_count, partials = GPUS[job.capability].sm_count, job.launch.kernel.__name__ in PARTIALS
     return configs.deal_out(job.launch.tile, shape.tokens, shape.batch, None, programs, sm_count, partials), programs
 
 
 def utilisation(job: CompileJob, code: Code, shape: Shape) -> float:
-    """The share of its time that a grid keeps all SMs at work: programs of one length, in waves."""
+    """Return the share of its time in which a grid keeps all SMs busy, if programs of one length run in waves."""
     if job.launch.kernel.__name__ == "rotate_rows":
-        return 1.0  # one tile a program, thousands of them
+        return 1.0  # one tile per program, so there are thousands of programs
     work, programs = dealt_out(job, shape)
     slots = code.resident * GPUS[job.capability].sm_count
     waves = -(-work.items * programs // slots)
@@ -128,9 +128,9 @@ def utilisation(job: CompileJob, code: Code, shape: Shape) -> float:
 
 
 def seconds(job: CompileJob, code: Code, shape: Shape) -> float:
-    """Of one launch, its partial sums written and read included."""
+    """Return the seconds of one launch, including those for writing and reading its partial sums."""
     gpu, kernel = GPUS[job.capability], job.launch.kernel.__name__
-    rows = shape.batch * shape.tokens * shape.heads / gpu.sm_count  # of an SM
+    rows = shape.batch * shape.tokens * shape.heads / gpu.sm_count  # per SM
     walk = rows * clocks(job, code).total / gpu.clock / utilisation(job, code, shape)
     if kernel not in ("accumulate_state", "project_grad"):
         return walk
@@ -141,9 +141,9 @@ def seconds(job: CompileJob, code: Code, shape: Shape) -> float:
 class Op(NamedTuple):
     passes: tuple[str, ...]  # kernel and use, as in the names of jobs
     prepares: int  # launches of prepare_state
-    sums: int  # launches that sum partials: reduce_state, and PyTorch's sum for a weight
-    flops: int  # the least, in D^2 of a row of a head
-    rows: int  # the least to move
+    sums: int  # launches that sum partial results: reduce_state, and PyTorch's sum for a weight
+    flops: int  # least flops for a row of a head, in units of D^2
+    rows: int  # least number of rows to move
 
 
 FORWARD = Op(("accumulate_state-plain", "apply_state-normalize"), 1, 1, 12, 4)
@@ -162,7 +162,7 @@ OPS = {
 
 
 def kernels(head_dim: int = 128) -> dict[str, tuple[CompileJob, Code]]:
-    """Every pass of the ops (hedgehog, bf16, sm_90), compiled."""
+    """Compile every pass of the ops for hedgehog in bf16 on sm_90."""
     made = {}
     for options in ((), ("rope",)):
         for job in compile_jobs(head_dim, "hedgehog", torch.bfloat16, 90, options=options):
@@ -172,7 +172,7 @@ def kernels(head_dim: int = 128) -> dict[str, tuple[CompileJob, Code]]:
 
 
 def predict(op: Op, compiled: dict[str, tuple[CompileJob, Code]], shape: Shape) -> tuple[float, float]:
-    """Seconds of an op, and the limit: the least work at full rate, nothing else."""
+    """Return the seconds of an op and its limit, which is the least work at full rate and nothing else."""
     gpu, rows = GPUS[90], shape.batch * shape.tokens * shape.heads
     launches = len(op.passes) + op.prepares + op.sums
     total = sum(seconds(*compiled[name], shape) for name in op.passes) + op.prepares * PREPARE + launches * GAP

@@ -1,14 +1,13 @@
-"""The speed table of README.md: what one GPU makes of the op and of whole models, against softmax attention.
+"""The speed table of README.md: the op and whole models on one GPU, compared with softmax attention.
 
 It stands between the comments BEGIN and END and is filled from the results; the rest of the file is left alone.
 """
 
 from pathlib import Path
 
-from benchmarks import results, tables
+from benchmarks import marked, results, tables
 from benchmarks.peers import OURS, is_exact_softmax
 from benchmarks.shapes import WAN
-from linvideo.trajectories.atomic_files import write_text
 
 BEGIN, END = "<!-- headline: begin -->", "<!-- headline: end -->"
 SIZES = {"1.3b-480p": "Wan 1.3B at 480p", "14b-720p": "Wan 14B at 720p"}
@@ -21,27 +20,15 @@ Pairs = list[tuple[dict, dict]]  # (row, environment of its file)
 
 
 def fill(readme: Path, devices: dict[str, Pairs]) -> None:
-    """Write the block of `devices` between the two comments of `readme`.
-
-    Raises:
-        ValueError: The file doesn't have each comment exactly once, BEGIN before END.
-    """
-    text = readme.read_bytes().decode()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(
-            f"expected {readme} to have the comments {BEGIN} and {END} once each, in this order; got"
-            f" {text.count(BEGIN)} and {text.count(END)}{' in another order' * (BEGIN in text and END in text)}"
-        )
-    write_text(readme, f"{before}{BEGIN}\n{block(devices)}\n{END}{after}")
+    """Write the block between the two comments of `readme`; raises ValueError where it doesn't have them."""
+    marked.fill(readme, BEGIN, END, f"\n{block(devices)}\n")
 
 
 def block(devices: dict[str, Pairs]) -> str:
-    """A table of the GPU that was measured last, with a line on how; where there is none, a sentence that says so.
+    """Return a table for the GPU that was measured last, with a line on how; NOT_YET where there are no GPU results.
 
     Args:
-        devices: For each device, the pairs (row, environment) of its newest results.
+        devices: Newest results of each device, as pairs (row, environment).
     """
     found = {device: rows for device, pairs in devices.items() if (rows := _rows(_on_gpu(pairs)))}
     if not found:
@@ -69,7 +56,7 @@ def _on_gpu(pairs: Pairs) -> Pairs:
 
 
 def _rows(pairs: Pairs) -> list[tuple]:
-    """(label, our pair, that of softmax, name of softmax) of every row that the results allow."""
+    """Return (label, our pair, the pair of softmax, name of the softmax) for every row that the results allow."""
     made = []
     for size, label in SIZES.items():
         for which in tables.FORWARD_AND_BOTH:
@@ -84,7 +71,7 @@ def _rows(pairs: Pairs) -> list[tuple]:
 
 
 def _model_row(pairs: Pairs, size: str, label: str) -> tuple | None:
-    """The forward of a model, in the first of four ways in which both the stock and the converted one were timed."""
+    """Return the row of a model's forward, in the first of four modes that has both the stock and the converted one."""
     count = WAN[size].linear_layers[1]
     for how in ("whole", "composed"):
         for compiled in (True, False):

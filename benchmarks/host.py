@@ -1,12 +1,12 @@
-"""The host's time for one call of linear_attn: `python -m benchmarks.host [--shape NAME] [--against REV]`.
+"""Measure the host's time for one call of linear_attn: `python -m benchmarks.host [--shape NAME] [--against REV]`.
 
-This is what Python, PyTorch's dispatch and Triton's launches take until the last kernel of a call is launched. It needs
-no GPU: tensors have no memory, and a launch does everything but start the kernel (host_calls.py). It leaves out the
-driver's launch, the encoding of TMA descriptors and CUDA's allocator, a few microseconds each. A model whose kernels
-take less than this waits for the host; CUDA graphs help there.
+This is the CPU time of Python, PyTorch's dispatch and Triton's launches until the last kernel of a call is launched. No
+GPU is needed: the tensors have no memory, and a launch does everything except start the kernel (host_calls.py). The
+figures leave out the driver's launch, the encoding of TMA descriptors and CUDA's allocator, a few microseconds each. A
+model whose kernels take less time than this waits for the host; CUDA graphs help there.
 
---against REV checks a revision out into a temporary worktree and times both in turn, in processes of their own. Compare
-the two columns of one run only: a busy machine is twice as slow from one minute to the next. Times are the CPU's.
+--against REV checks out another revision into a temporary worktree and times both alternately, each in its own process.
+Compare only the two columns of one run: a busy machine can be twice as slow from one minute to the next.
 """
 
 import argparse
@@ -28,7 +28,7 @@ CALLS = Path(__file__).with_name("host_calls.py")
 
 @contextmanager
 def checked_out(revision: str) -> Iterator[Path]:
-    """A worktree of the revision, removed in the end."""
+    """Make a temporary worktree of the revision."""
     git = ["git", "-C", str(ROOT)]
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
@@ -41,9 +41,9 @@ def checked_out(revision: str) -> Iterator[Path]:
 
 @contextmanager
 def running(tree: Path, shape: tuple[int, ...]) -> Iterator[subprocess.Popen]:
-    """host_calls.py on the tree's code, ended in the end."""
+    """Run host_calls.py on the code of `tree` until the block ends."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tree), str(tree / "kernels")])}
-    environment.pop("TRITON_INTERPRET", None)  # the interpreter launches in another way
+    environment.pop("TRITON_INTERPRET", None)  # the interpreter has another way of launching
     command = [sys.executable, "-P", str(CALLS), json.dumps(shape)]
     with tempfile.TemporaryFile("w+") as errors:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
@@ -68,7 +68,11 @@ def answer(process: subprocess.Popen):
 
 
 def measure(trees: dict[str, Path], shape: tuple[int, ...], rounds: int, calls: int) -> dict[str, dict[str, dict]]:
-    """Label of a tree -> case -> {"launches" of a call, "microseconds" of each}; the trees take turns."""
+    """Time all cases on all trees, alternating between the trees.
+
+    Returns:
+        Label of the tree -> case -> {"launches": number per call, "microseconds": one for each call}.
+    """
     found: dict[str, dict[str, dict]] = {label: {} for label in trees}
     with ExitStack() as stack:
         processes = {label: stack.enter_context(running(tree, shape)) for label, tree in trees.items()}
@@ -83,13 +87,13 @@ def measure(trees: dict[str, Path], shape: tuple[int, ...], rounds: int, calls: 
 
 
 def summary(times: list[float]) -> tuple[float, float, float]:
-    """Median, 10th and 90th percentile."""
+    """Return the median, the 10th and the 90th percentile."""
     tenths = quantiles(times, n=10)
     return tenths[4], tenths[0], tenths[8]
 
 
 def table(found: dict[str, dict[str, dict]]) -> str:
-    """found: what `measure` returns."""
+    """Format what `measure` returns."""
     lines = [f"{'microseconds':26}" + "".join(f"{label:>40}" for label in found)]
     for case in next(iter(found.values())):
         row, medians = f"{case:26}", []
@@ -109,16 +113,18 @@ def commit_of(revision: str) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="wan2.1-1.3b-480p", help="the rows of q, k and v")
-    parser.add_argument("--against", metavar="REV", help="a git revision to time in turn with this tree")
-    parser.add_argument("--rounds", type=int, default=50, help="turns of each tree (default: 50)")
-    parser.add_argument("--calls", type=int, default=10, help="timed calls of each case in a turn (default: 10)")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="wan2.1-1.3b-480p", help="name of the attention shape (default: %(default)s)"
+    )
+    parser.add_argument("--against", metavar="REV", help="git revision to compare this tree with")
+    parser.add_argument("--rounds", type=int, default=50, help="rounds over all cases (default: 50)")
+    parser.add_argument("--calls", type=int, default=10, help="timed calls of each case in a round (default: 10)")
     args = parser.parse_args()
     if args.rounds < 1 or args.calls < 1:
         parser.error(f"expected at least 1 round and 1 call, got {args.rounds} and {args.calls}")
     commit = args.against and commit_of(args.against)
     if args.against and not commit:
-        parser.error(f"expected --against to name a commit of the git repository {ROOT}, got {args.against!r}")
+        parser.error(f"expected --against to be a commit of the git repository {ROOT}, got {args.against!r}")
     shape = SHAPES[args.shape]
     print(f"{args.shape}: {shape}; median (10% to 90%) of {args.rounds * args.calls} calls")
     with checked_out(commit) if commit else nullcontext() as other:

@@ -1,11 +1,11 @@
-"""The calls that benchmarks/host.py times, of one source tree and in a process of their own.
+"""The calls that benchmarks/host.py times. They run in a process of their own, on the code of one source tree.
 
-`python -P host_calls.py '[1, 32760, 12, 128]'` prints the names of its cases, and then a line of JSON for each line
-`["name", calls]` that comes in. PYTHONPATH names the tree, which may be older than this file: nothing but PyTorch,
-Triton and the tree's linvideo is imported.
+`python -P host_calls.py '[1, 32760, 12, 128]'` prints the names of its cases, then answers each line
+`["name", calls]` on stdin with a line of JSON. PYTHONPATH names the tree, which may be older than this file, so only
+PyTorch, Triton and that tree's linvideo are imported.
 
-Tensors are on PyTorch's meta device and take the branch that CUDA tensors take. A launch goes through Triton's own path
-(it binds the arguments, derives the specialization and looks the kernel up), but what it finds starts nothing.
+The tensors are on PyTorch's meta device and take the code path of CUDA tensors. A launch goes through Triton's own path
+(it binds the arguments, derives the specialization and looks up the kernel), but the kernel that it finds does nothing.
 """
 
 import json
@@ -41,8 +41,8 @@ launched: Counter = Counter()  # kernels, by name
 
 
 def compile_nothing(source, **options) -> CompiledKernel:
-    """What a launch finds in Triton's cache, but that it starts nothing."""
-    source.fn.cache_key  # noqa: B018 - collects the globals that every launch compares, as compiling does
+    """Return a kernel that a launch finds in Triton's cache, and that only counts how often it is started."""
+    source.fn.cache_key  # noqa: B018 - as in compiling, this collects the globals that every launch compares
     compiled, name = CompiledKernel.__new__(CompiledKernel), source.fn.__name__
 
     def run(*args) -> None:
@@ -54,7 +54,7 @@ def compile_nothing(source, **options) -> CompiledKernel:
 
 
 class Autocast(torch.autocast):
-    """As costly as it is for a device that has autocast."""
+    """Autocast that costs as much time as for a device that supports it."""
 
     def __init__(self, device_type: str, *args, **kwargs):
         super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
@@ -65,13 +65,13 @@ def new_empty(x, size, dtype=None, layout=None, device=None, pin_memory=None) ->
 
 
 def sum_over(x, dim, keepdim=False, dtype=None) -> torch.Tensor:
-    """For the sum over the first axis."""
+    """Implement `sum` over the first axis."""
     size = x.shape[1:]
     return torch.empty((1, *size) if keepdim else size, dtype=dtype or x.dtype, device="meta")
 
 
 def load():
-    """The tree's linear_attn, made to launch kernels for meta tensors."""
+    """Return the tree's linear_attn, changed so that it launches kernels for meta tensors."""
     triton.runtime.driver.set_active(Driver(GPUTarget("cuda", H100[0], 32)))
     triton.compiler.compile = compile_nothing
     torch.autocast = Autocast
@@ -81,7 +81,7 @@ def load():
         own = str(name).rpartition("::")[2].startswith("linear_attn")
         if own and key in ("CompositeExplicitAutograd", "CUDA"):
             implementations[name] = function
-        if not own or key != "Meta":  # of shapes alone; the kernels' implementation takes its place below
+        if not own or key != "Meta":  # it has shapes only; the implementation with kernels takes its place below
             impl(library, name, function, key, **options)
 
     torch.library.Library.impl = recorded
@@ -92,8 +92,9 @@ def load():
     for module in [module for name, module in sys.modules.items() if name.startswith("linvideo.")]:
         if hasattr(module, "uses_kernels"):
             module.uses_kernels = lambda x: True
-    launch.INTERPRETER = launch.Target(*H100)  # that of tensors on no GPU
-    # Registrations live as long as their libraries. PyTorch's own for meta take ten times as long as those of a device.
+    launch.INTERPRETER = launch.Target(*H100)  # used for tensors that are on no GPU
+    # Registrations live as long as their libraries. PyTorch's own meta implementations of these two operators take ten
+    # times as long as those of a device.
     load.libraries = torch.library.Library("linvideo", "IMPL"), torch.library.Library("aten", "IMPL")
     for name, function in implementations.items():
         impl(load.libraries[0], name, function, "Meta")
@@ -103,7 +104,7 @@ def load():
 
 
 def cases(linear_attn, shape: tuple[int, int, int, int]) -> dict:
-    """Name -> a call without arguments. Rows in bfloat16, weights and tables in float32."""
+    """Return name -> call without arguments. Rows are in bfloat16, weights and tables in float32."""
     batch, length, heads, dim = shape
 
     def meta(*size: int, dtype=torch.float32, **options) -> torch.Tensor:
@@ -134,14 +135,14 @@ def cases(linear_attn, shape: tuple[int, int, int, int]) -> dict:
 def main() -> None:
     made = cases(load(), tuple(json.loads(sys.argv[1])))
     for call in made.values():
-        call()  # what is made once is made
+        call()  # so that everything that is created only once exists
     print(json.dumps(list(made)), flush=True)
     for line in sys.stdin:
         case, calls = json.loads(line)
         launched.clear()
         times = []
         for _ in range(calls):
-            start = time.thread_time_ns()  # what other processes take of the CPU is not in it
+            start = time.thread_time_ns()  # CPU time, which other processes don't add to
             made[case]()
             times.append((time.thread_time_ns() - start) / 1000)
         print(json.dumps({"launches": sum(launched.values()) // calls, "microseconds": times}), flush=True)

@@ -1,4 +1,4 @@
-"""Which kernels one call of an op launches, one after another, and how long each takes: rows of the suite "kernel"."""
+"""The suite "kernel": which kernels one call of an op launches, in order, and how long each takes."""
 
 from collections.abc import Callable, Iterator
 
@@ -14,7 +14,7 @@ REPEATS = 20
 
 
 def rows_of(shape_name: str, dtype: torch.dtype, device: str, names: tuple[str, ...] = (OURS,)) -> Iterator[dict]:
-    """A row for each launch of a forward and backward of the peers `names`, in their order on the device."""
+    """Yield a row for each launch in a forward and backward of the peers `names`, in the order on the device."""
     inputs = Inputs.random(SHAPES[shape_name], dtype, device)
     for name in names:
         call, leaves = PEERS[name].build(inputs), PEERS[name].leaves(inputs)
@@ -25,11 +25,12 @@ def rows_of(shape_name: str, dtype: torch.dtype, device: str, names: tuple[str, 
 
 
 def launches(run: Callable[[], object], device: str, repeats: int = REPEATS) -> list[tuple[str, list[float]]]:
-    """(kernel, [median, 20th, 80th percentile of its milliseconds]) by PyTorch's profiler; on a CPU the ops of
-    linvideo stand for kernels.
+    """Return (kernel, [median, 20th, 80th percentile in milliseconds]) of each launch, from PyTorch's profiler.
+
+    On a CPU, linvideo's operators take the place of kernels.
 
     Raises:
-        ArithmeticError: two runs did not launch the same kernels.
+        ArithmeticError: Two runs didn't launch the same kernels.
     """
     cuda = device == "cuda"
     run()

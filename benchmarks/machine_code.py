@@ -1,6 +1,6 @@
-"""What the machine code of a compiled kernel says: `read(job)` gives a Code. The gates judge it (static_gates.py).
+"""Figures of a compiled kernel's machine code: `read(job)` returns a Code, which static_gates.py judges.
 
-Each kind of GPU has a reader of its own that fills in the same Code; NVIDIA's rests on sass.py, AMD's on amdgcn.py.
+NVIDIA's and AMD's GPUs have different readers, based on sass.py and amdgcn.py, that fill in the same Code.
 """
 
 import itertools
@@ -15,8 +15,8 @@ from benchmarks import amdgcn, sass, wgmma_hazards
 
 
 class Architecture(NamedTuple):
-    shared: int  # KB that one program may have
-    shared_per_sm: int  # KB
+    shared: int  # KB of shared memory that one program may use
+    shared_per_sm: int  # KB of shared memory of an SM
     matrix: str  # the widest tensor-core instruction, in PTX or AMDGCN
 
 
@@ -29,44 +29,45 @@ ARCHITECTURES = {
     120: Architecture(99, 100, "mma.sync"),
     942: Architecture(64, 64, amdgcn.MATRIX),
     950: Architecture(160, 160, amdgcn.MATRIX),
-    1100: Architecture(64, 128, amdgcn.MATRIX),  # of a pair of compute units, which shares the programs
+    1100: Architecture(64, 128, amdgcn.MATRIX),  # per pair of compute units, which share their programs
 }
 
-# Of a tile. A wait for memory, about 1,000 clocks with its queue, hides behind half of one: on sm_90 a tile takes 3,000
-# clocks and more. Triton's stages give about 0 (the next copy closes the loop, its wait opens it) or 1 and more.
+# The least share of a tile's work between a load and the wait for it. A wait for memory, about 1,000 clocks with its
+# queue, is hidden by half a tile: on sm_90 a tile takes 3,000 clocks or more. Triton's stages give either about 0 (the
+# loop ends with the next copy and begins with the wait for it) or at least 1.
 LEAST_AHEAD = 0.5
 
 
 class Code(NamedTuple):
     """One compiled kernel. Counts "in the loop" are instructions of a warp in the loop over the tiles of rows.
 
-    On AMD an SM is a compute unit, on gfx1100 a pair of them. Nothing is read there of loads and shuffles.
+    On AMD's GPUs an SM is a compute unit, on gfx1100 a pair of them. Loads and shuffles are not analysed there.
     """
 
     registers: int
-    stack: int  # bytes a thread
-    local: int  # local loads and stores: spills that are used; on AMD registers spilled, to AGPRs too
-    shared: int  # bytes
-    resident: int  # programs that fit one SM
-    matrix: int  # instructions in PTX: Architecture.matrix, mma.sync where that needs wider tiles
+    stack: int  # bytes per thread
+    local: int  # local loads and stores, that is, spills in use; on AMD the registers spilled, also those to AGPRs
+    shared: int  # bytes of shared memory
+    resident: int  # number of programs that fit on one SM
+    matrix: int  # tensor-core instructions in PTX: Architecture.matrix, or mma.sync for tiles too narrow for that
     register_a: int  # asynchronous products (wgmma) whose A operand is in registers
     hazards: list[str]  # registers of asynchronous products touched too early (wgmma_hazards.py)
     loop: int  # instructions in the loop
-    ahead: float | None  # tiles between a load and the wait for it, the least (sass.tiles_ahead)
-    exponentials: float  # in the loop, over what is due
-    shuffles: int  # in the loop
-    wide: int  # 16-byte global loads and stores in the loop, TMA included
-    narrow: int  # 2-byte ones
-    trap: bool
+    ahead: float | None  # least distance between a load and the wait for it, in tiles (sass.tiles_ahead)
+    exponentials: float  # number in the loop, divided by the number needed
+    shuffles: int  # number in the loop
+    wide: int  # 16-byte global loads and stores in the loop, including TMA
+    narrow: int  # 2-byte global loads and stores in the loop
+    trap: bool  # whether the code has a trap instruction
 
     @property
     def prefetches(self) -> bool:
-        """Whether the loop's own work hides the wait for its loads."""
+        """Whether the work of the loop hides the wait for its loads."""
         return self.ahead is not None and self.ahead >= LEAST_AHEAD
 
 
 def read(job: CompileJob) -> Code:
-    """Compiles a kernel and reads what came out."""
+    """Compile a kernel and return the figures of its code."""
     compiled = job.compile()
     return _read_amd(job, compiled) if job.capability in AMD else _read_nvidia(job, compiled)
 
@@ -139,19 +140,22 @@ def _read_nvidia(job: CompileJob, compiled) -> Code:
 
 
 def exponentials_due(job: CompileJob) -> int:
-    """Of one tile of rows."""
+    """Return the number of exponentials that one tile of rows needs."""
     constexprs, name = job.launch.constexprs, job.launch.kernel.__name__
     feature_map = constexprs.get("FEATURE_MAP")
     if feature_map in (None, "relu", "identity"):
         return 0
     halves = constexprs["SIGNS"]
     if name == "accumulate_state" and feature_map == "hedgehog":
-        halves = 1  # a program has one half; the joint softmax needs the other one too
+        halves = 1  # a program has one half; only the joint softmax needs the other one, too
     return halves * constexprs["BLOCK"] * constexprs["WIDTH"]
 
 
 def ptxas_version(capability: int) -> str:
-    """Of the ptxas that Triton assembles with for an architecture (TRITON_PTXAS_PATH, TRITON_PTXAS_BLACKWELL_PATH)."""
+    """Return the version of ptxas that Triton uses for an architecture.
+
+    TRITON_PTXAS_PATH and TRITON_PTXAS_BLACKWELL_PATH select another one.
+    """
     text = get_ptxas_version(capability)
     found = re.search(r"\bV(\d[\d.]*)", text)
     return found.group(1) if found else text.strip()

@@ -1,4 +1,4 @@
-"""Timing of calls with their gradients and memory, and the device's own rates to compare with."""
+"""Time and memory of calls and their gradients, and the rates of the device to compare them with."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,11 +7,11 @@ import torch
 from linvideo.evaluation.latency import time_call, time_call_and_host
 
 PASSES = ("forward", "backward", "forward+backward")
-SECONDS = 0.3  # of repetitions for one figure
+SECONDS = 0.3  # of repetitions for each figure
 
 
 def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
-    """What a plain copy and a plain matrix product reach here: GB/s (read and written) and TFLOP/s in `dtype`."""
+    """Measure what a plain copy (GB/s, read and written) and a plain matrix product in `dtype` (TFLOP/s) reach here."""
     count, size = (1 << 29, 8192) if device == "cuda" else (1 << 26, 1024)
     source = torch.empty(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -24,7 +24,7 @@ def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
 def measure(
     call: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor], gradient: torch.Tensor, which: str, device: str
 ) -> dict:
-    """`timed` of one of PASSES: the forward without autograd, the backward with a forward before it, untimed."""
+    """Time one of PASSES: the forward runs without autograd, the backward after a forward that is not timed."""
     if which == "forward":
         return timed(torch.no_grad()(call), device)
     if which == "backward":
@@ -33,8 +33,14 @@ def measure(
 
 
 def timed(run: Callable, device: str, before: Callable[[], object] | None = None) -> dict:
-    """{"ms": [median, p20, p80]} and on CUDA "host_ms", the host's median until the call returns, "held_mib", what was
-    allocated before the call, weights and saved tensors included, and "peak_mib", what it took beside that."""
+    """Time `run`, which is given the result of `before` if that is set; only `run` is timed.
+
+    Returns:
+        {"ms": [median, 20th, 80th percentile]}, and on CUDA also
+        "host_ms": Median time until the call returns on the host.
+        "held_mib": Memory allocated before the call, including weights and saved tensors.
+        "peak_mib": Peak memory of the call on top of held_mib.
+    """
     timing, host = time_call_and_host(run, device, SECONDS, before)
     if device != "cuda":
         return {"ms": list(timing)}
@@ -53,10 +59,10 @@ def _mib(size: int) -> float:
 
 
 def attempt(row: dict, action: Callable[[], dict]) -> dict:
-    """The row with what `action` returns, or with the reason why it cannot: a peer's failure ends no run."""
+    """Return the row with the figures of `action`, or with the reason why it failed, which doesn't end the run."""
     try:
         return row | action()
-    except Exception as error:  # compilers and kernels of others raise anything
+    except Exception as error:  # third-party compilers and kernels raise anything
         return row | {"absent": reason(error)}
     finally:
         if torch.cuda.is_available():
@@ -64,7 +70,7 @@ def attempt(row: dict, action: Callable[[], dict]) -> dict:
 
 
 def reason(error: Exception) -> str:
-    """In one line."""
+    """Describe an error in one line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:120]}"
 

@@ -1,4 +1,4 @@
-"""The op suite: one attention call, forward and backward, against every peer that can run here."""
+"""The op suite: one attention call, forward and backward, for linear_attn and every peer that can run here."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,7 +10,7 @@ from benchmarks.peers import PEERS, SWEEP, Inputs, Peer, gbytes, named, tflops
 from benchmarks.shapes import CPU, DIMS, MODELS, SHAPES, TOKENS
 from linvideo.ops.reference import linear_attn_reference
 
-TOLERANCE = 2e-2  # relative error of a result that is still worth timing
+TOLERANCE = 2e-2  # largest relative error of a result that is still worth timing
 
 
 def default_shapes(device: str) -> list[str]:
@@ -20,8 +20,8 @@ def default_shapes(device: str) -> list[str]:
 def rows_of(
     shape_name: str, dtype: torch.dtype, device: str, words: list[str] | None = None, attempt: Callable = attempt
 ) -> Iterator[dict]:
-    """A row for each pass of each peer whose name holds one of `words`; `attempt` measures it (measure.attempt)."""
-    torch._dynamo.reset()  # compiled peers are compiled for this shape
+    """Yield a row for each pass of each peer whose name contains one of `words`, measured by `attempt`."""
+    torch._dynamo.reset()  # so that compiled peers are compiled for this shape
     inputs = Inputs.random(SHAPES[shape_name], dtype, device)
     wanted = named(words)
     for name in SWEEP if shape_name in TOKENS else PEERS:
@@ -39,7 +39,7 @@ def _peer_rows(shape_name: str, name: str, peer: Peer, inputs: Inputs, attempt: 
         def run(which=which):
             if not calls:
                 if peer.most_tokens is not None and shape.tokens > peer.most_tokens:
-                    raise ValueError(f"left out beyond {peer.most_tokens:,} tokens")
+                    raise ValueError(f"left out above {peer.most_tokens:,} tokens")
                 call = peer.build(inputs)
                 verify(name, call, inputs)
                 calls.append(call)
@@ -50,14 +50,15 @@ def _peer_rows(shape_name: str, name: str, peer: Peer, inputs: Inputs, attempt: 
         row = attempt(row, run)
         yield row
         if "absent" in row and not calls:
-            break  # not installed: once is enough
+            break  # it isn't installed: one row says so
 
 
 @torch.no_grad()
 def verify(name: str, call, x: Inputs) -> None:
-    """A wrong result has no speed. Ours are compared with the reference in fp32 on the first head.
+    """Refuse to time a wrong result: ours are compared with the reference in fp32 on the first head.
 
-    Raises ArithmeticError.
+    Raises:
+        ArithmeticError: The output isn't finite, or it is too far from the reference.
     """
     out = call()
     if not out.isfinite().all():

@@ -1,4 +1,4 @@
-"""Who is timed at op level: linear_attn, and everything it can be compared with. Peers that are missing say so."""
+"""What is timed at op level: linear_attn and everything that it can be compared with, where it is installed."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,8 +11,8 @@ from benchmarks.shapes import Shape
 from linvideo.ops import linear_attn
 from linvideo.ops.reference import linear_attn_reference
 
-SPARSITY = 0.85  # of the block-sparse peer
-BLOCK = 128
+SPARSITY = 0.85  # share of blocks that the block-sparse peers leave out
+BLOCK = 128  # tokens per block
 
 
 class Inputs(NamedTuple):
@@ -25,7 +25,7 @@ class Inputs(NamedTuple):
     r: torch.Tensor
     rope: tuple[torch.Tensor, torch.Tensor]
     gradient: torch.Tensor
-    heads_first: tuple[torch.Tensor, ...]  # q, k, v once more as [B, H, N, D], for those who want them so in memory
+    heads_first: tuple[torch.Tensor, ...]  # q, k, v as [B, H, N, D], for peers that need this memory layout
 
     @classmethod
     def random(cls, shape: Shape, dtype: torch.dtype, device: str) -> "Inputs":
@@ -36,12 +36,12 @@ class Inputs(NamedTuple):
         angles = torch.outer(torch.arange(tokens, device=device), 100.0 ** -torch.linspace(0, 1, dim // 2).to(device))
         learned = [*rows[:4], *(weight.to(dtype) for weight in weights), torch.full((1,), 0.5, device=device)]
         q, k, v, softmax_out, q_weight, k_weight, r = (x.requires_grad_() for x in learned)
-        turned = tuple(x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v))
+        heads_first = tuple(x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v))
         rope = (angles.cos(), angles.sin())
-        return cls(q, k, v, q_weight, k_weight, softmax_out, r, rope=rope, gradient=rows[4], heads_first=turned)
+        return cls(q, k, v, q_weight, k_weight, softmax_out, r, rope=rope, gradient=rows[4], heads_first=heads_first)
 
     def first_head(self) -> "Inputs":
-        """That of everything, in fp32 and without gradients."""
+        """Return the inputs of the first head alone, in fp32 and without gradients."""
         rows = {name: getattr(self, name)[:, :, :1] for name in ("q", "k", "v", "softmax_out", "gradient")}
         weights = {name: getattr(self, name)[:1] for name in ("q_weight", "k_weight")}
         return self._replace(**{name: x.detach().float() for name, x in (rows | weights).items()})
@@ -50,19 +50,20 @@ class Inputs(NamedTuple):
 class Peer(NamedTuple):
     build: Callable[[Inputs], Callable[[], torch.Tensor]]  # may raise ImportError
     cost: str  # a key of COSTS
-    learned: tuple[str, ...] = ("q", "k", "v")  # which inputs get gradients; none: forward only
+    learned: tuple[str, ...] = ("q", "k", "v")  # inputs that get gradients; empty for a peer without a backward
     cuda_only: bool = False
-    heads_first: bool = False  # reads Inputs.heads_first
-    most_tokens: int | None = None  # is left out beyond, where it would take minutes
-    options: Callable[[Inputs], dict] | None = None  # of linear_attn, which this is; None for the others
+    heads_first: bool = False  # whether it reads Inputs.heads_first
+    most_tokens: int | None = None  # largest length to time, where longer ones would take minutes
+    options: Callable[[Inputs], dict] | None = None  # arguments of linear_attn; None for all other peers
 
     def leaves(self, x: Inputs) -> list[torch.Tensor]:
         return list(x.heads_first) if self.heads_first else [getattr(x, name) for name in self.learned]
 
 
 HEDGEHOG = ("q", "k", "v", "q_weight", "k_weight")
-# Useful flops per row and head, forward and backward, over D^2 (linear) or N D (softmax); rows of D elements that must
-# be read or written. What a backward has to compute again counts (logits; softmax's scores), as FlashAttention counts.
+# Useful flops per row and head in a forward and in a backward, in units of D^2 (linear) or N D (softmax), then the rows
+# of D elements that each must read or write. What a backward has to compute again (logits, softmax's scores) counts as
+# useful, as in FlashAttention's own figures.
 COSTS = {
     "hedgehog": (12, 28, 4, 7),
     "plain": (4, 8, 4, 7),
@@ -73,14 +74,14 @@ COSTS = {
 
 
 def gbytes(shape: Shape, cost: str, which: str, element_size: int) -> float:
-    """Bytes that must move, in 1e9."""
+    """Return the GB that must be read or written."""
     forward, backward = COSTS[cost][2:]
     rows = {"forward": forward, "backward": backward, "forward+backward": forward + backward}[which]
     return rows * shape.batch * shape.tokens * shape.heads * shape.head_dim * element_size / 1e9
 
 
 def tflops(shape: Shape, cost: str, which: str) -> float:
-    """Useful floating-point operations, in 1e12."""
+    """Return the useful floating-point operations, in 1e12."""
     forward, backward = COSTS[cost][:2]
     factor = {"forward": forward, "backward": backward, "forward+backward": forward + backward}[which]
     inner = shape.tokens if cost in ("softmax", "sparse") else shape.head_dim
@@ -105,7 +106,7 @@ def _ours(feature_map: str, rope: bool = False, mix: bool = False) -> Peer:
 
 
 def _eager(compiled: bool) -> Callable:
-    """What a user would write in PyTorch operations."""
+    """Return a builder of what a user would write with PyTorch operations."""
 
     def build(x: Inputs):
         attention = torch.compile(linear_attn_reference, dynamic=False) if compiled else linear_attn_reference
@@ -127,13 +128,13 @@ def _sdpa(backend: SDPBackend) -> Callable:
 
 
 def _flex_sparse(x: Inputs):
-    """FlexAttention over a fixed random share of key blocks, the same for all heads."""
+    """Build FlexAttention over a fixed random share of the key blocks, the same for all heads."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     blocks = -(-x.q.shape[1] // BLOCK)
     keep = max(1, round((1 - SPARSITY) * blocks))
     order = torch.rand(1, 1, blocks, blocks, device=x.q.device).argsort(-1).to(torch.int32)
-    order[..., :keep] = order[..., :keep].sort(-1).values  # read in order, the keys stay in the cache
+    order[..., :keep] = order[..., :keep].sort(-1).values  # in this order the keys stay in the cache
     none, some = (torch.full((1, 1, blocks), n, dtype=torch.int32, device=x.q.device) for n in (0, keep))
     length = (x.q.shape[1], x.q.shape[1])
     mask = BlockMask.from_kv_blocks(none, order, some, order, BLOCK_SIZE=BLOCK, seq_lengths=length)
@@ -174,7 +175,7 @@ def _flash_attn_3(x: Inputs):
 
 
 def _flash_attn_3_forward(x: Inputs):
-    """FlashAttention-3 as the wheel fa3-fwd has it: bf16, without a backward."""
+    """Build FlashAttention-3 from the wheel fa3-fwd, which has bf16 and no backward."""
     from fa3_fwd_interface import flash_attn_func
 
     return lambda: _first(flash_attn_func(x.q, x.k, x.v))
@@ -221,7 +222,7 @@ PEERS = {
     "softmax SageAttention (8 bit, forward)": Peer(_sage, "softmax", (), cuda_only=True),
     f"FlexAttention, {SPARSITY:.0%} of blocks left out": Peer(_flex_sparse, "sparse", cuda_only=True, heads_first=True),
     f"SLA, {SPARSITY:.0%} of blocks linear": Peer(_sla, "sparse", cuda_only=True, heads_first=True),
-    # the last: it tries 159 configurations first, for minutes
+    # Comes last because it first tries 159 configurations, which takes minutes.
     "fla chunk_linear_attn (causal, no map)": Peer(_fla, "plain", cuda_only=True),
 }
 
@@ -232,11 +233,11 @@ def is_exact_softmax(name: str) -> bool:
 
 
 def named(words: list[str] | None) -> list[str]:
-    """The peers whose names hold one of the words; all of them without words."""
+    """Return the peers whose names contain one of the words; all peers if there are no words."""
     return [name for name in PEERS if not words or any(word.lower() in name.lower() for word in words)]
 
 
-# The sweeps' lines: the rest of the field is measured at the models' shapes.
+# The peers in sweeps over the number of tokens; the others are measured only at the shapes of models.
 SWEEP = (
     OURS,
     "linvideo elu",

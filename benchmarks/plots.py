@@ -1,4 +1,4 @@
-"""Plots of results as PNG and SVG: time over the number of tokens, speed-up over the number of linear layers."""
+"""Plots of results as PNG and SVG: time over the number of tokens, and speed-up over the number of linear layers."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -10,7 +10,7 @@ from benchmarks.tables import BACKENDS
 
 
 def draw(device: str, pairs: list[tuple[dict, dict]], folder: Path) -> list[tuple[Path, str]]:
-    """(file, title) of each plot that the rows of one device allow. pairs: (row, environment)."""
+    """Draw each plot that the rows of one device allow; returns (file, title) of each. pairs: (row, environment)."""
     made = []
     for shapes in (TOKENS, CPU):
         sweep = [(row, env) for row, env in pairs if row["suite"] == "op" and row["shape"] in shapes and "ms" in row]
@@ -68,7 +68,7 @@ def _over_layers(device: str, dtype: str, rows: list[dict], folder: Path) -> lis
     names = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(4 * len(names) + 1.5, 4), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False)
-    found = {}  # a backend may be missing for one model
+    found = {}  # the lines of all models: a backend may be missing for one of them
     for axis, name in zip(axes[0], names, strict=True):
         lines = defaultdict(dict)
         for row in rows:
@@ -89,7 +89,7 @@ def _over_layers(device: str, dtype: str, rows: list[dict], folder: Path) -> lis
 
 
 def save(figure, stem: Path, title: str) -> list[tuple[Path, str]]:
-    """Write the figure as PNG and SVG, the same bytes for the same figure; returns (file, title) of both."""
+    """Write the figure as PNG and SVG; the same figure gives the same bytes. Returns (file, title) of both."""
     from matplotlib import rc_context
 
     stem.parent.mkdir(parents=True, exist_ok=True)

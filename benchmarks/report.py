@@ -1,8 +1,7 @@
-"""All committed results as tables and plots: `python -m benchmarks.report` writes docs/benchmarks.md and its plots.
+"""Show all committed results: `python -m benchmarks.report` writes docs/benchmarks.md, its plots and README's headline.
 
-Of a figure that was measured more than once on a device the newest counts, if there was one: a peer that was absent
-later keeps its older figure, and the table says which run it is from. The same results give the same files, byte
-for byte.
+Where a device has several measurements of the same thing, the newest counts. A peer that was absent later keeps its
+older figure, and the table says which run each figure is from. The same results give the same files, byte for byte.
 """
 
 import argparse
@@ -15,19 +14,46 @@ DOCS = Path(__file__).parents[1] / "docs"
 README = Path(__file__).parents[1] / "README.md"
 HEAD = """# Benchmarks
 
-Written by `python -m benchmarks.report` from [benchmarks/results](../benchmarks/results); `make bench` measures. Times
-are medians in milliseconds with the 20th to 80th percentile behind; on CUDA the device's, by events, the L2 cache
-flushed before each run. GB/s counts the bytes that must move (q, k, v, o; in a backward 7 rows), TFLOP/s the useful
-operations (hedgehog: 12 D² a row and head, 28 D² in a backward; softmax: 4 N D and 10 N D); per cent are of a plain
-copy and a plain matrix product on the same device. Memory is the peak beside the inputs (and, in a backward, beside
-what the forward saved); for blocks, models and training steps it is written as held + peak, weights and optimizer being
-held. "host" is how long the host takes to launch a call's kernels. A model's host runs ahead of its GPU; of a call on
-its own the larger of the two times counts.
+This page is written by `python -m benchmarks.report` from the files in [benchmarks/results](../benchmarks/results).
+
+## How to measure
+
+| command | what it measures | what it needs |
+| --- | --- | --- |
+| `make bench` | `linear_attn` and what it can be compared with, over the number of tokens | a CPU or a CUDA GPU |
+| `make bench ARGS="--suite op,block,model,train"` | also blocks, models and training steps | a CUDA GPU, an hour |
+| `make evidence` | the kernels' tests and the most important figures | a CUDA GPU, ten minutes |
+| `python -m benchmarks.host` | how long the CPU works to launch one call of `linear_attn` | Triton, no GPU |
+
+The first two write their results into benchmarks/results and then this page. `make evidence` writes its results into
+runs/evidence; copy them to benchmarks/results and run `python -m benchmarks.report`.
+
+`python -m benchmarks.host` times Python, PyTorch's dispatch and Triton's launches until the last kernel of a call is
+launched, on tensors without memory and with launches that start nothing. A model whose kernels take less time than this
+waits for the host; CUDA graphs help there. `--shape` selects one of the attention shapes, and `--against REV` times
+another git revision alternately with this tree. Compare only the two columns of one run: a busy machine can be twice as
+slow from one minute to the next. The command prints its table and writes no file;
+[kernels/README.md](../kernels/README.md) has figures.
+
+## How to read the tables
+
+N is the number of tokens and D the size of a head.
+
+- **Times** are medians in milliseconds, followed by the 20th to 80th percentile in brackets. On a GPU they are measured
+  on the device, with the L2 cache flushed before each run.
+- **GB/s** counts the bytes that must be read or written: the rows of q, k, v and the output in a forward, and seven
+  rows in a backward. The percentage in brackets is relative to a plain copy on the same device.
+- **TFLOP/s** counts the useful operations. Per row and head these are 12 D² in a forward and 28 D² in a backward for
+  hedgehog, and 4 N D and 10 N D for softmax. The percentage is relative to a plain matrix product on the same device.
+- **MiB** is the peak memory on top of the inputs and, in a backward, of what the forward saved. For blocks, models and
+  training steps it is written as held + peak, where the weights and the optimizer's state are held.
+- **host** is how long the CPU takes to launch the kernels of a call. In a model the CPU runs ahead of the GPU, so that
+  this time is hidden; for a single call the larger of the two times counts.
 """
 
 
 def write(devices: dict[str, list[tuple[dict, dict]]], docs: Path) -> list[Path]:
-    """Write benchmarks.md and its plots into `docs`, from what `newest_rows` gives; returns the files."""
+    """Write benchmarks.md and its plots into `docs`; returns the files. devices: see `newest_rows`."""
     lines, written = [HEAD], []
     for device, pairs in devices.items():
         lines += [f"## {device}", "", *(f"- {run}" for run in results.runs(pairs)), ""]
@@ -45,7 +71,7 @@ def write(devices: dict[str, list[tuple[dict, dict]]], docs: Path) -> list[Path]
 
 
 def newest_rows(folder: Path) -> dict[str, list[tuple[dict, dict]]]:
-    """For each device that `folder` has results of, the pairs (row, environment of its file) that count."""
+    """Return the pairs (row, environment of its file) that count, for each device that `folder` has results of."""
     devices: dict[str, dict] = defaultdict(dict)
     for document in results.load(folder):
         for row in document["rows"]:
@@ -60,8 +86,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default=results.FOLDER, help="default: benchmarks/results")
-    parser.add_argument("--output", type=Path, default=DOCS, help="default: docs")
+    parser.add_argument(
+        "--results", type=Path, default=results.FOLDER, help="folder of result files (default: benchmarks/results)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=DOCS,
+        help="folder for benchmarks.md; README.md is only filled with the default (docs)",
+    )
     args = parser.parse_args(arguments)
     try:
         devices = newest_rows(args.results)

@@ -1,7 +1,7 @@
-"""Result files: benchmarks/results/<device>-<date>-<name>.json, written row by row and never over another.
+"""Result files: benchmarks/results/<device>-<date>-<name>.json, written row by row, never overwriting another file.
 
-A file is {"format", "environment", "rows"}. Every row has a "suite" and either "ms", [median, 20th, 80th percentile],
-or "absent", the reason why there is no figure; COLUMNS says which other keys a suite's rows have.
+A file is {"format", "environment", "rows"}. Each row has a "suite" and either "ms", which is [median, 20th, 80th
+percentile], or "absent", the reason why there is no figure. COLUMNS lists the other keys of each suite's rows.
 """
 
 import json
@@ -26,7 +26,7 @@ PACKAGES = (
 )  # fmt: skip
 ENVIRONMENT = ("device", "driver", "cuda", "python", "packages", "commit", "time", "rates")
 _CUDA = ("host_ms", "held_mib", "peak_mib")
-# suite -> the keys that tell its rows apart, and further keys
+# suite -> the keys that identify a row, and the other keys
 COLUMNS = {
     "op": (("shape", "dtype", "name", "pass"), ("sizes", "gbytes", "tflops", *_CUDA)),
     "block": (("model", "dtype", "attention", "compiled"), ("tokens", "layers", *_CUDA)),
@@ -38,12 +38,12 @@ COLUMNS = {
 
 
 def key(row: dict) -> tuple:
-    """What tells the row apart from all others."""
+    """Return what identifies the row."""
     return row["suite"], *(row[name] for name in COLUMNS[row["suite"]][0])
 
 
 def environment(rates: dict) -> dict:
-    """Where and with what; `rates` of measure.rates."""
+    """Return the device, the versions, the commit and the time of a run, with `rates` as measure.rates returns them."""
     cuda = torch.cuda.is_available()
     return {
         "device": device_name("cuda") if cuda else f"{_processor()}, {_threads()}",
@@ -58,11 +58,12 @@ def environment(rates: dict) -> dict:
 
 
 def versions(environment: dict) -> str:
+    """Return the packages with their versions, as text."""
     return ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
 
 
 def runs(pairs: list[tuple[dict, dict]]) -> list[str]:
-    """When, at which commit and with which versions the rows were measured: one line for each run, oldest first."""
+    """Return one line for each run that the rows are from, the oldest first: its time, commit and versions."""
     lines = set()
     for _, environment in pairs:
         commit = environment["commit"] or "unknown"
@@ -72,9 +73,12 @@ def runs(pairs: list[tuple[dict, dict]]) -> list[str]:
 
 
 class ResultFile:
-    """Rows of one run; each is on disk once it is added, so that a run that is killed loses nothing it measured.
+    """The rows of one run. Each row is on disk as soon as it is added, so that a killed run loses nothing.
 
-    name: the end of the file's name; by default the suite of the first row.
+    Args:
+        environment: Description of the run, from `environment`.
+        folder: Folder for the file, which is made with the first row.
+        name: End of the file's name. None means the suite of the first row.
     """
 
     def __init__(self, environment: dict, folder: Path = FOLDER, name: str | None = None):
@@ -96,8 +100,10 @@ class ResultFile:
 
 
 def keep(document: dict, folder: Path, name: str) -> Path:
-    """Write a finished document to a new file <device>-<date>-<name>.json; the one that is there, if it holds the same
-    rows."""
+    """Write a finished document to a new file <device>-<date>-<name>.json and return the file.
+
+    If a file of the folder has the same rows, that one is returned and nothing is written.
+    """
     for path in folder.glob("*.json"):
         if json.loads(path.read_text())["rows"] == document["rows"]:
             return path
@@ -109,7 +115,7 @@ def keep(document: dict, folder: Path, name: str) -> Path:
 
 
 def claim(aside: Path, folder: Path, environment: dict, name: str) -> Path:
-    """Give `aside` a name in `folder` that no file has: a number is added where there is one already."""
+    """Move `aside` to a new name in `folder`, which ends in a number if the plain name is taken; returns the file."""
     gpu = slug(environment["device"]).removeprefix("nvidia-")
     device = "cpu" if environment["cuda"] is None else gpu
     stem = f"{device}-{environment['time'][:10]}-{name}"
@@ -125,22 +131,22 @@ def claim(aside: Path, folder: Path, environment: dict, name: str) -> Path:
 
 
 def _link(aside: Path, path: Path) -> None:
-    """FileExistsError where the name is taken."""
+    """Link `path` to the content of `aside`; raises FileExistsError if the name is taken."""
     try:
         os.link(aside, path)
-    except OSError:  # a file system without hard links, or the name is taken, which opening finds too
+    except OSError:  # the name is taken, which opening finds, too, or the file system has no hard links
         with path.open("xb") as file:
             file.write(aside.read_bytes())
 
 
 def load(folder: Path = FOLDER) -> list[dict]:
-    """All files there, oldest first."""
+    """Read all result files of a folder, the oldest first."""
     documents = map(read, sorted(folder.glob("*.json")))
     return sorted(documents, key=lambda document: document["environment"]["time"])
 
 
 def read(path: Path) -> dict:
-    """One file. ValueError where it is none of ours."""
+    """Read one file; raises ValueError if it isn't a result file."""
     try:
         document = json.loads(path.read_text())
         check(document)
@@ -150,12 +156,12 @@ def read(path: Path) -> dict:
 
 
 def check(document: dict) -> None:
-    """ValueError where a file does not hold what the module's docstring says."""
+    """Raise ValueError if a document isn't what the module's docstring says."""
     if document.get("format") != FORMAT:
         raise ValueError(f"expected format {FORMAT}, got {document.get('format')!r}")
     missing = [key for key in ENVIRONMENT if key not in document.get("environment", {})]
     if missing:
-        raise ValueError(f"expected the environment to have {', '.join(missing)}")
+        raise ValueError(f"expected the environment to have {', '.join(missing)}, got one without")
     if not document.get("rows"):
         raise ValueError("expected at least one row, got none")
     for row in document["rows"]:
@@ -172,6 +178,7 @@ def check(document: dict) -> None:
 
 
 def slug(text: str) -> str:
+    """Return the text in lower case, with a hyphen for everything that isn't a letter or a digit."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
@@ -196,7 +203,8 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    if given := os.environ.get("LINVIDEO_COMMIT"):  # where the files came without their history
+    """Return the commit of this checkout, followed by " with changes" if tracked files differ from it."""
+    if given := os.environ.get("LINVIDEO_COMMIT"):  # set where the files were copied without their git history
         return given
     root = str(Path(__file__).parents[1])
     commit = _output("git", "-C", root, "rev-parse", "HEAD")

@@ -1,21 +1,22 @@
-"""Reading SASS, NVIDIA's machine code, as `cuobjdump -sass` prints it: instructions, registers, loops, waits for loads.
+"""Reader of SASS, NVIDIA's machine code, as `cuobjdump -sass` prints it: registers, loops, waits for loads.
 
-How far a loop loads ahead (`tiles_ahead`) is the distance, in the instructions of a warp, between a load and the first
-instruction that waits for it, as a share of the loop: 1 where one whole tile of rows is worked on meanwhile, nearly 0
-where the loop waits for what it has just asked for. Three kinds of loads are read, each by what orders it:
+`tiles_ahead` measures how far a loop loads ahead. It is the distance in a warp's instructions between a load and the
+first instruction that waits for it, as a share of the loop: 1 if the loop works on one whole tile of rows meanwhile,
+nearly 0 if it waits for what it has just requested. Three kinds of loads are analysed:
 
 cp.async (LDGSTS)
-    LDGDEPBAR closes a group of copies and `DEPBAR.LE SB0, N` waits until at most the N youngest groups are still
-    under way: it waits for the group closed N + 1 groups before it, counted around the loop.
+    LDGDEPBAR closes a group of copies, and `DEPBAR.LE SB0, N` waits until only the N youngest groups may be
+    outstanding. So it waits for the group that was closed N + 1 groups earlier, counted around the loop.
 TMA (UTMALDG)
-    One copy a tile, and one wait a tile on its barrier, are served in order. With P copies before the loop, the copy
-    that a wait is for was issued P iterations earlier. P is counted in Triton's own program (TTGIR), where every copy
-    and wait names its barrier; SASS gives the positions. Of several tensors the last copy and the first wait count.
+    There is one copy per tile and one wait per tile on its barrier, and they are served in order. With P copies before
+    the loop, a wait is for the copy that was issued P iterations earlier. P is counted in Triton's own program (TTGIR),
+    where every copy and wait names its barrier; the positions come from SASS. If there are several tensors, the last
+    copy and the first wait count.
 Loads into registers (LDG)
-    The load names a scoreboard in its control bits, and the first later instruction whose mask holds that scoreboard
-    waits. A load whose address the loop does not change (statistics, a state that is read again) comes from a cache
-    and is left out. So are all of them where Triton loads no tile of rows into registers: what remains are angles,
-    masks and factors, which other programs read as well.
+    The control bits of a load name a scoreboard, and the first later instruction whose wait mask has that scoreboard
+    waits. A load whose address doesn't change in the loop (statistics, a state that is read again) comes from a cache
+    and is left out. If Triton loads no tile of rows into registers, all of these loads are left out: the remaining ones
+    are angles, masks and factors, which other programs read as well.
 """
 
 import hashlib
@@ -30,13 +31,13 @@ from triton.runtime.cache import get_cache_manager
 
 
 class Instruction(NamedTuple):
-    at: int  # its address
+    at: int  # address
     text: str
-    control: int  # bits 105 and up of its 128: stall, yield, scoreboard that it sets on writing, on reading, wait mask
+    control: int  # bits 105 to 127: stall, yield, scoreboard set by its write and by its read, wait mask
 
     @property
     def name(self) -> str:
-        """With its suffixes, without the predicate."""
+        """The name with its suffixes, without the predicate."""
         return self._unpredicated.split(" ", 1)[0]
 
     @property
@@ -46,23 +47,23 @@ class Instruction(NamedTuple):
 
     @property
     def predicated(self) -> bool:
-        """Whether it may not take effect."""
+        """Whether the instruction has a predicate and so may have no effect."""
         return self.text.startswith("@")
 
     @property
     def target(self) -> int | None:
-        """Of a branch: where it goes."""
+        """The address that a branch goes to; None for other instructions."""
         found = re.search(r"\b(?:BRA|BSSY|CALL)\S*\s.*\b0x([0-9a-f]+)", self.text)
         return int(found.group(1), 16) if found else None
 
     @property
     def sets(self) -> int:
-        """The scoreboard that falls when its result is there; 7 for none."""
+        """The scoreboard that is released when the result has arrived; 7 for none."""
         return self.control >> 5 & 7
 
     @property
     def waits_for(self) -> int:
-        """Mask of scoreboards."""
+        """The mask of the scoreboards that the instruction waits for."""
         return self.control >> 11 & 63
 
     @property
@@ -71,7 +72,7 @@ class Instruction(NamedTuple):
 
 
 def disassemble(cubin: bytes) -> str:
-    """With the registers used. Kept in Triton's cache: it takes a second."""
+    """Return the SASS of a cubin, with its register use. It is kept in Triton's cache, since it takes a second."""
     cache = get_cache_manager(hashlib.sha256(triton.__version__.encode() + cubin).hexdigest())
     kept = cache.get_file("kernel.sass")
     if kept:
@@ -93,13 +94,13 @@ def parse(sass: str) -> list[Instruction]:
     return [Instruction(int(at, 16), text, int(high, 16) >> 41) for at, text, high in lines]
 
 
-# The first operand, or the first behind predicates, of these is read. Stores, whose first operand is an address, and
-# what names no register first need no mention.
+# Instructions that read their first operand after the predicates. Stores, whose first operand is an address, and
+# instructions whose first operand is no register need no mention.
 READS_ONLY = re.compile(r"[A-Z]*SETP|PLOP3|FCHK|R2P|RET|BRX|JMX|CALL|WARPSYNC|NANOSLEEP|BAR|DEPBAR|YIELD|KILL")
 
 
 def written(instruction: Instruction) -> range:
-    """Numbers of the registers (R) that an instruction writes. A width that is not known for sure is the larger one."""
+    """Return the numbers of the registers (R) that an instruction writes; the larger width where it is in doubt."""
     operands = instruction.operands
     while operands and re.fullmatch(r"!?U?P[\dT]+", operands[0]):
         operands = operands[1:]
@@ -111,7 +112,10 @@ def written(instruction: Instruction) -> range:
 
 
 def read(instruction: Instruction) -> set[int]:
-    """Numbers of the registers that an instruction reads, the predicate aside. A width in doubt is the smaller one."""
+    """Return the numbers of the registers that an instruction reads; the smaller width where it is in doubt.
+
+    The predicate doesn't count.
+    """
     operands = instruction.operands
     if written(instruction):
         operands = operands[next(i for i, operand in enumerate(operands) if operand.startswith("R")) + 1 :]
@@ -138,7 +142,7 @@ def _operand_width(name: str, i: int, address: bool) -> int:
 
 
 def _width(name: str) -> int:
-    """Registers of a result."""
+    """Return the number of registers of a result."""
     base, *suffixes = name.split(".")
     if wgmma := re.match(r"HGMMA\.\d+x(\d+)x\d+\.(F32|F16)", name):
         return int(wgmma.group(1)) // (2 if wgmma.group(2) == "F32" else 4)
@@ -156,9 +160,9 @@ def _width(name: str) -> int:
 
 
 def successors(code: list[Instruction]) -> list[list[int]]:
-    """Indices of the instructions that may follow each one. A call is also followed by what stands behind it."""
+    """Return the indices of the instructions that may follow each one; a call may also be followed by the next one."""
     index = {instruction.at: i for i, instruction in enumerate(code)}
-    meets: dict[str, int] = {}  # barrier register of the last BSSY -> where its threads meet again
+    meets: dict[str, int] = {}  # barrier register of the last BSSY -> where its threads reconverge
     follow = []
     for i, instruction in enumerate(code):
         name, after = instruction.name, []
@@ -177,9 +181,10 @@ def successors(code: list[Instruction]) -> list[list[int]]:
 
 
 def hot_loop(code: list[Instruction]) -> list[Instruction]:
-    """The smallest loop with most of the products and special functions that the longest has.
+    """Return the smallest loop with most of the products and special functions, or the whole code if it has no loop.
 
-    A loop is entered at its first instruction alone. The way back from a wait that is retried out of line is none.
+    A loop can only be entered at its first instruction, which excludes the jump back from a wait that is retried out of
+    line.
     """
     index = {instruction.at: i for i, instruction in enumerate(code)}
     follow = successors(code)
@@ -198,8 +203,11 @@ def hot_loop(code: list[Instruction]) -> list[Instruction]:
 
 
 def hottest(work: dict[tuple[int, int], int]) -> tuple[int, int]:
-    """Of loops (first, last instruction) and the number of heavy instructions in each: the shortest with most of those
-    that any has, or the longest where none has one."""
+    """Return the shortest loop with most of the heavy instructions, or the longest loop if none has any.
+
+    Args:
+        work: Number of heavy instructions in each loop (first, last instruction).
+    """
     most = max(work.values())
     fitting = [loop for loop, amount in work.items() if amount > 0.8 * most]
     return (min if most else max)(fitting or work, key=lambda loop: loop[1] - loop[0])
@@ -220,9 +228,12 @@ def _reaches(follow: list[list[int]], goal: int, without: int) -> bool:
 
 
 def tiles_ahead(loop: list[Instruction], ttgir: str, tile: tuple[int, int]) -> float | None:
-    """The least distance of a load from its wait, as a share of the loop; None in a loop that loads no tile.
+    """Return the least distance between a load and its wait, as a share of the loop; None if it loads no tile.
 
-    ttgir: Triton's program of the same kernel. tile: the shape (rows, width) of the tiles that it reads from DRAM.
+    Args:
+        loop: Instructions of the loop.
+        ttgir: Triton's program of the same kernel.
+        tile: Shape (rows, width) of the tiles that the kernel reads from DRAM.
     """
     distances = [*_cp_async(loop), *_tma(loop, ttgir)]
     if re.search(rf"tt\.load .*tensor<{tile[0]}x{tile[1]}x!tt\.ptr", ttgir[ttgir.find("scf.for") :]):
@@ -237,7 +248,7 @@ def _cp_async(loop: list[Instruction]) -> list[int]:
         wait = re.search(r"\bDEPBAR\.LE SB0, 0x([0-9a-f]+)", instruction.text)
         if wait and closed:
             pending = int(wait.group(1), 16)
-            earlier = [c for c in closed if c < i]  # of this iteration
+            earlier = [c for c in closed if c < i]  # in this iteration
             laps, which = divmod(max(0, pending - len(earlier)), len(closed))
             group = earlier[-1 - pending] if pending < len(earlier) else closed[-1 - which] - (laps + 1) * len(loop)
             distances.append(i - group)
@@ -255,7 +266,7 @@ def _tma(loop: list[Instruction], ttgir: str) -> list[int]:
 
 
 def _tma_order(ttgir: str) -> tuple[int, int, int]:
-    """Copies before the loop over tiles and in it; which of the loop's barrier waits is the first for a copy."""
+    """Return the number of copies before and in the loop over tiles, and the loop's first barrier wait for a copy."""
     lines = ttgir.splitlines()
     copy = "async_tma_copy_global_to_local"
     *_, start = (i for i, line in enumerate(lines) if "scf.for" in line and _holds(copy, lines, i))
@@ -280,7 +291,7 @@ def _tma_order(ttgir: str) -> tuple[int, int, int]:
 
 
 def _end(lines: list[str], start: int) -> int:
-    """The line that closes the block that line `start` opens, by their indentation."""
+    """Return the line that closes the block that line `start` opens, found by indentation."""
     indent = re.match(r"\s*", lines[start]).group()
     return next((i for i in range(start + 1, len(lines)) if lines[i].startswith(indent + "}")), len(lines))
 

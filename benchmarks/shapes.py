@@ -1,4 +1,4 @@
-"""What is measured, by name: attention shapes of video models, sweeps, and whole Wan models."""
+"""Named sizes to measure: attention shapes of video models, sweeps over one axis, and whole Wan models."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ class Shape(NamedTuple):
         return f"batch {self.batch}, {self.tokens:,} tokens, {self.heads} heads of {self.head_dim}"
 
 
-# Tokens are latent frames x rows x columns after patchifying, text tokens included where they share the attention.
+# Tokens are latent frames x rows x columns after patchifying, plus the text tokens where these share the attention.
 MODELS = {
     "wan2.1-1.3b-480p": Shape(1, 21 * 30 * 52, 12, 128),
     "wan2.1-1.3b-720p": Shape(1, 21 * 45 * 80, 12, 128),
@@ -29,16 +29,16 @@ MODELS = {
 TOKENS = {f"n{tokens // 1024}k": Shape(1, tokens, 12, 128) for tokens in (1024 << i for i in range(9))}
 DIMS = {f"d{dim}": Shape(1, 32768, 12, dim) for dim in (64, 96, 128)}
 CPU = {f"cpu-n{tokens}": Shape(1, tokens, 2, 64) for tokens in (256, 512, 1024, 2048, 4096)}
-TINY_SHAPE, INTERPRETED_SHAPE = "tiny", "interpreted"  # for the tests; Triton's interpreter takes a second a tile
+TINY_SHAPE, INTERPRETED_SHAPE = "tiny", "interpreted"  # for tests; Triton's interpreter takes a second per tile
 SHAPES = MODELS | TOKENS | DIMS | CPU | {TINY_SHAPE: Shape(1, 96, 2, 16), INTERPRETED_SHAPE: Shape(1, 16, 1, 16)}
 
 
 class WanModel(NamedTuple):
-    """A transformer's config, and the latents [16, F, H, W] of one video."""
+    """A transformer's config and the shape of one video's latents, [16, F, H, W]."""
 
     config: dict
     latents: tuple[int, int, int, int]
-    linear_layers: tuple[int, ...]  # the counts that are measured whole
+    linear_layers: tuple[int, ...]  # counts of linear layers for which the whole model is timed
     text_tokens: int = 512
 
     @property
@@ -63,8 +63,8 @@ WAN = {  # 81 frames; the middle count is the paper's
     "14b-480p": WanModel(_LARGE, _P480, (0, 22, 40)),
     "14b-720p": WanModel(_LARGE, _P720, (0, 22, 40)),
 }
-LINEAR_COUNTS = (0, 8, 12, 16, 18, 22)  # and all
-TINY = WanModel(  # for the tests
+LINEAR_COUNTS = (0, 8, 12, 16, 18, 22)  # counts of composed forwards; all layers come on top
+TINY = WanModel(  # for tests
     {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "num_layers": 3, "text_dim": 32},
     (16, 3, 8, 8),
     (0, 2, 3),

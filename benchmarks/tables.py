@@ -1,11 +1,12 @@
-"""Results as Markdown tables, one section a suite. Rows come as pairs (row, environment of its file)."""
+"""Results as Markdown tables, one section per suite. Rows are given as pairs (row, environment of its file)."""
 
 from collections import defaultdict
 
 from benchmarks.peers import COMPILED, EAGER, is_exact_softmax
 from benchmarks.shapes import SHAPES, Shape
 
-PAPER = {  # arXiv 2510.08318: seconds of dense, LinVideo with so many linear layers, and that distilled to 4 steps
+# From arXiv 2510.08318: seconds of the dense model, number of linear layers, seconds with these, seconds in 4 steps.
+PAPER = {
     "1.3b-480p": (97.32, 16, 68.26, 6.11),
     "14b-720p": (1931.0, 22, 1127.0, 92.6),
 }
@@ -14,23 +15,40 @@ BACKENDS = {
     "_native_cudnn": "SDPA cuDNN",
     "_flash_3": "flash-attn 3",
     "sage": "SageAttention (8 bit)",
-    "rest": "everything else, once",
+    "rest": "everything else, once per forward",
 }
-RATIOS = "Ratios: their time over this one's, forward / both; above 1 this one is faster. GB/s and TFLOP/s: forward."
-MODEL_NOTE = """Random weights: the time does not depend on them. A forward is composed of parts that are timed alone
-(Blocks); the column "whole" shows forwards that were timed as they are. Seconds are the denoising of one video at 50 or
-4 steps with two forwards a step (guidance) or one, without text encoder and VAE, by arithmetic from one forward."""
-TRAIN_NOTE = "One optimizer step: batch 1, gradient checkpointing, AdamW over all weights."
-KERNEL_NOTE = (
-    "What one forward and backward launches, in order: the time of each kernel on the device, by PyTorch's profiler."
-)
-TILE_NOTE = """Rows / warps / stages (T: rows read through TMA, R: state read again for each tile, P: phi comes first,
-Z: z summed in registers). The time is that of the function of passes.py that launches the kernel, its other launches
-included; the difference is from what the shipped tile computes."""
+OP_NOTE = """\
+Each table compares one call of `linear_attn` ("linvideo", with each feature map) with other implementations of
+attention, for one size of q, k and v. "Both" is a forward and a backward together. The last three columns are
+ratios, forward / both: the time of the fastest exact softmax attention, of hedgehog in PyTorch's eager operations
+and of the same compiled by PyTorch, each divided by the time of the row. Above 1, the row is faster. GB/s and
+TFLOP/s are of the forward."""
+MODEL_NOTE = """\
+Each table shows the forward of one Wan model with random weights, on which the time doesn't depend: with no linear
+layer, with some, and with all. "One forward" is the sum of parts that were timed alone (see Blocks), and "whole" a
+forward that was timed as it is. The speed-up is over the same model without linear layers. The seconds are for
+denoising one video, calculated from one forward: 50 or 4 steps, each with two forwards (guidance) or one, without
+the text encoder and the VAE."""
+BLOCK_NOTE = """\
+The time of one transformer block of each model, with each softmax attention and with linear attention, and of
+everything outside the blocks. The forwards under Whole models are composed of these."""
+TRAIN_NOTE = """\
+The time of one optimizer step with each objective, with the fused kernels and with linear attention in PyTorch's
+eager operations, at batch size 1 with gradient checkpointing and AdamW over all weights. "MiB planned" is what
+`linvideo plan` predicts."""
+KERNEL_NOTE = """\
+The kernels that one forward and backward launches, in order, with the time of each on the device, from PyTorch's
+profiler."""
+TILE_NOTE = """\
+The shipped tile of each kernel and its rivals, written as rows / warps / stages (T: rows are read through TMA, R:
+the state is read again for each tile, P: phi^T v is formed in place of (v^T phi)^T, Z: z is summed in registers).
+The time is that of the function of passes.py that launches the kernel, including its other launches. The difference
+is relative to the results of the shipped tile."""
 FORWARD_AND_BOTH = ("forward", "forward+backward")
 
 
 def sections(pairs: list[tuple[dict, dict]]) -> list[str]:
+    """Return the lines of all suites that have rows."""
     lines = []
     tables = {"op": _op, "kernel": _kernel, "tile": _tile, "model": _model, "block": _block, "train": _train}
     for suite, table in tables.items():
@@ -40,7 +58,7 @@ def sections(pairs: list[tuple[dict, dict]]) -> list[str]:
 
 
 def _op(pairs: list) -> list[str]:
-    lines = ["### Attention", "", RATIOS, ""]
+    lines = ["### Attention", "", OP_NOTE, ""]
     by_shape = defaultdict(list)
     for row, environment in pairs:
         by_shape[row["shape"], row["dtype"]].append((row, environment))
@@ -52,7 +70,7 @@ def _op(pairs: list) -> list[str]:
 
 
 def _op_table(pairs: list) -> list[str]:
-    peers, absent = defaultdict(dict), {}  # name -> pass -> row
+    peers, absent = defaultdict(dict), {}  # name -> pass -> row; (name, pass) -> reason
     for row, environment in pairs:
         if "ms" in row:
             peers[row["name"]][row["pass"]] = row | {"rates": environment["rates"][row["dtype"]]}
@@ -84,13 +102,15 @@ def _op_table(pairs: list) -> list[str]:
 
 
 def _runs(environments: dict[str, dict]) -> list[str]:
-    """Which row is from which run, where they are from several."""
+    """Say which row is from which run, if there are several runs."""
     by_run = defaultdict(list)
     for name, environment in environments.items():
         by_run[environment["time"], (environment["commit"] or "unknown")[:12]].append(name)
     if len(by_run) < 2:
         return []
-    return [f"- of {when}, commit {commit}: {', '.join(names)}" for (when, commit), names in sorted(by_run.items())]
+    return [
+        f"- measured {when}, commit {commit}: {', '.join(names)}" for (when, commit), names in sorted(by_run.items())
+    ]
 
 
 def _model(pairs: list) -> list[str]:
@@ -125,7 +145,7 @@ def _model_rows(rows: list[dict]) -> list[str]:
 
 
 def _paper_rows(dense: float, count: int, linear: float, four_steps: float) -> list[str]:
-    """The paper's own seconds, on an H100."""
+    """Return the paper's own seconds, which are for an H100."""
     first = ["paper, FlashAttention-2", "", "0", "", "", "1.00x", f"{dense:,}", "", ""]
     second = [
         "paper, FlashAttention-2",
@@ -142,7 +162,7 @@ def _paper_rows(dense: float, count: int, linear: float, four_steps: float) -> l
 
 
 def _block(pairs: list) -> list[str]:
-    lines = ["### Blocks", "", *table_head(["model", "attention", "", "one block, ms", "MiB"], texts=3)]
+    lines = ["### Blocks", "", BLOCK_NOTE, "", *table_head(["model", "attention", "", "one block, ms", "MiB"], texts=3)]
     for row, _ in pairs:
         what, mode = BACKENDS.get(row["attention"], row["attention"]), "compiled" if row["compiled"] else "eager"
         lines.append(table_line([row["model"], what, mode, _ms(row), _memory(row)]))
@@ -204,12 +224,12 @@ def _memory(row: dict) -> str:
 
 
 def three_digits(x: float) -> str:
-    """Three digits, and no power of ten."""
+    """Format a number with three significant digits and without a power of ten."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def table_head(columns: list[str], texts: int) -> list[str]:
-    """The first `texts` columns to the left, numbers to the right."""
+    """Return the first two lines of a table; the first `texts` columns are aligned left, numbers right."""
     return [table_line(columns), table_line(["---"] * texts + ["---:"] * (len(columns) - texts))]
 
 

@@ -1,4 +1,4 @@
-"""Regression points of the op for pytest-benchmark: compare runs with --benchmark-save and --benchmark-compare."""
+"""Speed regression tests of the op with pytest-benchmark; --benchmark-save and --benchmark-compare compare runs."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""The train suite: one step of selective transfer and one of ADM as the trainer makes them, with the fused kernels and
-with linear attention in PyTorch operations. Weights, states and prompts are random, the code is the trainer's own."""
+"""The train suite: one training step of selective transfer and one of ADM, with the fused kernels and with linear
+attention in PyTorch operations. The code is the trainer's own; weights, states and prompts are random."""
 
 import itertools
 import tempfile
@@ -35,7 +35,7 @@ NUM_INFERENCE_STEPS = 50
 
 
 def rows_of(name: str, device: str, dtype: torch.dtype, wan: WanModel, attempt: Callable = attempt) -> Iterator[dict]:
-    """Rows for each step with fused and with eager linear attention, in autocast to `dtype`."""
+    """Yield a row for each step, with fused and with eager linear attention, under autocast to `dtype`."""
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             output_dir=folder,
@@ -57,14 +57,14 @@ def _time_step(step: str, attention: str, wan: WanModel, config: TrainConfig, de
 
 
 def planned_mib(step: str, wan: WanModel, config: TrainConfig) -> dict[str, float]:
-    """What `linvideo plan` derives for the step, all that is held included; nothing for a model it does not know."""
+    """Return the total memory that `linvideo plan` predicts for the step; {} for a model that it doesn't know."""
     name = next((name for name, known in KNOWN.items() if known == wan.config), None)
     if name is None:
         return {}
     video = TrajectoryConfig(height=8 * wan.latents[2], width=8 * wan.latents[3], num_frames=4 * wan.latents[1] - 3)
     selection = replace(config.selection, objective="mse", num_linear_layers=wan.linear_layers[1])
     objective = replace(config.objective, name=STEPS[step])
-    states = replace(config.sensitivity, num_states=0)  # a step alone, without the judgement at the stage's end
+    states = replace(config.sensitivity, num_states=0)  # only the step, without the evaluation at the end of the stage
     config = replace(config, selection=selection, objective=objective, sensitivity=states)
     layout = Layout(gradient_checkpointing=True, autocast=config.mixed_precision == "bf16")
     stage = "mixed stage" if step == "selective transfer" else "fine-tuning"
@@ -75,8 +75,10 @@ def planned_mib(step: str, wan: WanModel, config: TrainConfig) -> dict[str, floa
 def training_step(
     step: str, wan: WanModel, config: TrainConfig, device: str, dtype: torch.dtype
 ) -> Callable[[], float]:
-    """A call that makes one optimizer step and returns the gradient's norm: all layers mixed for the transfer, the
-    paper's count linear for ADM."""
+    """Return a call that makes one optimizer step and returns the norm of the gradient.
+
+    All layers are mixed for the transfer; for ADM, as many layers as in the paper are linear.
+    """
     teacher = models.build(wan, device, dtype, "softmax")
     student = convert(teacher, "all", mode="mixed", r_init=config.selection.r_init)
     if step == "ADM":
@@ -97,7 +99,7 @@ def training_step(
         if named_r:
             add_penalties(named_r, wan.linear_layers[1], config.selection, number)
         norm = optimizer.step()
-        if norm is None:  # such a step skips the optimizer and would be the faster for it
+        if norm is None:  # such a step skips the optimizer and would look faster
             raise ArithmeticError("a gradient is not finite")
         return norm
 
@@ -106,7 +108,7 @@ def training_step(
 
 @contextmanager
 def eager_attention():
-    """Inside, linear branches compute in plain PyTorch operations."""
+    """Make linear branches compute in plain PyTorch operations inside the block."""
     from linvideo.nn import linear_attention
 
     def eager(q, k, v, mix=None, **options):
@@ -121,7 +123,7 @@ def eager_attention():
 
 
 def _store(path: str, wan: WanModel, timesteps: torch.Tensor, config: TrainConfig) -> TrajectoryStore:
-    """Two trajectories of two random states each."""
+    """Make a store of two trajectories with two random states each."""
     request = {"num_trajectories": 2, "shard_size": 2, "states_per_trajectory": 2}
     request |= {name: getattr(config.trajectories, name) for name in ("guidance_scale", "negative_probability")}
     store = TrajectoryStore(path, request)

@@ -1,9 +1,9 @@
-"""Search kernels' tiles and print rows for the table: `python -m benchmarks.tune --kernel apply_state-o [...]`.
+"""Search tiles for the kernels and print rows for the table: `python -m benchmarks.tune --kernel apply_state-o [...]`.
 
-Compiles every candidate ahead of time and drops those that fail a static gate. On a CUDA device the rest are checked
-against the shipped tile and timed inside the pass that holds the kernel; without one they are ranked by the clocks that
-a model predicts (clock_model.py).
-Shipped code never tunes: a row becomes a line of linvideo_kernels/linear_attn/configs.py by hand.
+This compiles every candidate ahead of time and drops those that fail a static gate. On a CUDA device the others are
+compared with the shipped tile and timed inside the pass that launches the kernel. Without one they are ranked by the
+clocks that a model predicts (clock_model.py). Shipped code never tunes: rows are added by hand to
+linvideo_kernels/linear_attn/configs.py.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from linvideo.evaluation.latency import time_call
 
 
 class Use(NamedTuple):
-    """One of the things that a kernel does; each has a tile of its own in the table."""
+    """One of the uses of a kernel, each of which has its own tile in the table."""
 
     kernel: str
-    ran_by: str  # the function of passes.py that launches it
-    jobs: str  # pattern of the end of its jobs' names
-    options: frozenset = frozenset()  # of configs.tile
+    ran_by: str  # function of passes.py that launches it
+    jobs: str  # pattern for the end of its jobs' names
+    options: frozenset = frozenset()  # options of configs.tile
 
 
 USES = {
@@ -42,7 +42,7 @@ USES = {
     "map_grad-keys": Use("map_grad", "state_backward", r"keys\w*", frozenset({"keys"})),
     "project_grad": Use("project_grad", "apply_backward", r"\w+"),
 }
-# Next to the table's tiles for hedgehog on sm_90, D = 128, 16 bits: what might be faster, each for a reason of its own.
+# Tiles that might be faster than those of the table, for hedgehog on sm_90, D = 128, 16 bits.
 RIVALS = {
     "accumulate_state-forward": (
         configs.Tile(64, 4, 1, resident=2, tma=True),
@@ -60,7 +60,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @contextmanager
 def using(kernel: str, tile: configs.Tile) -> Iterator[None]:
-    """The table with another row for one kernel."""
+    """Replace the table's tile for one kernel inside the block."""
     table = configs.tile
     configs.tile = lambda name, *args, **kwargs: tile if name == kernel else table(name, *args, **kwargs)
     try:
@@ -70,6 +70,7 @@ def using(kernel: str, tile: configs.Tile) -> Iterator[None]:
 
 
 def candidates(kernel: str, capability: int, options: list[str]) -> list[configs.Tile]:
+    """Return all tiles that the kernel can have on an architecture."""
     unfit = configs.NO_DESCRIPTOR
     descriptors = capability >= 90 and kernel in unfit and not unfit[kernel] & set(options)
     axes = {
@@ -85,7 +86,10 @@ def candidates(kernel: str, capability: int, options: list[str]) -> list[configs
 
 
 def compiled(use: Use, tiles, compile_options: dict) -> list[tuple[configs.Tile, float]]:
-    """Tiles that pass, `resident` filled in, and the predicted clocks of an SM per row and head, the least first."""
+    """Return the tiles that pass the gates with their predicted clocks per row and head, the fastest first.
+
+    `resident` of each tile is filled in.
+    """
     jobs, owners = [], []
     for tile in tiles:
         with using(use.kernel, tile):
@@ -106,7 +110,7 @@ def compiled(use: Use, tiles, compile_options: dict) -> list[tuple[configs.Tile,
 
 
 def calls(shape, dtype: torch.dtype, feature_map: str, precision: str, device: str = "cuda") -> dict:
-    """The four passes at a shape, on random rows; rope and mix are left to the static part."""
+    """Return the four passes at a shape, on random rows, without rope and mix, for which there are only the gates."""
     batch, length, heads, dim = shape
     torch.manual_seed(0)
     q, k, v, do = (torch.randn(batch, length, heads, dim, device=device, dtype=dtype) for _ in range(4))
@@ -127,13 +131,13 @@ def calls(shape, dtype: torch.dtype, feature_map: str, precision: str, device: s
 
 
 def difference(a, b) -> torch.Tensor:
-    """Largest relative difference of two tuples of results; NaN if one of them is."""
+    """Return the largest relative difference between two tuples of results; NaN if a result has one."""
     pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if x is not None]
     return torch.stack([(x - y).norm() / y.norm().clamp(min=1e-300) for x, y in pairs]).max()
 
 
 def rows_of(shape_name: str, dtype: torch.dtype, device: str, attempt: Callable = attempt) -> Iterator[dict]:
-    """Rows of the suite "tile": the main kernels of hedgehog with the table's tile and with their RIVALS."""
+    """Yield the rows of the suite "tile": the main kernels of hedgehog with the table's tile and with RIVALS."""
     made = calls(SHAPES[shape_name], dtype, "hedgehog", "ieee", device)
     capability = target_of(torch.empty(0, device=device)).capability
     for name, rivals in RIVALS.items():
@@ -149,7 +153,12 @@ def rows_of(shape_name: str, dtype: torch.dtype, device: str, attempt: Callable 
 def time_tile(
     use: Use, tile: configs.Tile, made: dict, expected: tuple, device: str = "cuda", seconds: float = 0.3
 ) -> dict:
-    """{"ms": of the function that launches the kernel; "difference" of its results from `expected`}."""
+    """Time a tile.
+
+    Returns:
+        "ms": Times of the function that launches the kernel.
+        "difference": Largest relative difference of its results from `expected`.
+    """
     call = made[use.ran_by]
     with using(use.kernel, tile):
         return {"ms": list(time_call(call, device, seconds)), "difference": difference(call(), expected).item()}
@@ -157,15 +166,28 @@ def time_tile(
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", nargs="+", choices=USES, default=list(USES), help="what to search (default: all)")
-    parser.add_argument("--top", type=int, help="time only so many tiles of a kernel, those of fewest clocks")
-    parser.add_argument("--head_dim", type=int, default=128)
-    parser.add_argument("--feature_map", default="hedgehog", choices=static_gates.MAPS[:-1])
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--arch", choices=[f"sm_{a}" for a in clock_model.GPUS], help="default: this device's")
-    parser.add_argument("--options", nargs="*", choices=OPTIONS, default=[])
-    parser.add_argument("--fp32_precision", choices=["ieee", "tf32x3"], default="ieee")
-    parser.add_argument("--shape", choices=SHAPES, default="wan2.1-1.3b-480p", help="what to time on a GPU")
+    parser.add_argument(
+        "--kernel", nargs="+", choices=USES, default=list(USES), help="kernels to search tiles for (default: all)"
+    )
+    parser.add_argument(
+        "--top", type=int, help="number of tiles to time per kernel, those with the fewest clocks (default: all)"
+    )
+    parser.add_argument("--head_dim", type=int, default=128, help="size of a head (default: %(default)s)")
+    parser.add_argument("--feature_map", default="hedgehog", choices=static_gates.MAPS[:-1], help="default: hedgehog")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
+    parser.add_argument(
+        "--arch",
+        choices=[f"sm_{a}" for a in clock_model.GPUS],
+        help="architecture to compile for (default: this device's)",
+    )
+    parser.add_argument("--options", nargs="*", choices=OPTIONS, default=[], help="options of the op to compile for")
+    parser.add_argument("--fp32_precision", choices=["ieee", "tf32x3"], default="ieee", help="default: ieee")
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default="wan2.1-1.3b-480p",
+        help="attention shape to time on a GPU (default: %(default)s)",
+    )
     return parser
 
 
@@ -175,9 +197,11 @@ def main() -> None:
     here = target_of(torch.empty(0, device="cuda")).capability if torch.cuda.is_available() else None
     capability = int(args.arch.removeprefix("sm_")) if args.arch else here
     if capability is None:
-        parser.error("there is no CUDA device; name an architecture with --arch")
+        parser.error("expected --arch, because there is no CUDA device to take it from")
     if capability not in clock_model.GPUS:
-        parser.error(f"expected one of {[*map(configs.arch, clock_model.GPUS)]}, got {configs.arch(capability)}")
+        parser.error(
+            f"expected a GPU of {', '.join(map(configs.arch, clock_model.GPUS))}, got {configs.arch(capability)}"
+        )
     dtype = DTYPES[args.dtype]
     for name in args.kernel:
         search(name, args, dtype, capability, timed=capability == here)
@@ -207,7 +231,7 @@ def search(name: str, args: argparse.Namespace, dtype: torch.dtype, capability: 
     for tile in [shipped, *(tile for tile, _ in good[: args.top])]:
         try:
             found = time_tile(use, tile, made, expected)
-        except Exception as error:  # one tile that does not launch ends no search
+        except Exception as error:  # a tile that doesn't launch shouldn't end the search
             print(f"  {reason(error)}  {tile}", flush=True)
             continue
         print(f"  {found['ms'][0]:8.3f}  {found['difference']:.1e}  {tile}", flush=True)

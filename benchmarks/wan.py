@@ -1,8 +1,8 @@
-"""The block and model suites: Wan transformers with random weights, dense against partly linear.
+"""The block and model suites: Wan transformers with random weights, dense and partly linear.
 
-All layers of the model are built linear and run as softmax where asked for (set_attention_types), so one model serves
-every count. A forward is composed of its parts, rest + softmax blocks + linear blocks, each timed alone; some counts
-are also timed whole, which shows what composing is worth.
+All layers of the model are built linear and can run as softmax (set_attention_types), so that one model serves every
+count of linear layers. The time of a forward is composed of its parts, rest + softmax blocks + linear blocks, each
+timed alone. Some counts are also timed whole, which shows how far the sum can be trusted.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,14 +15,14 @@ from benchmarks.measure import attempt, dtype_name, timed
 from benchmarks.shapes import LINEAR_COUNTS, WanModel
 from linvideo.models import LinVideoWanTransformer3DModel, set_attention_types
 
-# FlashAttention-2 as PyTorch ships it is what the paper compares with; the others are the strongest there are.
+# The paper compares with FlashAttention-2, which PyTorch includes; the others are the fastest available ones.
 BACKENDS = ("_native_flash", "_native_cudnn", "_flash_3", "sage")
 
 
 def build(
     wan: WanModel, device: str, dtype: torch.dtype, attention_type: str = "linear"
 ) -> LinVideoWanTransformer3DModel:
-    """Random weights in `dtype`, those in fp32 that diffusers keeps in fp32."""
+    """Build a model with random weights in `dtype`, except those that diffusers keeps in fp32."""
     with torch.device("meta"):
         model = LinVideoWanTransformer3DModel(**wan.config, attention_types=[attention_type] * wan.layers)
     for name, x in model.named_parameters():
@@ -40,7 +40,7 @@ def build(
 
 
 def latents(wan: WanModel, device: str, dtype: torch.dtype) -> dict:
-    """Arguments of the transformer's forward."""
+    """Return arguments for the transformer's forward."""
     text = torch.randn(1, wan.text_tokens, wan.text_dim, device=device, dtype=dtype)
     return {
         "hidden_states": torch.randn(1, *wan.latents, device=device, dtype=dtype),
@@ -51,7 +51,7 @@ def latents(wan: WanModel, device: str, dtype: torch.dtype) -> dict:
 
 
 class Parts:
-    """One Wan model and what its forward is made of."""
+    """One Wan model and the parts of its forward."""
 
     def __init__(self, name: str, device: str, dtype: torch.dtype, wan: WanModel, attempt: Callable = attempt):
         self.wan, self.device, self.attempt = wan, device, attempt
@@ -62,7 +62,10 @@ class Parts:
         self.block_arguments = self._block_arguments()
 
     def block_rows(self, compiled: bool) -> Iterator[dict]:
-        """Softmax with each backend, linear (its cross-attention with the first backend), the model without blocks."""
+        """Time a block with each softmax backend, a linear block, and the model without blocks.
+
+        The cross-attention of the linear block uses the first backend.
+        """
         for attention in (*self.backends, "linear", "rest"):
             row = {"suite": "block", **self.base, "attention": attention, "compiled": compiled}
             yield self.attempt(row, lambda a=attention: self._time_part(a, compiled))
@@ -72,7 +75,7 @@ class Parts:
         return self.attempt(row, lambda: self._time_whole(backend, linear_layers, compiled))
 
     def composed_rows(self, block_rows: list[dict]) -> list[dict]:
-        """Of each backend and count, from block_rows; a percentile is the sum of the parts' percentiles."""
+        """Return the sum of the parts for each backend and count; a percentile is the sum of the parts' percentiles."""
         compiled = block_rows[0]["compiled"]
         parts = {row["attention"]: row["ms"] for row in block_rows if "ms" in row}
         rows, layers = [], self.wan.layers
@@ -119,7 +122,7 @@ class Parts:
             self.model.blocks = blocks
 
     def _block_arguments(self) -> tuple:
-        """What the first block is called with in a forward of the model."""
+        """Return the arguments of the first block in a forward of the model."""
         found: list[tuple] = []
         handle = self.model.blocks[0].register_forward_pre_hook(lambda _, arguments: found.append(arguments))
         blocks, self.model.blocks = self.model.blocks, self.model.blocks[:1]
@@ -145,7 +148,7 @@ def rows_of(
     wan: WanModel,
     attempt: Callable = attempt,
 ) -> Iterator[dict]:
-    """Rows of the suites "block" and "model" for one Wan model, eager or compiled."""
+    """Yield the rows of the suites "block" and "model" for one Wan model, eager or compiled."""
     torch._dynamo.reset()
     parts = Parts(name, device, dtype, wan, attempt)
     blocks = []
@@ -161,7 +164,7 @@ def rows_of(
 
 
 def _fastest(block_rows: list[dict]) -> str | None:
-    """The fastest exact softmax backend (SageAttention rounds to 8 bits)."""
+    """Return the fastest exact softmax backend; SageAttention, which rounds to 8 bits, doesn't count."""
     times = {row["attention"]: row["ms"][0] for row in block_rows if "ms" in row}
     exact = [backend for backend in BACKENDS if backend in times and backend != "sage"]
     return min(exact, key=times.get) if exact else None

@@ -1,28 +1,29 @@
-"""Registers that an asynchronous product of Hopper still needs, and that the machine code touches before the wait.
+"""Registers that an asynchronous product on Hopper still needs, but that the machine code touches before the wait.
 
-A wgmma (HGMMA in SASS) goes on while the warp does: until `WARPGROUP.DEPBAR` has waited for its group, its accumulator
-may neither be read nor written, and its A operand, where that is in registers, may not be written. Compilers have had
-this wrong. `hazards` follows every path through a kernel, loops until nothing changes, with the set of products that
-may still be under way; what is predicated may happen and may not. It rests on the widths of registers in sass.py.
+A wgmma (HGMMA in SASS) runs while its warp continues. Until `WARPGROUP.DEPBAR` has waited for its group, its
+accumulator must not be read or written, and its A operand, if that is in registers, must not be written. Compilers have
+made mistakes here. `hazards` follows every path through a kernel, and loops until nothing changes, with the set of
+products that may still be running; a predicated instruction may or may not take effect. It relies on the register
+widths of sass.py.
 
-What it cannot see: operands in shared memory that are overwritten too early, descriptors in uniform registers, a
-missing fence (WARPGROUP.ARRIVE) between a plain write and the product that reads it, and indirect jumps. It reads what
-ptxas wrote, so it says nothing of a driver that compiles PTX again.
+It can't see operands in shared memory that are overwritten too early, descriptors in uniform registers, a missing fence
+(WARPGROUP.ARRIVE) between a plain write and the product that reads it, or indirect jumps. It reads the output of ptxas,
+so it says nothing about a driver that compiles PTX again.
 """
 
 from typing import NamedTuple
 
 from benchmarks.sass import Instruction, read, successors, written
 
-OLDEST = 8  # groups that are told apart
+OLDEST = 8  # groups that are distinguished by age
 
 
 class Product(NamedTuple):
-    """One HGMMA. What it adds to and what it writes are the same registers."""
+    """One HGMMA, which reads and writes the same accumulator."""
 
     accumulator: range
-    a: range  # empty where A is in shared memory
-    closes: bool  # ends a group
+    a: range  # registers of the A operand; empty if it is in shared memory
+    closes: bool  # whether it ends a group
 
     @classmethod
     def of(cls, instruction: Instruction) -> "Product | None":
@@ -35,17 +36,17 @@ class Product(NamedTuple):
 
 
 def register_operands(code: list[Instruction]) -> int:
-    """Products whose A is in registers."""
+    """Return the number of products whose A operand is in registers."""
     return sum(len(product.a) > 0 for product in map(Product.of, code) if product)
 
 
 def hazards(code: list[Instruction]) -> list[str]:
-    """What is wrong, one line each: "0x2a30 FADD R92, ...: writes R92, which the product at 0x2950 reads"."""
+    """Return one line per hazard: "0x2a30 FADD R92, ...: writes R92, accumulator of the product at 0x2950"."""
     products = {i: product for i, instruction in enumerate(code) if (product := Product.of(instruction))}
     if not products:
         return []
     follow = successors(code)
-    # Of each instruction: products that may be under way when it begins, with the number of groups closed since.
+    # For each instruction, the products that may be running when it begins, with the number of groups closed since.
     under_way: list[set[tuple[int, int]] | None] = [None] * len(code)
     under_way[0] = set()
     found, ahead = {}, [0]
@@ -73,7 +74,7 @@ def _after(instruction: Instruction, i: int, product: Product | None, now: set) 
         now = now | {(i, 0)}
         return {(j, min(age + 1, OLDEST)) for j, age in now} if product.closes else now
     if instruction.name.startswith("WARPGROUP.DEPBAR") and not instruction.predicated:
-        pending = int(instruction.operands[1], 16)  # groups that may still be under way, the youngest ones
+        pending = int(instruction.operands[1], 16)  # number of the youngest groups that may still be running
         return {(j, age) for j, age in now if age <= pending}
     return now
 
@@ -83,7 +84,7 @@ def _clash(instruction: Instruction, product: Product | None, earlier: Product) 
     if shared := _common(writes, earlier.a):
         return f"writes R{shared[0]}, A operand of"
     if product and product.accumulator == earlier.accumulator:
-        writes, reads = range(0), set(product.a)  # products add to one accumulator in turn
+        writes, reads = range(0), set(product.a)  # products that add to one accumulator run one after the other
     else:
         reads = read(instruction)
     if shared := _common(writes, earlier.accumulator):

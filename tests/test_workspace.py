@@ -1,4 +1,4 @@
-"""One writer to a folder, and temporary folders that only their own process, or its death, ends."""
+"""A folder has one writer at a time, and temporary folders are removed by their own process or after its death."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def start(code: str) -> subprocess.Popen:
-    """A process that has come to the end of `code`, or to its first print, and stays there."""
+    """Start a process and wait until it has reached its first print, or the end of `code`."""
     code = f"import os, signal, time\nfrom linvideo.workspace import *\n{code}\n"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
@@ -44,7 +44,7 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path):
     ):
         pass
     kill(other)
-    with locked(folder):  # its death has released it
+    with locked(folder):  # the other process's death has released the lock
         with pytest.raises(ValueError, match=f"process {os.getpid()} on {HOST}"), locked(folder):
             pass
         with locked(tmp_path):
@@ -106,7 +106,7 @@ def test_a_killed_workspace_is_tidied_up(moment, tmp_path):
     if moment != "empty":
         before = sorted(tmp_path.rglob("*"))
         remove_dead(tmp_path)
-        assert sorted(tmp_path.rglob("*")) == before  # it lives
+        assert sorted(tmp_path.rglob("*")) == before  # the other process is alive
     kill(other)
     remove_dead(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["target"]

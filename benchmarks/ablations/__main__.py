@@ -1,10 +1,10 @@
-"""Ablations of the recipe: `python -m benchmarks.ablations --suite small --seeds 3`.
+"""Run ablations of the recipe: `python -m benchmarks.ablations --suite small --seeds 3`.
 
-Every run leaves a row in OUTPUT_DIR/rows.json: a suite that was interrupted goes on where it stopped, and small-all
-continues small. At the end the rows go to benchmarks/results/ablations, and docs/results/ablations.md is made
-from all results.
+Every run adds a row to OUTPUT_DIR/rows.json, so that an interrupted suite continues where it stopped, and small-all
+continues small. At the end the rows are copied to benchmarks/results/ablations, and docs/results/ablations.md is
+written from all results.
 
-small takes about an hour on two CPU cores; middle and large need a GPU and a teacher of
+small takes about an hour on two CPU cores; middle and large need a GPU and a teacher from
 `python -m linvideo.demo.train_teacher --world middle`.
 """
 
@@ -19,9 +19,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.ablations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", choices=SUITES, default="small")
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, metavar="GROUP", help=f"of {', '.join(GROUPS)}")
-    worlds.add_options(parser, "ablations", "result file, tables and plots")
+    parser.add_argument("--suite", choices=SUITES, default="small", help="default: small")
+    parser.add_argument(
+        "--groups",
+        nargs="+",
+        choices=GROUPS,
+        metavar="GROUP",
+        help=f"groups of settings to run (default: all): {', '.join(GROUPS)}",
+    )
+    worlds.add_options(parser, "ablations", "a result file, tables and plots")
     args = parser.parse_args(arguments)
     scale = SUITES[args.suite]
     worlds.check_options(parser, args, "ablations", scale.world)

@@ -1,4 +1,4 @@
-"""Runs for ablations: they start from stages that another run has done, change model and objective, and keep score."""
+"""Training runs for ablations: they share stages with another run, change model or objective, and record a curve."""
 
 import shutil
 import time
@@ -19,20 +19,20 @@ from linvideo.run.session import EXPORT, Run, TrainingDiverged
 from linvideo.trajectories.flow import sampler_grid
 from linvideo.transfer import TrainConfig, trainer
 
-PROBES = 4  # times in fine-tuning at which the curve has a point
+PROBES = 4  # points of the curve during fine-tuning
 
 
 @dataclass
 class Outcome:
-    """What an ablation's run made.
+    """The outcome of an ablation's run.
 
     Args:
-        student: the student as it is when the run ends.
-        results: what the stages have found, see linvideo.run.Run.
-        curve: pairs (share of the budget of fine-tuning, what the probe gave).
-        cost: fine-tuning's device_seconds without the probes (processor time on a CPU, time on a GPU) and peak_mib (of
-            the process on a CPU, of tensors on a GPU; None where the system does not tell).
-        diverged: why the run was ended early.
+        student: The student at the end of the run.
+        results: Results of the stages, see linvideo.run.Run.
+        curve: Pairs (share of fine-tuning done, result of the probe).
+        cost: "device_seconds" of fine-tuning without the probes (processor time on a CPU, elapsed time on a GPU) and
+            "peak_mib" (memory of the process on a CPU, of tensors on a GPU; None if the system doesn't provide it).
+        diverged: Reason why the run was stopped early. None if it wasn't.
     """
 
     student: torch.nn.Module
@@ -45,10 +45,14 @@ class Outcome:
 def ablate(
     config: TrainConfig, pipeline: Any, prompts: list[str], setting: Setting, probe: Callable[[torch.nn.Module], float]
 ) -> Outcome:
-    """`linvideo.transfer.train` with a fine-tuning that follows `setting`, and without export.
+    """Run `linvideo.transfer.train` with the fine-tuning of `setting`, and without the export.
 
     Args:
-        probe: a measure of the student, taken at PROBES + 1 points of fine-tuning, the first before it.
+        config: Configuration of the run.
+        pipeline: Pipeline of the teacher.
+        prompts: Captions to train with.
+        setting: Setting that says how to fine-tune.
+        probe: Measure of the student, taken before fine-tuning and at PROBES points of it.
     """
     run, source = trainer.prepare(config, pipeline, prompts)
     with run:
@@ -81,7 +85,7 @@ def finetune(
     probe: Callable,
     outcome: Outcome,
 ) -> None:
-    """Fine-tuning as `setting` says; fills curve and cost of the outcome."""
+    """Fine-tune as `setting` says, and fill in the curve and the cost of the outcome."""
     config, device, probing = run.config, run.device, 0.0
     if setting.variant == "lora":
         lora(student)
@@ -115,13 +119,12 @@ def finetune(
 
 
 def start_after(stage: str, source: Path, config: TrainConfig) -> TrainConfig:
-    """Make config.output_dir a run that stands at the end of `stage` of the run in `source`; returns the config that
-    continues it.
+    """Make config.output_dir a copy of the run in `source` at the end of `stage`; returns the config to continue it.
 
-    Only what happens later may differ: `config` is taken at its word.
+    `config` may differ from the source's only in what concerns later stages; this is not checked.
 
     Raises:
-        ValueError: the run in `source` has no checkpoint there.
+        ValueError: The run in `source` has no checkpoint at the end of the stage.
     """
     names = [*trainer.STAGES, EXPORT]
     later = names[names.index(stage) + 1]
@@ -145,7 +148,7 @@ def start_after(stage: str, source: Path, config: TrainConfig) -> TrainConfig:
 
 def _device_time(device: torch.device) -> float:
     if device.type == "cpu":
-        return time.process_time()  # another process next to this one does not count
+        return time.process_time()  # the time of other processes doesn't count
     torch.cuda.synchronize(device)
     return time.perf_counter()
 

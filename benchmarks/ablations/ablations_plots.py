@@ -1,4 +1,4 @@
-"""Plots of one ablation result: quality over the number of linear layers, convergence, chosen layers."""
+"""Plots of an ablation result: quality over the number of linear layers, convergence, and the chosen layers."""
 
 import statistics
 from pathlib import Path
@@ -9,7 +9,7 @@ from benchmarks.results import slug
 
 
 def draw(document: dict, folder: Path) -> list[tuple[Path, str]]:
-    """(file, title) of each plot that the rows allow."""
+    """Draw each plot that the rows allow; returns (file, title) of each."""
     rows = document["rows"]
     stem = slug(f"{document['suite']['world']} {document['environment']['device']}")
     made = []
@@ -28,7 +28,7 @@ def _figure(columns: int, height: float = 3.8):
 
 
 def _by_setting(rows: list[dict], group: str) -> dict[str, list[dict]]:
-    """Rows of the default and of a group, in the order of SETTINGS."""
+    """Return the rows of the default and of a group, by setting, in the order of SETTINGS."""
     chosen: dict[str, list[dict]] = {}
     for name, setting in SETTINGS.items():
         if (name == DEFAULT.name or group in setting.groups) and (

@@ -1,5 +1,7 @@
-"""All committed ablations as tables and plots;
-`python -m benchmarks.ablations.ablations_report` writes docs/results/ablations.md."""
+"""Show all committed ablations as tables and plots.
+
+`python -m benchmarks.ablations.ablations_report` writes docs/results/ablations.md.
+"""
 
 import json
 import statistics
@@ -9,6 +11,7 @@ from pathlib import Path
 from benchmarks import results
 from benchmarks.ablations import ablations_plots
 from benchmarks.ablations.settings import DEFAULT, GROUPS, SETTINGS, Suite
+from linvideo.demo.judge import STRAIGHT
 
 FOLDER = results.FOLDER / "ablations"
 DOCS = Path(__file__).parents[2] / "docs" / "results"
@@ -25,27 +28,55 @@ FIGURES = (
     ("peak_mib", "peak MiB", ".0f", 1),
     ("steps", "steps", ".0f", 1),
 )
-HEAD = """# Ablations
+HEAD = f"""# Ablations
 
-Made by `python -m benchmarks.ablations.ablations_report` from benchmarks/results/ablations; what follows from it is in
-[docs/results.md](../results.md). Every setting changes one thing of the default recipe and fine-tunes for the same
-time: the column "steps" shows how many steps that were. Figures are the mean over seeds ± their standard deviation. A
-seed decides everything drawn: trajectories, minibatches, the noise and captions of the judged videos.
+This page is written by `python -m benchmarks.ablations.ablations_report` from the files in
+[benchmarks/results/ablations](../../benchmarks/results/ablations). [docs/results.md](../results.md) says what follows
+from it.
 
-- **good**, the primary metric, fixed before the runs: every word of the caption right, motion straight, shapes clean,
-  judged exactly.
-- velocity error: against the teacher on the student's own states (linvideo/evaluation/velocity.py).
-- PSNR: to the teacher's video from the same noise. straightness, flicker, coverage: linvideo/demo/judge.py; lower is
-  better.
-- distance: kernel distance to the world's videos on features of a network trained on the world
-  (benchmarks/ablations/distance.py). The judged captions are spread more evenly than random ones, which makes it
-  negative for a perfect model: the teacher's value is the one to compare with.
-- device-s, peak MiB: of fine-tuning; processor time and the process's memory on a CPU.
+Every setting changes one thing in the default recipe and fine-tunes for the same time. Each table compares the settings
+of one group with the teacher and the default. A figure is the mean over seeds ± their standard deviation. The seed
+determines all random draws: the trajectories, the minibatches, and the noise and captions of the judged videos.
+
+The columns are:
+
+- **good**, the primary metric, which was fixed before the runs: the share of videos in which every word of the caption
+  is right, the motion is straight (within {STRAIGHT} pixels) and the shapes are clean (close to the scene rendered
+  again). linvideo/demo/judge.py decides this exactly, by geometry. Higher is better.
+- **velocity error**: the mean squared difference between the student's and the teacher's velocities on the student's
+  own states (linvideo/evaluation/velocity.py). Lower is better.
+- **PSNR**: similarity to the teacher's video from the same noise. Higher is better.
+- **straightness**: the distance of the shapes' centres from straight paths. Lower is better.
+- **flicker**: the variation of a shape's size and colour over the frames. Lower is better.
+- **coverage**: the distance (Wasserstein-1) between the distributions of the shapes' positions and speeds and those of
+  the world. It shows lost variety. Lower is better.
+- **distance**: the kernel distance to the world's videos, on features of a network trained on the world
+  (benchmarks/ablations/distance.py). Lower is better. The judged captions are spread more evenly than random ones, so
+  the distance of a perfect model is negative: compare with the teacher's.
+- **device-s** and **peak MiB**: the time and memory of fine-tuning; on a CPU these are processor time and the memory of
+  the process.
+- **steps**: the number of training steps in the fine-tuning.
+- **linear layers**: the layers that became linear, listed once if all seeds agree.
 """
+NOTES = {
+    "objective": "The objective of fine-tuning, with the layers of the default run. The default is the mean squared"
+    " error (MSE) to the teacher's velocities on stored states of the teacher; own states are those of the student's"
+    " rollouts. ADM is the paper's objective, DMD is distribution matching with a score network, and a hybrid begins"
+    " with MSE and then alternates with ADM.",
+    "objective, every second layer": "The same with every second layer linear, which is harder: fine-tuning can't fully"
+    ' repair it. The row "every second" has the default\'s objective.',
+    "layers": "Which half of the layers becomes linear. The default learns this. The lowest sensitivities are those of"
+    " the layers that add the least velocity error when they alone are linear.",
+    "selection": "How the layers are learned: the penalties on r, its start and its learning rate.",
+    "target": "The share of the layers that becomes linear. The default's share is 50%.",
+    "linear branch": "The feature map of linear attention. The default's is hedgehog with a warm-up.",
+    "t law": "How much each time t counts in training. The default draws t from the sampler's grid.",
+    "weights": "Which weights are trained. The default trains all of them.",
+}
 
 
 def one_line(row: dict) -> str:
-    """A row for the terminal."""
+    """Describe a row in one line for the terminal."""
     shown = [f"{heading} {row[key] * by:{form}}" for key, heading, form, by in FIGURES[:3] if row.get(key) is not None]
     if "layers_linear" in row:
         shown.append(f"layers {' '.join(map(str, row['layers_linear'] or []))}")
@@ -53,15 +84,14 @@ def one_line(row: dict) -> str:
 
 
 def save(rows: list[dict], name: str, suite: Suite) -> Path:
-    """A new file benchmarks/results/ablations/<device>-<date>-<suite>.json; the one that is there, if it holds the same
-    rows."""
+    """Write a new file to benchmarks/results/ablations, unless one has the same rows; returns the file."""
     scale = {"name": name, **asdict(suite)}
     document = {"format": 1, "environment": results.environment({}), "suite": scale, "rows": rows}
     return results.keep(document, FOLDER, name)
 
 
 def load(folder: Path) -> list[dict]:
-    """The newest result of each world and device."""
+    """Return the newest result of each world and device."""
     documents = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     documents.sort(key=lambda document: document["environment"]["time"])
     newest = {(d["suite"]["world"], d["environment"]["device"]): d for d in documents}
@@ -69,7 +99,7 @@ def load(folder: Path) -> list[dict]:
 
 
 def write(folder: Path, docs: Path) -> list[Path]:
-    """ablations.md and its plots in ablations/, both in the folder `docs`; returns the files."""
+    """Write ablations.md and its plots, in ablations/, to the folder `docs`; returns the files."""
     lines, files = [HEAD], []
     for document in load(folder):
         made = ablations_plots.draw(document, docs / "ablations")
@@ -86,16 +116,17 @@ def section(document: dict) -> list[str]:
     seeds = sorted({row["seed"] for row in rows})
     lines = [
         f"## World {suite['world']}: {environment['device']}\n",
-        f"{len(seeds)} seeds, {suite['videos']} videos each, fine-tuning for the time of {suite['budget']} MSE steps of"
-        f" batch {suite['batch_size']}, {suite['selection_steps']} steps of selection. {environment['time'][:10]},"
-        f" {results.versions(environment)}, commit {(environment['commit'] or 'unknown')[:12]}.\n",
+        f"These are {len(seeds)} seeds with {suite['videos']} videos each. Selection takes {suite['selection_steps']}"
+        f" steps, and fine-tuning the time of {suite['budget']} MSE steps at batch size {suite['batch_size']}. Measured"
+        f" {environment['time'][:10]}, commit {(environment['commit'] or 'unknown')[:12]}:"
+        f" {results.versions(environment)}.\n",
     ]
     always = [row for row in rows if row["setting"] in ("teacher", DEFAULT.name)]
     for group in GROUPS:
         names = [name for name, setting in SETTINGS.items() if group in setting.groups]
         chosen = [row for row in rows if row["setting"] in names]
         if group != DEFAULT.groups[0] and chosen:
-            lines += [f"### {group.capitalize()}\n", *table([*always, *chosen]), ""]
+            lines += [f"### {group.capitalize()}\n", f"{NOTES[group]}\n", *table([*always, *chosen]), ""]
     return lines
 
 
@@ -114,7 +145,7 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def spread(values: list[float | None], form: str, by: float) -> str:
-    """Mean ± standard deviation of what is there."""
+    """Return the mean ± standard deviation of the values that aren't None."""
     there = [by * value for value in values if value is not None]
     if not there:
         return ""
@@ -123,7 +154,7 @@ def spread(values: list[float | None], form: str, by: float) -> str:
 
 
 def layers(rows: list[dict]) -> str:
-    """The chosen layers, once where the seeds agree; and what went wrong."""
+    """Return the linear layers, once if the seeds agree, and the number of runs that diverged."""
     chosen = dict.fromkeys(" ".join(map(str, row["layers_linear"])) for row in rows if row.get("layers_linear"))
     diverged = sum("diverged" in row for row in rows)
     return "; ".join([*chosen, *([f"{diverged} of {len(rows)} diverged"] if diverged else [])])

@@ -1,4 +1,4 @@
-"""One run: a setting and a seed on a suite's world, to one row of figures."""
+"""One ablation run: a setting and a seed on a suite's world give one row of figures."""
 
 import gc
 import shutil
@@ -24,14 +24,16 @@ from linvideo.trajectories.atomic_files import read_json, write_safetensors
 from linvideo.trajectories.seeding import draw_noise
 from linvideo.transfer import TrainConfig
 
-PROBED = 4  # videos that a point of the curve is taken over
+PROBED = 4  # videos for each point of the curve
 
 
 class Bench:
-    """One suite at work in `folder`, with the teacher in memory.
+    """Runs of one suite, with the teacher in memory.
 
     Args:
-        teacher_folder: the teacher's pipeline.
+        suite: Suite whose scale applies.
+        teacher_folder: Folder of the teacher's pipeline.
+        folder: Folder for runs, trajectories and videos.
         device: "cpu" or "cuda".
     """
 
@@ -42,15 +44,18 @@ class Bench:
         self.pipeline = load_pipeline(teacher_folder, dtype=dtype).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.prompts = self.world.training_captions()
-        self.start = lru_cache(maxsize=1)(self._start)  # every point of a curve begins from it
+        self.start = lru_cache(maxsize=1)(self._start)  # every point of a curve starts from it
 
     @cached_property
     def distance(self) -> WorldDistance:
         return WorldDistance(self.folder / "video_net.safetensors", self.world, self.device)
 
     def row(self, setting: Setting, seed: int) -> dict[str, Any]:
-        """Train and judge. The default run of the seed must be done before any other setting's; its folder stays,
-        the others' are deleted once they are judged."""
+        """Train and judge a student.
+
+        The default run of the seed must be done before the other settings. Its folder is kept; those of other settings
+        are deleted after judging.
+        """
         config = self.config(setting, seed)
         if setting.after == "trajectories":
             shutil.rmtree(config.output_dir, ignore_errors=True)
@@ -60,7 +65,7 @@ class Bench:
         if outcome.diverged is None:
             row |= {"seconds": results["seconds"], "r": results.get("r", {})}
             row |= {"sensitivity": results.get("sensitivity", {})}
-            if (chosen := Path(config.output_dir) / "selection.json").is_file():  # its own, not the default run's
+            if (chosen := Path(config.output_dir) / "selection.json").is_file():  # of this run, not of the default run
                 row |= {k: v for k, v in read_json(chosen).items() if k in ("error_mixed", "error_rounded")}
         else:
             row["diverged"] = outcome.diverged
@@ -73,13 +78,13 @@ class Bench:
         return row
 
     def teacher_row(self, seed: int) -> dict[str, Any]:
-        """The teacher itself; leaves its videos for the others' PSNR."""
+        """Judge the teacher itself, and keep its videos for the PSNR of the others."""
         _, videos = self.sample(self.pipeline.transformer, seed, self.suite.videos)
         write_safetensors(self.teacher_videos(seed), {"videos": videos})
         return {"setting": "teacher", "seed": seed, **self.figures(videos, seed)}
 
     def config(self, setting: Setting, seed: int) -> TrainConfig:
-        """The run's config; its folder stands where the default run was after the stages they share, if any."""
+        """Return the run's config. If it shares stages with the default run, its folder starts at the end of these."""
         suite, folder = self.suite, self.folder / "runs"
         output_dir = folder / f"{slug(setting.name)}-{seed}"
         base = folder / f"{slug(DEFAULT.name)}-{seed}"
@@ -133,6 +138,7 @@ class Bench:
         return config
 
     def judge(self, student: torch.nn.Module, seed: int) -> dict[str, Any]:
+        """Return all figures of a student."""
         error, videos = self.sample(student, seed, self.suite.videos)
         if not videos.isfinite().all():
             return {"good": 0.0}
@@ -140,15 +146,16 @@ class Bench:
         return self.figures(videos, seed) | {"own_state_error": error, "psnr_to_teacher": psnr(videos, reference)}
 
     def figures(self, videos: torch.Tensor, seed: int) -> dict[str, float]:
+        """Return the figures that need only the videos."""
         *_, captions = self.start(seed)
         return judge(videos, captions, self.world) | {"distance": self.distance(videos.float().clamp(-1, 1))}
 
     def probe(self, seed: int):
-        """Velocity error on own states over a few videos, for the curve."""
+        """Return the measure for the curve: the velocity error on the student's own states over a few videos."""
         return lambda student: self.sample(student, seed, PROBED)[0]
 
     def sample(self, student: torch.nn.Module, seed: int, count: int) -> tuple[float, torch.Tensor]:
-        """(velocity error, videos on the CPU) of the first `count` starts of the seed."""
+        """Sample from the first `count` starts of the seed; returns the velocity error and the videos, on the CPU."""
         noise, embeds, negative, _ = self.start(seed)
         error, videos = trajectory_error(
             student,
@@ -163,8 +170,8 @@ class Bench:
         return error, videos.cpu()
 
     def _start(self, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-        """(noise, prompt embeddings, the negative one, captions) that every model of the seed is judged from."""
-        captions = self.world.evaluation_captions(self.suite.videos, seed=901 + seed)  # not the demo's
+        """Return the noise, prompt embeddings, negative embedding and captions that all models of the seed share."""
+        captions = self.world.evaluation_captions(self.suite.videos, seed=901 + seed)  # other captions than the demo's
         embeddings = encode_prompts(self.pipeline, captions)
         number = torch.arange(len(captions))
         shape = (3, self.world.frames, self.world.size, self.world.size)

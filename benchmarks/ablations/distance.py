@@ -1,7 +1,8 @@
-"""A distribution distance between videos and the world: the kernel distance on features of a small network.
+"""The distance of videos from the world's distribution: a kernel distance on features of a small network.
 
-Like the Frechet video distance in use, but with a network that knows this world (an I3D knows nothing of 16 pixels),
-and by the unbiased kernel estimate (Binkowski et al., arXiv 1801.01401), for which a few hundred videos are enough.
+It serves the same purpose as the Fréchet video distance, with two differences. The network is trained on this world,
+because an I3D is no use on 16 pixels. And the estimate is the unbiased kernel estimate (Binkowski et al., arXiv
+1801.01401), for which a few hundred videos are enough.
 """
 
 from pathlib import Path
@@ -14,12 +15,15 @@ from linvideo.demo.world import COLOURS, DIRECTIONS, SHAPES, Scenes, World
 from linvideo.trajectories.atomic_files import write_safetensors
 
 FEATURES = 64
-TRUTH = 1000  # videos of the world that are compared with
+TRUTH = 1000  # videos of the world to compare with
 
 
 class VideoNet(nn.Module):
-    """Videos [B, 3, F, H, W] in [-1, 1] -> features [B, 64]. `head` learns them: per colour, logits for being there,
-    for each shape and for each direction."""
+    """A network from videos [B, 3, F, H, W] in [-1, 1] to features [B, 64].
+
+    The features are learned with `head`, which gives for each colour a logit of its presence and logits of the shapes
+    and of the directions.
+    """
 
     def __init__(self):
         super().__init__()
@@ -34,19 +38,19 @@ class VideoNet(nn.Module):
         return self.body(videos)
 
     def logits(self, videos: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(there [B, colours], shape [B, colours, 3], direction [B, colours, 8])."""
+        """Return the logits of (presence [B, colours], shape [B, colours, 3], direction [B, colours, 8])."""
         per_colour = self.head(self(videos)).unflatten(1, (len(COLOURS), -1))
         return per_colour[..., 0], *per_colour[..., 1:].split([len(SHAPES), len(DIRECTIONS)], dim=-1)
 
 
 def labels(scenes: Scenes) -> torch.Tensor:
-    """[objects, 4] int64: which video, colour, shape, direction; one row for each object of a video."""
+    """Return int64 [objects, 4]: the video, colour, shape and direction of each object."""
     video = torch.arange(len(scenes.colour))[:, None].expand_as(scenes.colour)
     return torch.stack([video, scenes.colour, scenes.shape, scenes.direction], -1).flatten(0, 1)
 
 
 def train_network(world: World, device: str, steps: int = 1000, batch: int = 64) -> tuple[VideoNet, float]:
-    """(network, share of objects of which it names shape and direction)."""
+    """Train the network; returns it and the share of objects whose shape and direction it recognises."""
     torch.manual_seed(0)
     net, draws = VideoNet().to(device), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
@@ -73,7 +77,7 @@ def train_network(world: World, device: str, steps: int = 1000, batch: int = 64)
 
 
 class WorldDistance:
-    """Kernel distance to `TRUTH` videos of the world; the network is trained once and kept in `path`."""
+    """The kernel distance to `TRUTH` videos of the world. The network is trained once and kept in `path`."""
 
     def __init__(self, path: Path, world: World, device: str):
         if not path.is_file():
@@ -97,8 +101,10 @@ class WorldDistance:
 
 
 def kernel_distance(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Unbiased squared maximum mean discrepancy of x [n, d] and y [m, d] under the kernel (x y / d + 1)^3: 0 on average
-    where both follow the same law, and then as often below as above."""
+    """Return the unbiased squared maximum mean discrepancy of x [n, d] and y [m, d] for the kernel (x y / d + 1)^3.
+
+    If both have the same distribution, it is 0 on average, so it can be negative.
+    """
 
     def kernel(a, b):
         return (a @ b.T / a.shape[1] + 1) ** 3

@@ -1,6 +1,6 @@
-"""Objectives that the library leaves out, because they lost or diverged; here so that anyone can see it.
+"""Objectives that did worse or diverged and are therefore not in the library; kept here so that this can be repeated.
 
-All act on the states of the student's rollouts, as "adm" and "adm_step" do.
+Except for "uniform_t", they use states of the student's own rollouts, as "adm" and "adm_step" do.
 """
 
 import copy
@@ -21,23 +21,26 @@ SCORE_NETS = ("adm_score_net", "dmd")
 
 
 class AblationStep(GradientStep):
-    """GradientStep with the losses below.
+    """A GradientStep with one more kind of loss.
 
-    adm_renoise: ADM at x_hat_t = (1 - t) x_0 + t eps, x_0 the student's one-step estimate, t anew from the sampler's
-        grid; the student judges itself.
-    adm_score_net: ADM at the end of a sampler step as "adm_step", but the student's score comes from a network of its
-        own, trained (one step for each of the student's) on the finished samples of the rollouts.
-    dmd: distribution matching at the one-step estimate of x_0 (Yin et al., arXiv 2311.18828), with a score network
-        trained on those estimates, the gradient normalised by the distance to the teacher's estimate.
-    own_mse_for_adm: as configured, with "own_mse" wherever "adm" would come.
-    uniform_t: as configured, but "mse" draws its states so that t is uniform; the sampler's grid prefers large t.
+    adm_renoise: ADM at x_hat_t = (1 - t) x_0 + t eps, where x_0 is the student's one-step estimate and t is drawn anew
+        from the sampler's grid. The student's score is its own.
+    adm_score_net: ADM at the end of a sampler step, like "adm_step", but the student's score comes from a separate
+        network. It is trained on the samples at the end of rollouts, one step for each step of the student.
+    dmd: Distribution matching at the one-step estimate of x_0 (Yin et al., arXiv 2311.18828). A score network is
+        trained on these estimates, and the gradient is normalised by the distance to the teacher's estimate.
+    own_mse_for_adm: The configured objective, with "own_mse" in place of "adm".
+    uniform_t: The configured objective, but "mse" draws its states so that t is uniform; the sampler's grid has more
+        large t.
     """
 
     def __init__(self, kind: str | None, student, teacher, store, prompts, grid, *arguments):
         super().__init__(student, teacher, store, prompts, grid, *arguments)
         self.kind, self.sigmas = kind, grid[1]
         if kind in SCORE_NETS:
-            self.score_net = copy.deepcopy(self.teacher).float().requires_grad_(True)  # of bf16, steps would be lost
+            self.score_net = (
+                copy.deepcopy(self.teacher).float().requires_grad_(True)
+            )  # in bf16 small updates would be lost
             self.score_optimizer = torch.optim.AdamW(
                 self.score_net.parameters(), lr=self.config.optimizer.learning_rate, weight_decay=0.0
             )
@@ -46,7 +49,7 @@ class AblationStep(GradientStep):
 
     @property
     def rollouts(self) -> StudentRollouts:
-        """Ablations run on one process with one micro-batch a step."""
+        """The rollouts of the only micro-batch: ablations run in one process with one micro-batch per step."""
         return self.all_rollouts[0]
 
     def _loss(self, name: str, step: int, micro: int) -> torch.Tensor:
@@ -78,7 +81,7 @@ class AblationStep(GradientStep):
         return loss
 
     def _adm(self, x_hat: torch.Tensor, t: torch.Tensor, conditions: Conditions, judge) -> torch.Tensor:
-        """ADM's loss at a state of the student, with the network `judge` for the student's score."""
+        """Return ADM's loss at a state of the student, with `judge` as the network for the student's score."""
         with torch.no_grad():
             u_teacher = teacher_velocity(self.teacher, x_hat, NUM_TRAIN_TIMESTEPS * t, conditions)
             u_judge = predict_velocity(judge, x_hat, NUM_TRAIN_TIMESTEPS * t, conditions)
@@ -101,14 +104,14 @@ class AblationStep(GradientStep):
         return matching_loss(clean, x, t, u_fake, u_real)
 
     def _t_and_noise(self, clean: torch.Tensor, draws: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each sample; t is drawn from the grid, its ends left out."""
+        """Draw t, from the grid without its ends, and noise for each sample."""
         grid = self.sigmas[1:-1]
         t = grid[torch.randint(len(grid), (len(clean),), generator=draws)].to(clean.device)
         return t, torch.randn(clean.shape, generator=draws).to(clean.device)
 
     def _fit_score_net(self, clean: torch.Tensor, conditions: Conditions, draws: torch.Generator) -> None:
-        """One step of flow matching on samples of the student."""
-        torch.clear_autocast_cache()  # without gradients, the network's weights may have been cast just before
+        """Train the score network with one step of flow matching on samples of the student."""
+        torch.clear_autocast_cache()  # it may hold weights of the network that were cast without gradients
         loss = critic_loss(self.score_net, clean, *self._t_and_noise(clean, draws), conditions)
         self.score_optimizer.zero_grad()
         loss.backward()
@@ -116,7 +119,7 @@ class AblationStep(GradientStep):
         self.score_optimizer.step()
 
     def _uniform_t(self, step: int):
-        """Teacher states with P(step) in proportion to the t that the step covers."""
+        """Draw teacher states; the probability of a sampler step is proportional to the range of t that it covers."""
         draws = generator(self.config.seed, self.stage, "uniform t", step)
         count, kept = self.config.train_batch_size, self.store.request["states_per_trajectory"]
         kept_step = torch.multinomial(-self.sigmas.diff(), count, replacement=True, generator=draws)
@@ -125,7 +128,7 @@ class AblationStep(GradientStep):
 
 
 class RecordingRollouts(StudentRollouts):
-    """Rollouts that keep their last `kept` finished samples; the first ones are the teacher's."""
+    """Rollouts that keep their last `kept` final samples; at first these are the teacher's."""
 
     def __init__(self, rollouts: StudentRollouts, store, kept: int = 64):
         self.__dict__.update(rollouts.__dict__)
@@ -144,7 +147,7 @@ class RecordingRollouts(StudentRollouts):
         super()._restart(index)
 
     def samples(self, count: int, draws: torch.Generator) -> tuple[torch.Tensor, Conditions]:
-        """(x_0 [count, ...], their conditions)."""
+        """Draw `count` of the kept samples; returns them with their conditions."""
         chosen = torch.randint(len(self.ended), (count,), generator=draws)
         under = self.prompts.conditions(self.ended_prompt[chosen], self.ended_negative[chosen], self.x.device)
         return self.ended[chosen.to(self.x.device)], under

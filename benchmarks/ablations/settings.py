@@ -1,7 +1,7 @@
-"""What is compared: each setting changes one thing of the default recipe.
+"""The settings to compare, each of which changes one thing in the default recipe.
 
-A setting shares with its seed's default run all stages before the one it changes, and fine-tunes for the same time: an
-objective whose step costs twice as much takes half as many steps (COST).
+A setting shares all stages before the change with the default run of the same seed, and fine-tunes for the same time:
+an objective whose step takes twice as long gets half as many steps (COST).
 """
 
 from dataclasses import asdict, dataclass, field
@@ -11,8 +11,8 @@ import torch
 
 from linvideo.trajectories.seeding import generator
 
-# Time of one step, in steps of MSE on stored teacher states: measured on the small world (CPU, one thread, batch 8,
-# guided rollouts). The rows have the time that was measured in each run.
+# Time of one step relative to one of MSE on stored teacher states, measured on the small world (CPU, one thread, batch
+# size 8, guided rollouts). The rows have the time that each run took.
 COST = {
     "mse": 1.0,
     "own_mse": 1.75,
@@ -29,18 +29,20 @@ SLOW = {"optimizer.learning_rate": 0.25}
 
 @dataclass(frozen=True)
 class Setting:
-    """One recipe, as its difference from the default.
+    """One recipe, described by its difference from the default.
 
     Args:
-        groups: the tables it stands in.
-        changes: dotted names of TrainConfig's fields -> values. Of objective.mse_steps it is the share of the
-            budget, of optimizer.learning_rate the factor to the suite's.
-        after: the last stage shared with the default run: "selection", "sensitivity" or "trajectories".
-        layers: fixed layers by a rule of `fixed_layers`, in place of learned ones; "default" takes the default run's.
-        share: of the layers that become linear.
-        objective: one that only the ablations have, see objectives.py.
-        sampler_steps: of the student's own trajectories; None is as many as the teacher's.
-        variant: a change of the model, see variants.py.
+        name: Name of the setting in tables and files.
+        groups: Tables in which the setting appears.
+        changes: Dotted names of TrainConfig's fields -> values. The value of objective.mse_steps is a share of the
+            budget, and that of optimizer.learning_rate a factor applied to the suite's.
+        after: Last stage shared with the default run: "selection", "sensitivity" or "trajectories".
+        layers: Rule of `fixed_layers` for layers that are fixed in place of learned; "default" means the layers of
+            the default run.
+        share: Share of the layers that become linear.
+        objective: Objective that exists only in the ablations, see objectives.py.
+        sampler_steps: Number of steps of the student's own rollouts. None means the teacher's number.
+        variant: Change of the model, see variants.py.
     """
 
     name: str
@@ -59,13 +61,16 @@ def _objective(label: str, name: str, changes: dict[str, Any] | None = None, **m
 
 
 def _own(label: str, name: str, **more: Any) -> Setting:
-    """An objective on the student's own states alone: at the default's learning rate these end worse than they began.
-    They get a quarter of it, which left each with less velocity error when we tried both."""
+    """Return a setting with an objective on the student's own states alone.
+
+    At the default's learning rate these end worse than they began, so they get a quarter of it. In trials of both, each
+    had less velocity error with the quarter.
+    """
     return _objective(label, name, SLOW, **more)
 
 
 def _second(label: str, changes: dict[str, Any], **more: Any) -> Setting:
-    """The objectives where it is harder: every second layer, which fine-tuning cannot quite mend."""
+    """Return a setting with every second layer linear, which is harder: fine-tuning can't fully repair it."""
     return Setting(
         f"every second, {label}", ("objective, every second layer",), changes, "sensitivity", "spread", **more
     )
@@ -81,12 +86,12 @@ def _selection(label: str, **changes: Any) -> Setting:
 
 
 def _branch(label: str, variant: str | None = None, **changes: Any) -> Setting:
-    """Another linear branch, warmed up anew, in the default run's layers."""
+    """Return a setting with another linear branch in the default run's layers, which is warmed up first."""
     changes = {name.replace("__", "."): value for name, value in changes.items()}
     return Setting(label, ("linear branch",), changes, "trajectories", "default", variant=variant)
 
 
-# top_k: after few steps no r need lie below 0.5.
+# The rounding is top_k because after few steps it may be that no r is below 0.5.
 PAPER = {"count": "rounded", "lambda_con": 0.01, "lambda_reg": 0.01, "rounding": "top_k"}
 DEFAULT = Setting("default", ("default",), after="trajectories")
 SETTINGS = {
@@ -151,7 +156,7 @@ SETTINGS = {
 }
 GROUPS = tuple(dict.fromkeys(group for setting in SETTINGS.values() for group in setting.groups))
 
-# about an hour on two CPU cores
+# These take about an hour on two CPU cores.
 CORE = (
     *(name for name, setting in SETTINGS.items() if {"default", "objective", "layers"} & set(setting.groups)),
     *("every second, no fine-tuning", "every second, MSE, own states", "every second, ADM, small step"),
@@ -163,13 +168,20 @@ CORE = (
 
 @dataclass(frozen=True)
 class Suite:
-    """Which settings, on which world, at what scale.
+    """The settings to run, the world and the scale.
 
     Args:
-        budget: of fine-tuning, in MSE steps.
-        selection_steps, warmup_steps, num_states, num_trajectories, batch_size, learning_rate, mixed_precision: as in
-            TrainConfig; num_states is of the sensitivity pass.
-        videos: judged per seed.
+        world: Name of the world.
+        settings: Names of the settings.
+        budget: Length of fine-tuning, in MSE steps.
+        selection_steps: Number of training steps of the selection.
+        warmup_steps: Number of training steps of the warm-up.
+        num_states: Number of states of the sensitivity pass.
+        num_trajectories: Number of teacher trajectories to train on.
+        batch_size: Training batch size.
+        learning_rate: Learning rate of the default setting.
+        mixed_precision: Autocast precision as in TrainConfig: "no" or "bf16".
+        videos: Number of videos to judge per seed.
     """
 
     world: str
@@ -186,7 +198,7 @@ class Suite:
 
     @property
     def scale(self) -> dict[str, Any]:
-        """All but the settings, which a folder of work may be continued with others of."""
+        """Everything except the settings: a folder of work may be continued with other settings."""
         return {name: value for name, value in asdict(self).items() if name != "settings"}
 
 
@@ -201,8 +213,10 @@ SUITES = {
 
 
 def steps(objective: str, budget: int, mse_steps: int, second: str = "adm") -> int:
-    """Optimizer steps that take as long as `budget` MSE steps; "hybrid" begins with `mse_steps` of them and then takes
-    "mse" and `second` in turn."""
+    """Return the number of optimizer steps that take as long as `budget` MSE steps.
+
+    "hybrid" begins with `mse_steps` MSE steps and then alternates between "mse" and `second`.
+    """
     if objective != "hybrid":
         return round(budget / COST[objective])
     begin = min(mse_steps, budget)
@@ -210,7 +224,7 @@ def steps(objective: str, budget: int, mse_steps: int, second: str = "adm") -> i
 
 
 def fixed_layers(rule: str, count: int, num_layers: int, seed: int) -> list[int]:
-    """`count` of `num_layers` layers, sorted."""
+    """Choose `count` of `num_layers` layers by a rule; returns them sorted."""
     if rule == "first":
         return list(range(count))
     if rule == "last":
@@ -219,4 +233,4 @@ def fixed_layers(rule: str, count: int, num_layers: int, seed: int) -> list[int]
         return [int((i + 0.5) * num_layers / count) for i in range(count)]
     if rule == "random":
         return sorted(torch.randperm(num_layers, generator=generator(seed, "random layers"))[:count].tolist())
-    raise ValueError(f"expected a rule of first, last, spread, random, got {rule!r}")
+    raise ValueError(f"expected the rule to be first, last, spread or random, got {rule!r}")

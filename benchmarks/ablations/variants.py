@@ -1,4 +1,4 @@
-"""Changes of the model that the library does not have."""
+"""Changes of the model that aren't in the library."""
 
 import torch
 
@@ -8,30 +8,35 @@ from linvideo.ops.reference import features, rotate
 
 
 class RopeAfterBranch(LinearAttentionBranch):
-    """RoPE on the features in place of q and k: o = R phi(q) (R phi(k))^T v / phi(q) z. R makes features negative, so
-    the denominator goes without it (Su et al., RoFormer, arXiv 2104.09864, equation 19). Each half of hedgehog's
-    features turns like q itself."""
+    """A branch with RoPE on the features in place of q and k: o = R phi(q) (R phi(k))^T v / phi(q) z.
+
+    R can make features negative, so the denominator is without it (Su et al., RoFormer, arXiv 2104.09864, equation 19).
+    Each half of hedgehog's features is rotated like q itself.
+    """
 
     def forward(self, q, k, v, rope=None, softmax_out=None, group=None):
         if softmax_out is not None or group is not None:
-            raise ValueError("RoPE after the feature map knows neither mixture nor context parallelism")
+            raise ValueError(
+                "expected neither a mixture nor context parallelism, which RoPE after the feature map doesn't support"
+            )
         phi_q, phi_k = (features(x, w, None, self.feature_map) for x, w in ((q, self.q_weight), (k, self.k_weight)))
-        turned_q, turned_k = (
+        rotated_q, rotated_k = (
             torch.cat([rotate(part, *rope) for part in phi.split(self.head_dim, dim=-1)], dim=-1)
             for phi in (phi_q, phi_k)
         )
-        state = torch.einsum("bmhf,bmhd->bhfd", turned_k, v)
+        state = torch.einsum("bmhf,bmhd->bhfd", rotated_k, v)
         share = torch.einsum("bnhf,bhf->bnh", phi_q, phi_k.sum(1))
-        return torch.einsum("bnhf,bhfd->bnhd", turned_q, state) / (share[..., None] + 1e-6)
+        return torch.einsum("bnhf,bhfd->bnhd", rotated_q, state) / (share[..., None] + 1e-6)
 
 
 def rope_after(student: torch.nn.Module) -> None:
+    """Make all linear branches of a student apply RoPE after the feature map."""
     for branch in linear_branches(student).values():
         branch.__class__ = RopeAfterBranch
 
 
 def lora(student: torch.nn.Module) -> None:
-    """Only low-rank updates of the attention and feed-forward matrices train, and the feature maps."""
+    """Train only low-rank updates of the attention and feed-forward matrices, and the feature maps."""
     from peft import LoraConfig
 
     student.requires_grad_(False)

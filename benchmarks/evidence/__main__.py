@@ -1,12 +1,13 @@
-"""What a GPU makes of the kernels, for whoever has one for ten minutes: `make evidence`.
+"""Test and time the kernels on a GPU within ten minutes: `make evidence`.
 
-`python -m benchmarks.evidence --minutes M --output_dir DIR` compiles on all cores, tests the kernels against float64,
-times them, their rivals, Wan models and training steps, in that order, and stops after M minutes. What it has is on
-disk row by row; the same command again goes on with what is missing, also on another machine with the same card. It
-needs PyTorch and Triton; what else it wants (diffusers, hypothesis, pytest-xdist, fa3-fwd, fla) it uses if it is there.
+`python -m benchmarks.evidence --minutes M --output_dir DIR` compiles the kernels on all cores, tests them against
+float64, then times them, other implementations, Wan models and training steps, in this order, and stops after M
+minutes. Each row is written as soon as it is measured. The same command run again continues with what is missing, also
+on another machine with the same card. It needs PyTorch and Triton, and uses diffusers, hypothesis, pytest-xdist,
+fa3-fwd and fla if they are installed.
 
-DIR then holds summary.md (one screen), evidence.log, per run a file of results (copy it to benchmarks/results and run
-`python -m benchmarks.report`) and one of the tests (JUnit).
+DIR then has summary.md (one screen), evidence.log and, for each run, a file of results and a JUnit file of the tests.
+To publish results, copy them to benchmarks/results and run `python -m benchmarks.report`.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from benchmarks.evidence.rows import LOST, TILES
 
 ROOT = Path(__file__).parents[2]
 KERNEL_TESTS = ROOT / "tests" / "kernels"
-FIRST_TESTS = ("test_many_tiles.py", "test_options.py", "test_edges.py")  # the others follow
+FIRST_TESTS = ("test_many_tiles.py", "test_options.py", "test_edges.py")  # run before all others
 DRY_TESTS = ("test_many_tiles.py::test_both_orders_of_the_state_product",)
 COMPILE_SECONDS, TEST_SECONDS = 60, 150
 METRICS = ("gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum", "sm__cycles_elapsed.max",
@@ -38,7 +39,7 @@ METRICS = ("gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.
 
 
 class Drill:
-    """One run: the folder, its log and the time that is left."""
+    """One run, with its folder, its log and the time that is left."""
 
     def __init__(self, folder: Path, minutes: float, dry_run: bool):
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,18 +49,19 @@ class Drill:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until the run must end."""
         return max(0.0, self.end - time.monotonic())
 
     def say(self, line: str) -> None:
+        """Print a line and add it to the log."""
         print(line, flush=True)
         with self.log.open("a") as file:
             file.write(line + "\n")
 
     def command(self, arguments: list[str], seconds: float, environment: dict[str, str] | None = None) -> int:
-        """Run a command of at most so many seconds, its output in the log; returns its exit status.
+        """Run a command, with its output in the log, and return its exit status.
 
-        It is interrupted at the end, for it to write what it has, and killed ten seconds later.
+        After `seconds` it is interrupted, so that it can write what it has, and killed ten seconds later.
         """
         seconds = min(seconds, self.left)
         paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -86,14 +88,14 @@ class Drill:
         return process.returncode
 
     def compile(self) -> None:
-        """Compile the shipped kernels on all cores, so that launches find them in Triton's cache."""
+        """Compile the shipped kernels on all cores, so that later launches find them in Triton's cache."""
         arch = "sm_90" if self.dry_run else configs.arch(target_of(torch.empty(0, device="cuda")).capability)
         only = ["--match", "reduce_state-hedgehog-d64-bf16-*"] if self.dry_run else []
         gates = [sys.executable, "-m", "benchmarks.static_gates", "--arch", arch, *only]
         self.command(gates, COMPILE_SECONDS, {"TRITON_INTERPRET": "0"})
 
     def test(self) -> None:
-        """The kernels' tests that have not passed in this folder yet."""
+        """Run those of the kernels' tests that haven't passed in this folder yet."""
         if importlib.util.find_spec("pytest") is None:
             self.say("left out: the tests, pytest is not installed")
             return
@@ -103,7 +105,7 @@ class Drill:
         done = [name for name, outcome in summary.outcomes(self.folder).items() if outcome == summary.PASSED]
         number = 1 + len(list(self.folder.glob("correct-*.xml")))
         arguments = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-m", "not full"]
-        arguments += ["-o", "addopts="]  # pyproject's need pytest-benchmark
+        arguments += ["-o", "addopts="]  # the ones in pyproject.toml need pytest-benchmark
         if importlib.util.find_spec("xdist") and not self.dry_run:
             arguments += ["-n", str(min(16, os.cpu_count() or 1)), "--maxschedchunk", "1"]
         arguments += [f"--junitxml={self.folder / f'correct-{number}.xml'}", *files]
@@ -112,9 +114,9 @@ class Drill:
         self.command(arguments, TEST_SECONDS, variables)
 
     def measure(self) -> None:
-        """Everything that is timed; a process that loses the GPU is followed by another, three times."""
+        """Measure everything that is timed. If a process loses the GPU, another one follows, up to three times."""
         rows = [sys.executable, "-m", "benchmarks.evidence.rows", "--output_dir", str(self.folder)]
-        if self.dry_run:  # in Triton's interpreter only what calls the kernels themselves: it is slow
+        if self.dry_run:  # Triton's interpreter is slow, so only the part that calls the kernels directly runs in it
             rows += ["--dry_run"]
             self.command([*rows, "--seconds", str(self.left), "--only", TILES], self.left, {"TRITON_INTERPRET": "1"})
         for tries in range(4):
@@ -124,7 +126,7 @@ class Drill:
                 return
 
     def look_closer(self) -> None:
-        """Hardware counters of the kernels and a memory checker, where NVIDIA's tools are installed; the demo."""
+        """Read the kernels' hardware counters and check their memory, if NVIDIA's tools are installed; run the demo."""
         call = [sys.executable, "-m", "benchmarks.evidence.call", *(["--dry_run"] if self.dry_run else [])]
         ncu = ["ncu", "--clock-control", "none", "--csv", "--metrics", ",".join(METRICS), "-k", "regex:_state|_grad"]
         check = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
@@ -142,7 +144,7 @@ class Drill:
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:
-    """To the whole group: pytest's workers too. An interrupt goes to the first alone, which ends the others itself."""
+    """Kill a process and its children, or interrupt the process alone, which then ends its children itself."""
     try:
         if number == signal.SIGINT:
             process.send_signal(number)
@@ -156,12 +158,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=10.0, help="after which it stops (default: 10)")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/evidence"), help="default: runs/evidence")
-    parser.add_argument("--dry_run", action="store_true", help="every step at tiny sizes on the CPU, in three minutes")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time limit in minutes (default: 10)")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/evidence"), help="folder for everything (default: runs/evidence)"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="run every step at tiny sizes on the CPU, which takes three minutes"
+    )
     args = parser.parse_args(arguments)
     if not args.minutes > 0:
-        parser.error(f"expected --minutes above 0, got {args.minutes}")
+        parser.error(f"expected --minutes to be above 0, got {args.minutes}")
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("expected a CUDA GPU, found none; --dry_run runs every step on a CPU")
     drill = Drill(args.output_dir.resolve(), args.minutes, args.dry_run)

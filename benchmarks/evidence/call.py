@@ -1,4 +1,4 @@
-"""One forward and backward of linear_attn, with RoPE, for tools that watch a program (ncu, compute-sanitizer)."""
+"""One forward and backward of linear_attn with RoPE, for tools that observe a program (ncu, compute-sanitizer)."""
 
 import sys
 

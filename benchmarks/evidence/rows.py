@@ -1,7 +1,7 @@
-"""The measurements of the drill, in a process of their own: after a crash of the GPU's context another one goes on.
+"""The measurements of `make evidence`, in a process of their own: if the GPU's context is lost, another one continues.
 
-`python -m benchmarks.evidence.rows --seconds S --output_dir DIR` begins no row after S seconds. Rows that DIR holds
-from a run on the same card are not measured again.
+`python -m benchmarks.evidence.rows --seconds S --output_dir DIR` starts no row after S seconds. Rows that DIR already
+has from a run on the same card are not measured again.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks.shapes import INTERPRETED_SHAPE, TINY, TINY_SHAPE, TOKENS, WAN
 from linvideo.ops.library import uses_kernels
 
 TILES = "tiles"
-LOST = 3  # exit status: the process can use the GPU no more
+LOST = 3  # exit status of a process that can't use the GPU any more
 SMALL, LARGE = "wan2.1-1.3b-480p", "wan2.1-14b-720p"
 ROPE = f"{OURS}, RoPE"
 HEADLINE = ["linvideo hedgehog", "linvideo elu", "SDPA flash", "SDPA cuDNN", "flash-attn"]
@@ -29,12 +29,12 @@ REST = ["relu", "softmax map", "identity", "Flex", "SLA", "Sage", "flash_bla"]
 
 class Part(NamedTuple):
     name: str
-    seconds: float  # after which none of its rows is begun
+    seconds: float  # time after which none of its rows is started
     rows: Callable[[], Iterator[dict]]
 
 
 def parts(device: str, dtype: torch.dtype, dry_run: bool, attempt: Callable = measure.attempt) -> list[Part]:
-    """What is measured, the most valuable first. dry_run: everything at tiny sizes."""
+    """Return what is measured, the most valuable first; with dry_run everything is at tiny sizes."""
     small, large = (TINY_SHAPE, TINY_SHAPE) if dry_run else (SMALL, LARGE)
     sweep = [TINY_SHAPE] if dry_run else list(TOKENS)
 
@@ -49,7 +49,7 @@ def parts(device: str, dtype: torch.dtype, dry_run: bool, attempt: Callable = me
     def models() -> Iterator[dict]:
         from benchmarks import wan
 
-        # Whole forwards of the large model would take a minute each; its blocks tell what they take.
+        # Whole forwards of the large model would take a minute each; they can be composed of its blocks.
         chosen = {"1.3b-480p": WAN["1.3b-480p"], "14b-720p": WAN["14b-720p"]._replace(linear_layers=())}
         for name, model in ({"tiny": TINY} if dry_run else chosen).items():
             for compiled in (False, True):
@@ -61,7 +61,7 @@ def parts(device: str, dtype: torch.dtype, dry_run: bool, attempt: Callable = me
         name, model = ("tiny", TINY) if dry_run else ("1.3b-480p", WAN["1.3b-480p"])
         return train_steps.rows_of(name, device, dtype, model, attempt)
 
-    runs_kernels = uses_kernels(torch.empty(0, device=device))  # on a CPU only in Triton's interpreter
+    runs_kernels = uses_kernels(torch.empty(0, device=device))  # true on a CPU only in Triton's interpreter
     return [
         Part("headline", 100, lambda: ops([small, large], HEADLINE)),
         Part("kernel by kernel", 20, lambda: launches.rows_of(small, dtype, device, (OURS, ROPE))),
@@ -76,9 +76,14 @@ def parts(device: str, dtype: torch.dtype, dry_run: bool, attempt: Callable = me
 
 
 def run(seconds: float, folder: Path, dry_run: bool, skip_absent: bool, only: str | None = None) -> int:
-    """Measure what `folder` lacks; returns the exit status.
+    """Measure what is missing in `folder` and return the exit status.
 
-    skip_absent: leave alone what failed before, too. only: the name of the one part to measure.
+    Args:
+        seconds: Time after which no row is started.
+        folder: Folder with the results of earlier runs, to which this one adds a file.
+        dry_run: Whether to measure at tiny sizes on the CPU.
+        skip_absent: Whether to skip what failed in an earlier run.
+        only: Name of the only part to measure. None means all.
     """
     begun = time.monotonic()
     device = "cpu" if dry_run else "cuda"
@@ -106,7 +111,7 @@ def run(seconds: float, folder: Path, dry_run: bool, skip_absent: bool, only: st
                     print(f"  {describe(row)}", flush=True)
                 if lost(device):
                     return LOST
-        except Exception as error:  # a package that is not installed, a model that does not fit
+        except Exception as error:  # for example a missing package, or a model that is too large
             print(f"  ended by {measure.reason(error)}", flush=True)
             if lost(device):
                 return LOST
@@ -118,14 +123,14 @@ def run(seconds: float, folder: Path, dry_run: bool, skip_absent: bool, only: st
 
 
 def known_rows(folder: Path, device: str, with_absent: bool) -> dict[tuple, dict]:
-    """The rows of earlier runs on such a device that have a figure, by results.key."""
+    """Return the rows of earlier runs on this device, by results.key; failed ones only if with_absent is set."""
     documents = [d for d in results.load(folder) if d["environment"]["device"] == device]
     rows = [row for document in documents for row in document["rows"]]
     return {results.key(row): row for row in rows if "ms" in row or with_absent}
 
 
 def lost(device: str) -> bool:
-    """Whether an error has ended this process's use of the GPU, as an illegal memory access does."""
+    """Whether this process can't use the GPU any more, for example after an illegal memory access."""
     if device == "cpu":
         return False
     try:
@@ -137,7 +142,7 @@ def lost(device: str) -> bool:
 
 
 def describe(row: dict) -> str:
-    """The row in one line."""
+    """Describe a row in one line."""
     name = " ".join(str(part) for part in results.key(row)[1:])
     if "absent" in row:
         return f"{name}: absent, {row['absent']}"
@@ -148,11 +153,11 @@ def describe(row: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, required=True, help="after which no row is begun")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--dry_run", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--only", metavar="PART", help="one part, by its name")
-    parser.add_argument("--skip_absent", action="store_true", help="do not try again what has failed")
+    parser.add_argument("--seconds", type=float, required=True, help="time after which no row is started")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--dry_run", action="store_true", help="measure at tiny sizes on the CPU")
+    parser.add_argument("--only", metavar="PART", help="name of the only part to measure")
+    parser.add_argument("--skip_absent", action="store_true", help="skip what failed in an earlier run")
     args = parser.parse_args()
     if args.dry_run:
         measure.SECONDS = 0.01

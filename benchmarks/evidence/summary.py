@@ -1,4 +1,4 @@
-"""What the files of a drill say, on one screen: what passed, what failed and why, the ratios and the targets."""
+"""A summary of `make evidence` on one screen: what passed, what failed and why, the ratios and the targets."""
 
 import re
 import xml.etree.ElementTree as ElementTree
@@ -10,17 +10,20 @@ from benchmarks.peers import OURS, is_exact_softmax
 FILE = "summary.md"
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 PASSES = ("forward", "backward", "forward+backward")
-# (what, the row's key but for the dtype, the largest median in milliseconds for a card whose name holds the word)
+# (label, shape and pass of the row, word in the card's name -> largest median in milliseconds)
 LIMITS = [
     ("op forward, Wan 1.3B 480p", ("wan2.1-1.3b-480p", "forward"), {"H200": 0.20, "H100": 0.27}),
     ("op forward + backward, Wan 1.3B 480p", ("wan2.1-1.3b-480p", "forward+backward"), {"H200": 0.75, "H100": 1.0}),
 ]
-RATIOS = [("wan2.1-1.3b-480p", 40), ("wan2.1-14b-720p", 90)]  # over the fastest softmax, forward
-MODELS = [("1.3b-480p", 16, 1.28), ("14b-720p", 22, 1.45)]  # linear layers, speed-up over the fastest dense model
+RATIOS = [("wan2.1-1.3b-480p", 40), ("wan2.1-14b-720p", 90)]  # shape, speed-up over the fastest softmax, forward
+MODELS = [
+    ("1.3b-480p", 16, 1.28),
+    ("14b-720p", 22, 1.45),
+]  # model, linear layers, speed-up over the fastest dense model
 
 
 def write(folder: Path) -> Path:
-    """summary.md from everything in the folder."""
+    """Write summary.md from everything in the folder."""
     lines = ["# Evidence", ""]
     documents = results.load(folder)
     for document in documents:
@@ -46,7 +49,7 @@ def write(folder: Path) -> Path:
 
 
 def outcomes(folder: Path) -> dict[str, str]:
-    """By test, as pytest names it: PASSED if it ever did, else what it did last."""
+    """Return the outcome of each test, by pytest's name for it: PASSED if it ever passed, else its last one."""
     found: dict[str, str] = {}
     for test, outcome, _ in _cases(folder):
         if found.get(test) != PASSED:
@@ -55,16 +58,17 @@ def outcomes(folder: Path) -> dict[str, str]:
 
 
 def failures(folder: Path) -> int:
+    """Return the number of tests that failed and never passed."""
     return sum(outcome == FAILED for outcome in outcomes(folder).values())
 
 
 def _cases(folder: Path):
-    """(test, outcome, the first line of why) of all runs, oldest first."""
+    """Yield (test, outcome, first line of the reason) of all runs, the oldest first."""
     paths = sorted(folder.glob("correct-*.xml"), key=lambda path: int(re.sub(r"\D", "", path.stem)))
     for path in paths:
         try:
             root = ElementTree.parse(path).getroot()
-        except ElementTree.ParseError:  # killed while it was written
+        except ElementTree.ParseError:  # the run was killed while writing it
             continue
         for case in root.iter("testcase"):
             test = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
@@ -113,7 +117,7 @@ def _tiles(rows: list[dict]) -> list[str]:
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         chosen = [row for row in rows if row["kernel"] == kernel]
         shown = ", ".join(f"{row['tile']}{' (shipped)' * row['shipped']} {_digits(row['ms'][0])}" for row in chosen)
-        lines.append(f"- tiles of {kernel}, ms of what launches it: {shown}")
+        lines.append(f"- tiles of {kernel}, ms of the function that launches it: {shown}")
     return [*lines, ""] if lines else []
 
 
@@ -134,7 +138,7 @@ def _models(blocks: list[dict], models: list[dict]) -> list[str]:
 
 
 def _dense(models: list[dict], row: dict) -> float | None:
-    """The fastest dense forward of the same model, timed in the same way."""
+    """Return the time of the fastest dense forward of the same model, timed in the same way."""
     same = ("model", "dtype", "compiled", "how")
     chosen = [x for x in models if x["linear_layers"] == 0 and all(x[key] == row[key] for key in same)]
     return min((x["ms"][0] for x in chosen if x["backend"] != "sage"), default=None)
@@ -180,7 +184,7 @@ def _targets(by_suite: dict[str, list[dict]], device: str) -> list[str]:
 
 
 def _target(what: str, value: str, is_met: bool, wanted: str) -> str:
-    return f"- {'met' if is_met else 'MISSED'}: {what} {value} (wanted {wanted})"
+    return f"- {'met' if is_met else 'MISSED'}: {what} {value} (target {wanted})"
 
 
 def _digits(ms: float) -> str:

@@ -1,11 +1,11 @@
-"""Few steps: `python -m benchmarks.few_steps --world small --seeds 3`.
+"""Compare models in few steps: `python -m benchmarks.few_steps --world small --seeds 3`.
 
-Converts the world's teacher as the ablations' default run does, distils it to 1, 2 and 4 steps, and sets the results
-beside teacher and converted model at as many steps. Every model leaves a row in OUTPUT_DIR/rows.json: work that was
-interrupted goes on where it stopped. At the end the rows go to benchmarks/results/few_steps, and
-docs/results/few_steps.md is made from all results.
+This converts the world's teacher as in the ablations' default run, distils it to 1, 2 and 4 steps, and compares the
+results with the teacher and the converted model in the same number of steps. Every model adds a row to
+OUTPUT_DIR/rows.json, so that interrupted work continues where it stopped. At the end the rows are copied to
+benchmarks/results/few_steps, and docs/results/few_steps.md is written from all results.
 
-small takes about an hour on two CPU cores; middle and large need a GPU and a teacher of
+small takes about an hour on two CPU cores; middle and large need a GPU and a teacher from
 `python -m linvideo.demo.train_teacher --world middle`.
 """
 
@@ -20,8 +20,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.few_steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--world", choices=SCALES, default="small")
-    worlds.add_options(parser, "few-steps", "result file and tables")
+    parser.add_argument("--world", choices=SCALES, default="small", help="default: small")
+    worlds.add_options(parser, "few-steps", "a result file and tables")
     args = parser.parse_args(arguments)
     worlds.check_options(parser, args, "few-steps", args.world)
     scale = SCALES[args.world]

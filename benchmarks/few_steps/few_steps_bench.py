@@ -1,4 +1,4 @@
-"""The models that are compared at few steps, and one row of figures for each."""
+"""The models that are compared in few steps, each of which gives one row of figures."""
 
 import gc
 import shutil
@@ -23,29 +23,38 @@ from linvideo.trajectories.flow import sample_steps
 from linvideo.transfer import TrainConfig, train
 
 STEPS = (1, 2, 4)
-FULL = "full"  # the teacher's own number of steps
-# what is distilled, how, and for which numbers of steps
+FULL = "full"  # stands for the teacher's own number of steps
+# name of a distillation -> numbers of steps
 DISTILLED = {
     "distilled": STEPS,
     "distilled, no regression": (2,),
     "joint": (2,),
 }
 NOTES = {
-    "teacher": "softmax, its own sampler and guidance",
-    "converted": "half of the layers linear, sampled like the teacher",
-    "teacher, student's timesteps": "Euler steps at the timesteps the students are distilled for, guided",
-    "converted, student's timesteps": "the same of the converted model",
-    "regression": "the distilled model's first stage alone",
+    "teacher": "softmax attention, with its own sampler and guidance",
+    "converted": "the teacher with half of the layers linear, fine-tuned, and sampled like the teacher",
+    "teacher, student's timesteps": "the teacher with guided Euler steps at the timesteps of the distilled students",
+    "converted, student's timesteps": "the converted model, sampled in the same way",
+    "regression": "the distilled model after its first stage",
     "distilled": "the converted model after regression and distribution matching",
-    "distilled, no regression": "distribution matching alone",
-    "joint": "one stage: the teacher with the same layers made linear, neither warmed up nor trained, distribution"
-    " matching alone",
+    "distilled, no regression": "the converted model after distribution matching alone",
+    "joint": "a single stage: the teacher with the same layers made linear, without warm-up or training, after"
+    " distribution matching alone",
 }
 
 
 @dataclass(frozen=True)
 class Scale:
-    """transfer: the ablations' suite whose default run is the converted model. The rest is DistillConfig's."""
+    """The scale of a benchmark.
+
+    Args:
+        transfer: Suite of the ablations whose default run gives the converted model.
+        regression_steps: Number of training steps of the regression.
+        dmd_steps: Number of training steps of distribution matching.
+        regression_learning_rate: Learning rate of the regression.
+        learning_rate: Learning rate of the student in distribution matching.
+        critic_learning_rate: Learning rate of the critic.
+    """
 
     transfer: Suite
     regression_steps: int
@@ -56,7 +65,7 @@ class Scale:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """For files: what the results depend on."""
+        """All values that the results depend on, for files."""
         return asdict(self) | {"transfer": self.transfer.scale}
 
 
@@ -68,20 +77,20 @@ SCALES = {
 
 
 class FewStepBench(Bench):
-    """Bench with students of few steps. Arguments are Bench's."""
+    """A Bench with students of few steps. The arguments are those of Bench, with a Scale in place of the suite."""
 
     def __init__(self, scale: Scale, teacher_folder: str | Path, folder: Path, device: str):
         super().__init__(scale.transfer, teacher_folder, folder, device)
         self.scale = scale
 
     def base_rows(self, seed: int) -> list[dict[str, Any]]:
-        """Teacher and converted model at all numbers of steps; leaves the converted pipeline and the layers."""
+        """Judge the teacher and the converted model in every number of steps; the converted pipeline is kept."""
         teacher = self.pipeline.transformer
         full = self.videos(teacher, None, None, seed)
         write_safetensors(self.teacher_videos(seed), {"videos": full})
         rows = [self.figured("teacher", FULL, full, full, seed)]
         config = self.transfer_config(seed)
-        shutil.rmtree(config.output_dir, ignore_errors=True)  # of a benchmark that was interrupted
+        shutil.rmtree(config.output_dir, ignore_errors=True)  # left by an interrupted benchmark
         result = train(config, self.pipeline, self.prompts)
         write_json(self.layers_file(seed), result.layers_linear)
         converted = wan_transformer(result.pipeline)
@@ -95,7 +104,7 @@ class FewStepBench(Bench):
         return [*rows, last | {"layers_linear": result.layers_linear}]
 
     def distilled_rows(self, name: str, steps: int, seed: int) -> list[dict[str, Any]]:
-        """One distillation, which gives two rows where regression comes first. The seed's base rows must be there."""
+        """Run one distillation; it gives two rows if it begins with regression. The seed's base rows must be done."""
         full = load_file(self.teacher_videos(seed))["videos"]
 
         def judge(student: torch.nn.Module, model: str) -> dict[str, Any]:
@@ -150,7 +159,7 @@ class FewStepBench(Bench):
         return from_dict(values, DistillConfig)
 
     def student(self, name: str, seed: int) -> torch.nn.Module:
-        """What distillation starts from."""
+        """Return the model that distillation starts from."""
         if name == "joint":
             return convert(self.pipeline.transformer, read_json(self.layers_file(seed)), mode="linear")
         path = Path(self.transfer_config(seed).output_dir) / "pipeline"
@@ -158,7 +167,7 @@ class FewStepBench(Bench):
 
     @torch.no_grad()
     def videos(self, model, scheduler, steps: int | None, seed: int, guidance: float | None = None) -> torch.Tensor:
-        """Samples on the CPU; None is what the teacher is sampled with."""
+        """Sample videos; returns them on the CPU. None stands for the value that the teacher is sampled with."""
         noise, embeds, negative, _ = self.start(seed)
         scheduler = self.pipeline.scheduler if scheduler is None else scheduler
         steps = self.sampler.num_inference_steps if steps is None else steps
@@ -174,6 +183,7 @@ class FewStepBench(Bench):
         return torch.cat(parts)
 
     def figured(self, name: str, steps: int | str, videos: torch.Tensor, full: torch.Tensor, seed: int) -> dict:
+        """Return the row of a model; `full` are the teacher's videos in its full number of steps."""
         row = {"model": name, "steps": steps, "seed": seed}
         if not videos.isfinite().all():
             return row | {"good": 0.0}
@@ -185,7 +195,7 @@ class FewStepBench(Bench):
 
 
 class EulerSteps(FewStepScheduler):
-    """The same timesteps without noise: x + (t' - t) u."""
+    """Euler steps, x + (t' - t) u, at the timesteps of FewStepScheduler, without its noise."""
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         if self.step_index is None:

@@ -1,5 +1,7 @@
-"""All committed few-step results as tables;
-`python -m benchmarks.few_steps.few_steps_report` writes docs/results/few_steps.md."""
+"""Show all committed few-step results as tables.
+
+`python -m benchmarks.few_steps.few_steps_report` writes docs/results/few_steps.md.
+"""
 
 import json
 from pathlib import Path
@@ -23,32 +25,44 @@ FIGURES = (
 )
 HEAD = """# Few steps
 
-Made by `python -m benchmarks.few_steps.few_steps_report` from benchmarks/results/few_steps; what follows from it is in
-[docs/results.md](../results.md). Figures are the mean over seeds ± their standard deviation; a seed decides everything
-drawn.
-**good**, every word of the caption right, motion straight, shapes clean, is the primary metric; coverage (W1 distance
-of positions and speeds to the world's, lower is better) shows whether a model still makes everything that its teacher
-makes. The other columns are those of [ablations.md](ablations.md). PSNR is to the teacher's video at its full number of
-steps from the same noise; students of more than one step draw noise of their own, which it counts against them.
+This page is written by `python -m benchmarks.few_steps.few_steps_report` from the files in
+[benchmarks/results/few_steps](../../benchmarks/results/few_steps). [docs/results.md](../results.md) says what follows
+from it.
+
+Each table compares models that sample in the same number of steps. A figure is the mean over seeds ± their standard
+deviation. The seed determines all random draws.
+
+The columns are those of [ablations.md](ablations.md) and two more:
+
+- **good** is the primary metric: the share of videos in which every word of the caption is right, the motion is
+  straight and the shapes are clean. Higher is better.
+- **all words right** is the share in which every word of the caption is right.
+- **coverage** shows whether a model still makes everything that its teacher makes. Lower is better.
+- **straightness**, **flicker** and **distance** are explained there. Lower is better.
+- **re-render error** is the squared error between a video and the scene found in it, rendered again. Lower is better.
+- **PSNR** compares with the teacher's video at its full number of steps from the same noise. Higher is better.
+  Students of more than one step draw noise of their own, which costs them PSNR.
+- The last column has the linear layers, where they were chosen.
+
+The models are:
 """
 
 
 def one_line(row: dict) -> str:
-    """A row for the terminal."""
+    """Describe a row in one line for the terminal."""
     shown = [f"{heading} {row[key] * by:{form}}" for key, heading, form, by in FIGURES[:3] if row.get(key) is not None]
     return f"{row['model']}, {row['steps']} steps, seed {row['seed']}: {', '.join(shown)}"
 
 
 def save(rows: list[dict], world: str, scale: Scale) -> Path:
-    """A new file benchmarks/results/few_steps/<device>-<date>-<world>.json; the one that is there, if it holds the same
-    rows."""
+    """Write a new file to benchmarks/results/few_steps, unless one has the same rows; returns the file."""
     environment = results.environment({})
     document = {"format": 1, "environment": environment, "world": world, "scale": scale.numbers, "rows": rows}
     return results.keep(document, FOLDER, world)
 
 
 def write(folder: Path, docs: Path) -> Path:
-    """few_steps.md in the folder `docs`, of the newest result of each world and device."""
+    """Write few_steps.md to the folder `docs` from the newest result of each world and device; returns the file."""
     documents = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     documents.sort(key=lambda document: document["environment"]["time"])
     newest = {(d["world"], d["environment"]["device"]): d for d in documents}
@@ -64,16 +78,19 @@ def section(document: dict) -> list[str]:
     environment, scale, rows = document["environment"], document["scale"], document["rows"]
     lines = [
         f"## World {document['world']}: {environment['device']}\n",
-        f"{len({row['seed'] for row in rows})} seeds, {scale['transfer']['videos']} videos each; regression of"
-        f" {scale['regression_steps']} steps, distribution matching of {scale['dmd_steps']}, every fifth the student's"
-        f" turn; batch {scale['transfer']['batch_size']}. {environment['time'][:10]}, {results.versions(environment)},"
-        f" commit {(environment['commit'] or 'unknown')[:12]}.\n",
+        f"These are {len({row['seed'] for row in rows})} seeds with {scale['transfer']['videos']} videos each."
+        f" Regression takes {scale['regression_steps']} steps, and distribution matching {scale['dmd_steps']}, of which"
+        f" every fifth trains the student. The batch size is {scale['transfer']['batch_size']}."
+        f" Measured {environment['time'][:10]}, commit {(environment['commit'] or 'unknown')[:12]}:"
+        f" {results.versions(environment)}.\n",
     ]
     for steps in (FULL, *STEPS):
         chosen = [row for row in rows if row["steps"] == steps]
         if chosen:
             heading = "full number of steps" if steps == FULL else f"{steps} step{'s' * (steps > 1)}"
-            lines += [f"### {heading.capitalize()}\n", *table(chosen), ""]
+            models = "The teacher and the converted model, sampled in the teacher's"
+            note = f"{models if steps == FULL else 'All models, sampled in'} {heading}."
+            lines += [f"### {heading.capitalize()}\n", f"{note}\n", *table(chosen), ""]
     return lines
 
 

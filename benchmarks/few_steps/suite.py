@@ -1,4 +1,4 @@
-"""All rows of a world, in a folder that can be continued."""
+"""All runs of a world, which add rows to a folder that can be continued."""
 
 from contextlib import closing
 from pathlib import Path
@@ -12,12 +12,12 @@ from linvideo.models import load_pipeline
 
 
 def run(scale: Scale, seeds: int, teacher: Path, folder: Path, processes: int) -> list[dict]:
-    """All rows, those included that were there already."""
+    """Run what is missing in the folder and return all rows."""
     work = WorkFolder(folder, {"scale": scale.numbers, "teacher": identity(load_pipeline(teacher))})
     done = {(row["model"], row["steps"], row["seed"]) for row in work.rows}
     bases = [("base_rows", seed) for seed in range(seeds) if ("converted", "full", seed) not in done]
     distilled = [(name, steps, seed) for name, counts in DISTILLED.items() for seed in range(seeds) for steps in counts]
-    first = 0 if work.rows else 1  # it also trains the network of the distance, for all
+    first = 0 if work.rows else 1  # the first job also trains the network of the distance, for all jobs
     rounds = [bases[:first], bases[first:], [("distilled_rows", *job) for job in distilled if job not in done]]
     commit = results.commit()
     with closing(side_by_side(FewStepBench, (scale, teacher, folder), rounds, processes)) as groups:

@@ -1,4 +1,4 @@
-"""The ablations: settings, shared stages, the objectives that only they have, the distance, the report."""
+"""The ablations: settings, shared stages, their own objectives, the distance and the report."""
 
 import dataclasses
 import json
@@ -92,7 +92,7 @@ def test_shared_stages_must_be_there(tmp_path):
         start_after("warmup", tmp_path, TrainConfig(output_dir=str(tmp_path / "new")))
 
 
-# Objectives. With u_T = x + c and u_S = a x + c everything can be written down.
+# Objectives. With u_T = x + c and u_S = a x + c all results are known in closed form.
 
 
 def toy_step(tmp_path, kind: str | None, objective: str = "own_mse", student: float = 0.5) -> AblationStep:
@@ -126,12 +126,12 @@ def test_dmd_asks_nothing_of_a_student_whose_score_is_the_teachers(tmp_path):
     step = toy_step(tmp_path, "dmd", student=1.0)
     before = step.score_net.scale.item()
     name, _ = step(0)
-    assert name == "own_mse"  # as the config has it; what runs is the kind
+    assert name == "own_mse"  # the name in the config, although the kind decides what runs
     assert step.student.scale.grad.item() == pytest.approx(0.0, abs=1e-7)
     assert step.score_net.scale.item() != before
 
 
-def test_a_score_network_learns_from_the_samples_that_rollouts_end_in(tmp_path):
+def test_a_score_network_learns_from_the_final_samples_of_rollouts(tmp_path):
     step = toy_step(tmp_path, "adm_score_net")
     rollouts = step.rollouts
     assert isinstance(rollouts, RecordingRollouts)
@@ -179,14 +179,14 @@ def test_rope_after_the_map_equals_its_formula_and_sees_only_distances():
         angle = (torch.arange(6.0) + offset)[:, None] * torch.tensor([1.0, 0.5, 0.2, 0.1])
         return angle.cos(), angle.sin()
 
-    def turned(phi: torch.Tensor) -> torch.Tensor:
-        """R phi by complex numbers, the pairs of both halves."""
+    def rotated(phi: torch.Tensor) -> torch.Tensor:
+        """Return R phi, calculated with complex numbers from the pairs of both halves."""
         cos, sin = tables(0)
         pairs = torch.view_as_complex(phi.unflatten(-1, (2, 4, 2)).contiguous())
         return torch.view_as_real(pairs * torch.complex(cos, sin)[None, :, None, None]).flatten(-3)
 
     phi_q, phi_k = features(q, branch.q_weight, None, "hedgehog"), features(k, branch.k_weight, None, "hedgehog")
-    scores = torch.einsum("bnhf,bmhf->bhnm", turned(phi_q), turned(phi_k))
+    scores = torch.einsum("bnhf,bmhf->bhnm", rotated(phi_q), rotated(phi_k))
     total = torch.einsum("bnhf,bmhf->bhnm", phi_q, phi_k).sum(-1, keepdim=True)
     expected = torch.einsum("bhnm,bmhd->bnhd", scores / (total + 1e-6), v)
     assert torch.allclose(branch(q, k, v, rope=tables(0)), expected, atol=1e-5)
@@ -233,14 +233,14 @@ def test_labels_name_every_object():
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """A bench with an untrained teacher of four layers that is sampled in three steps."""
+    """A bench with an untrained teacher of four layers, which is sampled in three steps."""
     settings = dataclasses.replace(teacher.SETTINGS["small"], layers=4, ffn_dim=32, num_inference_steps=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(teacher.SETTINGS, "small", settings)
         folder = tmp_path_factory.mktemp("suite")
         teacher.build_pipeline(WORLDS["small"]).save_pretrained(folder / "teacher")
         bench = Bench(TINY, folder / "teacher", folder, "cpu")
-        bench.distance = lambda videos: 0.5  # its network is trained in the test of the command
+        bench.distance = lambda videos: 0.5  # the test of the command trains its network
         bench.rows = [bench.teacher_row(0), bench.row(DEFAULT, 0)]
         yield bench
 
@@ -312,9 +312,9 @@ def test_the_command_continues_and_reports(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds", "0"], "expected --seeds of at least 1, got 0"),
-        (["--processes", "0"], "expected --processes of at least 1"),
-        (["--suite", "middle"], "world middle needs --teacher"),
+        (["--seeds", "0"], "expected --seeds to be at least 1, got 0"),
+        (["--processes", "0"], "expected --processes to be at least 1"),
+        (["--suite", "middle"], "expected --teacher for the world middle"),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments, message, capsys):

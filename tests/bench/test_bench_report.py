@@ -1,4 +1,4 @@
-"""Result files and the report that is made of them."""
+"""Result files, the report that is made from them, and the headline of README.md."""
 
 import copy
 import os
@@ -60,7 +60,7 @@ ROWS = [
 
 
 def save(rows: list[dict], environment: dict, folder):
-    """As a run does; returns the first suite's file."""
+    """Write rows as a run does; returns the file of the first suite."""
     files = {}
     for row in rows:
         files.setdefault(row["suite"], results.ResultFile(environment, folder)).add(row)
@@ -76,7 +76,7 @@ def test_saved_and_read_again(links, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "link", refuse)
     victim = tmp_path / "victim"
     victim.write_text("mine")
-    (tmp_path / f".op.{os.getpid()}").symlink_to(victim)  # no name that others can guess is written to
+    (tmp_path / f".op.{os.getpid()}").symlink_to(victim)  # must not be followed: temporary names can't be guessed
     first, second = (save(ROWS[:7], ENVIRONMENT, tmp_path) for _ in range(2))
     assert first.name == "h200-2026-01-02-op.json" and second.name == "h200-2026-01-02-op-2.json"
     assert [document["rows"] for document in results.load(tmp_path)] == [ROWS[:7]] * 2
@@ -130,7 +130,9 @@ def test_tables_hold_the_figures(tmp_path):
     text = written[0].read_text()
     ours = line_of(text.split("**n2k**")[0], OURS)
     assert "1.000 (1.000–1.000)" in ours and "1,000 (25%)" in ours and "700 (100%)" in ours
-    assert ours.endswith("| 10 | 0.25 | 5.00 | 3.00 | 2.00 |")  # memory, host; cuDNN is the fastest softmax that ran
+    assert ours.endswith(
+        "| 10 | 0.25 | 5.00 | 3.00 | 2.00 |"
+    )  # memory, host, ratios; cuDNN is the fastest softmax that ran
     assert "absent: softmax flash-attn 3, forward (ModuleNotFoundError: x)" in text
     linear = line_of(text, "SDPA flash (FlashAttention-2)", "eager", "16")
     assert "1.50x" in linear and "610.0" in linear and "| 60 |" in linear
@@ -153,7 +155,7 @@ def test_an_older_figure_outlives_an_absence(tmp_path):
     table = write(tmp_path, tmp_path / "docs")[0].read_text().split("**n2k**")[0]
     assert "5.000 (5.000–5.000)" in line_of(table, "softmax SDPA cuDNN") and "no cuDNN" not in table
     assert line_of(table, OURS).endswith("| 10.00 | 6.00 | 4.00 |")
-    assert f"of 2026-01-03T03:04:05Z, commit {'f' * 12}: {OURS}" in table and "commit 0123456789ab: " in table
+    assert f"measured 2026-01-03T03:04:05Z, commit {'f' * 12}: {OURS}" in table and "commit 0123456789ab: " in table
 
 
 def test_runs_of_one_day_are_in_order(tmp_path):
@@ -190,7 +192,7 @@ def readme(tmp_path, monkeypatch):
 
 
 def block_of(readme) -> str:
-    """What stands between the comments, the rest being untouched."""
+    """Return what stands between the comments, after checking that the rest is unchanged."""
     text = readme.read_bytes().decode()
     assert text.startswith(f"{BEFORE}{headline.BEGIN}\n") and text.endswith(f"\n{headline.END}{AFTER}")
     return text.removeprefix(f"{BEFORE}{headline.BEGIN}\n").removesuffix(f"\n{headline.END}{AFTER}")
@@ -233,7 +235,7 @@ def test_a_readme_without_a_place_for_the_headline_stays_as_it_is(text, readme, 
     readme.write_text(text)
     with pytest.raises(SystemExit) as stop:
         report.main(["--results", str(tmp_path / "results")])
-    assert stop.value.code == 2 and "to have the comments" in capsys.readouterr().err
+    assert stop.value.code == 2 and "expected the lines" in capsys.readouterr().err
     assert readme.read_text() == text and (tmp_path / "docs" / "benchmarks.md").is_file()
 
 

@@ -1,4 +1,4 @@
-"""The drill for a GPU: every step runs here at tiny sizes; it goes on where it stopped, and says what it found."""
+"""`make evidence`: every step runs here at tiny sizes, continues where it stopped, and reports what it found."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="the drill needs triton")
+pytest.importorskip("triton", reason="make evidence needs triton")
 
 from benchmarks import results  # noqa: E402
 from benchmarks.evidence import __main__ as evidence  # noqa: E402
@@ -44,7 +44,7 @@ def save(folder: Path, made: list[dict]) -> Path:
 
 
 def junit(folder: Path, number: int, cases: dict[str, str | None]) -> None:
-    """cases: test -> why it failed, or None."""
+    """Write a JUnit file. cases: test -> reason of its failure, or None."""
     lines = []
     for name, why in cases.items():
         inside = "" if why is None else f'<failure message="{why}">trace</failure>'
@@ -169,9 +169,9 @@ def test_the_summary_says_what_failed_and_which_targets_were_met(tmp_path):
     text = summary.write(tmp_path).read_text()
     for line in (
         "- FAILED tests/kernels/test_x.py::b: E   assert 1 == 2",
-        "- met: op forward, Wan 1.3B 480p 0.190 ms (wanted <= 0.2 ms)",
-        "- MISSED: op over the fastest softmax, wan2.1-1.3b-480p 36.8x (wanted >= 40x)",
-        "- met: Wan 1.3b-480p, 16 linear layers, composed, eager 1.28x (wanted >= 1.28x)",
+        "- met: op forward, Wan 1.3B 480p 0.190 ms (target <= 0.2 ms)",
+        "- MISSED: op over the fastest softmax, wan2.1-1.3b-480p 36.8x (target >= 40x)",
+        "- met: Wan 1.3b-480p, 16 linear layers, composed, eager 1.28x (target >= 1.28x)",
         "- absent: wan2.1-1.3b-480p bfloat16 softmax flash-attn 4 forward: RuntimeError: no",
     ):
         assert line in text.splitlines(), text
@@ -179,7 +179,7 @@ def test_the_summary_says_what_failed_and_which_targets_were_met(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "expected a CUDA GPU, found none"), (["--minutes", "0"], "expected --minutes above 0, got 0.0")],
+    [([], "expected a CUDA GPU, found none"), (["--minutes", "0"], "expected --minutes to be above 0, got 0.0")],
 )
 def test_bad_arguments(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

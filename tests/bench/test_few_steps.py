@@ -1,4 +1,4 @@
-"""The few-step benchmark: what it samples, that one seed of it runs and can be continued, and its tables."""
+"""The few-step benchmark: sampling, one seed that can be continued, and the tables."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ QUICK = Scale(
 
 
 class Fake:
-    """A distance without its network, which takes minutes to train."""
+    """A distance without the network, whose training takes minutes."""
 
     def __init__(self, *arguments):
         pass
@@ -39,7 +39,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(few_steps_bench, "DISTILLED", {"distilled": (2,), "joint": (2,)})
     monkeypatch.setattr(suite, "DISTILLED", few_steps_bench.DISTILLED)
     monkeypatch.setattr(few_steps_bench, "STEPS", (2,))
-    # in this process, with what is replaced here
+    # jobs run in this process, where the replacements apply
     monkeypatch.setattr("benchmarks.worlds.ProcessPoolExecutor", InThisProcess)
 
 
@@ -67,7 +67,7 @@ def test_one_seed_from_the_transfer_to_the_rows(quick, tmp_path, capsys):
     command.main(words)
     rows = json.loads((tmp_path / "out" / "rows.json").read_text())
     found = [(row["model"], row["steps"]) for row in rows]
-    # the base rows first, in order; distillations as they are finished
+    # the base rows come first and in order, the distillations as they finish
     assert [*found[:6], *sorted(found[6:])] == [
         ("teacher", "full"),
         ("teacher", 2),
@@ -81,7 +81,7 @@ def test_one_seed_from_the_transfer_to_the_rows(quick, tmp_path, capsys):
     ]
     by_name = {(row["model"], row["steps"]): row for row in rows}
     assert by_name["teacher", "full"]["psnr_to_teacher"] is None
-    # each was sampled in a way of its own, and distribution matching moved the student
+    # all were sampled differently, and distribution matching changed the student
     assert len({row["distance"] for row in rows}) == len(rows)
     assert all(0 <= row["good"] <= 1 and row["commit"] for row in rows)
     assert (tmp_path / "out" / "runs" / "default-0" / "pipeline").is_dir()
@@ -116,10 +116,10 @@ def test_a_result_is_kept_and_told_in_a_table(tmp_path, monkeypatch):
     rows = [row("teacher", "full", seed, good=1.0, psnr_to_teacher=None) for seed in (0, 1)]
     rows += [row("distilled", 2, 0, good=0.9), row("distilled", 2, 1, good=0.8, diverged="it did")]
     path = few_steps_report.save(rows, "small", SMALL)
-    assert few_steps_report.save(rows, "small", SMALL) == path  # the same rows are one result
+    assert few_steps_report.save(rows, "small", SMALL) == path  # the same rows are the same result
     assert few_steps_report.save(rows[:3], "small", SMALL) != path
     written = few_steps_report.write(tmp_path / "results", tmp_path).read_text()
-    assert written.count("## World small") == 1  # the newest
+    assert written.count("## World small") == 1  # only the newest
 
     path.touch()
     lines = few_steps_report.section(json.loads(path.read_text()))

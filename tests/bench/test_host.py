@@ -1,4 +1,4 @@
-"""benchmarks/host.py runs without a GPU, and says of a revision that there is none."""
+"""benchmarks/host.py runs without a GPU, and refuses a revision that doesn't exist."""
 
 import subprocess
 

@@ -1,4 +1,4 @@
-"""Every suite end to end at a tiny shape, so that the first run on a GPU needs no debugging."""
+"""Every suite runs end to end at a tiny shape, so that the first run on a GPU needs no debugging."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """suite -> rows of one tiny run, and the folder it wrote."""
+    """suite -> rows of one tiny run, and the folder that it wrote."""
     folder = tmp_path_factory.mktemp("results")
     bench.main(["--tiny", "--suite", "op,block,model,train", "--output_dir", str(folder)])
     documents = results.load(folder)
@@ -70,7 +70,7 @@ def test_a_composed_forward_is_the_sum_of_its_blocks():
 
 
 def test_the_eager_training_step_has_the_same_loss(tmp_path):
-    """What the train suite compares computes the same."""
+    """The two attentions that the train suite compares compute the same."""
     config = TrainConfig(output_dir=str(tmp_path), pretrained_model_name_or_path="tiny", train_batch_size=1)
     norms = []
     for attention in (nullcontext, train_steps.eager_attention):
@@ -104,12 +104,12 @@ def test_parts_cover_the_work_once():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "ops"], "expected --suite of op, block, model, train, got ops"),
+        (["--suite", "ops"], "expected --suite to be a list of op, block, model, train, got ops"),
         (["--suite", "block"], "expected a CUDA GPU for --suite block, found none"),
         (["--part", "3/2"], "expected --part i/n with 1 <= i <= n, got 3/2"),
         (["--part", "half"], "expected --part i/n with 1 <= i <= n, got half"),
         (["--tiny", "--part", "2/2"], "nothing to measure"),
-        (["--peers", "hedgehog", "flesh"], "expected --peers to be words of linvideo hedgehog"),
+        (["--peers", "hedgehog", "flesh"], "expected --peers to be words that are in the names linvideo hedgehog"),
     ],
 )
 def test_bad_arguments(arguments, message, monkeypatch, capsys):
@@ -136,7 +136,7 @@ def test_a_job_that_fails_does_not_end_the_others(tmp_path, capsys):
 
     def fails():
         yield row
-        raise KeyError("no room")
+        raise KeyError("no memory")
 
     environment = dict.fromkeys(results.ENVIRONMENT) | {"device": "x", "time": "2026-01-02T03:04:05Z"}
     (path,) = bench.run([("one", fails), ("two", lambda: iter([row]))], environment, tmp_path, 9.0)
@@ -181,10 +181,10 @@ def test_a_run_that_is_killed_keeps_what_it_has(tmp_path):
 
 
 def test_costs():
-    """The arithmetic of a row against a count by hand: 2 N D^2 for each D x D product of N rows."""
+    """The costs of a row agree with a count by hand: 2 N D^2 for each D x D product of N rows."""
     shape = SHAPES["wan2.1-1.3b-480p"]
     rows, products = 32760 * 12, 2 * 128 * 128
-    # logits of q and k, two halves of the state and of its reading
+    # logits of q and k, two halves of the state, and two of reading it
     assert peers.tflops(shape, "hedgehog", "forward") == pytest.approx(rows * products * (2 + 2 + 2) / 1e12)
     assert peers.tflops(shape, "softmax", "forward") == pytest.approx(rows * 2 * 2 * 32760 * 128 / 1e12)
     assert peers.gbytes(shape, "hedgehog", "forward", 2) == pytest.approx(4 * rows * 128 * 2 / 1e9)
@@ -193,11 +193,11 @@ def test_costs():
         assert peers.tflops(shape, cost, "forward+backward") == pytest.approx(both)
 
 
-def test_the_plan_beside_a_training_step(tmp_path):
+def test_the_plan_next_to_a_training_step(tmp_path):
     config = TrainConfig(output_dir=str(tmp_path), train_batch_size=1, mixed_precision="bf16")
     planned = {
         step: train_steps.planned_mib(step, WAN["1.3b-480p"], config)["planned_mib"] for step in train_steps.STEPS
     }
-    # 16 bytes a parameter, the teacher's 2, and activations
+    # 16 bytes per parameter, 2 for the teacher's, and activations
     assert all(18 * 1.42e9 / 2**20 < size < 40_000 for size in planned.values())
     assert planned["selective transfer"] != planned["ADM"] and train_steps.planned_mib("ADM", TINY, config) == {}

@@ -1,4 +1,4 @@
-"""tune: what it offers and how it compares."""
+"""tune: the tiles that it offers, and how it compares results."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_a_nan_is_no_agreement():
 
 
 def test_the_defaults_are_among_the_choices():
-    """argparse does not look: a shape that was renamed would end the search on a GPU, after all its compiles."""
+    """argparse doesn't check defaults: a renamed shape would only fail on a GPU, after all kernels are compiled."""
     for action in tune.make_parser()._actions:
         if action.choices and action.default is not None:
             chosen = action.default if isinstance(action.default, list) else [action.default]

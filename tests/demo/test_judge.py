@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from linvideo.demo import judge
 from linvideo.demo.world import WORLDS, Scenes, World
 
-SPOILED = {"small": 64, "middle": 24, "large": 4}  # videos to spoil: as few as the time of larger ones asks for
+SPOILED = {"small": 64, "middle": 24, "large": 4}  # number of videos to spoil, limited by the time of larger ones
 
 
 @functools.cache
@@ -18,7 +18,7 @@ def truth(name: str, batch: int, seed: int = 0) -> tuple[World, Scenes, torch.Te
 
 
 def test_small_judgement_stays_what_it_was():
-    """The figures of the README were made with it; half a million pixels of noise reach every part of it."""
+    """The published figures depend on it; half a million noisy pixels exercise every part of it."""
     world, sample, video = truth("small", 64, 7)
     noisy = video + 0.6 * (torch.rand(video.shape, generator=torch.Generator().manual_seed(8)) - 0.5)
     assert judge.judge(video, sample.captions(), world) == pytest.approx(
@@ -77,7 +77,7 @@ def test_fit_recovers_every_parameter(name):
         half = world.period / 2  # phases are equal modulo the period
         apart = (found.scenes.phase - sample.phase + half).remainder(world.period) - half
         assert apart.abs().max() < 0.3
-    # Far from the thresholds of a good video; what remains is the soft edge that the mask cuts off.
+    # Far below the thresholds of a good video: all that remains is the soft edge that the mask cuts off.
     assert found.straightness.max() < judge.STRAIGHT / 3
     assert found.rerender_error.max() < judge.CLEAN[name] / 10
 
@@ -124,7 +124,7 @@ def test_each_metric_sees_its_fault(name, spoil, metric):
         assert spoiled["colour"] < 0.7
     else:
         assert spoiled[metric] > 3 * clean[metric]
-    # Half of the brightness in every other frame is not quite enough for the small world's threshold.
+    # Halving the brightness of every second frame isn't quite enough for the small world's threshold.
     assert spoiled["good"] <= (0.6 if (name, metric) == ("small", "flicker") else 0), spoiled
 
 

@@ -17,7 +17,7 @@ def digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-# (scene, frame, channel, row) -> its 16 pixels; the sharp edges tell where a shape is to a hundredth of a pixel.
+# (scene, frame, channel, row) -> 16 pixels; sharp edges show a shape's position to a hundredth of a pixel.
 PIXELS = {
     (0, 0, 2, 11): [-1.0] * 4 + [0.5269089] + [1.0] * 4 + [0.631803] + [-1.0] * 6,
     (21, 3, 0, 4): [-1.0] * 5 + [0.1337128] + [1.0] * 5 + [-0.1337128] + [-1.0] * 4,
@@ -26,14 +26,14 @@ PIXELS = {
 
 
 def test_small_world_is_the_shipped_teachers():
-    """Captions and their order, sampling and pixels, as when the teacher in the package was trained."""
+    """Captions and their order, samples and pixels are as they were when the packaged teacher was trained."""
     world = WORLDS["small"]
     assert digest("\n".join(world.training_captions()).encode()) == "423605a19e5eb721b7073451a635a19e"
     assert digest("\n".join(world.evaluation_captions(200)).encode()) == "10de079a7714a532b35792b6ce36bdac"
     sample = scenes(world, 64, seed=7)
     assert digest(world.caption_numbers(sample.captions()).numpy().tobytes()) == "d191653a485409ee75bd97e9ad73b956"
     video = world.render(sample)
-    for (scene, frame, channel, row), pixels in PIXELS.items():  # processors round differently, by a few ulp
+    for (scene, frame, channel, row), pixels in PIXELS.items():  # processors differ by a few ulp
         torch.testing.assert_close(video[scene, channel, frame, row], torch.tensor(pixels), atol=2e-6, rtol=0)
 
 
@@ -76,7 +76,7 @@ def test_large_captions_read_like_this():
         ("small", "a red square moving up camera still"),
         ("middle", "a red square moving up"),
         ("middle", "a red square moving up in front of a blue disc moving up"),
-        ("middle", "a red square moving up in front of a red disc moving up camera still"),  # one colour twice
+        ("middle", "a red square moving up in front of a red disc moving up camera still"),  # the same colour twice
         ("middle", "a red square moving up in front of a blue disc moving up camera still please"),
     ],
 )
@@ -91,7 +91,7 @@ def test_render_stays_in_range_and_in_frame(world):
     video = world.render(sample)
     assert video.shape == (50, 3, world.frames, world.size, world.size)
     assert video.min() >= -1 and video.max() == 1
-    # A shape that left the frame would lose mass; blur at its edges alone changes it by a few percent.
+    # A shape that left the frame would lose mass, which blur at its edges changes only by a few percent.
     mass = world.masks(sample.shape, world.paths(sample.direction, sample.speed, sample.start)).sum((-1, -2))
     assert (mass.amin(-1) / mass.amax(-1)).min() > 0.8
 
@@ -104,9 +104,9 @@ def test_shapes_start_as_the_caption_says_and_bounce(world):
     step = path.diff(dim=2)
     along = (unit_directions()[sample.direction] * sample.speed[..., None])[:, :, None]
     torch.testing.assert_close(step[:, :, :FREE_STEPS], along.expand(-1, -1, FREE_STEPS, -1), atol=1e-4, rtol=0)
-    turned = (step * along < -1e-3).any(-1)  # [B, K, F - 1]
-    assert 0.3 < turned.any(-1).float().mean() < 1
-    # Between bounces the speed of each axis is the caption's.
+    bounced = (step * along < -1e-3).any(-1)  # [B, K, F - 1]
+    assert 0.3 < bounced.any(-1).float().mean() < 1
+    # Between bounces the speed along each axis is the caption's.
     steady = (step.abs() - along.abs()).abs() < 1e-3
     assert steady.float().mean() > 0.9
 
