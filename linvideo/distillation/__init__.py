@@ -1,13 +1,14 @@
-"""Few steps: a converted model, distilled so that it samples in 4 steps or fewer without guidance.
+"""Distillation to few steps: a converted model learns to sample in 4 steps or fewer, without guidance.
 
-`distill(DistillConfig(...))` does all of it:
+`distill(DistillConfig(...))` runs all of it:
 
-    distiller     the run and its stages; distill_config, its options
-    regression    the start: from stored trajectories to where they end
-    rollout       the student's own few-step sampling, one of its steps with gradient
-    dmd           distribution matching: what moves the student, and what its critic learns
-    adversarial   an optional second opinion on the critic's features
-    dmd_step      one step's gradients over a global batch
+    distiller        a run and its stages
+    distill_config   the options of a run
+    regression       the first stage: learn to jump from stored states to the ends of their trajectories
+    rollout          the student's own few-step sampling, with a gradient through one of its steps
+    dmd              distribution matching: the losses of the student and the critic
+    adversarial      an optional discriminator on the critic's features
+    dmd_step         the gradients of one step over a global batch
 """
 
 from linvideo.distillation.distill_config import DistillConfig

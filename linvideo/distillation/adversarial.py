@@ -1,7 +1,7 @@
 """The optional adversarial term (DMD2, section 4.3): a discriminator on the critic's features of noised samples.
 
-It judges every token by itself, so that ranks that share a sample's tokens each judge their own. Real samples are the
-teacher's, from the trajectory store: still nothing but the teacher's own data.
+It judges every token separately, so that ranks that share the tokens of a sample can each judge their own. Real samples
+are the teacher's samples from the trajectory store, so that even this term needs no data but the teacher's.
 """
 
 import torch
@@ -21,7 +21,7 @@ class Discriminator(nn.Module):
 
 
 class Features:
-    """Keeps what block number `layer` of `critic` gave in the last forward."""
+    """Keep the output of block `layer` of `critic` from the last forward."""
 
     def __init__(self, critic: nn.Module, layer: int):
         self._kept: torch.Tensor | None = None
@@ -36,10 +36,10 @@ class Features:
 
 
 def feature_layer(model: nn.Module, layer: int | None) -> int:
-    """The block to read, the middle one for None.
+    """Return the block (0-based) whose output the discriminator reads, by default the middle one.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: The model has no such block.
     """
     count = len(model.blocks)
     layer = count // 2 if layer is None else layer
@@ -49,10 +49,10 @@ def feature_layer(model: nn.Module, layer: int | None) -> int:
 
 
 def attach_discriminator(critic: nn.Module, layer: int | None) -> Features:
-    """Give `critic` a module `discriminator` that trains with it; returns where its input is to be had.
+    """Add a module `discriminator`, to be trained with the critic, to `critic`; return the source of its input.
 
     Raises:
-        ValueError: see feature_layer.
+        ValueError: See feature_layer.
     """
     layer = feature_layer(critic, layer)
     critic.discriminator = Discriminator(critic.config.num_attention_heads * critic.config.attention_head_dim)
@@ -60,10 +60,10 @@ def attach_discriminator(critic: nn.Module, layer: int | None) -> Features:
 
 
 def real_loss(logits: torch.Tensor) -> torch.Tensor:
-    """-log sigmoid(logits), mean: small where they say "real"."""
+    """Return the mean of -log sigmoid(logits), which is small if the logits say "real"."""
     return softplus(-logits).mean()
 
 
 def fake_loss(logits: torch.Tensor) -> torch.Tensor:
-    """-log (1 - sigmoid(logits)), mean."""
+    """Return the mean of -log (1 - sigmoid(logits))."""
     return softplus(logits).mean()

@@ -1,9 +1,9 @@
-"""The configuration of a distillation. Read like that of selective transfer:
+"""The options of a distillation, read in the same way as those of selective transfer:
 
     linvideo distill run/pipeline --config run.yaml --num_steps 4
 
-Defaults are what worked in runs of about 1,000 steps of the embedded model. For Wan, FastVideo's published runs are a
-start: learning rates 2e-6 (student) and 8e-6 (critic), 4,000 steps of batch 64.
+The defaults worked in runs of about 1,000 steps with the embedded model. For Wan, FastVideo's published runs are a
+starting point: learning rates 2e-6 (student) and 8e-6 (critic), 4,000 steps with batch size 64.
 """
 
 from dataclasses import dataclass, field
@@ -16,11 +16,12 @@ from linvideo.trajectories.flow import NUM_TRAIN_TIMESTEPS
 
 @dataclass
 class RegressionConfig:
-    """The first stage: the student learns to jump from states of stored trajectories to their ends.
+    """The first stage, in which the student learns to jump from states of stored trajectories to their ends.
 
     Args:
-        max_train_steps: 0 leaves the stage out; without an adversarial term no trajectory is needed then.
-        learning_rate: of this stage, with a cosine schedule; the rest is as in `optimizer`.
+        max_train_steps: Number of steps of the stage. 0 skips it; without an adversarial term no trajectories are
+            needed then.
+        learning_rate: Learning rate of the stage, with a cosine schedule. The other settings are those of `optimizer`.
     """
 
     max_train_steps: int = 200
@@ -38,13 +39,16 @@ class DmdConfig:
     """Distribution matching distillation (DMD2, Yin et al., arXiv 2405.14867).
 
     Args:
-        student_every: the critic is trained in every step, the student in every so manieth.
-        flow_shift: of the t that samples are noised to; None is that of the teacher's sampler.
-        t_min: the least t they are noised to.
-        t_max: the largest.
-        adversarial_weight: of a discriminator on the critic's features, trained to tell the student's samples from the
-            stored ones of the teacher; 0 is none. DMD2 uses about 5e-3.
-        adversarial_layer: the block (0-based) whose output it reads; None is the middle one.
+        student_every: Number of steps per update of the student. The critic is updated in every step, because it has to
+            keep up with the student's samples.
+        flow_shift: Shift of the distribution of t, the noise level of the samples that teacher and critic see. None
+            means the shift of the teacher's sampler.
+        t_min: Smallest such t.
+        t_max: Largest such t.
+        adversarial_weight: Weight of the adversarial loss, from a discriminator on the critic's features that learns to
+            tell the student's samples from the teacher's stored ones. 0 turns it off. DMD2 uses about 5e-3.
+        adversarial_layer: Block of the critic (0-based) whose output the discriminator reads. None means the middle
+            one.
     """
 
     student_every: int = 5
@@ -66,26 +70,26 @@ class DmdConfig:
 
 
 def _optimizer(learning_rate: float) -> OptimizerConfig:
-    # without momentum, as DMD2: the gradient's direction changes with the critic
+    # without momentum, as in DMD2, because the direction of the gradient changes with the critic
     return OptimizerConfig(learning_rate=learning_rate, lr_scheduler="constant_with_warmup", adam_beta1=0.0)
 
 
 @dataclass
 class DistillConfig(RunConfig):
-    """Distillation of a converted model to few steps, to the exported pipeline folder.
+    """Distillation of a converted model to few steps, up to the exported pipeline folder.
 
-    Of the options that every run has: pretrained_model_name_or_path is the dense teacher, whose guidance
-    (trajectories.guidance_scale) ends up in the student's weights; train_batch_size counts the student's roll-outs;
-    max_train_steps is of the DMD stage, 0 leaves it out; use_ema is of that stage; trajectories are those of a
-    transfer's run where trajectories.path and all their other settings are, with the same seed. optimizer is the
-    student's, and by default without momentum.
+    Notes on the options that every run has: pretrained_model_name_or_path is the dense teacher, whose guidance
+    (trajectories.guidance_scale) is distilled into the student's weights. train_batch_size counts rollouts of the
+    student. max_train_steps and use_ema apply to the DMD stage; max_train_steps 0 skips it. To reuse the trajectories
+    of a transfer run, set trajectories.path to its folder and keep the seed and all other settings of the trajectories.
+    optimizer is that of the student, by default without momentum.
 
     Args:
-        student_model_name_or_path: pipeline folder or Hub id of the converted model; a stock one is distilled just the
-            same. Not needed when the student is given in memory.
-        num_steps: that it will sample with, at evenly spaced timesteps from 1000 down.
-        timesteps: these (1000 t) in place of num_steps.
-        critic_optimizer: of the critic, the network that learns the score of the student's samples.
+        student_model_name_or_path: Pipeline folder or Hub id of the converted model. A stock model works, too. Not
+            needed when the student is given in memory.
+        num_steps: Number of sampler steps of the student, at evenly spaced timesteps from 1000 down.
+        timesteps: Timesteps of the student's sampler (1000 t), used instead of num_steps.
+        critic_optimizer: Optimizer of the critic, the network that learns the score of the student's samples.
     """
 
     command = "distill"
@@ -115,7 +119,7 @@ class DistillConfig(RunConfig):
         self.scheduler()
 
     def scheduler(self) -> FewStepScheduler:
-        """What the student samples with; ValueError for impossible timesteps."""
+        """Return the student's sampler. Raise ValueError for impossible timesteps."""
         steps = [NUM_TRAIN_TIMESTEPS * (self.num_steps - k) / self.num_steps for k in range(self.num_steps)]
         return FewStepScheduler(steps if self.timesteps is None else self.timesteps)
 

@@ -1,6 +1,6 @@
 """Distillation to few steps: regression on trajectories -> distribution matching -> export.
 
-`distill` is the whole run, resumable at every step; below it stand its stages, in order.
+`distill` is the whole run, which can be continued from any step. Its stages follow in order.
 """
 
 from collections.abc import Sequence
@@ -29,18 +29,19 @@ from linvideo.run.trainable import frozen, trainable, trained_parameters
 from linvideo.trajectories.collect import stored_flow_shift
 from linvideo.trajectories.experts import Expert
 
-SHARED = ("in_channels", "out_channels", "patch_size", "text_dim", "image_dim")  # of a student and its teacher
+SHARED = ("in_channels", "out_channels", "patch_size", "text_dim", "image_dim")  # the same in student and teacher
 
 
 @dataclass
 class DistillResult:
-    """What a run made.
+    """The result of a distillation.
 
     Args:
-        pipeline: the teacher's with student and few-step scheduler in their places, as saved in pipeline_path; of
-            several processes the first has it, the others None.
-        timesteps: the timesteps (1000 t) that it samples with.
-        seconds: stage -> time spent.
+        pipeline: The teacher's pipeline with the student and its few-step scheduler. With several processes only the
+            first one has it, the others have None.
+        pipeline_path: Folder in which the pipeline is saved.
+        timesteps: Timesteps (1000 t) of its sampler.
+        seconds: stage -> time spent in it.
     """
 
     pipeline: Any
@@ -54,9 +55,11 @@ class Models:
     """The models of a run.
 
     Args:
-        critic: the network that learns the score of the student's samples; None for a run without distribution
+        student: The model that is distilled.
+        teacher: The frozen teacher.
+        critic: The network that learns the score of the student's samples. None for a run without distribution
             matching.
-        features: the critic's features, in a run with a discriminator.
+        features: The critic's features, in a run with a discriminator.
     """
 
     student: torch.nn.Module
@@ -66,7 +69,7 @@ class Models:
 
     @property
     def of_stages(self) -> dict[str, dict[str, torch.nn.Module]]:
-        """Stage -> name -> model that it trains next to the student, for `Run.restore`."""
+        """Stage -> name -> model that the stage trains in addition to the student, for `Run.restore`."""
         return {} if self.critic is None else {"dmd": {"critic": self.critic}}
 
 
@@ -77,16 +80,23 @@ def distill(
     prompts: list[str] | None = None,
     images: Sequence[Any] | None = None,
 ) -> DistillResult:
-    """Run, or finish, a distillation as `config` says.
+    """Run or continue a distillation according to `config`.
 
     Args:
-        teacher_pipeline, prompts, images: see linvideo.transfer.train.
-        student: a converted transformer in memory, in place of config.student_model_name_or_path. It is not changed.
+        config: The options of the run.
+        teacher_pipeline: See linvideo.transfer.train.
+        student: A converted transformer in memory, used instead of config.student_model_name_or_path. It is not
+            changed.
+        prompts: See linvideo.transfer.train.
+        images: See linvideo.transfer.train.
 
     Raises:
-        ValueError: as `train`; no student, or one that does not fit the teacher or has mixed layers; a discriminator's
-            layer that is not there; a pipeline with two experts (Wan 2.2).
-        TrainingDiverged, TrainingStopped, OSError: as `train`.
+        ValueError: The reasons of `train`, or: there is no student, it does not fit the teacher or has mixed layers;
+        the
+            discriminator's layer does not exist; the pipeline has two experts (Wan 2.2).
+        TrainingDiverged: See `train`.
+        TrainingStopped: See `train`.
+        OSError: See `train`.
     """
     run, source, converted = prepare(config, teacher_pipeline, student, prompts, images)
     scheduler = config.scheduler()
@@ -113,10 +123,10 @@ def prepare(
     prompts: list[str] | None = None,
     images: Sequence[Any] | None = None,
 ) -> tuple[Run, Source, WanTransformer3DModel]:
-    """What a run starts from, and the converted model. Arguments as for `distill`.
+    """Return the run, its inputs and the converted model. The arguments are those of `distill`.
 
     Raises:
-        ValueError: what `distill` would raise after hours of sampling.
+        ValueError: The reasons of `distill`, before hours are spent on sampling.
     """
     run, source = open_run(config, STAGES, only_transformer, teacher_pipeline, prompts, images)
     converted = load_student(config) if student is None else student
@@ -127,14 +137,14 @@ def prepare(
 
 
 def make_models(run: Run, source: Source, converted: WanTransformer3DModel) -> Models:
-    """Student, teacher and critic with their initial weights, ready to train."""
+    """Return student, teacher and critic with their initial weights, ready to train."""
     config, ranks, teacher = run.config, run.ranks, source.transformer
     student = trainable(own_copy(converted, config), config, ranks)
     critic = features = None
     if config.max_train_steps:
         critic = own_copy(teacher, config)
         if config.dmd.adversarial_weight:
-            torch.manual_seed(config.seed)  # the discriminator starts from draws, the same on all ranks
+            torch.manual_seed(config.seed)  # the discriminator's initial weights, the same on all ranks
             features = attach_discriminator(critic, config.dmd.adversarial_layer)
             critic.discriminator.to(run.device)
         critic = trainable(critic, config, ranks)
@@ -142,10 +152,10 @@ def make_models(run: Run, source: Source, converted: WanTransformer3DModel) -> M
 
 
 def own_copy(model: WanTransformer3DModel, config: DistillConfig) -> WanTransformer3DModel:
-    """A copy to be trained; over the same tensors as yet."""
+    """Return a copy of `model` to be trained, which still shares its tensors."""
     result = copy_module(model, share_tensors=True)
     for attn in self_attentions(result):
-        if stored_attention_type(attn) == "softmax":  # diffusers' own is not made for autocast everywhere
+        if stored_attention_type(attn) == "softmax":  # diffusers' own processor doesn't support autocast everywhere
             attach_attention(attn, "softmax", LinVideoWanAttnProcessor)
     if config.attention_backend is not None:
         result.set_attention_backend(config.attention_backend)
@@ -156,7 +166,7 @@ def own_copy(model: WanTransformer3DModel, config: DistillConfig) -> WanTransfor
 
 
 def regress(run: Run, data: Data, models: Models) -> None:
-    """Learn to jump from stored states to where their trajectories end."""
+    """Train the student to jump from stored states to the ends of their trajectories."""
     config, student = run.config, models.student
     count = config.regression.max_train_steps
     if not count:
@@ -221,7 +231,7 @@ def match_distributions(run: Run, data: Data, models: Models) -> None:
 STAGES = {"regression": regress, "dmd": match_distributions}
 
 
-# What a run starts from, and how it ends.
+# Inputs and end of a run.
 
 
 def only_transformer(pipeline: Any) -> Expert:
@@ -232,18 +242,20 @@ def only_transformer(pipeline: Any) -> Expert:
 
 
 def load_student(config: DistillConfig) -> WanTransformer3DModel:
-    """The converted model that the config names."""
+    """Load the converted model that the config names."""
     path = config.student_model_name_or_path
     if path is None:
         raise ValueError("student_model_name_or_path must name the converted model, got None")
-    # without the parts that the teacher's pipeline has; its shards go to the GPU block by block
+    # The teacher's pipeline has the other parts. The model's shards go to the GPU block by block.
     return wan_transformer(load_pipeline(path, text_encoder=None, vae=None, dtype=torch.float32))
 
 
 def check_critic_continues(run: Run, earlier: dict[str, Any] | None) -> None:
-    """Raise ValueError when the checkpoint has a critic and the config wants none, or the other way round.
+    """Raise ValueError when the checkpoint has a critic and the config needs none, or the other way round.
 
-    earlier: the config of the checkpoint, None without one.
+    Args:
+        run: The run.
+        earlier: The config of the checkpoint. None without a checkpoint.
     """
     if earlier is None or run.stage == "regression":
         return
@@ -253,7 +265,7 @@ def check_critic_continues(run: Run, earlier: dict[str, Any] | None) -> None:
 
 
 def how_trained(config: DistillConfig, scheduler: FewStepScheduler) -> Training:
-    """For the model card."""
+    """Return the entries of the model card."""
     steps = {"regression": config.regression.max_train_steps, "DMD": config.max_train_steps}
     settings = {"timesteps": scheduler.config.timesteps, "student every": config.dmd.student_every}
     earlier = config.student_model_name_or_path
@@ -261,13 +273,13 @@ def how_trained(config: DistillConfig, scheduler: FewStepScheduler) -> Training:
 
 
 def check_student(student: WanTransformer3DModel, teacher: WanTransformer3DModel) -> None:
-    """Raise ValueError when `student` is no Wan transformer, has mixed layers, or takes other inputs than `teacher`."""
+    """Raise ValueError when `student` is no Wan transformer, has mixed layers or takes other inputs than `teacher`."""
     if not isinstance(student, WanTransformer3DModel):
-        raise ValueError(f"expected a Wan transformer for a student, got {type(student).__name__}")
+        raise ValueError(f"expected a Wan transformer as the student, got {type(student).__name__}")
     mixed = [i for i, kind in enumerate(student.config.get("attention_types") or ()) if kind == "mixed"]
     if mixed:
         raise ValueError(f"expected a student whose layers are softmax or linear, got mixed layers {mixed}")
     for name in SHARED:
         of_student, of_teacher = getattr(student.config, name), getattr(teacher.config, name)
         if of_student != of_teacher:
-            raise ValueError(f"expected a student of the teacher's {name} {of_teacher}, got {of_student}")
+            raise ValueError(f"expected a student with the teacher's {name} {of_teacher}, got {of_student}")

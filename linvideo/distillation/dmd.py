@@ -1,16 +1,16 @@
 """Distribution matching distillation (DMD, Yin et al., arXiv 2311.18828; DMD2, arXiv 2405.14867) for rectified flow.
 
-With q the law of the student's samples x_0 and p the teacher's, both noised to t, the gradient of KL(q_t || p_t) with
-respect to a sample is proportional to
+Let q be the distribution of the student's samples x_0 and p that of the teacher's, both noised to t. The gradient of
+KL(q_t || p_t) with respect to a sample is proportional to
 
-    s_q - s_p = ((1 - t) / t^2) (x_0^fake - x_0^real),
+    s_q - s_p = ((1 - t) / t^2) (x_0^fake - x_0^real).
 
-x_0^real the estimate of the teacher (with its guidance), x_0^fake that of the critic: a copy of the teacher that is
-trained by flow matching on the student's samples as they come. The weight is left out in favour of the papers'
-normaliser, the distance of sample and teacher.
+x_0^real is the estimate of the teacher (with its guidance). x_0^fake is that of the critic, a copy of the teacher that
+is trained by flow matching on the student's current samples. In place of the weight we use the normaliser of the
+papers, the distance between the sample and the teacher's estimate.
 
-The samples may come from anywhere: a few-step student's roll-out, or one jump of a many-step student, which is "DMD at
-t = 0" as a rival of ADM.
+The samples may come from any source: the rollout of a few-step student, or one jump of a many-step student, which is
+"DMD at t = 0", an alternative to ADM.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ TINY = 1e-6
 
 
 def draw_t(uniform: torch.Tensor, shift: float, t_min: float, t_max: float) -> torch.Tensor:
-    """t of uniform numbers in [0, 1), shifted as samplers shift theirs, S t / (1 + (S - 1) t), and clamped."""
+    """Return uniform numbers in [0, 1) shifted like a sampler's t, S t / (1 + (S - 1) t), and clamped."""
     return (shift * uniform / (1 + (shift - 1) * uniform)).clamp(t_min, t_max)
 
 
@@ -38,7 +38,7 @@ def guided_velocity(
     negative_conditions: Conditions | None,
     guidance_scale: float,
 ) -> torch.Tensor:
-    """The teacher's velocity as its sampler uses it; unguided when guidance_scale is at most 1."""
+    """Return the teacher's velocity as its sampler uses it, without guidance when guidance_scale is at most 1."""
     u = teacher_velocity(teacher, x, NUM_TRAIN_TIMESTEPS * t, conditions)
     if guidance_scale <= 1:
         return u
@@ -48,10 +48,16 @@ def guided_velocity(
 def matching_loss(
     clean: torch.Tensor, x: torch.Tensor, t: torch.Tensor, u_fake: torch.Tensor, u_real: torch.Tensor
 ) -> torch.Tensor:
-    """A loss whose derivative with respect to the student's samples `clean` is the normalised gradient / numel; its
-    value is the mean of (x_0^fake - x_0^real)^2.
+    """Return a loss whose derivative with respect to `clean` is the normalised gradient / numel.
 
-    Args: x: `clean` noised to t [B]; u_fake, u_real: of critic and teacher at x.
+    Its value is the mean of (x_0^fake - x_0^real)^2.
+
+    Args:
+        clean: Samples of the student.
+        x: `clean` noised to t.
+        t: [B], noise level of each sample.
+        u_fake: Velocity of the critic at x.
+        u_real: Velocity of the teacher at x.
     """
     with torch.no_grad():
         real, fake = (x - like(t, x) * u for u in (u_real, u_fake))
@@ -63,6 +69,6 @@ def matching_loss(
 def critic_loss(
     critic: torch.nn.Module, clean: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, conditions: Conditions
 ) -> torch.Tensor:
-    """Flow matching on the student's samples: |u_C(x_t, t, c) - (eps - x_0)|^2."""
+    """Return the flow matching loss on the student's samples, |u_C(x_t, t, c) - (eps - x_0)|^2."""
     x = noised(clean, t, noise)
     return mean_square(predict_velocity(critic, x, NUM_TRAIN_TIMESTEPS * t, conditions), noise - clean)

@@ -1,7 +1,7 @@
 """One step of distribution matching: the gradients of student and critic over a global batch.
 
-All that is drawn (prompts, noise, the step of the roll-out that is trained, t) belongs to a sample's position in the
-global batch, as everywhere in training.
+As everywhere in training, each random draw (prompt, noise, t, and the step of the rollout that is trained) belongs to
+the position of a sample in the global batch.
 """
 
 from collections.abc import Callable
@@ -24,13 +24,19 @@ STAGE = "dmd"
 
 
 class DmdStep:
-    """Gradients of one step after another; the optimizers are the caller's.
+    """Compute the gradients of the steps. The optimizers belong to the caller.
 
     Args:
-        shape: (C, F, H, W) of a sample.
-        flow_shift: of the law of t.
-        features: of the critic with a discriminator, where there is one; store: of the real samples it learns from.
-        ranks: those that share the work; None is this process alone.
+        student: The few-step student.
+        teacher: The teacher, called like the student.
+        critic: The critic, with a discriminator if `features` is given.
+        prompts: Embeddings of the prompts.
+        shape: Shape (C, F, H, W) of a sample.
+        flow_shift: Shift of the distribution of t.
+        config: The options of the run.
+        features: Input of the discriminator. None for a run without one.
+        store: Trajectories with the real samples that the discriminator learns from.
+        ranks: The ranks of the run. None means this process alone.
     """
 
     def __init__(
@@ -50,15 +56,20 @@ class DmdStep:
         self.flow_shift, self.config, self.features, self.store = flow_shift, config, features, store
         self.ranks = Ranks.alone(student.device) if ranks is None else ranks
         self.sigmas = torch.tensor(config.scheduler().config.timesteps) / NUM_TRAIN_TIMESTEPS
-        self.samples: dict[int, torch.Tensor] = {}  # micro-batch -> what the student's turn has rolled out
+        self.samples: dict[int, torch.Tensor] = {}  # micro-batch -> samples from the student's turn
 
     def student_gradient(self, step: int) -> float:
-        """Add the student's gradient of step `step`; returns the mean loss. An adversarial term leaves gradients in the
-        critic too, which are to be cleared."""
+        """Add the student's gradient of step `step` and return the mean loss.
+
+        An adversarial term leaves gradients in the critic, too, which the caller has to clear.
+        """
         return accumulate(lambda micro: self._student_loss(step, micro), self.student, self.config, self.ranks)
 
     def critic_gradient(self, step: int) -> float:
-        """Add the critic's, on the samples of the student's turn where it had one in this step, else on new ones."""
+        """Add the critic's gradient of step `step` and return the mean loss.
+
+        It uses the samples of the student's turn if there was one in this step, otherwise new ones.
+        """
         loss = accumulate(lambda micro: self._critic_loss(step, micro), self.critic, self.config, self.ranks)
         self.samples.clear()
         return loss
@@ -98,17 +109,19 @@ class DmdStep:
     def _adversarial(
         self, judge: Callable[[torch.Tensor], torch.Tensor], u: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The discriminator's loss on the critic's last forward, weighted; u: what that gave, unless another loss has
-        it."""
+        """Return the weighted loss of the discriminator on the critic's last forward.
+
+        u is the velocity of that forward, unless another loss depends on it already.
+        """
         mine = self.config.dmd.adversarial_weight * judge(self.critic.discriminator(self.features.take()))
-        # the other losses are of whole samples, this one of the tokens that this rank holds
+        # the other losses are those of whole samples, this one only of the tokens that this rank holds
         shared = mine / self.ranks.context_size
         loss = shared + (mine - shared).detach()
-        # FSDP2 gathers the critic's outermost weights, which a gradient of features needs too, when one comes to u
+        # The gradient of the features needs the critic's outermost weights. FSDP2 gathers them when u gets a gradient.
         return loss if u is None else loss + 0 * u.sum()
 
     def _roll_out(self, step: int, micro: int, conditions: Conditions) -> torch.Tensor:
-        """x_0 [B, C, F, H, W] of one jump from the student's own states, with gradient where that is enabled."""
+        """Return x_0 [B, C, F, H, W] of one jump from the student's own states, with gradient if that is enabled."""
         positions = self._positions(micro)
         index = torch.tensor(draw_indices(len(self.sigmas), positions, self.config.seed, STAGE, step, "index"))
         x = states_at(self.student, self.sigmas, index, lambda k: self._noise(step, positions, f"step {k}"), conditions)

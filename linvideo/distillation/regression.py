@@ -1,9 +1,10 @@
-"""The start of a distillation: regression on the teacher's stored trajectories, without a teacher at hand.
+"""The first stage of a distillation: regression on the teacher's stored trajectories, without evaluating the teacher.
 
-A deterministic sampler maps each state x_t of a trajectory to where the trajectory ends, x_0. The student learns that
-map at its own few timesteps: its velocity there should be (x_t - x_0) / t, which brings it to x_0 in one jump. What it
-cannot know of x_0 it averages over, so its samples are blurred; but they cover what the teacher's cover, from where
-distribution matching sharpens them.
+A deterministic sampler maps each state x_t of a trajectory to its end x_0. The student learns that map at its own few
+timesteps: its velocity there should be (x_t - x_0) / t, which leads to x_0 in one jump. The student averages over what
+    it
+cannot predict of x_0, so its samples are blurred. But they cover the teacher's distribution, and distribution matching
+then sharpens them.
 """
 
 import torch
@@ -16,12 +17,15 @@ from linvideo.trajectories.store import TrajectoryStore
 
 
 class TrajectoryJumps:
-    """Draws pairs (x_t, x_0) with t near to one of the student's timesteps.
+    """Draw pairs (x_t, x_0) with t close to one of the student's timesteps.
+
+    For each timestep, the nearest stored state of a trajectory is used, at its own t. With a large stride it can be up
+    to half a stride of sampler steps away.
 
     Args:
-        store: complete. Of a trajectory's kept states the one nearest to a timestep stands for it, at its own t: a
-            store with a large stride has them up to half a stride of sampler steps away.
-        timesteps: the student's.
+        store: A complete trajectory store.
+        prompts: Embeddings of the prompts.
+        timesteps: Timesteps of the student.
     """
 
     def __init__(self, store: TrajectoryStore, prompts: PromptEmbeddings, timesteps: list[float]):
@@ -30,15 +34,17 @@ class TrajectoryJumps:
         self.nearest = distances.abs().argmin(dim=1)  # [trajectories, K]
 
     def loss(self, student: torch.nn.Module, positions: range, *name: int | str) -> torch.Tensor:
-        """|u_S(x_t, t, c) - (x_t - x_0) / t|^2, mean over elements, of the pairs at `positions` of the batch
-        `name`."""
+        """Return the mean over elements of |u_S(x_t, t, c) - (x_t - x_0) / t|^2.
+
+        The pairs are those at `positions` of the batch `name`.
+        """
         trajectories, steps = self.nearest.shape
         chosen = draw_indices(trajectories * steps, positions, *name)
         pairs = [divmod(index, steps) for index in chosen]
         kept = self.store.request["states_per_trajectory"]
         states = [trajectory * kept + int(self.nearest[trajectory, step]) for trajectory, step in pairs]
         batch = self.store.batch(states, self.prompts, student.device)
-        # sampling was guided by the prompt, whatever condition the stored velocity is under
+        # the sampler was guided by the prompt, even where the stored velocity has the negative condition
         sample, conditions = self.store.samples([trajectory for trajectory, _ in pairs], self.prompts, student.device)
         target = (batch.x - sample) / like(batch.t, sample)
         return mean_square(predict_velocity(student, batch.x, batch.timestep, conditions), target)

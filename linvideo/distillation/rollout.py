@@ -1,6 +1,6 @@
-"""The student's own sampling in training: its few steps from noise, without any data ("backward simulation" of DMD2).
+"""Rollouts of the few-step student in training: it samples from noise, without data (DMD2's "backward simulation").
 
-A step jumps to x_0 and noises it again to the next timestep, as FewStepScheduler does at inference.
+A step jumps to x_0 and adds noise to reach the next timestep, as FewStepScheduler does at inference.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from linvideo.trajectories.flow import NUM_TRAIN_TIMESTEPS, like, predict_veloci
 
 
 def noised(clean: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """x_t = (1 - t) x_0 + t eps; t [B]."""
+    """Return x_t = (1 - t) x_0 + t eps for t [B]."""
     return (1 - like(t, clean)) * clean + like(t, clean) * noise
 
 
 def jump(model: torch.nn.Module, x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-    """The model's x_0 from x at t [B]: x - t u."""
+    """Return the model's estimate of x_0 from x at t [B], x - t u."""
     return x - like(t, x) * predict_velocity(model, x, NUM_TRAIN_TIMESTEPS * t, conditions)
 
 
@@ -29,13 +29,17 @@ def states_at(
     noise: Callable[[int], torch.Tensor],
     conditions: Conditions,
 ) -> torch.Tensor:
-    """The state [B, ...] that the student's sampling is in before step `index` [B] of each sample.
+    """Return the states [B, ...] of the student's sampling before step `index` [B] of each sample.
 
-    Every step but the last is made whatever the indices are, so that all ranks make the same forwards.
+    All steps but the last are always made, so that all ranks make the same forwards.
 
     Args:
-        sigmas: [K], the student's t, falling.
-        noise: number -> [B, ...]: 0 is what sampling starts from, k what comes in before step k.
+        student: The few-step student.
+        sigmas: [K], the student's t in descending order.
+        index: [B], step of each sample.
+        noise: Function k -> noise [B, ...]: for k = 0 the noise that sampling starts from, else that added before step
+            k.
+        conditions: Conditions of the samples.
     """
     x = noise(0)
     chosen = x.clone()
@@ -44,6 +48,6 @@ def states_at(
         x = noised(jump(student, x, before, conditions), after, noise(step))
         here = (index == step).to(x.device)
         chosen[here] = x[here]
-    # older PyTorch would take weights that autocast has cast in here for those of the forward with gradient
+    # older PyTorch would reuse weights that autocast cast in here, which have no gradient, in the forward with gradient
     torch.clear_autocast_cache()
     return chosen

@@ -1,11 +1,11 @@
-"""What any run of training needs, whatever it learns. A run is an object that is used; see `Run`.
+"""The parts that every kind of training run shares. A training loop uses a `Run` object; see session.py.
 
-the run        session (stages, steps, checkpoints), signals, run_folder, checkpoint
-its options    run_config, read_config (YAML and the command line), bounded_yaml
-its data       data (the teacher, its prompts and trajectories), validation, sample, export
-a step         gradient, optimizer, eight_bit; trainable (models as they are trained), adapters
-many ranks     parallel (who does what), sharding (what happens to the models)
-watching it    step_log, metrics_log, trackers, pace; video_metrics; forward_times
+the run          session (stages, steps, checkpoints), signals, run_folder, checkpoint
+its options      run_config, read_config (YAML and the command line), bounded_yaml
+its data         data (the teacher, its prompts and trajectories), validation, sample, export
+one step         gradient, optimizer, eight_bit, trainable (models made ready to train), adapters
+several ranks    parallel (division of the work), sharding (of the models)
+monitoring       step_log, metrics_log, trackers, pace, video_metrics, forward_times
 """
 
 from linvideo.run.metrics_log import read_metrics

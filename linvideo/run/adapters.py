@@ -1,7 +1,7 @@
 """LoRA training (Hu et al., arXiv 2106.09685): the base stays frozen and doubles as the teacher.
 
-Feature maps and r train in full, everything else through low-rank adapters. The teacher is the student with its
-adapters off and softmax in every layer, so that it costs no second copy of the weights.
+Feature maps and r are trained directly, everything else through low-rank adapters. The teacher is the student with its
+adapters disabled and softmax in every layer, so it needs no second copy of the weights.
 """
 
 from collections.abc import Iterator
@@ -20,12 +20,13 @@ ADAPTER = "default"
 
 @dataclass
 class AdapterConfig:
-    """Adapters in place of training all weights.
+    """LoRA adapters, instead of training all weights.
 
     Args:
-        rank: of the adapters; None trains all weights.
-        alpha: the update is scaled by alpha / rank; None is the rank.
-        target_modules: ends of the names of the Linear layers that get one; diffusers' choice for Wan.
+        rank: Rank of the adapters. None trains all weights instead.
+        alpha: Numerator of the scale alpha / rank that is applied to an adapter's output. None means the rank,
+            which gives a scale of 1.
+        target_modules: Name endings of the Linear layers that get an adapter. The default is diffusers' choice for Wan.
     """
 
     rank: int | None = None
@@ -41,37 +42,37 @@ class AdapterConfig:
             raise ValueError("lora.target_modules must name at least one module, got none")
 
     def check(self, model: torch.nn.Module) -> None:
-        """Raise ValueError when a name is the end of no Linear layer's."""
+        """Raise ValueError when an entry of target_modules matches no Linear layer."""
         linear = [f".{name}" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         for target in self.target_modules if self.rank is not None else ():
             if not any(name.endswith(f".{target}") for name in linear):
-                raise ValueError(f"lora.target_modules must name Linear layers by their end, got {target}")
+                raise ValueError(f"lora.target_modules must be endings of names of Linear layers, got {target}")
 
 
 def add_adapters(student: torch.nn.Module, config: AdapterConfig) -> None:
-    """In place: frozen views of the weights that the student shares with its teacher, adapters (fp32) next to them."""
+    """Add fp32 adapters to `student` in place, and freeze the weights that it shares with its teacher."""
     for module in student.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            view = torch.nn.Parameter(parameter.detach(), requires_grad=False)  # the teacher's own stay as they are
+            view = torch.nn.Parameter(parameter.detach(), requires_grad=False)  # the teacher keeps its own
             module.register_parameter(name, view)
     alpha = config.rank if config.alpha is None else config.alpha
     student.add_adapter(LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=config.target_modules), ADAPTER)
     for parameter in student.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # they come in the base's dtype, in which small steps are lost
+            parameter.data = parameter.data.float()  # peft's are in the base's dtype, in which small steps are lost
     for branch in linear_branches(student).values():
         branch.requires_grad_(True)
 
 
 def adapters(model: torch.nn.Module) -> dict[str, BaseTunerLayer]:
-    """Name -> module that has an adapter."""
+    """Return name -> module for all modules that have an adapter."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
 class FrozenBase:
-    """The model under `student`'s adapters, called like any transformer. Only without gradient.
+    """The model under the adapters of `student`, called like any transformer, without gradients only.
 
-    Layers that are linear or mixed now run as softmax.
+    Layers that are linear or mixed in the student run as softmax here.
     """
 
     def __init__(self, student: torch.nn.Module):
@@ -93,7 +94,7 @@ class FrozenBase:
 
     @contextmanager
     def _adapters_off(self) -> Iterator[None]:
-        # peft's own switch also changes requires_grad, which FSDP2 reads once and then relies on
+        # peft's own switch also changes requires_grad, which FSDP2 reads only once
         for layer in self.layers:
             layer._disable_adapters = True
         try:
@@ -104,9 +105,11 @@ class FrozenBase:
 
 
 def merge(state: dict[str, torch.Tensor], scaling: dict[str, float]) -> dict[str, torch.Tensor]:
-    """A state dict with adapters as one without: W + scaling * B A, computed in fp32, in W's dtype.
+    """Merge the adapters in a state dict into its weights: W + scaling * B A, computed in fp32, returned in W's dtype.
 
-    scaling: of every module that has an adapter, by name.
+    Args:
+        state: State dict of a model with adapters.
+        scaling: Scale of each adapter, by module name.
     """
     merged = {name: tensor for name, tensor in state.items() if ".lora_" not in name and ".base_layer." not in name}
     for name, scale in scaling.items():

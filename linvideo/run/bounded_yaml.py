@@ -1,16 +1,17 @@
-"""YAML that is refused, by its events, before it can take much time or memory to build."""
+"""Reading YAML with limits: a document that is too large is refused before building it takes much time or memory."""
 
 from typing import Any
 
-# a config of ours has about a hundred values, in three levels
+# our configs have about a hundred values in three levels
 MOST_CHARACTERS, MOST_VALUES, DEEPEST = 200_000, 10_000, 20
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML document, as jsonargparse reads it.
+    """Return the value of a YAML document, read the way jsonargparse reads it.
 
     Raises:
-        yaml.YAMLError: not YAML, or a document that is too long or too deep, or whose aliases repeat too much.
+        yaml.YAMLError: The text is not YAML, is too long or nested too deeply, or its aliases expand to too many
+        values.
     """
     from jsonargparse import get_loader
 
@@ -19,12 +20,12 @@ def read_yaml(text: str) -> Any:
 
 
 def check_size(text: str) -> None:
-    """Raise yaml.YAMLError where the document, with every alias written out, is too large or too deep."""
+    """Raise yaml.YAMLError when the document, with all aliases expanded, is too large or nested too deeply."""
     import yaml
 
     if len(text) > MOST_CHARACTERS:
         raise yaml.YAMLError(f"expected at most {MOST_CHARACTERS} characters, got {len(text)}")
-    # both parsers take time quadratic in the depth, that in Python much more
+    # both parsers take time quadratic in the depth, the one in Python much more of it
     if text.count("[") + text.count("{") > MOST_VALUES:
         raise yaml.YAMLError(f"expected at most {MOST_VALUES} values, got more opening brackets")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -37,7 +38,7 @@ def check_size(text: str) -> None:
         if isinstance(event, yaml.CollectionEndEvent):
             anchor, size = open_parts.pop()
         elif isinstance(event, yaml.AliasEvent):
-            anchor, size = None, sizes.get(event.anchor, MOST_VALUES)  # an alias of what it lies in never ends
+            anchor, size = None, sizes.get(event.anchor, MOST_VALUES)  # an alias of a node around it never ends
         elif isinstance(event, yaml.ScalarEvent):
             anchor, size = event.anchor, 0
         else:

@@ -1,9 +1,9 @@
 """checkpoint-<step>/ folders: safetensors files and state.json, moved into place when complete.
 
-torch.distributed.checkpoint writes them, every rank its own shards, and reads them back into however many shards there
-are then. Optimizer, schedule, EMA, rollouts and random state are ordinary nested state dicts: their tensors go to the
-safetensors files, what is left, with a reference in each tensor's place, to state.json. So a checkpoint can hold data
-only, never code. state.json also has the other files' checksums, and its own.
+torch.distributed.checkpoint writes them, every rank its own shards, and reads them back into any number of shards.
+Optimizer, schedule, EMA, rollouts and random state are ordinary nested state dicts. Their tensors are stored in the
+safetensors files. The rest goes to state.json, with a reference in place of each tensor. A checkpoint therefore holds
+only data, never code. state.json also holds the checksums of the other files and its own.
 """
 
 import json
@@ -32,7 +32,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Complete checkpoint folders, oldest step first."""
+    """Return the complete checkpoint folders, oldest step first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
 
@@ -45,13 +45,19 @@ def save_checkpoint(
     limit: int | None = None,
     ranks: Ranks | None = None,
 ) -> Path:
-    """Write checkpoint-<step> and delete the oldest ones beyond `limit` (checkpoints_total_limit; None keeps all).
+    """Write checkpoint-<step>, then delete the oldest checkpoints beyond `limit`.
 
-    ranks: those that call this together; tensors that are not sharded must be the same on all of them.
+    Args:
+        output_dir: Folder of the run.
+        step: Step of the whole run.
+        model: Tensors of the model, sharded or whole. Whole ones must be the same on all ranks.
+        state: Nested plain values and tensors.
+        limit: Number of checkpoints to keep (checkpoints_total_limit). None keeps all.
+        ranks: Ranks that call this together. None means this process alone.
 
     Raises:
-        OSError: it cannot be written (a full disk); the earlier ones are as they were.
-        KeyboardInterrupt: as it came; the same holds.
+        OSError: The checkpoint cannot be written, for example on a full disk. The earlier ones are untouched.
+        KeyboardInterrupt: Ctrl-C came. The earlier checkpoints are untouched, too.
     """
     ranks = Ranks.alone() if ranks is None else ranks
     target = Path(output_dir) / f"checkpoint-{step}"
@@ -67,7 +73,7 @@ def save_checkpoint(
         def finish() -> None:
             content = {"format": FORMAT, "step": step, "checksums": checksums, "state": plain}
             write_text(new / "state.json", json.dumps(with_checksum(content)))
-            if target.is_dir() and not _is_ours(target):  # it is in the way, but it is not lost
+            if target.is_dir() and not _is_ours(target):  # move it out of the way, don't lose it
                 os.rename(target, target.with_name(f"{target.name}-moved-{space.name.split('-')[1]}"))
             move_into_place(new, target, space)
             if limit is not None:
@@ -89,25 +95,27 @@ def save_checkpoint(
 
 
 def remove_newer(output_dir: str | Path, step: int) -> None:
-    """Delete the checkpoints after `step`, which a run taken back to it would otherwise count as its newest."""
+    """Delete the checkpoints after `step`. A run that goes back to `step` would otherwise take them for its newest."""
     for path in list_checkpoints(output_dir):
         if int(_NAME.fullmatch(path.name)[1]) > step and _is_ours(path):
             discard(path)
 
 
 def _is_ours(path: Path) -> bool:
-    """Not a link, or a folder that only has the name of a checkpoint."""
+    """Return whether it is a checkpoint of ours, not a link or some other folder of that name."""
     return (path / "state.json").is_file() and not path.is_symlink()
 
 
 class Checkpoint:
-    """A checkpoint to continue from, checked; tensors are read when they are asked for.
+    """A verified checkpoint to continue from. Tensors are read on access.
 
-    ranks: those that open it together, each checking its part of the files.
-    entries: that `state` must have.
+    Args:
+        path: Checkpoint folder.
+        ranks: Ranks that open it together; each verifies its part of the files. None means this process alone.
+        entries: Entries that `state` must have.
 
     Raises:
-        ValueError: no checkpoint is there, or it is damaged.
+        ValueError: There is no checkpoint, or it is damaged.
     """
 
     def __init__(self, path: str | Path, ranks: Ranks | None = None, entries: tuple[str, ...] = ()):
@@ -122,14 +130,14 @@ class Checkpoint:
             raise ValueError(f"the checkpoint {path} is damaged: {found[0]}")
 
     def _content(self, entries: tuple[str, ...]) -> tuple[dict[str, Any], set[str]]:
-        """state.json, and the names of the tensors in it."""
+        """Return the content of state.json and the names of the tensors that it refers to."""
         file = self.path / "state.json"
         if not file.is_file():
-            raise ValueError(f"{self.path} is no checkpoint folder (no state.json)")
+            raise ValueError(f"{self.path} is not a checkpoint folder: it has no state.json")
         content = read_checked(file, {"format", "step", "checksums", "state"})
         if content["format"] != FORMAT:
             raise ValueError(f"{self.path} is not a linvideo checkpoint of format {FORMAT}")
-        try:  # files of earlier versions have no checksum
+        try:  # files of earlier versions have no checksum of their own
             references, there = set(_references(content["state"])), dict(content["state"]["items"])
             if missing := [name for name in entries if name not in there]:
                 raise ValueError(f"it has no {missing[0]}")
@@ -143,7 +151,7 @@ class Checkpoint:
 
     def _damage(self, name: str) -> str | None:
         file = self.path / name
-        if not file.is_file():  # opening a pipe would wait for ever
+        if not file.is_file():  # opening a pipe would block forever
             return f"there is no file {name}"
         try:
             return None if crc32(file) == self.checksums[name] else f"{name} has another checksum than when written"
@@ -151,7 +159,7 @@ class Checkpoint:
             return str(error)
 
     def __getitem__(self, key: str) -> Any:
-        """The entry of `state` as it was given to `save_checkpoint`, tensors whole and on the CPU."""
+        """Return an entry of `state` as it was given to `save_checkpoint`, with whole tensors on the CPU."""
         wanted = list(_references(self.plain[key]))
         sizes = self._sizes() if wanted else {}
         tensors = {name: torch.empty(sizes[name].size, dtype=sizes[name].properties.dtype) for name in wanted}
@@ -159,39 +167,41 @@ class Checkpoint:
         return _fill(self.plain[key], tensors)
 
     def model(self) -> dict[str, torch.Tensor]:
-        """The model's tensors, whole and on the CPU."""
+        """Return the whole tensors of the model on the CPU."""
         wanted = {name: size for name, size in self._sizes().items() if name.startswith(MODEL)}
         tensors = {name: torch.empty(size.size, dtype=size.properties.dtype) for name, size in wanted.items()}
         self._read(tensors)
         return {name.removeprefix(MODEL): tensor for name, tensor in tensors.items()}
 
     def load_model(self, model: dict[str, torch.Tensor]) -> None:
-        """Fill a model's tensors, sharded or not, in place.
+        """Fill the tensors of a model, sharded or whole, in place.
 
         Raises:
-            ValueError: the checkpoint has other tensors.
+            ValueError: The checkpoint has other tensors.
         """
         saved = {name.removeprefix(MODEL) for name in self._sizes() if name.startswith(MODEL)}
         if saved != model.keys():
-            raise ValueError(f"{self.path} is of another model, in {sorted(saved ^ model.keys())[0]}")
+            raise ValueError(f"{self.path} is of another model: they differ in {sorted(saved ^ model.keys())[0]}")
         self._read({MODEL + name: tensor.detach() for name, tensor in model.items()})
 
     @property
     def components(self) -> list[str]:
-        """The names of state["components"]."""
+        """Return the names of the components in state["components"]."""
         return [name for name, _ in self.plain["components"]["items"]]
 
     def load_component(self, name: str, component: Any) -> None:
-        """Give a component of state["components"] its state back; its own state dict says which shards it wants.
+        """Restore the state of a component of state["components"].
+
+        The component's own state dict determines which shards are read.
 
         Raises:
-            ValueError: it has other parts than the one that was saved.
+            ValueError: The component has other tensors than the one that was saved.
         """
         saved = dict(self.plain["components"]["items"])[name]
         tensors: dict[str, torch.Tensor] = {}
         _strip(component.state_dict(), f"{STATE}/components/{name}", tensors)
         if tensors.keys() != set(_references(saved)):
-            raise ValueError(f"{self.path} was made with another {name}: it has other tensors")
+            raise ValueError(f"{self.path} was made with another {name}, which has other tensors")
         self._read(tensors)
         component.load_state_dict(_fill(saved, tensors))
 
@@ -204,7 +214,7 @@ class Checkpoint:
         return reader
 
     def _read(self, tensors: dict[str, torch.Tensor]) -> None:
-        """In place; every rank reads what its shards need."""
+        """Fill `tensors` in place; every rank reads only its shards."""
         if not tensors:
             return
         try:
@@ -215,7 +225,7 @@ class Checkpoint:
 
 
 class _FilesOf(FileSystem):
-    """Lists these files only: the reader would open whatever else lies in the folder."""
+    """A file system that lists only the given files, because the reader opens all files in a folder."""
 
     def __init__(self, names: Iterable[str]):
         self.names = set(names)
@@ -225,10 +235,10 @@ class _FilesOf(FileSystem):
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(model, state) as given to `save_checkpoint`, all tensors whole and on the CPU.
+    """Return (model, state) as given to `save_checkpoint`, with whole tensors on the CPU.
 
     Raises:
-        ValueError: no checkpoint is there, or it is damaged.
+        ValueError: There is no checkpoint, or it is damaged.
     """
     checkpoint = Checkpoint(path)
     return checkpoint.model(), {key: checkpoint[key] for key in checkpoint.plain}
@@ -236,13 +246,13 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():  # one process is what we asked for
+    with warnings.catch_warnings():  # a single process is intended
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong on the first rank where something did; an interruption, which is no fault, is raised again."""
+    """Return the message of the first rank that failed. An interruption is raised again instead."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -251,8 +261,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _strip(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """`value` as JSON; tensors move into `tensors` under their path. Dicts become item lists, so that integer keys
-    live."""
+    """Return `value` as JSON-compatible values, and move its tensors into `tensors` under their path.
+
+    Dicts become lists of items, because JSON would turn integer keys into strings.
+    """
     if isinstance(value, torch.Tensor):
         tensors[name] = value.detach()
         return {"tensor": name}
@@ -263,11 +275,11 @@ def _strip(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {kind: [_strip(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"a checkpoint holds tensors and plain values, got {type(value).__name__} at {name}")
+    raise TypeError(f"a checkpoint can hold tensors and plain values, got {type(value).__name__} at {name}")
 
 
 def _references(value: Any) -> Iterator[str]:
-    """The names of the tensors in a stripped value."""
+    """Yield the names of the tensors in a value returned by `_strip`."""
     if isinstance(value, dict):
         ((kind, content),) = value.items()
         if kind == "tensor":

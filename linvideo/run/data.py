@@ -1,4 +1,4 @@
-"""What a run learns from: the teacher's pipeline, its prompts and images, and its trajectories."""
+"""The data of a run: the teacher's pipeline, prompts and images, and trajectories."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,15 +27,15 @@ ENCODERS = ("text_encoder", "image_encoder", "vae")
 
 @dataclass(frozen=True)
 class Source:
-    """What a run was given, before anything is computed with it.
+    """The inputs of a run, before anything is computed from them.
 
     Args:
-        pipeline: the teacher's pipeline.
-        expert: the one of its transformers that is the teacher.
-        captions: the prompts as text.
-        images: an image for each prompt, of an image-to-video pipeline.
-        latent_shape: (C, F, H, W) of a video.
-        grid: (timesteps [n], sigmas [n + 1]) of the sampler.
+        pipeline: The teacher's pipeline.
+        expert: The transformer of the pipeline that is the teacher.
+        captions: The prompts as text.
+        images: One image per prompt for an image-to-video pipeline, otherwise None.
+        latent_shape: Shape (C, F, H, W) of a video's latents.
+        grid: Timesteps [n] and sigmas [n + 1] of the sampler.
     """
 
     pipeline: Any
@@ -59,19 +59,19 @@ def open_run(
     prompts: list[str] | None = None,
     images: Sequence[Any] | None = None,
 ) -> tuple[Run, Source]:
-    """Join the other processes, load the teacher, and see that all fits together; nothing is written.
+    """Join the other processes, load the teacher and check that everything fits together. Nothing is written.
 
     Args:
-        config: the options of the run.
-        stages: the stages of the run, see Run.
-        choose_expert: the choice of the teacher among a pipeline's transformers; it raises ValueError where there is
-            none.
-        teacher_pipeline: a WanPipeline in memory, in place of config.pretrained_model_name_or_path.
-        prompts: captions, in place of config.prompts.prompts_file.
-        images: with `prompts`, of an image-to-video pipeline: a PIL image or an image file for each.
+        config: The options of the run.
+        stages: The stages of the run; see Run.
+        choose_expert: Function that picks the teacher among a pipeline's transformers. It raises ValueError when the
+            pipeline has no suitable one.
+        teacher_pipeline: A WanPipeline in memory, used instead of config.pretrained_model_name_or_path.
+        prompts: Captions, used instead of config.prompts.prompts_file.
+        images: One PIL image or image file per entry of `prompts`, for an image-to-video pipeline.
 
     Raises:
-        ValueError: as Run; no teacher, one that is converted already, or settings that do not fit the pipeline.
+        ValueError: The reasons of Run, or there is no teacher, it is converted already, or settings do not fit it.
     """
     run = Run(config, stages, None if teacher_pipeline is None else wan_transformer(teacher_pipeline).device)
     captions, images = choose_prompts(config.prompts.prompts_file, prompts, images)
@@ -80,7 +80,7 @@ def open_run(
     expert = choose_expert(pipeline)
     teacher = wan_transformer(pipeline, expert.component)
     if type(teacher) is not WanTransformer3DModel:
-        raise ValueError(f"expected a stock WanTransformer3DModel for a teacher, got {type(teacher).__name__}")
+        raise ValueError(f"expected a stock WanTransformer3DModel as the teacher, got {type(teacher).__name__}")
     check_images(pipeline, images)
     if config.attention_backend is not None:
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else None
@@ -94,14 +94,14 @@ def open_run(
 
 @dataclass(frozen=True)
 class Data:
-    """What the stages of a run draw from.
+    """The data that the stages of a run draw from.
 
     Args:
-        source: what the run was given.
-        prompts: the embeddings of the source's prompts and images.
-        store: the trajectories; None for a run that needs none.
-        validator: the maker of validations.
-        away: parts of the pipeline that are in CPU memory until the run is over.
+        source: The inputs of the run.
+        prompts: Embeddings of the source's prompts and images.
+        store: The trajectories. None for a run that needs none.
+        validator: The run's validator.
+        away: Parts of the pipeline that are kept in CPU memory until the run is over.
     """
 
     source: Source
@@ -113,11 +113,11 @@ class Data:
     def validation(
         self, run: Run, student: torch.nn.Module, teacher: Callable, ema: EMAModel | None = None
     ) -> Callable[[], None]:
-        """The validation of a stage, for `Run.steps`; see Validator."""
+        """Return the validation of a stage, for `Run.steps`; see Validator."""
         return lambda: self.validator(student, teacher, run.where(), run.log.trackers, ema, run.signals.came)
 
     def bring_back(self, run: Run) -> None:
-        """Move the parts that are away back to the device; on one process only, others have given theirs up."""
+        """Move the parts that are away back to the device. With several processes they are not needed any more."""
         for part in self.away if run.ranks.size == 1 else ():
             part.to(run.device)
 
@@ -125,14 +125,16 @@ class Data:
 def open_data(
     run: Run, source: Source, needs_store: bool = True, student_scheduler: FewStepScheduler | None = None
 ) -> Data:
-    """Encode the prompts, collect the trajectories that are missing, and leave only the teacher on the device.
+    """Encode the prompts, collect the missing trajectories, and leave only the teacher on the device.
 
     Args:
-        needs_store: whether the run needs trajectories.
-        student_scheduler: the sampler of a distilled student in validations, see Validator.
+        run: The run, opened.
+        source: The inputs of the run.
+        needs_store: Whether the run needs trajectories.
+        student_scheduler: The sampler of a distilled student in validations; see Validator.
 
     Raises:
-        ValueError: the trajectories in the folder belong to another request, or are damaged.
+        ValueError: The trajectories in the folder belong to another request or are damaged.
     """
     config, ranks, pipeline, teacher = run.config, run.ranks, source.pipeline, source.transformer
     with run.timed("trajectories"):
@@ -153,8 +155,10 @@ def open_data(
 
 
 def collect_part(run: Run, source: Source, worker: int, workers: int) -> TrajectoryStore:
-    """Only make trajectories: of several workers that share the store, on whatever machines, this one's part, also next
-    to a run that trains in the folder."""
+    """Collect this worker's part of the trajectories and do nothing else.
+
+    Several workers, on any machines, may share the store, also while a run trains in the folder.
+    """
     with run.signals:
         prompts, _, store = _read(run, source)
         _bring_transformers(run, source)
@@ -166,7 +170,10 @@ def collect_part(run: Run, source: Source, worker: int, workers: int) -> Traject
 def _read(
     run: Run, source: Source, needs_store: bool = True
 ) -> tuple[PromptEmbeddings, dict[str, Any], TrajectoryStore | None]:
-    """Prompt embeddings; the request, which says what the trajectories are; their store, complete or not."""
+    """Return the prompt embeddings, the request and the trajectory store, which may be incomplete.
+
+    The request identifies the trajectories.
+    """
     config, ranks = run.config, run.ranks
     path = config.trajectories.path or run.output_dir / "trajectories"
 
@@ -177,7 +184,7 @@ def _read(
 
     found = []
     ranks.on_first(lambda: found.append(read()))
-    if not ranks.first:  # what the first has computed is read back
+    if not ranks.first:  # reads what the first rank has computed
         found.append(read())
     damage = ranks.gather_objects(_damage(found[0][2], ranks.rank, ranks.size))
     if said := next(filter(None, damage), None):
@@ -186,14 +193,14 @@ def _read(
 
 
 def _collect_together(run: Run, source: Source, prompts: PromptEmbeddings, store: TrajectoryStore) -> None:
-    """Every process is a worker of its own, with a whole teacher."""
+    """Collect the missing shards. Every process is a worker of its own and holds the whole teacher."""
     ranks = run.ranks
     missing = ranks.on_first(store.missing_shards)
     if missing:
         _bring_transformers(run, source)
     shards = missing[ranks.rank :: ranks.size]
     collect(store, source.pipeline, prompts, run.config.progress and ranks.first, shards)
-    while not store.complete:  # others may take hours longer, which no collective would wait for
+    while not store.complete:  # others may take hours longer, and collectives time out
         time.sleep(1)
 
 
@@ -206,13 +213,17 @@ def _encode(run: Run, source: Source) -> PromptEmbeddings:
 
 
 def _bring_transformers(run: Run, source: Source) -> None:
-    """After the encoders' work: Wan's text encoder is 11 GB, its two experts are 57, and a VAE needs memory too."""
+    """Move the transformers to the device.
+
+    Only after the encoders have done their work: Wan's text encoder takes 11 GB, its two experts take 57 GB, and the
+    VAE needs memory, too.
+    """
     for part in video_transformers(source.pipeline).values():
         part.to(run.device)
 
 
 def _damage(store: TrajectoryStore | None, part: int, parts: int) -> str | None:
-    """What is wrong with one part of the store's shards."""
+    """Return a description of the damage in one part of the store's shards, None when they are intact."""
     try:
         if store is not None:
             store.verify(part, parts)

@@ -1,5 +1,7 @@
-"""AdamW with 8-bit state (Dettmers et al., arXiv 2110.02861) as torchao has it, whole or on FSDP2 shards, in
-checkpoints like any other: they hold the moments in fp32, which quantize to the same 8 bits again."""
+"""AdamW with 8-bit state (Dettmers et al., arXiv 2110.02861) by torchao, on whole parameters or FSDP2 shards.
+
+Checkpoints hold the moments in fp32, like those of any other AdamW. They quantize back to the same 8 bits.
+"""
 
 from typing import Any
 
@@ -42,12 +44,12 @@ def _local(x: torch.Tensor) -> torch.Tensor:
 
 def _dequantized(x: torch.Tensor) -> torch.Tensor:
     local = _local(x)
-    if type(local) is torch.Tensor:  # small ones are not quantized
+    if type(local) is torch.Tensor:  # torchao doesn't quantize small tensors
         return x
     values = local.dequantize()
     if local.signed:
-        # The codes of signed moments reach from -0.993 to 1 of a block's scale, which is its largest magnitude: where
-        # that is negative the lowest code has to say the whole of it, else the block would come back with less.
+        # The codes of signed moments cover -0.993 to 1 times the block's scale, which is its largest magnitude. If that
+        # value is negative, the lowest code must decode to the full -scale: else the block would shrink on each reload.
         scale = local.scale.repeat_interleave(local.block_size).view_as(values)
         values = torch.where(local.codes == 0, -scale, values)
     if not isinstance(x, DTensor):

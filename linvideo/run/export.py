@@ -1,4 +1,4 @@
-"""The end of a run: the teacher's pipeline with the student in its transformer's place, in output_dir/pipeline."""
+"""The end of a run: write the teacher's pipeline, with the student as its transformer, to output_dir/pipeline."""
 
 import copy
 import warnings
@@ -14,21 +14,24 @@ from linvideo.run.metrics_log import read_metrics
 from linvideo.run.session import EXPORT, Run, TrainingDiverged
 from linvideo.run.sharding import gather
 
-MOST_SKIPPED = 0.5  # share of steps without a finite loss and gradient, above which a run is not exported
+MOST_SKIPPED = 0.5  # a run that skipped a larger share of its steps (non-finite loss or gradient) is not exported
 FOLDER = "pipeline"
 
 
 def export(
     run: Run, data: Data, student: torch.nn.Module, training: Training, scheduler: SchedulerMixin | None = None
 ) -> Any:
-    """Write the pipeline; returns it on the first rank, None on the others. Its parts come back to the device.
+    """Write the pipeline, move its parts back to the device, and return it on the first rank (None on the others).
 
     Args:
-        training: what the model card says of this kind of run; what all runs have in common is added.
-        scheduler: the sampler of a student that has another than the teacher; None is the teacher's.
+        run: The run that has finished its stages.
+        data: The data of the run.
+        student: The trained model.
+        training: Model-card entries of this kind of run. Entries that all runs share are added to them.
+        scheduler: The student's sampler. None means the teacher's.
 
     Raises:
-        TrainingDiverged: more than MOST_SKIPPED of the steps were skipped; the checkpoints stay.
+        TrainingDiverged: More than MOST_SKIPPED of the steps were skipped. The checkpoints stay.
     """
     with run.timed(EXPORT):
         if run.nonfinite:
@@ -57,7 +60,7 @@ def _save(pipeline: Any, run: Run, data: Data, training: Training) -> None:
 
 
 def common_to_runs(run: Run, data: Data, training: Training) -> Training:
-    """`training`, its settings followed by those that all runs have, and the last validation."""
+    """Return `training` with the settings that all runs share and the last validation added."""
     config, rows = run.config, data.validator.rows
     video = config.trajectories
     settings = {

@@ -1,5 +1,7 @@
-"""How long a forward of a teacher takes, as `linvideo check` and `linvideo analyze` have measured it on this machine;
-for `linvideo plan`. A file in the user's cache folder."""
+"""Measured durations of a teacher's forward pass, kept in a file in the user's cache folder.
+
+`linvideo check` and `linvideo analyze` measure them on this machine, `linvideo plan` uses them.
+"""
 
 import os
 from pathlib import Path
@@ -18,8 +20,10 @@ def cache_file() -> Path:
 
 
 def remember(config: Any, tokens: int, dtype: torch.dtype, device: torch.device, seconds: float, command: str) -> None:
-    """Keep what a forward of a transformer of this config took, with one video of so many tokens; quietly not where the
-    cache folder cannot be written."""
+    """Store the duration of a forward of a transformer with this config on one video of `tokens` tokens.
+
+    A cache folder that cannot be written is ignored silently.
+    """
     row = _model(config, dtype, device) | {"tokens": tokens}
     others = [other for other in _rows() if {name: other.get(name) for name in row} != row]
     try:
@@ -29,7 +33,7 @@ def remember(config: Any, tokens: int, dtype: torch.dtype, device: torch.device,
 
 
 def recall(config: Any, dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
-    """What is known of such a transformer on this device: rows with tokens, seconds, command and device."""
+    """Return the rows stored for such a transformer on this device, each with tokens, seconds, command and device."""
     wanted = _model(config, dtype, device)
     return [row for row in _rows() if {name: row.get(name) for name in wanted} == wanted]
 

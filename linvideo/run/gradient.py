@@ -1,4 +1,4 @@
-"""Gradients of a global batch, and the precision that they are computed in."""
+"""The gradient of a global batch, and the precision it is computed in."""
 
 from collections.abc import Callable
 
@@ -13,13 +13,15 @@ from linvideo.trajectories.flow import predict_velocity
 def accumulate(
     loss_of: Callable[[int], torch.Tensor], model: torch.nn.Module, config: RunConfig, ranks: Ranks
 ) -> float:
-    """Add to `model` the gradient of loss_of(number), averaged over all micro-batches of all ranks; returns the mean
-    loss."""
+    """Add the gradient of loss_of(number), averaged over all micro-batches of all ranks, to `model`.
+
+    Returns the mean loss.
+    """
     count, total = config.gradient_accumulation_steps, torch.zeros((), device=ranks.device)
     for micro in range(count):
         with autocast(config, ranks.device):
             loss = loss_of(micro)
-        # Gradients are averaged over all ranks, but those that share a sample each have a part of its gradient.
+        # Gradients are averaged over all ranks, but ranks that share a sample each hold only a part of its gradient.
         (loss * ranks.context_size / count).backward()
         total += loss.detach() / count
     ranks.average_gradients(model.parameters())
@@ -34,8 +36,10 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
 def teacher_velocity(
     teacher: Callable, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
 ) -> torch.Tensor:
-    """As `predict_velocity`, in the teacher's own dtype, as its trajectories were made: without the student's
-    autocast."""
+    """Return `predict_velocity` of the teacher in its own dtype, without the student's autocast.
+
+    Its trajectories were made in that dtype, too.
+    """
     with torch.autocast(x.device.type, enabled=False):
         return predict_velocity(teacher, x, timestep, conditions)
 
@@ -45,6 +49,6 @@ def mean_square(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def descend(sample: torch.Tensor, gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A loss that reads `value` and whose derivative with respect to `sample` is gradient / sample.numel()."""
+    """Return a loss of value `value` whose derivative with respect to `sample` is gradient / sample.numel()."""
     surrogate = (sample * gradient.detach()).mean()
     return surrogate - surrogate.detach() + value.detach()

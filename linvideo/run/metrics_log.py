@@ -1,4 +1,4 @@
-"""Logs of a run: JSON lines, a row a step, that a continued run takes back to where it continues."""
+"""Logs of a run as JSON lines, one row per step. A continued run first removes the rows after its checkpoint."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,9 @@ from linvideo.trajectories.atomic_files import write_text
 
 
 class MetricsLog:
-    """Appends rows to the file `path`; rows after `last_step` of an interrupted run are dropped first.
+    """Append rows to a file, after dropping the rows that an interrupted run wrote after `last_step`.
 
-    A row has step (of the whole run), stage, stage_step and numbers; "r" is a dict layer -> value.
+    A row has step (of the whole run), stage, stage_step and numbers. "r" is a dict layer -> value.
     """
 
     def __init__(self, path: str | Path, last_step: int = 0):
@@ -25,7 +25,7 @@ class MetricsLog:
 
 
 def take_back(path: str | Path, last_step: int) -> None:
-    """Drop the rows of the file, if there is one, that come after `last_step`, and lines that are no rows."""
+    """Drop the rows after `last_step`, and lines that are not rows, from the file if it exists."""
     path = Path(path)
     if path.is_file():
         kept = [line for line in _lines(path) if (row := _row(line)) is not None and row["step"] <= last_step]
@@ -33,7 +33,7 @@ def take_back(path: str | Path, last_step: int) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl or validation.jsonl; a line that is no row, say cut off by a kill, is left out."""
+    """Return the rows of a metrics.jsonl or validation.jsonl. Lines that a kill has cut off are left out."""
     return [row for line in _lines(path) if (row := _row(line)) is not None]
 
 

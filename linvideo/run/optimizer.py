@@ -14,19 +14,24 @@ from linvideo.models.branches import gates, kept_whole
 
 @dataclass
 class OptimizerConfig:
-    """Names and meanings of diffusers' training scripts.
+    """AdamW and its learning rate schedule. The options have the names and meanings of diffusers' training scripts.
 
     Args:
-        learning_rate: of AdamW. 1e-3 suits the embedded model (1 M parameters); for a 1.3B Wan start near 1e-5.
-        lr_scheduler: a name of `diffusers.optimization.get_scheduler`, anew for selection and fine-tuning. On the
-            embedded model 200 steps at 1e-3 with a cosine left 39% less velocity error than a constant 5e-4.
-        lr_warmup_steps: steps over which the learning rate rises from 0.
-        adam_beta1: of AdamW, decay of the gradient's running mean.
-        adam_beta2: of AdamW, decay of the squared gradient's running mean.
-        adam_weight_decay: of AdamW.
-        adam_epsilon: of AdamW.
-        use_8bit_adam: keep AdamW's moments in 8 bits; needs the package torchao.
-        max_grad_norm: the weights' gradients are clipped to this norm; r's are not, Adam ignores their scale.
+        learning_rate: Learning rate of AdamW. The default suits the embedded model (1 M parameters). For Wan 1.3B start
+            near 1e-5 in a transfer, near 2e-6 (student) and 8e-6 (critic) in a distillation.
+        lr_scheduler: Name of a learning rate schedule of `diffusers.optimization.get_scheduler`. Each stage starts its
+            own. When the embedded model was fine-tuned for 200 steps, 1e-3 with a cosine schedule left 39% less
+            velocity error than a constant 5e-4.
+        lr_warmup_steps: Number of steps over which the learning rate rises from 0.
+        adam_beta1: Decay rate of AdamW's running mean of the gradient. 0 means no momentum, the default of a
+            distillation, where the direction of the gradient changes with the critic.
+        adam_beta2: Decay rate of AdamW's running mean of the squared gradient.
+        adam_weight_decay: Weight decay of AdamW.
+        adam_epsilon: Term that AdamW adds to its denominator for numerical stability.
+        use_8bit_adam: Whether to keep AdamW's moments in 8 bits, which takes 2 bytes per parameter instead of 8. Needs
+            the package torchao.
+        max_grad_norm: Norm that the gradients of the weights are clipped to. Those of r, the mixing scalars of layer
+            selection, are not clipped, because Adam ignores their scale.
     """
 
     learning_rate: float = 1e-3
@@ -57,9 +62,16 @@ class OptimizerConfig:
 
 
 class StudentOptimizer:
-    """What of `student` requires a gradient trains; r, where layers are mixed, with its own Adam and clamped to [0, 1].
+    """Optimize the parameters of `student` that require gradients.
 
-    Parameters may be sharded (FSDP2) or whole; gradients are expected to be the same on all ranks, or their shards.
+    The r of mixed layers have an Adam of their own and are clamped to [0, 1]. Parameters may be sharded (FSDP2) or
+    whole. Gradients of whole parameters must be the same on all ranks.
+
+    Args:
+        student: The model to train.
+        config: Options of AdamW and of the schedule.
+        num_steps: Length of the schedule in steps.
+        r_learning_rate: Learning rate of r. None for a model without mixed layers.
     """
 
     def __init__(
@@ -68,7 +80,8 @@ class StudentOptimizer:
         self.r = list(gates(student).values())
         r, kept = {id(p) for p in self.r}, {id(p) for p in kept_whole(student).values()}
         trained = [p for p in student.parameters() if p.requires_grad and id(p) not in r]
-        # the same two groups however many ranks there are: an optimizer takes sharded and whole ones apart only
+        # An optimizer can't mix sharded and whole parameters in a group. The groups don't depend on the number of
+        # ranks.
         groups = [[p for p in trained if (id(p) in kept) is whole] for whole in (False, True)]
         self.weights = [*groups[0], *groups[1]]
         self.max_grad_norm = config.max_grad_norm
@@ -88,8 +101,11 @@ class StudentOptimizer:
         return float(self.schedule.get_last_lr()[0])
 
     def step(self) -> float | None:
-        """Clip, step, clear gradients; returns the weights' gradient norm, or None when a gradient is not finite: then
-        no parameter moves, only the schedule does. A collective where weights are sharded."""
+        """Clip the gradients, make a step and clear the gradients. With sharded weights this is a collective call.
+
+        Returns the norm of the weights' gradients, or None when a gradient is not finite. In that case the parameters
+        stay as they are and only the schedule advances.
+        """
         norm = clip_gradients(self.weights, self.max_grad_norm)
         finite = math.isfinite(norm) and all(bool(r.grad.isfinite()) for r in self.r if r.grad is not None)
         if finite:
@@ -104,7 +120,7 @@ class StudentOptimizer:
         return norm if finite else None
 
     def skip(self) -> None:
-        """Pass over a step whose loss is not finite: only the schedule moves."""
+        """Skip a step whose loss is not finite: only the schedule advances."""
         self.clear()
         self.schedule.step()
 
@@ -127,7 +143,7 @@ class StudentOptimizer:
 
 
 def make_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW whose state is there from the beginning."""
+    """Return an AdamW whose state exists from the beginning."""
     settings = {
         "lr": config.learning_rate,
         "betas": (float(config.adam_beta1), float(config.adam_beta2)),
@@ -138,29 +154,31 @@ def make_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.o
         from linvideo.run.eight_bit import CheckpointedAdamW8bit
 
         return CheckpointedAdamW8bit(groups, **settings)
-    # fused: in place, where the default needs another 4 bytes a parameter while it steps
+    # fused works in place, the default takes another 4 bytes per parameter during a step
     adamw = torch.optim.AdamW(groups, fused=True, **settings)
     fill_state(adamw)
     return adamw
 
 
 def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> float:
-    """The norm of all gradients together, sharded and whole ones, before they are clipped to `max_norm`."""
+    """Clip all gradients together, sharded and whole ones, to `max_norm`; return their norm before clipping."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     kinds = ([g for g in gradients if isinstance(g, DTensor) is sharded] for sharded in (True, False))
     norms = [torch.nn.utils.get_total_norm(kind) for kind in kinds if kind]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
     scale = max_norm / (norm + 1e-6)
-    if scale < 1:  # never of a norm that is not finite
+    if scale < 1:  # false for a norm that is not finite
         for gradient in gradients:
             (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale)
     return norm
 
 
 def fill_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make the state that an optimizer of the Adam family makes in its first step, so that a checkpoint can be loaded
-    into it, shard by shard."""
+    """Create the state that an optimizer of the Adam family creates in its first step.
+
+    A checkpoint can then be loaded into it shard by shard.
+    """
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:

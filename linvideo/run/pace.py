@@ -1,13 +1,14 @@
-"""How fast a stage trains."""
+"""The training speed of a stage."""
 
 import time
 
 
 class Pace:
-    """Samples per second, a mean that forgets: a step weighs `keep` times as much as the one after it.
+    """Samples per second, as an exponentially weighted mean over the steps.
 
     Args:
-        samples: of a step, over all ranks.
+        samples: Number of samples in a step, over all ranks.
+        keep: Weight of a step relative to the one after it.
     """
 
     def __init__(self, samples: int, keep: float = 0.9):
@@ -18,7 +19,7 @@ class Pace:
         self._started = time.perf_counter()
 
     def stop(self) -> float:
-        """The step that was started is over; what lies between two steps, a checkpoint say, is not counted."""
+        """End the step and return the samples per second. Time between two steps (a checkpoint, say) is not counted."""
         self._steps = self.keep * self._steps + 1
         self._seconds = self.keep * self._seconds + time.perf_counter() - self._started
         return self.samples * self._steps / self._seconds

@@ -1,12 +1,13 @@
-"""The ranks of one run: what each of them works on, and how they agree.
+"""The ranks of a run: how they divide the work and how they agree on decisions.
 
-torchrun starts one process per GPU. The ranks divide twice, and the two divisions are independent of each other:
+torchrun starts one process per GPU. The ranks are grouped in two ways, which are independent of each other:
 
-    data     neighbouring ranks hold the tokens of the same samples (context parallelism), the groups different samples
-    weights  neighbouring ranks hold one copy of all weights between them (FSDP2); the groups hold copies of that (HSDP)
+    data     ranks of a group share the tokens of the same samples (context parallelism), each group has other samples
+    weights  ranks of a group share one copy of all weights (FSDP2), each group has its own copy (HSDP)
 
-Collectives are called by every rank in the same order whatever was drawn, because all that decides about them (the
-step, its objective, whether a loss was finite, whether to stop) is either computed alike or agreed upon first.
+In both, a group consists of neighbouring ranks. Every rank calls the same collectives in the same order, whatever was
+drawn at random: each decision that affects them (the step, its objective, whether a loss was finite, whether to stop)
+is either computed identically on all ranks or agreed on first.
 """
 
 import math
@@ -22,22 +23,22 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
-# a rank that waits while the first one writes the exported model is not stuck; one whose peer died is ended by torchrun
+# Long, because ranks wait while the first one writes the exported model. When a rank dies, torchrun ends the others.
 PATIENCE = timedelta(hours=3)
 
 
 @dataclass
 class ParallelConfig:
-    """How the processes that torchrun started divide the work. Started by plain python there is one, and this says
-    nothing.
+    """Division of the work among the processes that torchrun starts. Without torchrun these options have no effect.
 
     Args:
-        shard_degree: ranks that hold one copy of the weights, gradients and optimizer state, and of the teacher,
-            between them (FSDP2). None is all ranks; fewer is HSDP; 1 gives every rank a whole copy (data parallel).
-        ulysses_degree: ranks that share one sample's tokens by exchanging heads in softmax layers (Ulysses). Linear
-            layers exchange their state, whose size does not depend on the number of tokens.
-        ring_degree: the same by passing keys and values round (ring attention), which needs an attention_backend that
-            can do it. The product of both is the context parallel degree; the other ranks hold other samples.
+        shard_degree: Number of ranks that share one copy of the weights, gradients, optimizer state and teacher
+            (FSDP2). None means all ranks. A smaller number is HSDP, 1 gives every rank a whole copy (data parallelism).
+        ulysses_degree: Number of ranks that share the tokens of a sample by exchanging heads in softmax layers
+            (Ulysses). Linear layers exchange their state, whose size doesn't depend on the number of tokens.
+        ring_degree: Number of ranks that share the tokens of a sample by passing keys and values around (ring
+            attention), which needs an attention_backend that supports it. The product of ulysses_degree and ring_degree
+            is the context-parallel degree; groups of that size work on different samples.
     """
 
     shard_degree: int | None = None
@@ -55,29 +56,35 @@ class ParallelConfig:
         return self.ulysses_degree * self.ring_degree
 
     def check(self, processes: int) -> int:
-        """The shard degree on so many processes; ValueError when they cannot be divided so."""
+        """Return the shard degree on this number of processes. Raise ValueError when it doesn't divide them."""
         shard = processes if self.shard_degree is None else self.shard_degree
         for name, degree in (("shard_degree", shard), ("ulysses_degree * ring_degree", self.context_degree)):
             if processes % degree:
                 raise ValueError(
                     f"parallel.{name} must divide the number of processes, got {degree} with {processes}"
-                    f" process{'' if processes == 1 else 'es'}, which torchrun starts"
+                    f" process{'' if processes == 1 else 'es'} (torchrun starts the processes)"
                 )
         return shard
 
 
 class Ranks:
-    """This process among those of the run: by default the only one.
+    """This process among the processes of the run; by default the only one.
 
     Args:
-        rank, size: from `connected`; not to be given otherwise.
+        config: Division of the work.
+        device: Device of this process.
+        rank: Number of this process. Only `connected` sets it.
+        size: Number of processes. Only `connected` sets it.
 
     Attributes:
-        context_size: ranks that share a sample. data_rank, data_size: of the groups that do.
-        samples: mesh (data, ring, ulysses) and weights: mesh (replicate, shard), both None in a run of one process.
+        context_size: Number of ranks that share a sample.
+        data_rank: Number of this rank's group among the groups that share a sample.
+        data_size: Number of these groups.
+        samples: Device mesh (data, ring, ulysses), None in a run of one process.
+        weights: Device mesh (replicate, shard), None in a run of one process.
 
     Raises:
-        ValueError: degrees that do not divide the number of processes.
+        ValueError: A degree doesn't divide the number of processes.
     """
 
     def __init__(self, config: ParallelConfig, device: torch.device, rank: int = 0, size: int = 1):
@@ -95,29 +102,29 @@ class Ranks:
 
     @classmethod
     def connected(cls, config: ParallelConfig, device: torch.device) -> "Ranks":
-        """Of the processes that `connect` has joined."""
+        """Return the ranks of the processes that `connect` has joined."""
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         return cls(config, device, rank, size)
 
     @classmethod
     def alone(cls, device: torch.device | str = "cpu") -> "Ranks":
-        """This process by itself, whatever others there are."""
+        """Return this process by itself, even if others have been joined."""
         return cls(ParallelConfig(), torch.device(device))
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes what is written once, and shows progress."""
+        """Whether this is the first rank, which writes the files and shows progress."""
         return self.rank == 0
 
     def on_first(self, function: Callable[[], T]) -> T:
-        """Call it on the first rank only; what it returns or raises comes back, or is raised, on all."""
+        """Call `function` on the first rank only, and return or raise its outcome on all ranks."""
         if self.size == 1:
             return function()
         outcome, original = [None], None
         if self.first:
             try:
                 outcome = [(function(), None, "")]
-            except Exception as error:  # the others would wait for ever
+            except Exception as error:  # must reach the others, which would wait forever
                 kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
                 outcome, original = [(None, kind, str(error) or repr(error))], error
         dist.broadcast_object_list(outcome, src=0)
@@ -127,37 +134,40 @@ class Ranks:
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank's is true."""
+        """Return whether `flag` is true on any rank."""
         return self.size > 1 and bool(self.sum(torch.tensor(float(flag), device=self.device))) or flag
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, without gradient."""
+        """Return the sum over all ranks, without gradient."""
         if self.size > 1:
             x = x.detach().clone()
             dist.all_reduce(x)
         return x
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
-        """The mean over all ranks, without gradient."""
+        """Return the mean over all ranks, without gradient."""
         return self.sum(x) / self.size
 
     def wait(self) -> None:
-        """Until all ranks have come here."""
+        """Wait until all ranks have reached this call."""
         self.any(False)
 
     def micro_batch(self, micro: int, size: int) -> range:
-        """Where this data rank's micro-batch number `micro` stands in the global batch."""
+        """Return the positions of this data rank's micro-batch number `micro` in the global batch."""
         start = (micro * self.data_size + self.data_rank) * size
         return range(start, start + size)
 
     def part(self, count: int) -> tuple[list[int], bool]:
-        """This data rank's part of range(count), near-equal and in order. Where there are more ranks than items one
-        without any gets ([0], False), so that it runs the same collectives, and its result does not count."""
+        """Return this data rank's contiguous, near-equal part of range(count), and whether its result counts.
+
+        With more ranks than items, a rank without an item gets ([0], False): it has to run the same collectives, but
+        its result doesn't count.
+        """
         bounds = [count * rank // self.data_size for rank in (self.data_rank, self.data_rank + 1)]
         return (list(range(*bounds)), True) if bounds[0] < bounds[1] else ([0], False)
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """The mean over all ranks of the gradients of parameters that FSDP2 does not manage, in one collective."""
+        """Average the gradients of parameters that FSDP2 doesn't manage over all ranks, in one collective."""
         whole = [p for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
         if self.size == 1 or not whole:
             return
@@ -167,7 +177,7 @@ class Ranks:
             parameter.grad.copy_(mean.view_as(parameter))
 
     def gather_samples(self, x: torch.Tensor) -> torch.Tensor:
-        """[data_size, ...] of the data ranks' x, in their order, on x's device."""
+        """Return the x of all data ranks, stacked in their order to [data_size, ...], on the device of x."""
         if self.data_size == 1:
             return x.unsqueeze(0)
         mine = x.to(self.device).contiguous()  # NCCL takes CUDA tensors only
@@ -176,7 +186,7 @@ class Ranks:
         return torch.stack(parts).to(x.device)
 
     def gather_objects(self, value: T) -> list[T]:
-        """Every rank's plain value, in order of rank."""
+        """Return the plain values of all ranks, in order of rank."""
         values = [value]
         if self.size > 1:
             values = [None] * self.size
@@ -185,7 +195,7 @@ class Ranks:
 
 
 def check_divisible(model: Any, latents: tuple[int, int, int, int], parallel: ParallelConfig) -> None:
-    """Raise ValueError when context parallelism cannot divide the tokens of `latents` (C, F, H, W), or the heads."""
+    """Raise ValueError when context parallelism cannot divide the tokens of `latents` (C, F, H, W) or the heads."""
     tokens = math.prod(size // patch for size, patch in zip(latents[1:], model.patch_size, strict=True))
     if tokens % parallel.context_degree:
         raise ValueError(
@@ -199,10 +209,11 @@ def check_divisible(model: Any, latents: tuple[int, int, int, int], parallel: Pa
 
 
 def connect(device: str | None = None) -> torch.device:
-    """Join the processes torchrun has started, if it has; returns this process's device.
+    """Join the other processes if torchrun has started any, and return this process's device.
 
-    device: "cpu" or "cuda"; None is CUDA when there is a GPU. Under torchrun each process takes the GPU of its local
-    rank.
+    Args:
+        device: "cpu" or "cuda". None means CUDA if a GPU is available. Under torchrun each process takes the GPU of its
+            local rank.
     """
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -211,7 +222,7 @@ def connect(device: str | None = None) -> torch.device:
         kind = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(kind)
     if not dist.is_initialized():
-        # gloo carries the plain values that ranks agree on
+        # gloo is for the plain values that ranks agree on
         backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
     return kind

@@ -1,4 +1,4 @@
-"""How a configuration is read: from YAML files and recipes, and from the command line, where later values win."""
+"""Reading a configuration from YAML files, recipes and the command line. Later values win."""
 
 import argparse
 import dataclasses
@@ -10,15 +10,18 @@ from typing import Any, TypeVar
 from linvideo.run.bounded_yaml import MOST_CHARACTERS, read_yaml
 from linvideo.run.run_config import RunConfig
 
-LONGEST = 400  # characters of a message
+LONGEST = 400  # length of an error message in characters
 RECIPES = resources.files("linvideo") / "recipes"
 Config = TypeVar("Config", bound=RunConfig)
 
 
 def make_parser(kind: type[RunConfig], description: str | None = None, epilog: str = ""):
-    """The jsonargparse parser of the command of `kind`: one option per field, with the docstrings as help.
+    """Return the jsonargparse parser for a kind of config: one option per field, with the docstrings as help.
 
-    description, epilog: of the command, as they stand in its help, before the names of the recipes.
+    Args:
+        kind: The config class.
+        description: Description of the command for its help.
+        epilog: Text at the end of the help, before the names of the recipes.
     """
     import yaml
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_loader
@@ -37,8 +40,8 @@ def make_parser(kind: type[RunConfig], description: str | None = None, epilog: s
         parser_mode="bounded_yaml",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below, or a recipe's name")
-    # Each section's options are added on their own. An option whose type is the section's class would take a
-    # class_path too, and jsonargparse would import whatever module a config names there.
+    # Each section's options are added one by one. A single option of the section's type would also accept a class_path,
+    # and jsonargparse would import whatever module a config names there.
     sections = _sections(kind)
     parser.add_class_arguments(kind, as_group=False, skip=set(sections))
     for name, default in sections.items():
@@ -48,22 +51,28 @@ def make_parser(kind: type[RunConfig], description: str | None = None, epilog: s
 
 
 def _sections(kind: type[RunConfig]) -> dict[str, Callable[[], Any]]:
-    """Name -> what makes the section's default."""
+    """Return name -> factory of the default for all sections of a config."""
     return {f.name: f.default_factory for f in dataclasses.fields(kind) if dataclasses.is_dataclass(f.type)}
 
 
 def _recipes() -> dict[str, str]:
-    """Name -> path."""
+    """Return name -> path of all recipes."""
     return {path.name.removesuffix(".yaml"): str(path) for path in RECIPES.iterdir()}
 
 
 def load_config(argv: list[str], kind: type[Config], description: str | None = None, epilog: str = "") -> Config:
-    """A config from `--config file.yaml` and dotted `--name value` arguments; later ones win.
+    """Read a config from `--config file.yaml` and dotted `--name value` arguments. Later arguments win.
 
-    In place of a file --config takes the name of a recipe in linvideo/recipes. description, epilog: see make_parser.
+    --config also takes the name of a recipe in linvideo/recipes. `--help` prints the options and exits.
+
+    Args:
+        argv: The command-line arguments.
+        kind: The config class.
+        description: See make_parser.
+        epilog: See make_parser.
 
     Raises:
-        ValueError: anything that is no valid configuration, in one line. `--help` prints the options and exits.
+        ValueError: The arguments are not a valid configuration. The message is one line.
     """
     values = _values(argv, make_parser(kind, description, epilog))
     values.pop("config", None)
@@ -71,8 +80,10 @@ def load_config(argv: list[str], kind: type[Config], description: str | None = N
 
 
 def given_options(argv: list[str], kind: type[RunConfig]) -> set[str]:
-    """The dotted names of the options that these arguments set, themselves or in the files that --config names, which
-    count as "config"."""
+    """Return the dotted names of the options that the arguments set, directly or in a file given with --config.
+
+    --config itself counts as "config".
+    """
     found, left = set(), [("", _values(argv, make_parser(kind), defaults=False))]
     while left:
         prefix, values = left.pop()
@@ -83,7 +94,7 @@ def given_options(argv: list[str], kind: type[RunConfig]) -> set[str]:
 
 
 def _values(argv: list[str], parser: Any, defaults: bool = True) -> dict[str, Any]:
-    """What the arguments say as nested plain values, with the parser's defaults or without."""
+    """Parse the arguments to nested plain values, with or without the parser's defaults."""
     from jsonargparse import ArgumentError
 
     names = _recipes()
@@ -92,7 +103,7 @@ def _values(argv: list[str], parser: Any, defaults: bool = True) -> dict[str, An
         if word == "--config" and (place + 1 == len(argv) or argv[place + 1].startswith("--")):
             raise ValueError("--config must name a YAML file or a recipe, got nothing")
         if place and argv[place - 1] == "--config" and not Path(word).exists():
-            if word not in names and ":" not in word:  # with one it may be the YAML itself
+            if word not in names and ":" not in word:  # with a colon it may be YAML text
                 known = ", ".join(sorted(names))
                 raise ValueError(f"--config must be a YAML file or the name of a recipe, got {word}; recipes: {known}")
             argv = [*argv[:place], names.get(word, word), *argv[place + 1 :]]
@@ -105,7 +116,7 @@ def _values(argv: list[str], parser: Any, defaults: bool = True) -> dict[str, An
 
 
 def from_dict(values: dict[str, Any], kind: type[Config]) -> Config:
-    """A config from nested plain values, the inverse of `to_dict`."""
+    """Return the config for nested plain values; the inverse of `to_dict`."""
     sections = _sections(kind)
     for name in sections.keys() & values.keys():
         if not isinstance(values[name], dict):

@@ -1,4 +1,4 @@
-"""What every run of training is configured by, whatever it learns; the sections are defined next to their parts."""
+"""The options that all kinds of training runs share. Sections are defined next to the code that they configure."""
 
 import dataclasses
 import math
@@ -20,9 +20,9 @@ from linvideo.trajectories.devices import check_device
 from linvideo.trajectories.prompts import PromptConfig
 
 LARGEST = 2**63 - 1  # PyTorch's integers
-UNBOUNDED = ("max_grad_norm", "weight_clip")  # infinity leaves these limits out
+UNBOUNDED = ("max_grad_norm", "weight_clip")  # infinity turns these limits off
 MIXED_PRECISION = ("no", "bf16")
-# may change between a run and its continuation
+# options that may change when a run is continued
 FREE = (
     "output_dir",
     "overwrite_output_dir",
@@ -33,7 +33,7 @@ FREE = (
 FREE += ("report_to", "tracker_project_name", "device", "progress", "parallel", "validation")
 FREE += ("compile", "attention_backend", "offload_teacher", "trajectories.path")
 FREE += ("max_train_steps",)  # within limits: see check_length
-# of the call, not of the run
+# options of one call, not of the run
 OF_THE_CALL = {"overwrite_output_dir": False, "resume_from_checkpoint": None}
 PATHS = ("pretrained_model_name_or_path", "student_model_name_or_path", "prompts.prompts_file", "trajectories.path")
 SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
@@ -41,19 +41,19 @@ SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 
 @dataclass
 class ValidationConfig:
-    """Videos of the student during selection and fine-tuning, compared with the teacher's from the same noise.
+    """Validation videos: the student's during training, compared with the teacher's from the same noise.
 
-    Sizes and guidance are those of the trajectories; in fine-tuning with use_ema it is the averaged weights that are
-    validated. The result of a run does not depend on it, nothing is drawn that training would draw.
+    Size and guidance are those of the trajectories. With use_ema, the last stage validates the averaged weights.
+    Validation doesn't change the result of a run, because it draws its own random numbers.
 
     Args:
-        steps: the number of steps of the whole run between two validations; there is one at the end of both stages,
-            too. 0 is never.
-        prompts: the prompts of the videos; None is captions from all over the run's list.
-        num_videos: the number of videos, which are made one after another.
-        num_inference_steps: the number of steps of the sampler; None is that of the trajectories.
-        fps: frames per second of the mp4 files; None is the pipeline's own.
-        seed: the seed of the noise, which is the same each time.
+        steps: Number of training steps (of the whole run) between two validations. The end of a training stage is
+            validated, too. 0 turns validation off.
+        prompts: Prompts of the videos. None takes captions spread evenly over the run's list.
+        num_videos: Number of videos. They are made one after another.
+        num_inference_steps: Number of sampler steps. None means that of the trajectories.
+        fps: Frames per second of the mp4 files. None means the pipeline's own rate.
+        seed: Seed of the noise. Every validation starts from the same noise.
     """
 
     steps: int = 0
@@ -80,41 +80,49 @@ class ValidationConfig:
 
 @dataclass
 class RunConfig:
-    """One run in a folder.
+    """The options of a run in a folder.
 
     Args:
-        output_dir: folder of the run: config.yaml, metrics.jsonl, checkpoint-<step>/, trajectories/, with validation
-            its videos and validation.jsonl, and in the end pipeline/.
-        pretrained_model_name_or_path: the teacher, a pipeline folder or Hub id; not needed when the teacher is given in
+        output_dir: Folder of the run. It gets config.yaml, metrics.jsonl, checkpoint-<step>/, trajectories/ and, at the
+            end, pipeline/. With validation it also gets validation/ (the videos) and validation.jsonl.
+        pretrained_model_name_or_path: Pipeline folder or Hub id of the teacher. Not needed when the teacher is given in
             memory.
-        overwrite_output_dir: delete what an earlier run left in output_dir.
-        resume_from_checkpoint: "latest" or a checkpoint folder in output_dir; continues exactly. "latest" starts from
-            the beginning when there is no checkpoint yet, with the trajectories that are there; an older checkpoint
-            takes the run back, the newer ones are deleted.
-        seed: the seed of everything that is drawn at random.
-        device: the device of a teacher that is loaded here; None is CUDA when there is a GPU.
-        mixed_precision: "no", or "bf16" (autocast over fp32 weights; a teacher loaded by us is then bf16).
-        gradient_checkpointing: recompute activations of the blocks of what trains.
-        compile: torch.compile the blocks of what trains.
-        attention_backend: the attention backend of the softmax layers, a name of diffusers' set_attention_backend, say
-            "flash" or "_flash_3_hub"; None is PyTorch's own choice.
-        offload_teacher: keep the teacher's weights in CPU memory and bring each block when it is its turn.
-        train_batch_size: samples per forward on each data rank.
-        gradient_accumulation_steps: forwards per optimizer step. The product of both and the number of data ranks is
-            the global batch; it may not change when a run is continued, its factors may.
-        max_train_steps: the number of steps of the main stage; the others have their own. It may change when a run is
-            continued, before that stage has made a step, or where every lr_scheduler is "constant" or
-            "constant_with_warmup": so a finished run is extended.
-        use_ema: export an exponential moving average of the weights that the last stage trains.
-        ema_decay: the decay of that average; after n steps at most (1 + n) / (10 + n).
-        checkpointing_steps: the number of steps of the whole run between two checkpoints; there is one at the end of
-            each stage, too.
-        checkpoints_total_limit: the number of checkpoints that are kept, the newest ones; None keeps all.
-        max_nonfinite_steps: steps with a non-finite loss or gradient are skipped; more than these end the run.
-        report_to: "none", "tensorboard", "wandb" or "tensorboard,wandb"; metrics.jsonl is always written. A continued
-            run goes on in the same wandb run.
-        tracker_project_name: the project of that wandb run.
-        progress: show progress bars.
+        overwrite_output_dir: Whether to delete the files of an earlier run in output_dir first.
+        resume_from_checkpoint: Checkpoint to continue from: "latest", or a checkpoint folder in output_dir. The result
+            is that of an uninterrupted run. "latest" starts from the beginning when there is no checkpoint yet, and
+            reuses existing trajectories. Continuing from an older checkpoint deletes the newer ones.
+        seed: Seed of all random draws.
+        device: Device to train on, when the teacher is loaded by name. None means CUDA if a GPU is available.
+        mixed_precision: Precision of the computation: "no" (fp32) or "bf16" (autocast over fp32 weights). With "bf16" a
+            teacher that is loaded by name is held in bf16, too.
+        gradient_checkpointing: Whether to recompute the activations of the trained model's blocks in the backward pass,
+            which saves memory and costs about one more forward.
+        compile: Whether to apply torch.compile to the blocks of the trained model.
+        attention_backend: Attention backend of the softmax layers, a name for diffusers' set_attention_backend such as
+            "flash" or "_flash_3_hub". None means PyTorch's own choice.
+        offload_teacher: Whether to keep the teacher's weights in CPU memory and copy each block to the GPU when it
+            runs.
+        train_batch_size: Number of samples per forward on each data rank. A data rank is one GPU, or a group of GPUs
+            that share the tokens of a video (see parallel).
+        gradient_accumulation_steps: Number of forwards per optimizer step. The global batch is train_batch_size *
+            gradient_accumulation_steps * data ranks. When a run is continued the global batch must stay the same, but
+            these factors may change.
+        max_train_steps: Number of steps of the main stage (train: fine-tuning, distill: DMD). The other stages have
+            options of their own. When a run is continued it may change if the main stage has not begun, or if every
+            lr_scheduler is "constant" or "constant_with_warmup", so that a finished run can be extended.
+        use_ema: Whether to keep an exponential moving average (EMA) of the weights in the last stage, and export it in
+            place of the last weights.
+        ema_decay: Decay of the EMA. After n steps it is at most (1 + n) / (10 + n), so that the average soon forgets
+            the initial weights.
+        checkpointing_steps: Number of steps (of the whole run) between two checkpoints. The end of each stage is
+            saved, too.
+        checkpoints_total_limit: Number of checkpoints to keep; older ones are deleted. None keeps all.
+        max_nonfinite_steps: Number of steps with a non-finite loss or gradient to tolerate. Such steps are skipped; one
+            more than this ends the run.
+        report_to: Trackers to report to: "none", "tensorboard", "wandb" or "tensorboard,wandb". metrics.jsonl is
+            written in any case. A continued run continues its wandb run.
+        tracker_project_name: Name of the wandb project.
+        progress: Whether to show progress bars.
     """
 
     command: ClassVar[str]  # the `linvideo` command that reads such a config
@@ -182,17 +190,16 @@ class RunConfig:
             )
 
     def schedules(self) -> dict[str, str]:
-        """Option -> the learning rate's schedule in the main stage."""
+        """Return option -> learning rate schedule of the main stage, for all optimizers."""
         return {"optimizer.lr_scheduler": self.optimizer.lr_scheduler}
 
     @property
     def can_be_extended(self) -> bool:
-        """Whether the main stage's steps don't depend on how many there will be."""
+        """Whether the steps of the main stage don't depend on their total number."""
         return all(name in SCHEDULES_WITHOUT_END for name in self.schedules().values())
 
     def check_length(self, earlier: int, made: int) -> None:
-        """Raise ValueError when a run with max_train_steps `earlier`, of which it has made so many, cannot be continued
-        to this config's."""
+        """Raise ValueError when max_train_steps cannot change from `earlier` to this config's after `made` steps."""
         now = self.max_train_steps
         if now == earlier or not made:
             return
@@ -204,7 +211,7 @@ class RunConfig:
             raise ValueError(f"{change}: continue from an earlier checkpoint, --resume_from_checkpoint FOLDER")
 
     def check_choice(self, name: str, allowed: tuple) -> None:
-        """Raise ValueError when the field `name` has none of these values."""
+        """Raise ValueError when the value of the field `name` is not one of `allowed`."""
         if getattr(self, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
 
@@ -212,8 +219,10 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     def record(self) -> dict[str, Any]:
-        """`to_dict` for the run's folder, to be read in any other: local paths are absolute, and what this call was to
-        do with a folder that is there is left out."""
+        """Return `to_dict` for the run's folder, to be read from any working directory.
+
+        Local paths are absolute, and options of this call (overwriting, resuming) have their defaults.
+        """
         values = self.to_dict() | OF_THE_CALL
         for name in PATHS:
             section, _, key = name.rpartition(".")
@@ -223,20 +232,26 @@ class RunConfig:
         return values
 
     def save(self, path: str | Path) -> None:
-        """Write its record as YAML for `load_config(["--config", path], kind)`."""
+        """Write `record` as YAML that `load_config(["--config", path], kind)` reads."""
         write_text(path, yaml.safe_dump(self.record(), sort_keys=False))
 
     def global_batch(self, processes: int) -> int:
-        """Samples of an optimizer step on so many processes."""
+        """Return the number of samples per optimizer step on this number of processes."""
         data_ranks = processes // self.parallel.context_degree
         return self.train_batch_size * self.gradient_accumulation_steps * data_ranks
 
     def check_continues(
         self, earlier: dict[str, Any], processes: int = 1, earlier_processes: int = 1, free: tuple[str, ...] = ()
     ) -> None:
-        """Raise ValueError when a run with the `earlier` config (a to_dict) cannot be continued exactly with this one.
+        """Raise ValueError when a run with the `earlier` config cannot be continued exactly with this one.
 
-        The number of processes may always change, if the global batch stays. free: names that may differ here too.
+        The number of processes may change as long as the global batch stays the same.
+
+        Args:
+            earlier: The earlier config as returned by `to_dict`.
+            processes: Number of processes now.
+            earlier_processes: Number of processes of the earlier run.
+            free: Names of further options that may differ.
         """
         may_differ = {*FREE, *free}
         layout = ParallelConfig(**earlier["parallel"])
@@ -257,7 +272,7 @@ class RunConfig:
 
 
 def _absolute(path: str | None) -> str | None:
-    """A file or folder of this machine by its absolute path; a Hub id, or what is not there, as it is."""
+    """Return the absolute path of an existing file or folder; anything else, a Hub id say, as it is."""
     found = None if path is None else packaged(path)
     return os.path.abspath(found) if found is not None and os.path.exists(found) else path
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what may be there before it starts, and what an earlier run leaves that can be deleted."""
+"""The folder of a run: whether a run may start or continue in it, and which files of an earlier run may be deleted."""
 
 import re
 from contextlib import suppress
@@ -26,16 +26,17 @@ FOLDERS = ("trajectories", "pipeline", "logs", "wandb", VALIDATION)
 
 
 def check(config: RunConfig) -> list[Path]:
-    """The checkpoints to continue from, the first that is whole; nothing is written.
+    """Return the checkpoints to try to continue from, in order of preference. Nothing is written.
 
     Raises:
-        ValueError: output_dir is not empty, or no run's when it is to be overwritten, or holds nothing to continue.
+        ValueError: output_dir is not empty, is to be overwritten but not the folder of a run, or holds no run to
+            continue.
     """
     folder, resume = Path(config.output_dir), config.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir must be a folder, {folder} is a file")
+        raise ValueError(f"output_dir must be a folder, got the file {folder}")
     content = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    # a run killed while it encoded its prompts has left no more than these
+    # a run that was killed while encoding its prompts leaves only these
     early = (PROMPT_CACHE, IMAGE_CACHE, LOCK)
     content = [name for name in content if name not in early and not name.startswith(TEMPORARY)]
     if resume is None:
@@ -61,7 +62,7 @@ def check(config: RunConfig) -> list[Path]:
 
 
 def clear(folder: str | Path) -> None:
-    """Delete what a run writes into its folder, and nothing else."""
+    """Delete the files that runs write into their folder, and nothing else."""
     folder = Path(folder)
     remove_dead(folder)
     remove_newer(folder, -1)
@@ -70,23 +71,23 @@ def clear(folder: str | Path) -> None:
             path.unlink()
         elif path.is_dir():
             discard(path)
-    for name in reversed(FILES):  # config.yaml last: killed in between, the folder can still be overwritten
+    for name in reversed(FILES):  # config.yaml last, so that after a kill the folder still counts as a run's
         (folder / name).unlink(missing_ok=True)
 
 
 def take_back_validations(folder: Path, last_step: int) -> None:
-    """Delete the validations that an interrupted run has made after `last_step`."""
+    """Delete the validations that an interrupted run made after `last_step`."""
     take_back(folder / VALIDATION_ROWS, last_step)
     for video in (folder / VALIDATION).glob("step-*/*.mp4"):
         step = re.fullmatch(r"step-(\d+)", video.parent.name)
         if step and int(step[1]) > last_step and video.stem.isdecimal():
             video.unlink()
-            with suppress(OSError):  # something else is in it
+            with suppress(OSError):  # it holds other files
                 video.parent.rmdir()
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a run has written into the folder."""
+    """Return whether a run has written into the folder."""
     if (folder / "trajectories" / "manifest.json").is_file():
         return True
     try:
@@ -97,7 +98,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def load_teacher(config: RunConfig) -> Any:
-    """The pipeline config.pretrained_model_name_or_path names, in CPU memory."""
+    """Load the pipeline config.pretrained_model_name_or_path into CPU memory."""
     if config.pretrained_model_name_or_path is None:
         raise ValueError("pretrained_model_name_or_path must name the teacher, got None")
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32

@@ -1,4 +1,4 @@
-"""Videos of a model in training: sampling their latents, and decoding them."""
+"""Sampling and decoding videos of a model in training."""
 
 import warnings
 from collections.abc import Callable
@@ -22,9 +22,19 @@ def sample(
     negative_conditions: Conditions,
     stop: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor | None:
-    """Latents [B, C, F, H, W] as the trajectories are sampled; None when `stop` said so after a step.
+    """Sample latents [B, C, F, H, W] the way the trajectories are sampled.
 
-    models: has `transformer` and, with two experts, `transformer_2`. request: of the trajectory store.
+    Args:
+        models: Object with the attribute `transformer` and, for two experts, `transformer_2`.
+        scheduler: Scheduler of the sampler.
+        request: Request of the trajectory store, which has the guidance scales and the boundary of the experts.
+        num_inference_steps: Number of sampler steps.
+        noise: Noise to start from.
+        conditions: Conditions of the prompts.
+        negative_conditions: Conditions of the negative prompt, for guidance.
+        stop: Function that is asked after each step whether to stop.
+
+    Returns the latents, or None if `stop` returned True.
     """
     low_noise = low_noise_sampler(models, request)
     conditions = (conditions, negative_conditions)
@@ -39,9 +49,9 @@ def sample(
 
 @torch.no_grad()
 def decode(pipeline: Any, latents: torch.Tensor) -> list:
-    """The frames of one video's latents [1, C, F, H, W], as PIL images; the VAE comes to the latents' device for it.
+    """Decode the latents of one video [1, C, F, H, W] to PIL images. Moves the VAE to their device meanwhile.
 
-    Warns where they are not finite: such pixels are drawn black, and the metrics of such a video mean nothing.
+    Non-finite pixels are drawn black, with a warning, because the metrics of such a video mean nothing.
     """
     video = decode_latents(pipeline.vae, latents)
     if not (finite := video.isfinite()).all():
@@ -56,7 +66,7 @@ def decode(pipeline: Any, latents: torch.Tensor) -> list:
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """The video [1, 3, frames, height, width] in [-1, 1] of latents [1, C, F, H, W], in the VAE's dtype."""
+    """Decode latents [1, C, F, H, W] to a video [1, 3, frames, height, width] in [-1, 1], in the VAE's dtype."""
     mean, std = (
         torch.tensor(vae.config[name], device=latents.device).view(1, -1, 1, 1, 1)
         for name in ("latents_mean", "latents_std")

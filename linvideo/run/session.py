@@ -1,8 +1,8 @@
-"""A run: its folder and lock, its place among the stages, its steps, checkpoints and logs.
+"""A run: its folder and lock, its current stage and step, its checkpoints and logs.
 
-Stages that train count their optimizer steps in one global step; a checkpoint names the stage and the step in it, and
-everything drawn at random is drawn by (seed, stage, step, position in the global batch), so a continued run does what
-an uninterrupted one would have done, on any number of processes.
+All training stages share one global step counter. A checkpoint names the stage and the step in the stage, and every
+random draw depends only on (seed, stage, step, position in the global batch). A continued run therefore does exactly
+what an uninterrupted one would have done, on any number of processes.
 """
 
 import math
@@ -27,8 +27,8 @@ from linvideo.trajectories.seeding import random_state, set_random_state
 from linvideo.workspace import locked, remove_dead
 
 Stage = TypeVar("Stage")
-EXPORT = "export"  # what comes after the last stage
-# of a checkpoint's state
+EXPORT = "export"  # comes after the last stage
+# entries that the state of every checkpoint has
 ENTRIES = ("config", "processes", "stage", "stage_step", "global_step", "nonfinite", "results", "components", "random")
 
 
@@ -37,18 +37,18 @@ class TrainingDiverged(RuntimeError):
 
 
 class Run(Generic[Stage]):
-    """One run in config.output_dir; under torchrun, this process's part of it. How it is used:
+    """A run in config.output_dir; under torchrun, this process's part of it. It is used like this:
 
         run = Run(config, {"warmup": warm_up, "finetune": finetune})  # nothing is written yet
-        with run:  # holds the folder's lock, hears signals, knows where an earlier call has stopped
+        with run:  # locks the folder, handles signals, finds the checkpoint to continue from
             run.check_continues()
-            config.save(run.output_dir / "config.yaml")  # a folder without it is not taken for a run's
+            config.save(run.output_dir / "config.yaml")  # without it a folder doesn't count as that of a run
             student = ...
             run.restore(student)
             for stage in run.remaining():
                 stage(run, student)
 
-    and in a stage, which has one loop of steps at most
+    A stage has at most one loop of steps:
 
         run.register(optimizer=optimizer)
         for step in run.steps(count, batch_size):
@@ -57,19 +57,21 @@ class Run(Generic[Stage]):
             run.report(loss, grad_norm=norm)
 
     Args:
-        config: the options of the run.
-        stages: the stages in their order: name in checkpoints and logs -> what `remaining` gives for it. The last one's
-            steps are config.max_train_steps. The name "export" is taken.
-        device: the device to train on; None is config.device.
+        config: The options of the run.
+        stages: The stages in their order: name in checkpoints and logs -> value that `remaining` yields. The last stage
+            has config.max_train_steps steps. The name "export" is reserved.
+        device: Device to train on. None means config.device.
 
     Attributes:
-        stage, stage_step, global_step: where the run is; steps count from 1 once they are made.
-        nonfinite: the number of steps so far whose loss or gradient was not finite.
-        results: what finished stages have found, plain values, kept in checkpoints; results["seconds"] has the stages'
-            times.
+        stage: Name of the current stage.
+        stage_step: Number of steps made in the current stage.
+        global_step: Number of steps made in the whole run.
+        nonfinite: Number of steps so far whose loss or gradient was not finite.
+        results: Results of finished stages as plain values, kept in checkpoints. results["seconds"] has the time spent
+            in each stage.
 
     Raises:
-        ValueError: the folder holds another run or nothing to continue, or the processes cannot be divided as
+        ValueError: The folder holds another run or nothing to continue, or the processes cannot be divided as
             configured.
     """
 
@@ -85,7 +87,7 @@ class Run(Generic[Stage]):
         self.signals = StopSignals(self.ranks)
         self.log: StepLog | None = None
         self._saved: Checkpoint | None = None  # the checkpoint to continue from
-        self._components: dict[str, Any] = {}  # what the current stage adds to a checkpoint
+        self._components: dict[str, Any] = {}  # what the current stage adds to checkpoints
         self._checked = False  # whether check_continues was called
         self._student: torch.nn.Module | None = None
         self._others: Mapping[str, Mapping[str, torch.nn.Module]] = {}
@@ -93,11 +95,11 @@ class Run(Generic[Stage]):
         self.ranks.on_first(lambda: run_folder.check(config))
 
     def __enter__(self) -> "Run":
-        """Lock the folder and see what an earlier call has left in it.
+        """Lock the folder and look for a checkpoint to continue from.
 
         Raises:
-            ValueError: another run writes into the folder, or has done so since this one was made; or no checkpoint is
-                whole.
+            ValueError: Another run writes into the folder, or has done so since this object was created, or all
+                checkpoints are damaged.
         """
         config = self.config
         with ExitStack() as stack:
@@ -109,7 +111,7 @@ class Run(Generic[Stage]):
 
             checkpoints = self.ranks.on_first(lock)
             stack.enter_context(self.signals)
-            torch.manual_seed(config.seed)  # nothing here draws from it; a model with dropout would
+            torch.manual_seed(config.seed)  # only a model with dropout would draw from it
             self._saved = newest(checkpoints, self.ranks)
             if self._saved is not None:
                 self.stage, self.stage_step = self._saved["stage"], self._saved["stage_step"]
@@ -122,20 +124,22 @@ class Run(Generic[Stage]):
 
     def __exit__(self, *error: Any) -> None:
         with self._open:
-            self._student, self._others, self._components, self._saved = None, {}, {}, None  # models may be freed now
+            self._student, self._others, self._components, self._saved = None, {}, {}, None  # frees the models
             if self.log is not None:
                 self.log.close()
 
-    # An earlier call's work.
+    # Continuing an earlier call.
 
     def check_continues(self, free: tuple[str, ...] = ()) -> dict[str, Any] | None:
-        """Refuse a checkpoint that cannot be continued with this config, before anything is done. Returns the config
-        that the checkpoint was made with, None where there is no checkpoint.
+        """Check that the checkpoint can be continued with this config, before anything else is done.
 
-        free: names of options that may differ, see RunConfig.check_continues.
+        Args:
+            free: Names of options that may differ; see RunConfig.check_continues.
+
+        Returns the config that the checkpoint was made with, or None if there is no checkpoint.
 
         Raises:
-            ValueError: the options differ, or the checkpoint is of another kind of run, or cannot be extended.
+            ValueError: Options differ, the checkpoint belongs to another kind of run, or it cannot be extended.
         """
         self._checked = True
         saved, config = self._saved, self.config
@@ -159,15 +163,16 @@ class Run(Generic[Stage]):
     def restore(
         self, student: torch.nn.Module, others: Mapping[str, Mapping[str, torch.nn.Module]] | None = None
     ) -> None:
-        """Name the models that train, to be kept in checkpoints, and fill them from the one that is continued. What an
-        earlier call has written into the folder after it is deleted.
+        """Register the models to be kept in checkpoints, and load them from the checkpoint that is continued.
+
+        Deletes everything that an earlier call wrote into the folder after that checkpoint.
 
         Args:
-            student: the model whose parameters that require gradients are kept in all stages.
-            others: stage -> prefix -> a model of which all parameters are kept in that stage, under that prefix.
+            student: Model whose trainable parameters are kept in every stage.
+            others: stage -> prefix -> model. All parameters of such a model are kept in that stage, under the prefix.
 
         Raises:
-            ValueError: the checkpoint is of another model.
+            ValueError: The checkpoint belongs to another model.
             RuntimeError: check_continues was not called.
         """
         if not self._checked:
@@ -180,7 +185,7 @@ class Run(Generic[Stage]):
         self.ranks.on_first(lambda: run_folder.take_back_validations(self.output_dir, self.global_step))
 
     def trained(self) -> dict[str, torch.Tensor]:
-        """What checkpoints keep of the models in this stage, by name."""
+        """Return the tensors of the models that checkpoints keep in this stage, by name."""
         found = {name: p for name, p in self._student.named_parameters() if p.requires_grad}
         for prefix, model in self._others.get(self.stage, {}).items():
             found |= {f"{prefix}.{name}": p for name, p in model.named_parameters()}
@@ -189,12 +194,13 @@ class Run(Generic[Stage]):
     # Stages.
 
     def remaining(self) -> Iterator[Stage]:
-        """The stages that are left, each to be done before the next is asked for. At the end of each, a checkpoint is
-        saved; a loop that is left with `break` leaves its stage unfinished.
+        """Iterate over the remaining stages. The caller runs each stage before it asks for the next.
+
+        A checkpoint is saved at the end of each stage. Leaving the loop with `break` leaves the stage unfinished.
 
         Raises:
-            TrainingStopped: a signal came during the rest of a stage with steps; its end is saved.
-            OSError: the checkpoint could not be written.
+            TrainingStopped: A signal came after the steps of a stage. The end of the stage has been saved.
+            OSError: The checkpoint could not be written.
             RuntimeError: restore was not called.
         """
         if self._student is None:
@@ -214,12 +220,16 @@ class Run(Generic[Stage]):
                 raise self.signals.stopped("at the end of a stage, which is saved")
 
     def register(self, **components: Any) -> None:
-        """Name what this stage's checkpoints hold next to the models: objects with state_dict and load_state_dict; None
-        is left out. They are loaded when the run continues in the middle of the stage: their state must have its
-        tensors already, as `fill_state` of run/optimizer.py makes them for PyTorch's Adam.
+        """Register the objects that this stage's checkpoints hold in addition to the models, and load their states.
+
+        States are loaded when the run continues in the middle of the stage. The state must have all its tensors
+        already; for PyTorch's Adam, `fill_state` of run/optimizer.py creates them.
+
+        Args:
+            components: Objects with state_dict and load_state_dict, by name. None is left out.
 
         Raises:
-            ValueError: the checkpoint was made with other ones.
+            ValueError: The checkpoint was made with other components.
         """
         self._components = {name: part for name, part in components.items() if part is not None}
         if self._saved is not None:
@@ -231,17 +241,20 @@ class Run(Generic[Stage]):
         self._saved = None
 
     def steps(self, count: int, samples: int, validate: Callable[[], None] | None = None) -> Iterator[int]:
-        """The steps, from 0, that are left of the stage's `count`. Between them checkpoints and validations are made
-        when they are due; that of a step whose checkpoint is continued may be due still.
+        """Iterate over the remaining steps of the stage, numbered from 0.
+
+        Checkpoints and validations that are due are made between the steps. The validation of the step that a run
+        continues from may still be due and is then made first.
 
         Args:
-            samples: the number of samples of a step, over all ranks.
-            validate: a validation of this stage; None for a stage without.
+            count: Number of steps of the stage.
+            samples: Number of samples per step, over all ranks.
+            validate: Validation of this stage. None for a stage without validation.
 
         Raises:
-            TrainingStopped: a signal came; the step is saved.
-            OSError: a checkpoint could not be written.
-            RuntimeError: the stage is continued, and `register` was not called.
+            TrainingStopped: A signal came. The step has been saved.
+            OSError: A checkpoint could not be written.
+            RuntimeError: The run continues in the middle of this stage, and `register` was not called.
         """
         if self._saved is not None and self._saved.components:
             raise RuntimeError(f"expected register() before steps() in the stage {self.stage}, which is continued")
@@ -266,21 +279,22 @@ class Run(Generic[Stage]):
                 raise self.signals.stopped(f"after step {self.stage_step} of {self.stage}, which is saved")
 
     def optimize(self, optimizer: StudentOptimizer, loss: float) -> float | None:
-        """Make the optimizer's step, unless loss or gradient are not finite; returns the gradient's norm, None when the
-        step was skipped.
+        """Step the optimizer, or skip the step if the loss or a gradient is not finite.
+
+        Returns the norm of the gradient, or None if the step was skipped.
 
         Raises:
-            TrainingDiverged: see `finite`.
+            TrainingDiverged: See `finite`.
         """
         norm = optimizer.step() if math.isfinite(loss) else optimizer.skip()
         self.finite(math.nan if norm is None else norm)
         return norm
 
     def finite(self, value: float) -> bool:
-        """Whether `value` is finite; a step with one that is not is counted.
+        """Return whether `value` is finite, and count the step if it is not.
 
         Raises:
-            TrainingDiverged: there were more of them than config.max_nonfinite_steps.
+            TrainingDiverged: There were more than config.max_nonfinite_steps such steps.
         """
         if math.isfinite(value):
             return True
@@ -297,14 +311,14 @@ class Run(Generic[Stage]):
         self.log.write(self.where(), {"loss": loss, **values})
 
     def where(self) -> dict[str, Any]:
-        """step, stage and stage_step, as the rows of logs have them."""
+        """Return step, stage and stage_step as in the rows of logs."""
         return {"step": self.global_step, "stage": self.stage, "stage_step": self.stage_step}
 
     def save(self) -> None:
         """Write a checkpoint.
 
         Raises:
-            OSError: it could not be written; the earlier ones are untouched.
+            OSError: It could not be written. The earlier ones are untouched.
         """
         state = {
             "config": self.config.record(),
@@ -318,13 +332,13 @@ class Run(Generic[Stage]):
             "random": random_state(self.device),
         }
         limit, before = self.config.checkpoints_total_limit, self.signals.unsaved
-        self.signals.unsaved = True  # a signal waits for the end of the checkpoint
+        self.signals.unsaved = True  # a signal waits until the checkpoint is written
         save_checkpoint(self.output_dir, self.global_step, self.trained(), state, limit, self.ranks)
         self.signals.unsaved = before
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the time that passes inside to results["seconds"][name]."""
+        """Add the time spent in the `with` block to results["seconds"][name]."""
         start = time.perf_counter()
         yield
         seconds = self.results["seconds"]
@@ -335,7 +349,7 @@ class Run(Generic[Stage]):
         return list(self.stages)[-1]
 
     def _keeps_end(self) -> bool:
-        """Whether the stage's last step gets a checkpoint with its components, from which it can be extended."""
+        """Return whether the checkpoint after the stage's last step keeps the components, for an extension."""
         return self.stage == self._main_stage and self.config.can_be_extended
 
     def _validate_if_due(self, count: int, validate: Callable[[], None] | None) -> None:
@@ -346,10 +360,10 @@ class Run(Generic[Stage]):
 
 
 def newest(checkpoints: list[Path], ranks: Ranks) -> Checkpoint | None:
-    """The first of the checkpoints that is whole; those passed over are named on standard error.
+    """Return the first undamaged checkpoint, None if the list is empty. Skipped ones are reported on standard error.
 
     Raises:
-        ValueError: there are some, and none is whole.
+        ValueError: All checkpoints are damaged.
     """
     for number, path in enumerate(checkpoints, 1):
         try:
@@ -358,5 +372,5 @@ def newest(checkpoints: list[Path], ranks: Ranks) -> Checkpoint | None:
             if number == len(checkpoints):
                 raise
             if ranks.first:
-                print(f"{error}; continuing from the one before it", file=sys.stderr)
+                print(f"{error}; continuing from the checkpoint before it", file=sys.stderr)
     return None

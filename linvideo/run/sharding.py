@@ -1,4 +1,4 @@
-"""What several ranks do to a model: FSDP2 over its blocks, context parallelism through diffusers' hooks."""
+"""Dividing a model among ranks: FSDP2 over its blocks, context parallelism through diffusers' hooks."""
 
 import warnings
 
@@ -25,20 +25,23 @@ def shard(
     own: bool = False,
     offload: bool = False,
 ) -> nn.Module:
-    """FSDP2 in place, a block at a time; in a run of one process nothing but `own`.
+    """Apply FSDP2 to `model` in place, one block at a time. In a run of one process, only `own` has an effect.
 
-    Parameters that are `kept_whole` stay so; `Ranks.average_gradients` is for them.
+    Parameters that are `kept_whole` are not sharded; `Ranks.average_gradients` averages their gradients.
 
     Args:
-        compute_dtype: what the shards are gathered in; gradients are reduced in fp32. None is the dtype they have.
-        own: give the model trainable fp32 copies, on the ranks' device, of weights that it shares with another first,
-            also a block at a time, so that no rank ever holds the whole of them.
-        offload: keep the shards in CPU memory. Of a model without gradients.
+        model: The model.
+        ranks: The ranks of the run.
+        compute_dtype: Dtype in which the shards are gathered. None means the dtype they have. Gradients are always
+            reduced in fp32.
+        own: Whether to first replace weights that the model shares with another one by trainable fp32 copies on the
+            ranks' device. This also happens one block at a time, so that no rank ever holds all of them.
+        offload: Whether to keep the shards in CPU memory, for a model that is not trained.
     """
-    # inputs are left alone: rotary tables and timesteps have to stay fp32, autocast sees to the rest
+    # inputs are not cast, because rotary tables and timesteps must stay fp32; autocast handles the rest
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options = {"offload_policy": CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")} if offload else {}
-    # Wan's output is a view, and nothing here writes to it
+    # Wan's output is a view, but nothing here writes to it
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     finished = set()
     for part in (*model.blocks, model):
@@ -54,13 +57,13 @@ def shard(
         if ranks.size > 1:
             whole = set(kept_whole(model).values())
             options |= {"mesh": ranks.weights, "mp_policy": policy, "ignored_params": whole}
-            # the root too gives its gathered weights back: optimizers and checkpoints must find the shards
+            # also for the root module, because optimizers and checkpoints must find shards
             fully_shard(part, reshard_after_forward=True, **options)
     return model
 
 
 def split_tokens(model: nn.Module, ranks: Ranks) -> None:
-    """Context parallelism in place, the recipe of diffusers' enable_parallelism, which needs an accelerator."""
+    """Set up context parallelism in place. diffusers' enable_parallelism does the same, but needs an accelerator."""
     if ranks.context_size == 1:
         return
     warnings.filterwarnings("ignore", ".*all_gather_tensor. is deprecated", FutureWarning)  # in diffusers' hooks
@@ -74,9 +77,9 @@ def split_tokens(model: nn.Module, ranks: Ranks) -> None:
 
 
 def gather(model: nn.Module, ranks: Ranks) -> nn.Module | None:
-    """`model` itself where it is whole and has no adapters; else a copy that is, on the first rank, None on the others.
+    """Return `model` as a whole model without adapters: itself if it is one already, otherwise a copy.
 
-    The copy of a sharded model is on the CPU.
+    The copy exists on the first rank only, the others get None. That of a sharded model is on the CPU.
     """
     scaling = {name: layer.scaling[ADAPTER] for name, layer in adapters(model).items()}
     if ranks.size == 1 and not scaling:
@@ -89,7 +92,7 @@ def gather(model: nn.Module, ranks: Ranks) -> nn.Module | None:
     if not ranks.first:
         return None
     with init_empty_weights():
-        # FSDP2 has put a class of its own in front
+        # type(model) may be a class that FSDP2 has made
         converted = isinstance(model, LinVideoWanTransformer3DModel)
         whole = (LinVideoWanTransformer3DModel if converted else WanTransformer3DModel).from_config(model.config)
     whole.load_state_dict(merge(state, scaling), assign=True)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, which end a run without loss."""
+"""SIGTERM and Ctrl-C, which end a run without losing work."""
 
 import os
 import signal
@@ -9,10 +9,10 @@ from linvideo.run.parallel import Ranks
 
 
 class TrainingStopped(RuntimeError):
-    """SIGTERM came, as schedulers send it before they take a machine away, or Ctrl-C (SIGINT).
+    """The run was stopped by SIGTERM, which schedulers send before they take a machine away, or by Ctrl-C (SIGINT).
 
     Attributes:
-        exit_status: the exit status of the command.
+        exit_status: Exit status of the command.
     """
 
     def __init__(self, when: str, number: int = signal.SIGTERM):
@@ -21,11 +21,16 @@ class TrainingStopped(RuntimeError):
 
 
 class StopSignals:
-    """Inside `with`, SIGTERM and Ctrl-C raise TrainingStopped at once; while `unsaved` is true, they wait to be asked
-    for. A second Ctrl-C does not wait.
+    """Context manager in which SIGTERM and Ctrl-C raise TrainingStopped.
+
+    They do so at once, unless `unsaved` is true. In that case they are remembered until `came` is called. A second
+    Ctrl-C doesn't wait.
+
+    Args:
+        ranks: The ranks of the run.
 
     Attributes:
-        unsaved: whether something would be lost if the run stopped here; the owner of the run sets it.
+        unsaved: Whether stopping now would lose work. The owner of the run sets it.
     """
 
     def __init__(self, ranks: Ranks):
@@ -34,15 +39,15 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def came(self) -> bool:
-        """Whether one came to any rank. All ranks ask together."""
+        """Return whether any rank has received a signal. All ranks call this together."""
         return self.ranks.any(self._number is not None)
 
     def stopped(self, when: str) -> TrainingStopped:
-        """The error to be raised for the signal that came, perhaps to another rank."""
+        """Return the error to raise for the signal, which another rank may have received."""
         return TrainingStopped(when, self._number or signal.SIGTERM)
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # only that one may set handlers
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers only there
             before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
             self._before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
             for number in self._before:
@@ -55,11 +60,11 @@ class StopSignals:
         self._before = {}
 
     def _hear(self, number: int, _: Any) -> None:
-        # under torchrun one Ctrl-C comes twice, from the terminal and from torchrun
+        # under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun
         if number == signal.SIGINT and self._number is not None and self.ranks.size == 1:
             raise KeyboardInterrupt
         self._number = number
         if not self.unsaved:
             raise self.stopped("between the steps")
-        if number == signal.SIGINT and self.ranks.first:  # print may be interrupted in itself
+        if number == signal.SIGINT and self.ranks.first:  # print is not reentrant
             os.write(2, b"\nstopping once this step is saved; Ctrl-C again stops at once and loses it\n")

@@ -1,4 +1,4 @@
-"""What a run says of its steps: a row of metrics.jsonl, points in the trackers, a progress bar."""
+"""Logging of a run's steps: a row of metrics.jsonl, points in the trackers, a progress bar."""
 
 import math
 from pathlib import Path
@@ -15,10 +15,12 @@ from linvideo.run.trackers import Trackers
 
 
 class StepLog:
-    """The log of one run; on all ranks but the first it says nothing.
+    """The log of a run. Only the first rank logs.
 
     Args:
-        last_step: the step of the whole run that it continues after; later rows of an interrupted run are dropped.
+        config: The options of the run.
+        ranks: The ranks of the run.
+        last_step: Step (of the whole run) after which the run continues. Later rows of an interrupted run are dropped.
     """
 
     def __init__(self, config: RunConfig, ranks: Ranks, last_step: int):

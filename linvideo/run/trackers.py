@@ -1,4 +1,4 @@
-"""Where a run can be watched, apart from its own files: tensorboard and wandb, on the first rank."""
+"""Trackers in which a run can be watched, on top of its own files: tensorboard and wandb, on the first rank."""
 
 import secrets
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ WANDB_ID = "wandb_run_id.txt"
 
 
 class Tensorboard:
-    """Events in output_dir/logs; those after `last_step` are purged."""
+    """Events in output_dir/logs. Those after `last_step` are purged."""
 
     def __init__(self, output_dir: Path, project: str, config: dict[str, Any], last_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -25,7 +25,7 @@ class Tensorboard:
             self._writer.add_scalar(name, value, step)
 
     def video(self, name: str, path: Path, frames: np.ndarray, step: int) -> None:
-        """Eight of the frames side by side: films would need moviepy."""
+        """Log eight of the frames side by side, because videos would need moviepy."""
         chosen = frames[np.linspace(0, len(frames) - 1, min(8, len(frames))).astype(int)]
         self._writer.add_image(name, np.concatenate(list(chosen), axis=1), step, dataformats="HWC")
 
@@ -34,14 +34,16 @@ class Tensorboard:
 
 
 class Wandb:
-    """One wandb run for the whole run, whose id is kept in output_dir. What wandb knows already is not sent again: a
-    continued run repeats those steps exactly."""
+    """One wandb run for the whole run, whose id is stored in output_dir.
+
+    A continued run repeats some steps exactly; steps that wandb has already are not sent again.
+    """
 
     def __init__(self, output_dir: Path, project: str, config: dict[str, Any], last_step: int):
         import wandb
 
         path = output_dir / WANDB_ID
-        if not path.is_file():  # before wandb hears of it: a kill in between must not leave a second run there
+        if not path.is_file():  # before wandb.init, so that a kill in between doesn't cause a second wandb run
             write_text(path, secrets.token_hex(4))
         self._video = wandb.Video
         self._run = wandb.init(
@@ -64,27 +66,30 @@ TRACKERS = {"tensorboard": Tensorboard, "wandb": Wandb}
 
 
 def tracker_names(report_to: str) -> list[str]:
-    """ "none" -> [], "tensorboard,wandb" -> both.
+    """Return the names in an option value such as "none" (no names) or "tensorboard,wandb".
 
     Raises:
-        ValueError: another name, or a package that is not installed.
+        ValueError: A name is unknown, or its package is not installed.
     """
     names = [] if report_to == "none" else [name.strip() for name in report_to.split(",")]
     if unknown := [name for name in names if name not in TRACKERS]:
         raise ValueError(f"report_to must be none, {' or '.join(TRACKERS)}, or several with commas, got {unknown[0]!r}")
     for name in names:
         found = find_spec(name)
-        if found is None or found.origin is None:  # without origin it is a folder of that name, as wandb leaves them
+        if found is None or found.origin is None:  # without origin: a folder of that name, as wandb creates
             raise ValueError(f"report_to {name} needs the package {name}, which is not installed")
     return names
 
 
 class Trackers:
-    """Those that `report_to` names, as one.
+    """The trackers that `report_to` names, used as one.
 
     Args:
-        config: the run's, as plain values.
-        last_step: rows after it belong to a part of the run that is done again.
+        report_to: Option value; see RunConfig.
+        output_dir: Folder of the run.
+        project: Name of the wandb project.
+        config: The options of the run as plain values.
+        last_step: Step after which the run continues. Logged values of later steps are replaced.
     """
 
     def __init__(
@@ -94,7 +99,7 @@ class Trackers:
         self._trackers = [TRACKERS[name](*arguments) for name in dict.fromkeys(tracker_names(report_to))]
 
     def log(self, group: str, values: dict[str, Any], step: int) -> None:
-        """Plot numbers as "group/name", those of a dict as "group/name/key"; anything else is left out."""
+        """Log numbers as "group/name" and those of a dict as "group/name/key". Other values are left out."""
         flat: dict[str, Any] = {}
         for name, value in values.items():
             flat |= {f"{name}/{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
@@ -103,7 +108,7 @@ class Trackers:
             tracker.log(numbers, step)
 
     def video(self, name: str, path: Path, frames: np.ndarray, step: int) -> None:
-        """Show the mp4 at `path`, whose frames are uint8 [F, H, W, 3]."""
+        """Log the mp4 file `path`, whose frames are uint8 [F, H, W, 3]."""
         for tracker in self._trackers:
             tracker.video(name, path, frames, step)
 

@@ -1,4 +1,4 @@
-"""Models as a run trains them, and teachers as it asks them: compiled, in shards, offloaded, as configured."""
+"""Preparing models to train and teachers to be evaluated: compiled, sharded, offloaded, as configured."""
 
 import torch
 
@@ -8,15 +8,19 @@ from linvideo.run.sharding import shard, split_tokens
 
 
 def trainable(model: torch.nn.Module, config: RunConfig, ranks: Ranks, own: bool = True) -> torch.nn.Module:
-    """`model` in place, ready to train: compiled, in shards, activations recomputed, as configured.
+    """Make `model` ready to train, in place: compiled, sharded, with gradient checkpointing, as configured.
 
-    own: whether it gets trainable fp32 copies of weights that it shares with another; else they stay as they are.
+    Args:
+        model: The model.
+        config: The options of the run.
+        ranks: The ranks of the run.
+        own: Whether to replace weights that the model shares with another one by trainable fp32 copies.
     """
     if config.compile:
-        # the blocks share their code: kinds of attention, with and without gradient and adapters
+        # the blocks share code, which is compiled for each kind of attention, with and without gradients and adapters
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         for block in model.blocks:
-            block.forward = torch.compile(block.forward)  # not the call: hooks of FSDP2 stay outside
+            block.forward = torch.compile(block.forward)  # not the module, so that FSDP2's hooks stay outside
     split_tokens(model, ranks)
     dtype = torch.bfloat16 if own and config.mixed_precision == "bf16" else None
     shard(model, ranks, compute_dtype=dtype, own=own)
@@ -26,12 +30,12 @@ def trainable(model: torch.nn.Module, config: RunConfig, ranks: Ranks, own: bool
 
 
 def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters that require gradients."""
+    """Return the parameters that require gradients."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def frozen(teacher: torch.nn.Module, config: RunConfig, ranks: Ranks) -> torch.nn.Module:
-    """The teacher in place, in shards or offloaded."""
+    """Shard or offload the teacher in place, as configured."""
     if ranks.size > 1:
         teacher.requires_grad_(False)
         split_tokens(teacher, ranks)

@@ -1,10 +1,11 @@
-"""The validation of a run: the student's videos next to the teacher's, with metrics, in the run's folder.
+"""The validation of a run: videos of the student and the teacher with metrics, in the folder of the run.
 
-    validation/teacher/<i>.mp4, validation/teacher.safetensors    made once; their frames, uint8 [F, H, W, 3] each
-    validation/step-<n>/<i>.mp4                                   of the student after step n of the run
-    validation.jsonl                                              a row a validation: means over its videos
+    validation/teacher/<i>.mp4       the teacher's videos, made once
+    validation/teacher.safetensors   their frames, uint8 [F, H, W, 3] each
+    validation/step-<n>/<i>.mp4      the student's videos after step n of the run
+    validation.jsonl                 one row per validation: means over its videos
 
-Every rank makes the same forwards, because each may hold a part of the weights; the first one decodes and writes.
+Every rank makes the same forwards, because each may hold a part of the weights. The first one decodes and writes.
 """
 
 import hashlib
@@ -39,14 +40,17 @@ from linvideo.trajectories.seeding import draw_noise
 
 
 class Validator:
-    """Validates a student whenever it is called.
+    """Validate a student at each call.
 
     Args:
-        pipeline: the teacher's. Its text encoder is used here and now, if at all; of two experts the one that is not
-            trained comes to the ranks' device to sample its part, and has left it when videos are decoded.
-        prompts: of the run, used where config.validation has none.
-        request: of the run's trajectory store.
-        student_scheduler: what a distilled student is sampled with, unguided; None is as the trajectories.
+        config: The options of the run.
+        pipeline: The teacher's pipeline. Its text encoder is used in the constructor only. With two experts, the one
+            that is not trained is moved to the ranks' device while it samples, and away before videos are decoded.
+        prompts: Prompts of the run, used unless config.validation has its own.
+        request: Request of the run's trajectory store.
+        ranks: The ranks of the run.
+        student_scheduler: Sampler of a distilled student, used without guidance. None samples the student the way the
+            trajectories are sampled.
     """
 
     def __init__(
@@ -75,7 +79,7 @@ class Validator:
             self.prompts = ranks.on_first(lambda: encode_prompts(pipeline, own, config.prompts, cache, ranks.device))
 
     def done(self, step: int) -> bool:
-        """Whether there is a validation of `step`."""
+        """Return whether there is a validation of `step`."""
         return self.ranks.on_first(
             lambda: self.rows.is_file() and any(row["step"] == step for row in read_metrics(self.rows))
         )
@@ -89,14 +93,15 @@ class Validator:
         ema: EMAModel | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Make the videos and the row, unless that was done before a kill, or `stop` comes true in between, on all
-        ranks alike.
+        """Make the videos and the row of a validation, unless it exists already or `stop` returns True meanwhile.
 
         Args:
-            teacher: called like the student.
-            where: step, stage and stage_step.
-            trackers: of the first rank.
-            ema: averaged weights of the student, to be validated in place of its own.
+            student: The model to validate.
+            teacher: The teacher, called like the student.
+            where: Values of step, stage and stage_step.
+            trackers: Trackers to log to, on the first rank.
+            ema: Averaged weights to validate in place of the student's own.
+            stop: Function that says whether to stop, alike on all ranks.
         """
         if self.done(where["step"]) or not self._prepare_teacher(teacher, stop):
             return
@@ -111,7 +116,7 @@ class Validator:
     def _sample(
         self, model: Callable, stop: Callable[[], bool], few_steps: FewStepScheduler | None = None
     ) -> list[torch.Tensor] | None:
-        """Latents of all videos, by the pipeline with `model` in place of the transformer that is trained."""
+        """Sample the latents of all videos with `model` in place of the transformer that is trained."""
         config, device = self.config.validation, self.ranks.device
         component = stored_expert(self.request).component
         other = "transformer" if component == "transformer_2" else "transformer_2"
@@ -122,7 +127,7 @@ class Validator:
         if few_steps is not None:
             scheduler, request, steps = few_steps, request | {"guidance_scale": 1.0}, few_steps.num_steps
         videos = []
-        with on_device(device, idle):  # and away before videos are decoded, which takes as much
+        with on_device(device, idle):  # moved away before decoding, which takes as much memory
             for number, index in enumerate(spread(len(self.prompts), config.num_videos)):
                 prompt = torch.tensor([index])
                 noise = draw_noise((1, *self.request["latent_shape"]), config.seed, "validation", number).to(device)
@@ -136,7 +141,7 @@ class Validator:
         return videos
 
     def _prepare_teacher(self, teacher: Callable, stop: Callable[[], bool]) -> bool:
-        """Have its videos, from the folder when they were made for the same settings; False when stopped."""
+        """Read the teacher's videos, or make them if none exist for these settings. Return False if stopped."""
         if not self.teacher_ready and not self.ranks.on_first(self._read_teacher):
             latents = self._sample(teacher, stop)
             if latents is None:
@@ -164,7 +169,7 @@ class Validator:
         write_cached(self.folder / "teacher.safetensors", tensors, self._key())
 
     def _write(self, latents: torch.Tensor, path: Path) -> np.ndarray:
-        """Decode a video and write it; returns its frames, uint8 [F, H, W, 3]."""
+        """Decode a video, write it and return its frames, uint8 [F, H, W, 3]."""
         frames = decode(self.pipeline, latents)
         save_video(frames, path, fps=self.fps)
         return np.stack([np.asarray(frame) for frame in frames])
@@ -190,7 +195,7 @@ class Validator:
 
 @contextmanager
 def averaged(model: torch.nn.Module, ema: EMAModel | None):
-    """`model` with the averaged weights meanwhile, if there are any."""
+    """Give `model` the averaged weights, if there are any, inside a `with` block."""
     if ema is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""One training step's gradient: which objective, on which states, over how many micro-batches."""
+"""The gradient of one training step: its objective, on its states, over all micro-batches."""
 
 import torch
 
@@ -14,16 +14,22 @@ from linvideo.transfer.train_config import TrainConfig
 
 
 class GradientStep:
-    """Calls add a step's gradient to the student's parameters; devices are the models' own.
+    """Add the gradient of a step to the student's parameters at each call.
 
     A step sees one global batch: gradient_accumulation_steps micro-batches of train_batch_size samples on each data
-    rank. Everything drawn belongs to a sample's position in it, so that another number of ranks, with another number
-    of micro-batches each, trains on the same samples.
+    rank. Every random draw belongs to the position of a sample in it. A different number of ranks, with a different
+    number of micro-batches each, therefore trains on the same samples.
 
     Args:
-        grid: (timesteps, sigmas) of the sampler the trajectories were made with.
-        stage: names the draws. objective: names the loss.
-        ranks: those that share the work; None is this process alone.
+        student: The model to train.
+        teacher: The teacher, called like the student.
+        store: The teacher's trajectories.
+        prompts: Embeddings of the prompts.
+        grid: Timesteps and sigmas of the sampler that the trajectories were made with.
+        config: The options of the run.
+        stage: Name of the stage, which is part of the seed of all draws.
+        objective: The loss.
+        ranks: The ranks of the run. None means this process alone.
     """
 
     def __init__(
@@ -55,7 +61,7 @@ class GradientStep:
         return self.ranks.micro_batch(micro, self.config.train_batch_size)
 
     def __call__(self, step: int) -> tuple[str, float]:
-        """(name of the objective at `step`, mean loss over the global batch); gradients are the global batch's."""
+        """Add the gradient of the global batch. Returns the name of the objective at `step` and the mean loss."""
         name = self.objective.at(step)
         return name, accumulate(lambda micro: self._loss(name, step, micro), self.student, self.config, self.ranks)
 

@@ -1,14 +1,14 @@
-"""Training objectives: student S and teacher T under the same condition, one forward each; losses are fp32.
+"""Training objectives, which compare student S and teacher T under the same condition. Losses are fp32.
 
-Anytime distribution matching (ADM; LinVideo, arXiv 2510.08318) minimises KL(q_t || p_t) between the student's states
-and the teacher's at any t. Its gradient with respect to a student's state x_hat_t is -(s_T - s_S), and with the score
-identity of flow.py
+Anytime distribution matching (ADM; LinVideo, arXiv 2510.08318) minimises KL(q_t || p_t) between the student's and the
+teacher's states at any t. Its gradient with respect to a student's state x_hat_t is -(s_T - s_S). With the score
+identity of flow.py,
 
     s_T - s_S = -((1 - t) / t) (u_T - u_S),
 
-both velocities at x_hat_t and without gradient: the student judges itself, there is no fake-score network. How x_hat_t
-is drawn is not known to us; two readings are here, and the one that re-noises the student's one-step x_0 is left out
-because it diverges.
+with both velocities evaluated at x_hat_t and without gradient. The student provides its own score, so no fake-score
+network is needed. The paper does not say how x_hat_t is drawn. Two readings are implemented here. A third one, which
+re-noises the student's one-step x_0, is left out because it diverges.
 """
 
 from dataclasses import dataclass
@@ -29,18 +29,20 @@ class ObjectiveConfig:
     """The loss of fine-tuning.
 
     Args:
-        name:
-            "mse" (default): velocity error on stored teacher states, the paper's baseline. At equal time no other
-            objective came out better in our ablations (docs/results.md).
-            "hybrid" (ours): `mse_steps` steps of "mse", then "mse" and "adm" in turn.
+        name: Objective, one of:
+            "mse" (default): velocity error on stored teacher states, the paper's baseline. At equal training time no
+            other objective came out better in our ablations (docs/results.md).
+            "hybrid" (ours): "mse" for `mse_steps` steps, then "mse" and "adm" alternating.
             "own_mse": velocity error on the student's own states.
-            "adm": ADM with x_hat_t a small ODE step on the student's own trajectory.
-            "adm_step": ADM with x_hat_t one whole sampler step and the raw weight, the paper's text as we read it. Its
-            velocity error grows with samplers of a dozen steps.
-        mse_steps: of "hybrid". ADM's identity holds near the teacher, so it starts from a student that is close.
-        max_dt: of "adm", the small step in t is uniform in (0, max_dt].
-        weight: of "adm": "unit", or "score" for (1 - t) / t clipped at weight_clip. "adm_step" always uses "score".
-        weight_clip: largest "score" weight; it grows without bound towards t = 0.
+            "adm": ADM with x_hat_t a small ODE step further on the student's own trajectory.
+            "adm_step": ADM with x_hat_t one whole sampler step further and the weight (1 - t) / t, the paper's text as
+            we read it. With samplers of a dozen steps the velocity error grows.
+        mse_steps: Number of "mse" steps that "hybrid" begins with. The identity behind ADM holds near the teacher, so
+            ADM should start from a student that is close to it.
+        max_dt: Largest size in t of the small step of "adm", which is drawn uniformly from (0, max_dt].
+        weight: Weight of "adm": "unit", or "score" for (1 - t) / t clipped at weight_clip. "adm_step" always uses
+            "score".
+        weight_clip: Upper limit of the "score" weight, which grows without bound towards t = 0.
     """
 
     name: str = "mse"
@@ -62,19 +64,19 @@ class ObjectiveConfig:
             raise ValueError(f"objective.weight_clip must be positive, got {self.weight_clip}")
 
     def at(self, step: int) -> str:
-        """The objective of `step`: "hybrid" resolves to "mse" or "adm"."""
+        """Return the objective at `step`, "mse" or "adm" for "hybrid"."""
         if self.name != "hybrid":
             return self.name
         return "adm" if step >= self.mse_steps and (step - self.mse_steps) % 2 else "mse"
 
 
 def teacher_state_mse(student: torch.nn.Module, batch: StateBatch) -> torch.Tensor:
-    """|u_S(x_t, t, c) - u_T(x_t, t, c)|^2 on stored teacher states, mean over elements."""
+    """Return the mean over elements of |u_S(x_t, t, c) - u_T(x_t, t, c)|^2 on stored teacher states."""
     return mean_square(predict_velocity(student, batch.x, batch.timestep, batch.conditions), batch.u)
 
 
 def own_state_mse(student: torch.nn.Module, teacher: torch.nn.Module, rollouts: StudentRollouts) -> torch.Tensor:
-    """Velocity error on the student's own states. Advances the rollouts."""
+    """Return the velocity error on the student's own states, and advance the rollouts."""
     conditions = rollouts.conditions()
     u_student = predict_velocity(student, rollouts.x, rollouts.timestep, conditions)
     u_teacher = teacher_velocity(teacher, rollouts.x, rollouts.timestep, conditions)
@@ -83,15 +85,15 @@ def own_state_mse(student: torch.nn.Module, teacher: torch.nn.Module, rollouts: 
 
 
 def score_weight(t: torch.Tensor, clip: float) -> torch.Tensor:
-    """(1 - t) / t, at most `clip`; t in [0, 1]."""
+    """Return (1 - t) / t for t in [0, 1], clipped at `clip`."""
     return ((1 - t) / t.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(clip)
 
 
 def adm_gradient(u_teacher: torch.Tensor, u_student: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The gradient of KL(q_t || p_t) with respect to x_hat_t: -(s_T - s_S) = weight * (u_T - u_S), weight = (1 - t) /
-    t.
+    """Return the gradient of KL(q_t || p_t) with respect to x_hat_t: -(s_T - s_S) = weight * (u_T - u_S).
 
-    Descending it moves the student's state, x_hat = x - dt * u_S, towards where the teacher would have gone.
+    The exact weight is (1 - t) / t. Gradient descent moves the student's state, x_hat = x - dt * u_S, towards where the
+    teacher would have gone.
     """
     return like(weight, u_teacher) * (u_teacher - u_student)
 
@@ -103,15 +105,19 @@ def adm_small_step(
     dt: torch.Tensor,
     config: ObjectiveConfig,
 ) -> torch.Tensor:
-    """ADM at x_hat_t = x_s - dt u_S(x_s), t = s - dt, on the student's own trajectory. Advances the rollouts.
+    """Return the ADM loss at x_hat_t = x_s - dt u_S(x_s), t = s - dt, and advance the rollouts.
 
-    The gradient is divided by |d x_hat / d u_S| = dt, so that its size does not depend on how small the step is. To
-    first order in dt this is the gradient of the own-state velocity error.
+    The gradient is divided by |d x_hat / d u_S| = dt, so that its size doesn't depend on the size of the step. To first
+    order in dt it is the gradient of the own-state velocity error.
 
     Args:
+        student: The model to train.
+        teacher: The teacher, called like the student.
+        rollouts: Rollouts of the student.
         dt: [B], size of the small step in t, at most half of the rollouts' margin.
+        config: Options of the weight.
 
-    Returns a loss with the value of the weighted mean of (u_T - u_S)^2 at x_hat_t.
+    The value of the loss is the weighted mean of (u_T - u_S)^2 at x_hat_t.
     """
     t = rollouts.sigma - dt
     weight = torch.ones_like(t) if config.weight == "unit" else score_weight(t, config.weight_clip)
@@ -121,7 +127,7 @@ def adm_small_step(
 def adm_sampler_step(
     student: torch.nn.Module, teacher: torch.nn.Module, rollouts: StudentRollouts, config: ObjectiveConfig
 ) -> torch.Tensor:
-    """ADM at the end of one whole sampler step, weight (1 - t) / t clipped. Advances the rollouts."""
+    """Return the ADM loss after a whole sampler step, weight (1 - t) / t clipped, and advance the rollouts."""
     t = sampler_step_end(rollouts)
     weight = score_weight(t, config.weight_clip)
     return _adm(student, teacher, rollouts, rollouts.sigma - t, t, weight, normalize=False)

@@ -104,7 +104,7 @@ class StudentRollouts:
 
     def _restart(self, index: int) -> None:
         self.restarts[index] += 1
-        # an earlier word for a rollout; it names the random stream, so another word would change what seeds reproduce
+        # an earlier word for a rollout. It names the random stream, so another word would change the result of a seed.
         name = (self.seed, "lane", self.positions[index], int(self.restarts[index]))
         if self.expert.name == "low_noise":
             trajectory = self.entries[stable_hash(*name, "trajectory") % len(self.entries)]

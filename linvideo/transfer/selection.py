@@ -1,12 +1,12 @@
-"""Selective transfer: which layers become linear (LinVideo, arXiv 2510.08318).
+"""Selective transfer: the choice of the layers that become linear (LinVideo, arXiv 2510.08318).
 
 Every candidate layer computes r * softmax + (1 - r) * linear with its own scalar r, and all weights train on
 
     L = L_task + lambda_con * L_con + lambda_reg * L_reg.
 
-L_con asks for the target number of linear layers, L_reg = sum_l (1 - |2 r_l - 1|^alpha) pushes every r to 0 or 1, with
-alpha annealed from 20 to 2. At the end the layers with the smallest r, as many as the target says, become linear; or,
-as in the paper, those with r < 0.5.
+L_con asks for the target number of linear layers. L_reg = sum_l (1 - |2 r_l - 1|^alpha) pushes every r to 0 or 1, with
+alpha annealed from 20 to 2. At the end, the target number of layers with the smallest r become linear. Optionally, as
+in the paper, it is all layers with r < 0.5 instead.
 """
 
 import math
@@ -24,28 +24,35 @@ ROUNDINGS = ("top_k", "threshold")
 
 @dataclass
 class SelectionConfig:
-    """Layer selection. The defaults work in about 100 steps; the paper's form needs thousands.
+    """Layer selection. The defaults work in about 100 steps, the paper's form needs thousands.
 
     Args:
-        method: "learned" (r, the paper), "sensitivity" (lowest errors of that pass, no training) or "layers".
-        num_linear_layers: the target; None is half of the model's layers (of "layers": its length).
-        layers: 0-based layers for method "layers".
-        max_train_steps: of the mixed stage (method "learned").
-        count: form of L_con.
-            "continuous" (ours): (mean r - (1 - target/L))^2, which does not grow with depth.
-            "rounded" (paper): (number of r that round to 0, minus target)^2 with a straight-through estimator; it gives
-            every layer the same push, and with few steps all r end near 0.5.
-        rounding: which layers the learned r makes linear.
-            "top_k" (ours): the smallest r, exactly as many as the target.
-            "threshold" (paper): every r < 0.5, however many; none is an error. Method "learned" only.
-        lambda_con: weight of L_con. Paper: 0.01, with count "rounded".
-        lambda_reg: weight of L_reg. Paper: 0.01, with count "rounded".
-        alpha_start: alpha of L_reg at the first step, linear over the stage.
-        alpha_end: alpha of L_reg at the last step.
-        r_init: start of r. Not 1: there L_reg holds every r whatever the count says.
-        r_from_sensitivity: start r between 0.6 and 0.95 by rank in the sensitivity pass, instead of at r_init.
-        r_learning_rate: of r's own Adam; 2e-2 for about 100 steps, about 1e-3 for 3000.
-        objective: L_task, a name from ObjectiveConfig.
+        method: Method of selection:
+            "learned" (paper): every layer computes r * softmax + (1 - r) * linear, and its r is trained.
+            "sensitivity": the layers with the lowest errors in the sensitivity pass, without training.
+            "layers": those given as selection.layers.
+        num_linear_layers: Target number of linear layers. None means half of the model's layers, or the number of
+            selection.layers.
+        layers: The layers to convert (0-based), for method "layers".
+        max_train_steps: Number of steps in which r is learned, for method "learned".
+        count: Form of L_con, which draws the number of linear layers towards the target:
+            "continuous" (ours): (mean r - (1 - target/L))^2, which doesn't grow with the depth L.
+            "rounded" (paper): ((number of r that round to 0) - target)^2 with a straight-through estimator. It pushes
+            all layers equally, and with few steps all r end near 0.5.
+        rounding: Rule that turns the learned r into a choice of layers:
+            "top_k" (ours): the target number of layers with the smallest r.
+            "threshold" (paper): every layer with r < 0.5, regardless of the target. It is an error if there is none.
+            Only for method "learned".
+        lambda_con: Weight of L_con. The paper uses 0.01, with count "rounded".
+        lambda_reg: Weight of L_reg, which pushes every r to 0 or 1. The paper uses 0.01, with count "rounded".
+        alpha_start: Exponent alpha of L_reg at the first step. It changes linearly over the stage. A large
+            alpha makes L_reg flat except near 0 and 1, so r first moves freely.
+        alpha_end: Exponent alpha of L_reg at the last step.
+        r_init: Initial value of r. It must be below 1, where L_reg would hold every r in place.
+        r_from_sensitivity: Whether to start r between 0.6 and 0.95 by rank in the sensitivity pass, instead of at
+            r_init.
+        r_learning_rate: Learning rate of r, which has its own Adam. 2e-2 suits about 100 steps, about 1e-3 suits 3000.
+        objective: Objective while r is learned (L_task), one of the names of objective.name.
     """
 
     method: str = "learned"
@@ -76,7 +83,8 @@ class SelectionConfig:
             raise ValueError(f"selection.objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         if (self.layers is not None) != (self.method == "layers"):
             raise ValueError(
-                f"selection.layers goes with selection.method layers, got method {self.method} and layers {self.layers}"
+                "selection.layers and selection.method layers need each other, got"
+                f" method {self.method} and layers {self.layers}"
             )
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise ValueError(f"selection.layers must be a list of distinct layers, got {self.layers}")
@@ -100,15 +108,15 @@ class SelectionConfig:
                 f"selection.alpha_start and alpha_end must be at least 1, got {self.alpha_start} and {self.alpha_end}"
             )
         if not 0 < self.r_init < 1:
-            raise ValueError(f"selection.r_init must lie inside (0, 1): at the ends r cannot move; got {self.r_init}")
+            raise ValueError(f"selection.r_init must lie inside (0, 1): r cannot leave 0 or 1, got {self.r_init}")
         if self.r_learning_rate <= 0:
             raise ValueError(f"selection.r_learning_rate must be positive, got {self.r_learning_rate}")
 
     def target(self, num_layers: int) -> int:
-        """How many of `num_layers` become linear.
+        """Return the target number of linear layers of a model with `num_layers` layers.
 
         Raises:
-            ValueError: more than there are, or layers out of range.
+            ValueError: The target is larger than the model, or selection.layers are out of range.
         """
         if self.layers is not None:
             if any(not 0 <= layer < num_layers for layer in self.layers):
@@ -123,7 +131,7 @@ class SelectionConfig:
 
 
 def count_penalty(r: torch.Tensor, target: int, count: str = "continuous") -> torch.Tensor:
-    """L_con for r [L]: how far the number of linear layers is from `target`; scalar fp32."""
+    """Return L_con for r [L], a measure of how far the number of linear layers is from `target`, as an fp32 scalar."""
     if count == "continuous":
         return (r.mean() - (1 - target / len(r))).square()
     hard = (r >= 0.5).to(r.dtype)
@@ -132,12 +140,12 @@ def count_penalty(r: torch.Tensor, target: int, count: str = "continuous") -> to
 
 
 def rounding_penalty(r: torch.Tensor, alpha: float) -> torch.Tensor:
-    """L_reg for r [L]: sum_l (1 - |2 r_l - 1|^alpha), 0 when every r is 0 or 1."""
+    """Return L_reg for r [L]: sum_l (1 - |2 r_l - 1|^alpha), which is 0 when every r is 0 or 1."""
     return (1 - (2 * r - 1).abs().pow(alpha)).sum()
 
 
 def anneal_alpha(config: SelectionConfig, step: int) -> float:
-    """alpha at `step` of the stage, from alpha_start at the first to alpha_end at the last."""
+    """Return alpha at `step` of the stage, linear from alpha_start at the first step to alpha_end at the last."""
     progress = step / max(1, config.max_train_steps - 1)
     return config.alpha_start + (config.alpha_end - config.alpha_start) * min(1.0, progress)
 
@@ -145,10 +153,15 @@ def anneal_alpha(config: SelectionConfig, step: int) -> float:
 def add_penalties(
     parameters: list[torch.nn.Parameter], target: int, config: SelectionConfig, step: int
 ) -> dict[str, float]:
-    """Add the gradients of lambda_con * L_con and lambda_reg * L_reg to r's; returns both, and r's three gradient
-    norms.
+    """Add the gradients of lambda_con * L_con and lambda_reg * L_reg to those of r.
 
-    `parameters` are the r of all mixed layers, each [1], with the task's gradient in place.
+    Args:
+        parameters: The r of all mixed layers, each [1], which have the gradient of the task already.
+        target: Target number of linear layers.
+        config: Options of the selection.
+        step: Step of the stage.
+
+    Returns alpha, the two weighted penalties, and the norms of the three gradients with respect to r.
     """
     alpha = anneal_alpha(config, step)
     r = torch.cat(parameters)
@@ -170,10 +183,10 @@ def _norm(gradients: Sequence[torch.Tensor]) -> float:
 
 
 def lowest(values: dict[int, float], count: int) -> list[int]:
-    """The `count` layers with the smallest value, sorted; ties go to the earlier layer.
+    """Return the `count` layers with the smallest values, sorted. Ties go to the earlier layer.
 
     Raises:
-        ValueError: a value is NaN, which has no place in an order.
+        ValueError: A value is NaN, which cannot be ranked.
     """
     if unknown := [layer for layer, value in values.items() if math.isnan(value)]:
         raise ValueError(f"cannot choose layers: the values of layers {unknown} are NaN")
@@ -181,10 +194,10 @@ def lowest(values: dict[int, float], count: int) -> list[int]:
 
 
 def round_r(r: dict[int, float], target: int, rounding: str = "top_k") -> list[int]:
-    """The layers that learned `r` makes linear, sorted; see SelectionConfig.rounding.
+    """Return the layers that become linear according to the learned `r`, sorted; see SelectionConfig.rounding.
 
     Raises:
-        ValueError: "threshold", and no r lies below 0.5.
+        ValueError: The rounding is "threshold" and no r is below 0.5.
     """
     if rounding == "top_k":
         return lowest(r, target)
@@ -198,6 +211,6 @@ def round_r(r: dict[int, float], target: int, rounding: str = "top_k") -> list[i
 
 
 def initial_r(sensitivity: dict[int, float]) -> dict[int, float]:
-    """Start of r by rank: 0.6 for the least sensitive layer to 0.95 for the most."""
+    """Return initial values of r by rank, from 0.6 for the least sensitive layer to 0.95 for the most sensitive."""
     order = sorted(sensitivity, key=lambda layer: (sensitivity[layer], layer))
     return {layer: 0.6 + 0.35 * rank / max(1, len(order) - 1) for rank, layer in enumerate(order)}

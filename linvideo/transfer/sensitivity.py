@@ -1,8 +1,7 @@
-"""Per-layer sensitivity: the velocity error of the model with one layer linear and all others softmax, without
-training.
+"""The sensitivity of each layer: the velocity error of the model with that layer linear and all others softmax.
 
-A baseline of ours next to the paper's learned selection: at small scale the layers with the lowest error were as good a
-choice as any learned one.
+It needs no training. We use it as a baseline for the paper's learned selection: at small scale, the layers with the
+lowest errors were as good a choice as any learned one.
 """
 
 import math
@@ -21,11 +20,11 @@ from linvideo.trajectories.store import StateBatch
 
 @dataclass
 class SensitivityConfig:
-    """The sensitivity pass, each layer linear alone.
+    """The sensitivity pass, which measures the error with each layer alone made linear.
 
     Args:
-        num_states: teacher states each layer is judged on; 0 skips the pass.
-        batch_size: teacher states a forward, on each rank.
+        num_states: Number of teacher states that each layer is measured on. 0 skips the pass.
+        batch_size: Number of teacher states per forward, on each rank.
     """
 
     num_states: int = 96
@@ -40,9 +39,12 @@ class SensitivityConfig:
 
 @torch.no_grad()
 def velocity_error(student: torch.nn.Module, batches: Iterable[StateBatch], ranks: Ranks | None = None) -> float:
-    """Mean over elements of |u_student - u_teacher|^2 on teacher states, the teacher's u as stored.
+    """Return the mean over elements of |u_student - u_teacher|^2 on teacher states, with the stored u of the teacher.
 
-    ranks: that hold other batches; the mean is over all of them.
+    Args:
+        student: The model.
+        batches: The teacher states.
+        ranks: Ranks that hold different batches; the mean is over all of them. None means this process alone.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=student.device)
     for batch in batches:
@@ -59,14 +61,16 @@ def layer_sensitivity(
     progress: bool = True,
     ranks: Ranks | None = None,
 ) -> tuple[dict[int, float], float]:
-    """(layer -> velocity error with that layer alone linear, the error with none linear).
+    """Return layer -> velocity error with that layer alone linear, and the error with no layer linear.
 
     Args:
-        student: with mixed or linear layers; its r and parameters are not touched.
-        batches: gives the same teacher states on every call; of several `ranks` each gives its own.
+        student: Model with mixed or linear layers. Its r and other parameters are not changed.
+        batches: Function that returns the same teacher states at every call, on each rank its own part.
+        progress: Whether to show a progress bar.
+        ranks: The ranks of the run. None means this process alone.
 
     Raises:
-        ValueError: an error is not finite.
+        ValueError: An error is not finite.
     """
     layers = list(linear_branches(student))
     errors = {}

@@ -1,4 +1,4 @@
-"""The student of a run, and its teacher as training asks it."""
+"""The models of a run: the student, and the teacher as training evaluates it."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from linvideo.transfer.train_config import TrainConfig
 
 
 def mixed(teacher: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
-    """The teacher with mixed layers where linear ones may come, sharing its weights."""
+    """Return a copy of the teacher, sharing its weights, with mixed layers where layers may become linear."""
     selection = config.selection
     layers = "all" if selection.layers is None else selection.layers
     settings = {"feature_map": config.feature_map, "r_init": selection.r_init}
@@ -20,10 +20,10 @@ def mixed(teacher: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
 
 
 def make_student(teacher: torch.nn.Module, config: TrainConfig, ranks: Ranks) -> torch.nn.Module:
-    """With trainable fp32 weights of its own, or adapters on the teacher's; of several ranks, in shards."""
+    """Return the student, sharded over the ranks, with fp32 weights of its own or adapters on the teacher's weights."""
     student = mixed(teacher, config)
     if config.lora.rank is not None:
-        torch.manual_seed(config.seed)  # adapters start from draws of their own
+        torch.manual_seed(config.seed)  # the initial adapters are random
         add_adapters(student, config.lora)
     return trainable(student, config, ranks, own=config.lora.rank is None)
 
@@ -31,7 +31,7 @@ def make_student(teacher: torch.nn.Module, config: TrainConfig, ranks: Ranks) ->
 def training_teacher(
     teacher: torch.nn.Module, student: torch.nn.Module, config: TrainConfig, ranks: Ranks
 ) -> torch.nn.Module | Callable:
-    """The teacher as `frozen`; with adapters, the student's base."""
+    """Return the teacher as prepared by `frozen`; with adapters, the base of the student."""
     if config.lora.rank is not None:
         if ranks.size > 1:
             teacher.to("meta")  # the student's shards have its weights

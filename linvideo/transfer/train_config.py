@@ -32,9 +32,10 @@ class TrainConfig(RunConfig):
     step (all but "mse"); with lora the teacher takes no memory of its own anyway.
 
     Args:
-        expert: which transformer of a pipeline with two (Wan 2.2) is trained, "high_noise" or "low_noise"; the other is
-            exported as it is. To convert both, give the pipeline of one run to a second.
-        feature_map: the feature map of the linear branches.
+        expert: The transformer to train in a pipeline with two experts (Wan 2.2): "high_noise" or "low_noise". The
+            other one is exported as it is. To convert both, use the pipeline of one run as the teacher of a second run.
+        feature_map: Name of the linear branches' feature map: "hedgehog", "hedgehog_joint", "elu", "relu" or "softmax".
+            Only the hedgehog maps have weights, which the warm-up fits to the teacher.
     """
 
     command = "train"
@@ -52,7 +53,9 @@ class TrainConfig(RunConfig):
         self.check_choice("expert", (None, *EXPERTS))
         self.check_choice("feature_map", FEATURE_MAPS)
         if self.offload_teacher and self.lora.rank is not None:
-            raise ValueError("offload_teacher and lora.rank exclude each other: the teacher is the student's own base")
+            raise ValueError(
+                "offload_teacher and lora.rank exclude each other: with lora the teacher is in the student"
+            )
         ranks_layers = self.selection.method == "sensitivity" or self.selection.r_from_sensitivity
         if ranks_layers and not self.sensitivity.num_states:
             raise ValueError("selection by sensitivity needs sensitivity.num_states of at least 1, got 0")

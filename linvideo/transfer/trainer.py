@@ -1,6 +1,6 @@
 """Selective transfer: trajectories -> warm-up -> sensitivity -> selection -> fine-tuning -> export.
 
-`train` is the whole run, resumable at every step; below it stand its stages, in order.
+`train` is the whole run, which can be continued from any step. Its stages follow in order.
 """
 
 import math
@@ -36,16 +36,17 @@ from linvideo.transfer.warmup import attention_output_errors, load_feature_maps
 
 @dataclass
 class TrainResult:
-    """What a run made.
+    """The result of a run.
 
     Args:
-        pipeline: the teacher's with the student in its transformer's place, as saved in pipeline_path; of several
-            processes the first has it, the others None.
-        layers_linear: the linear layers, 0-based.
-        r: layer -> value before rounding; empty unless it was learned.
-        sensitivity: layer -> velocity error with it alone linear, after warm-up.
-        sensitivity_floor: velocity error with no layer linear.
-        seconds: stage -> time spent, over all calls that the run took.
+        pipeline: The teacher's pipeline with the student as its transformer. With several processes only the first one
+            has it, the others have None.
+        pipeline_path: Folder in which the pipeline is saved.
+        layers_linear: The linear layers (0-based).
+        r: layer -> learned r before rounding. Empty unless r was learned.
+        sensitivity: layer -> velocity error with that layer alone linear, after warm-up.
+        sensitivity_floor: Velocity error with no layer linear.
+        seconds: stage -> time spent in it, over all calls of the run.
     """
 
     pipeline: Any
@@ -63,27 +64,29 @@ def train(
     prompts: list[str] | None = None,
     images: Sequence[Any] | None = None,
 ) -> TrainResult:
-    """Run, or finish, selective transfer as `config` says.
+    """Run or continue selective transfer according to `config`.
 
     Args:
-        teacher_pipeline: a WanPipeline in memory, in place of config.pretrained_model_name_or_path. Its transformer is
-            copied, not changed; training runs on that transformer's device. Under torchrun, with offload_teacher or
-            with attention_backend it is changed: sharded, or given hooks or that backend. Of two experts the one to be
-            trained must be stock, the other may be converted already.
-        prompts: captions, in place of config.prompts.prompts_file.
-        images: with `prompts`, of an image-to-video pipeline: a PIL image or an image file for each.
+        config: The options of the run.
+        teacher_pipeline: A WanPipeline in memory, used instead of config.pretrained_model_name_or_path. Training runs
+            on the device of its transformer, which is copied, not changed. The exceptions are runs under torchrun, with
+            offload_teacher or with attention_backend, which shard it or set its hooks or its backend. Of two experts,
+            the one to be trained must be stock; the other may be converted already.
+        prompts: Captions, used instead of config.prompts.prompts_file.
+        images: One PIL image or image file per entry of `prompts`, for an image-to-video pipeline.
 
     Raises:
-        ValueError: before anything is written: no teacher, a pipeline or settings that do not fit it, a folder in use
-            by another run, or one whose trajectories belong to another request or whose checkpoint to another config.
-            Later: no learned r fell below 0.5 with selection.rounding "threshold".
-        TrainingDiverged: see config.max_nonfinite_steps.
-        TrainingStopped: SIGTERM or Ctrl-C came; between two optimizer steps a checkpoint was saved first.
-        OSError: a checkpoint could not be written, say on a full disk; the earlier ones are untouched.
+        ValueError: Before anything is written: there is no teacher, the pipeline or settings don't fit, another run
+        uses
+            the folder, or its trajectories or checkpoint belong to another request or config. Later: with
+            selection.rounding "threshold", no learned r is below 0.5.
+        TrainingDiverged: See config.max_nonfinite_steps.
+        TrainingStopped: SIGTERM or Ctrl-C came. If it came during a stage's steps, a checkpoint was saved first.
+        OSError: A checkpoint could not be written, for example on a full disk. The earlier ones are untouched.
     """
     run, source = prepare(config, teacher_pipeline, prompts, images)
     with run:
-        # until layers are selected nothing has depended on how that is done
+        # until layers are selected, the rule of their selection may still change
         run.check_continues(free=() if "linear_layers" in run.results else ("selection.rounding",))
         data = open_data(run, source)
         student, teacher = make_models(run, source)
@@ -110,12 +113,18 @@ def collect(
     prompts: list[str] | None = None,
     images: Sequence[Any] | None = None,
 ) -> TrajectoryStore:
-    """Only make the trajectories of a run: of several workers, on whatever machines, this one's part, also next to a
-    run that trains in the folder. The other arguments, and the errors, are those of `train`.
+    """Collect this worker's part of a run's trajectories and do nothing else.
+
+    Several workers, on any machines, may share the folder, also while a run trains in it. The errors are those of
+    `train`.
 
     Args:
-        worker: the number of this worker, from 0.
-        workers: the number of workers.
+        config: The options of the run.
+        worker: Number of this worker, from 0.
+        workers: Total number of workers.
+        teacher_pipeline: See `train`.
+        prompts: See `train`.
+        images: See `train`.
     """
     run, source = prepare(config, teacher_pipeline, prompts, images)
     return collect_part(run, source, worker, workers)
@@ -127,10 +136,10 @@ def prepare(
     prompts: list[str] | None = None,
     images: Sequence[Any] | None = None,
 ) -> tuple[Run, Source]:
-    """What a run starts from. Arguments as for `train`.
+    """Return the run and its inputs. The arguments are those of `train`.
 
     Raises:
-        ValueError: what `train` would raise after hours of sampling.
+        ValueError: The reasons of `train`, before hours are spent on sampling.
     """
     choose = partial(choose_expert, name=config.expert, guidance_scale_2=config.trajectories.guidance_scale_2)
     run, source = open_run(config, STAGES, choose, teacher_pipeline, prompts, images)
@@ -141,7 +150,7 @@ def prepare(
 
 
 def make_models(run: Run, source: Source) -> tuple[torch.nn.Module, Callable]:
-    """The student as the run has it by now, with its initial weights, and the teacher that it learns from."""
+    """Return the student, with the run's present layers but initial weights, and the teacher that it learns from."""
     student = make_student(source.transformer, run.config, run.ranks)
     teacher = training_teacher(source.transformer, student, run.config, run.ranks)
     if "linear_layers" in run.results:
@@ -175,7 +184,7 @@ def warm_up(run: Run, data: Data, student: torch.nn.Module, teacher: Callable) -
 
 
 def measure_sensitivity(run: Run, data: Data, student: torch.nn.Module, teacher: Callable) -> None:
-    """The velocity error with each layer alone linear."""
+    """Measure the velocity error with each layer alone linear."""
     if run.config.sensitivity.num_states:
         show = run.config.progress and run.ranks.first
         with eager(), autocast(run.config, run.device):
@@ -184,7 +193,7 @@ def measure_sensitivity(run: Run, data: Data, student: torch.nn.Module, teacher:
 
 
 def select_layers(run: Run, data: Data, student: torch.nn.Module, teacher: Callable) -> None:
-    """Decide which layers become linear, and make them so."""
+    """Select the layers that become linear, and convert them."""
     config, results, summary = run.config.selection, run.results, {}
     target = config.target(len(student.blocks))
     if config.method == "layers":
@@ -205,7 +214,7 @@ def select_layers(run: Run, data: Data, student: torch.nn.Module, teacher: Calla
 
 
 def learn_r(run: Run, data: Data, student: torch.nn.Module, teacher: Callable) -> None:
-    """Train all weights and each mixed layer's r."""
+    """Train all weights and the r of each mixed layer."""
     config, named_r = run.config.selection, gates(student)
     if config.r_from_sensitivity and not run.stage_step:
         with torch.no_grad():
@@ -260,35 +269,35 @@ def finetune(run: Run, data: Data, student: torch.nn.Module, teacher: Callable) 
 STAGES = {"warmup": warm_up, "sensitivity": measure_sensitivity, "selection": select_layers, "finetune": finetune}
 
 
-# What the stages share.
+# Shared by the stages.
 
 
 def make_gradient(
     run: Run, data: Data, student: torch.nn.Module, teacher: Callable, objective: ObjectiveConfig
 ) -> GradientStep:
-    """What gives each step's gradient in the run's stage."""
+    """Return the object that computes the gradients of the run's current stage."""
     models_and_data = (student, teacher, data.store, data.prompts, data.source.grid)
     return GradientStep(*models_and_data, run.config, run.stage, objective, run.ranks)
 
 
 def draw(run: Run, data: Data, positions: list[int], counts: bool, *name: int | str) -> StateBatch:
-    """Teacher states by name; counts: see StateBatch."""
+    """Draw teacher states by name. For `counts` see StateBatch."""
     batch = data.store.draw(positions, run.config.seed, *name, prompts=data.prompts, device=run.device)
     return replace(batch, counts=counts)
 
 
 def held_states(run: Run, data: Data) -> Iterator[StateBatch]:
-    """This rank's part of the same teacher states on every call: for sensitivity and the cost of rounding."""
+    """Yield this rank's part of the states for sensitivity and the cost of rounding, the same at every call."""
     count, size = run.config.sensitivity.num_states, run.config.sensitivity.batch_size
     mine, counts = run.ranks.part(count)
-    most = -(-count // run.ranks.data_size)  # of a rank: all make as many forwards
+    most = -(-count // run.ranks.data_size)  # for any rank; all ranks make the same number of forwards
     for start in range(0, most, size):
         chosen = mine[start : start + size]
         yield draw(run, data, chosen or mine[:1], counts and bool(chosen), "held")
 
 
 def held_error(run: Run, data: Data, student: torch.nn.Module) -> float | None:
-    """The velocity error on these states; None where there are none."""
+    """Return the velocity error on the held states, None if there are none."""
     if not run.config.sensitivity.num_states:
         return None
     with eager(), autocast(run.config, run.device):
@@ -296,12 +305,12 @@ def held_error(run: Run, data: Data, student: torch.nn.Module) -> float | None:
 
 
 def eager() -> Any:
-    """No compilation for what runs a few times only, and with hooks that differ from call to call."""
+    """Turn compilation off, for code that runs only a few times and whose hooks differ between calls."""
     return torch.compiler.set_stance("force_eager")
 
 
 def how_trained(config: TrainConfig, student: torch.nn.Module) -> Training:
-    """For the model card."""
+    """Return the entries of the model card."""
     steps = {
         "warm-up": config.warmup.max_train_steps if feature_weights(student) else 0,
         "selection": config.selection.max_train_steps if config.selection.method == "learned" else 0,
@@ -313,10 +322,10 @@ def how_trained(config: TrainConfig, student: torch.nn.Module) -> Training:
 
 
 def warmed_up(teacher: torch.nn.Module, config: TrainConfig, layers: list[int]) -> torch.nn.Module:
-    """A copy of a run's teacher with `layers` linear after warm-up only: what fine-tuning starts from.
+    """Return a copy of a run's teacher with `layers` linear after warm-up only, the starting point of fine-tuning.
 
     Raises:
-        ValueError: the warm-up has not run in config.output_dir, or not with these layers.
+        ValueError: There was no warm-up in config.output_dir, or not with these layers.
     """
     model = convert(teacher, layers=layers, mode="linear", feature_map=config.feature_map)
     return load_feature_maps(model, Path(config.output_dir) / run_folder.FEATURE_MAPS)

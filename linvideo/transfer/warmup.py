@@ -1,9 +1,9 @@
-"""Feature-map warm-up: fit W_q and W_k of every candidate layer to its softmax attention, before anything else trains.
+"""Feature-map warm-up: fit W_q and W_k of every candidate layer to its softmax attention, before all other training.
 
-Per layer the relative error |linear - softmax|^2 / |softmax|^2 of the attention output, on teacher states, all layers
-at once (as LoLCATs does for language models, arXiv 2410.10254; not in the LinVideo paper). The layers run as softmax,
-so each sees the inputs it has in the teacher. It takes seconds and decides what the selection then sees: without it
-the cheap layers look expensive.
+The loss of a layer is the relative error |linear - softmax|^2 / |softmax|^2 of its attention output on teacher states.
+All layers are fitted at once, as LoLCATs does for language models (arXiv 2410.10254); the LinVideo paper has no such
+stage. The layers run as softmax, so each sees the same inputs as in the teacher. The warm-up takes seconds, and the
+selection depends on it: without it, layers that are cheap to convert look expensive.
 """
 
 from collections.abc import Iterable
@@ -25,9 +25,9 @@ class WarmupConfig:
     """Feature-map warm-up.
 
     Args:
-        max_train_steps: of warm-up; 0 skips it.
-        learning_rate: of Adam on W_q and W_k.
-        batch_size: teacher states a step, of all ranks together.
+        max_train_steps: Number of warm-up steps. 0 skips the warm-up.
+        learning_rate: Learning rate of Adam for W_q and W_k, the weights of the feature maps.
+        batch_size: Number of teacher states per step, over all ranks.
     """
 
     max_train_steps: int = 80
@@ -44,7 +44,7 @@ class WarmupConfig:
 
 
 def square_sums(output: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """[2]: |output - reference|^2 and |reference|^2 over the whole tensor, in fp32."""
+    """Return [2]: |output - reference|^2 and |reference|^2 over the whole tensor, in fp32."""
     reference = reference.float()
     return torch.stack([(output.float() - reference).square().sum(), reference.square().sum()])
 
@@ -52,13 +52,15 @@ def square_sums(output: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 def attention_output_errors(
     student: torch.nn.Module, batch: StateBatch, backward: bool = False, ranks: Ranks | None = None
 ) -> dict[int, torch.Tensor]:
-    """Layer -> relative error of its linear branch's output against softmax attention, on the teacher's activations.
+    """Return layer -> relative error of its linear branch against softmax attention, on the teacher's activations.
 
     Args:
-        student: with mixed layers; the others are not looked at.
-        backward: also add each error's gradient to the feature weights, layer by layer: no more than one layer's graph
-            is alive at a time.
-        ranks: that hold the other samples, or tokens, of the batch: errors and gradients are the whole batch's.
+        student: Model with mixed layers. Other layers are ignored.
+        batch: Teacher states.
+        backward: Whether to add the gradient of each error to the feature weights. This happens layer by layer, so that
+            only one layer's graph exists at a time.
+        ranks: Ranks that hold the other samples, or tokens, of the batch. Errors and gradients are those of the whole
+            batch. None means this process alone.
     """
     errors: dict[int, torch.Tensor] = {}
     size = 1 if ranks is None else ranks.size
@@ -73,7 +75,7 @@ def attention_output_errors(
                 if backward:
                     (mine[0] / every[1] * size).backward()
             errors[layer] = every[0] / every[1]
-            return softmax_out  # the layers behind see the teacher's activations
+            return softmax_out  # so that later layers see the teacher's activations
 
         return hook
 
@@ -91,9 +93,9 @@ def attention_output_errors(
 
 
 def fit_feature_maps(student: torch.nn.Module, batches: Iterable[StateBatch], learning_rate: float) -> None:
-    """The warm-up on one process and without a run around it: an Adam step of W_q and W_k for each batch."""
+    """Run the warm-up on one process, outside of a run: one Adam step of W_q and W_k per batch."""
     weights = list(feature_weights(student).values())
-    if not weights:  # maps without weights
+    if not weights:  # the feature map has none
         return
     optimizer = torch.optim.Adam(weights, lr=learning_rate)
     for batch in batches:
@@ -103,12 +105,12 @@ def fit_feature_maps(student: torch.nn.Module, batches: Iterable[StateBatch], le
 
 
 def load_feature_maps(model: torch.nn.Module, path: str | Path) -> torch.nn.Module:
-    """Give the linear layers of `model`, in place, the warmed-up W_q and W_k a run has left in
-    feature_maps.safetensors.
+    """Load the warmed-up W_q and W_k from a run's feature_maps.safetensors into the linear layers of `model`, in place.
 
     Raises:
-        ValueError: the file is not there or damaged, or has none for a layer that is linear here, or one of another
-            shape, or one that is not finite.
+        ValueError: The file is missing or damaged, or its weights for a linear layer of `model` are missing, have
+        another
+            shape or are not finite.
     """
     _, tensors = read_safetensors(path)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The optional adversarial term: its losses, the features it reads, what it adds to a step, and that it is off."""
+"""The optional adversarial term: its losses, its features, its part in a step, and that it is off by default."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_every_token_is_judged_by_itself():
     changed[0, 3] += torch.randn(8)
     assert (discriminator(changed) != logits).nonzero().tolist() == [[0, 3]]
     with torch.autocast("cpu", torch.bfloat16):
-        assert discriminator(features).dtype == torch.float32  # softplus of bf16 logits would round small losses away
+        assert discriminator(features).dtype == torch.float32  # softplus of bf16 logits would lose small losses
 
 
 @pytest.mark.parametrize("layer, expected", [(0, 0), (2, 2), (None, 1)])
@@ -51,7 +51,7 @@ def test_the_features_are_the_named_layers_output(layer, expected):
 
 
 @pytest.mark.parametrize("layer", [-1, 3])
-def test_a_layer_that_is_not_there(layer):
+def test_a_layer_that_does_not_exist(layer):
     critic = tiny_transformer()
     with pytest.raises(ValueError, match=rf"^dmd\.adversarial_layer must lie in \[0, 2\], got {layer}$"):
         attach_discriminator(critic, layer)
@@ -74,7 +74,7 @@ def real_samples(path) -> TrajectoryStore:
 
 
 def watched(model) -> list[dict[str, torch.Tensor]]:
-    """x, t, text and u of the calls that come, without their graphs."""
+    """Record x, t, text and u of all further calls, detached."""
     calls = []
 
     def keep(_, __, kwargs, output):
@@ -130,7 +130,7 @@ def test_the_students_turn_adds_the_weighted_loss_and_its_gradient(tmp_path):
     by_hand = gradients(step.student)
     assert by_hand.keys() == added.keys()
     largest = max(float(grad.abs().max()) for grad in gradients(plain.student).values())
-    # of a difference of two gradients, each with fp32's rounding of a dozen layers
+    # tolerance for the difference of two gradients, each with the fp32 rounding errors of a dozen layers
     assert max(float((added[name] - by_hand[name]).abs().max()) for name in added) < 1e-5 * largest
     assert max(float(grad.abs().max()) for grad in by_hand.values()) > 1e-3 * largest
 
@@ -147,13 +147,13 @@ def test_the_critic_learns_to_tell_samples_apart(tmp_path):
     trained = gradients(step.critic)
     assert all(bool(trained[f"discriminator.layers.{i}.{name}"].any()) for i in (1, 3) for name in ("weight", "bias"))
 
-    # real ones are the store's, noised as the student's are, under the prompts they were made from
+    # real samples come from the store, with noise like the student's and the prompts that they were made with
     of_fake, of_real = of_critic
     assert torch.equal(of_fake["t"], of_real["t"])
     clean = of_student[-1]["x"] - column(of_student[-1]["t"]) * of_student[-1]["u"]
     found = clean + (of_real["x"] - of_fake["x"]) / (1 - column(of_real["t"]))
     samples, conditions = step.store.samples(range(3), step.prompts)
-    # rounding of numbers of order 10 at most, divided by 1 - t >= 0.02
+    # tolerance for rounding numbers of at most order 10, divided by 1 - t >= 0.02
     numbers = [[i for i in range(3) if torch.allclose(sample, samples[i], atol=1e-3)] for sample in found]
     assert [len(each) for each in numbers] == [1, 1, 1]
     assert torch.equal(of_real["text"], conditions.prompt_embeds[[each[0] for each in numbers]])
@@ -163,7 +163,7 @@ def test_the_critics_gradient_is_the_same_without_the_leftovers_of_the_students_
     step, alone = dmd_step(tmp_path), dmd_step(tmp_path)
     step.student_gradient(2)
     left = gradients(step.critic)
-    assert any(bool(grad.any()) for grad in left.values())  # which is why the run clears them
+    assert any(bool(grad.any()) for grad in left.values())  # so the run has to clear them
     step.critic.zero_grad()
     losses = [each.critic_gradient(2) for each in (step, alone)]
     assert losses[0] == losses[1]
@@ -179,7 +179,7 @@ def test_it_is_off_by_default(tmp_path):
 
 
 def test_mixed_precision_gives_every_weight_its_gradient(tmp_path):
-    """Though the first forwards of a roll-out have none: autocast must not keep what it cast for them."""
+    """Autocast must not reuse the weights that it cast in a rollout's first forwards, which have no gradient."""
     exact, mixed = dmd_step(tmp_path), dmd_step(tmp_path, mixed_precision="bf16")
     for step in (exact, mixed):
         step.student_gradient(2)
@@ -189,5 +189,5 @@ def test_mixed_precision_gives_every_weight_its_gradient(tmp_path):
         ours, theirs = (gradients(getattr(step, name)) for step in (mixed, exact))
         assert ours.keys() == theirs.keys() == dict(getattr(exact, name).named_parameters()).keys()
         flat, expected = (torch.cat([each[key].flatten() for key in theirs]) for each in (ours, theirs))
-        # a few of bf16's roundings, 2^-8 each, of nearly random sign
+        # a few bf16 rounding errors of 2^-8 each and nearly random sign
         assert float((flat - expected).norm() / expected.norm()) < 4 * 2**-8

@@ -1,4 +1,4 @@
-"""The options of `linvideo distill`: defaults, what is refused, files, and the help."""
+"""The options of `linvideo distill`: defaults, refused values, files, and the help."""
 
 import dataclasses
 import re
@@ -72,11 +72,11 @@ def test_defaults():
     assert config.scheduler().config.timesteps == [1000.0, 750.0, 500.0, 250.0]
     assert config.dmd.student_every == 5 and config.dmd.adversarial_weight == 0.0
     assert config.use_ema and config.student_model_name_or_path is None
-    # without momentum where the gradient's direction changes with the critic
+    # no momentum where the direction of the gradient changes with the critic
     for optimizer in (config.optimizer, config.critic_optimizer):
         assert optimizer.adam_beta1 == 0.0 and optimizer.lr_scheduler == "constant_with_warmup"
     assert config.optimizer is not DistillConfig("a").optimizer
-    for name in ("trajectories", "prompts"):  # a transfer's trajectories serve a distillation with the defaults
+    for name in ("trajectories", "prompts"):  # so the trajectories of a default transfer fit a default distillation
         assert getattr(config, name) == getattr(TrainConfig("a"), name)
 
 
@@ -108,7 +108,7 @@ def test_yaml_with_dotted_overrides(tmp_path):
     config = load("--config", str(path), "--dmd.student_every", "2", "--critic_optimizer.learning_rate", "1e-5")
     assert (config.output_dir, config.seed, config.dmd.t_min, config.dmd.student_every) == ("b", 3, 0.1, 2)
     assert config.timesteps == [900, 100] and config.critic_optimizer.learning_rate == 1e-5
-    assert config.critic_optimizer.adam_beta1 == 0.0  # a section given in part keeps its other defaults
+    assert config.critic_optimizer.adam_beta1 == 0.0  # a section that is given in part keeps its other defaults
     assert config.optimizer == DistillConfig("a").optimizer
 
 

@@ -1,4 +1,4 @@
-"""However a distillation is divided over processes, it is the same: losses and weights to 1e-5, on gloo."""
+"""A distillation gives the same losses and weights, to 1e-5, for every division over processes (on gloo)."""
 
 import shutil
 import subprocess
@@ -13,9 +13,8 @@ from tiny_parallel_run import torchrun_arguments
 from linvideo.run import read_metrics
 from linvideo.run.checkpoint import list_checkpoints, load_checkpoint
 
-# Adam gives a weight whose gradient is nothing but rounding error, about 1e-8, a step of full size; with this epsilon
-# it is a hundredth of the learning rate: 1e-6, in the 8 steps of a run less than the tolerance. A step of full size is
-# ten times that.
+# Adam takes a step of full size even if a gradient consists only of rounding error, about 1e-8. With this epsilon such
+# a step is a hundredth of the learning rate, 1e-6, so the 8 steps of a run stay below the tolerance.
 RATE = {"lr_scheduler": "constant", "lr_warmup_steps": 0, "learning_rate": 1e-4, "adam_epsilon": 1e-6}
 SLOW = {
     "distill": True,
@@ -26,7 +25,7 @@ SLOW = {
     "max_train_steps": 5,
 }
 ALONE = {name: value for name, value in SLOW.items() if name != "distill"}
-# the global batch is 4 everywhere; the default, sharding over all, applies where nothing is said
+# the global batch is always 4; where a layout doesn't say otherwise, all processes share the weights (the default)
 LAYOUTS = {
     "sharded": {"gradient_accumulation_steps": 1},
     "context and sharded": {"parallel": {"ulysses_degree": 2}},
@@ -61,7 +60,7 @@ def assert_same(folder: Path, reference: Path) -> None:
             assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
     checkpoints = [[path.name for path in list_checkpoints(each)] for each in (folder, reference)]
     assert checkpoints[0] == checkpoints[1]
-    last = checkpoints[0][-2]  # of the stage dmd: student, critic and discriminator
+    last = checkpoints[0][-2]  # in the stage dmd: student, critic and discriminator
     assert_near(*(load_checkpoint(path / last)[0] for path in (folder, reference)))
 
 
@@ -87,7 +86,7 @@ def test_two_processes_distil_as_one(layout, two, alone):
 
 
 @pytest.mark.parametrize("step", [2, 6])  # in regression, in the middle of dmd
-def test_a_run_of_two_processes_goes_on_with_one(step, two, alone, tmp_path):
+def test_a_run_of_two_processes_continues_on_one(step, two, alone, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(two / "context and sharded", folder)
     run(folder, resume_from_checkpoint=str(folder / f"checkpoint-{step}"), **ALONE)

@@ -1,4 +1,4 @@
-"""A distillation killed with SIGKILL and continued is the uninterrupted one, bit for bit: student, critic, average."""
+"""A distillation that is killed and continued equals an uninterrupted one bit for bit: student, critic, EMA."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ TENSORS = "shard-00001-model-00001-of-00001.safetensors"
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """The folder, and the critic at the end."""
+    """Return the folder, and the critic at the end."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     return folder, run(folder).models.critic.state_dict()
 
@@ -43,18 +43,18 @@ def assert_same_run(folder: Path, reference: Path) -> None:
     names = [path.name for path in list_checkpoints(reference)]
     assert [path.name for path in list_checkpoints(folder)] == names
     for name in names:
-        # models, in the stage dmd the critic too, optimizers, average, torch's generators: all tensors are in one file
+        # one file has all tensors: models (in the stage dmd also the critic), optimizers, EMA, torch's generators
         ours, theirs = (load_file(path / name / TENSORS) for path in (folder, reference))
         assert_equal(ours, theirs)
         plain, expected = (json.loads((path / name / "state.json").read_text()) for path in (folder, reference))
-        for part in ("stage", "stage_step", "global_step", "nonfinite", "components"):  # not the seconds
+        for part in ("stage", "stage_step", "global_step", "nonfinite", "components"):  # all but the seconds
             of_run, of_reference = (dict(state["state"]["items"])[part] for state in (plain, expected))
             assert of_run == of_reference, part
     assert not list(folder.glob(".tmp-*"))
 
 
 def kill(folder: Path, *point: object, **overrides) -> None:
-    """Run until it kills itself at `point`."""
+    """Start a run that kills itself at `point`."""
     script = str(HELPERS / "tiny_distill_run.py")
     command = [sys.executable, script, str(folder), json.dumps(overrides), *map(str, point)]
     killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
@@ -62,7 +62,7 @@ def kill(folder: Path, *point: object, **overrides) -> None:
     assert not (folder / "pipeline").exists()
 
 
-POINTS = [("regression", 3), ("dmd", 6), ("export", 0)]  # step 6 is the student's too, after one since the checkpoint
+POINTS = [("regression", 3), ("dmd", 6), ("export", 0)]  # step 6 trains the student, too, one step after the checkpoint
 MORE = [
     ("trajectories", 1),
     ("regression", 4),
@@ -84,7 +84,7 @@ def test_killed_and_resumed(stage, step, tmp_path, uninterrupted):
         assert_equal(resumed.models.critic.state_dict(), critic)
 
 
-def test_checkpoints_hold_all_that_trains(uninterrupted):
+def test_checkpoints_hold_everything_that_trains(uninterrupted):
     folder, _ = uninterrupted
     stages = {}
     for path in list_checkpoints(folder):
@@ -136,12 +136,12 @@ def test_sigterm_saves_the_step_and_ends_the_run(stage, step, tmp_path, uninterr
     state = load_checkpoint(saved)[1]
     assert (state["stage"], state["stage_step"]) == (stage, step)
     run(folder, resume_from_checkpoint="latest")
-    shutil.rmtree(saved)  # the uninterrupted run has none of this step
+    shutil.rmtree(saved)  # the uninterrupted run has no checkpoint at this step
     assert_same_run(folder, reference)
 
 
 def test_without_the_first_stage_and_average(tmp_path):
-    """Another set of components: none of regression's, no ema, no discriminator."""
+    """Other components: none of the regression, no EMA, no discriminator."""
     settings = {"regression": {"max_train_steps": 0}, "use_ema": False, "dmd": {"student_every": 2}}
     run(tmp_path / "whole", **settings)
     folder = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Whole distillations of tiny models: what they make, what they train when, what they leave alone, what they refuse."""
+"""Whole distillations of tiny models: their results, what trains when, what stays unchanged, what is refused."""
 
 import pytest
 import torch
@@ -35,18 +35,18 @@ def exported(folder) -> dict[str, torch.Tensor]:
 
 
 def in_dmd(folder, step: int) -> dict[str, torch.Tensor]:
-    """The trained weights in a checkpoint of that stage, the critic's under "critic."."""
+    """Return the trained weights in a checkpoint of that stage, the critic's with the prefix "critic."."""
     model, state = load_checkpoint(folder / f"checkpoint-{step}")
     assert state["stage"] == "dmd"
     return model
 
 
-# what a run makes
+# results of a run
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(folder, result, teacher's and student's weights before) of a run; both were still the same after it."""
+    """Return folder and result of a run, and the initial weights of teacher and student, which it left unchanged."""
     folder, teacher = tmp_path_factory.mktemp("whole"), tiny_teacher()
     student = tiny_student(teacher)
     before, scheduler = (copied(teacher.transformer), copied(student)), teacher.scheduler
@@ -102,12 +102,12 @@ def test_regression_moves_the_student(whole):
 
 def test_the_critic_trains_every_step_and_the_student_every_third(whole):
     folder, *_ = whole
-    states = [in_dmd(folder, step) for step in range(4, 11)]  # before the stage, and after 6 of its 7 steps
+    states = [in_dmd(folder, step) for step in range(4, 11)]  # before the stage, then after 6 of its 7 steps
     for number, (before, after) in enumerate(zip(states, states[1:], strict=False), 1):
         moved = {name for name in after if not torch.equal(before[name], after[name])}
         of_critic = {name for name in after if name.startswith("critic.")}
         assert "critic.discriminator.layers.1.weight" in of_critic
-        # all of the critic's; a bias whose gradient is 0 is left alone by weight decay when it is 0 itself
+        # all weights of the critic change, except biases that are 0 and have no gradient
         assert len(moved & of_critic) > 0.9 * len(of_critic)
         assert bool(moved - of_critic) == (number % 3 == 0), number
 
@@ -123,13 +123,13 @@ def test_the_average_of_the_students_steps_is_exported(whole):
     folder, *_ = whole
     start, first, second = (in_dmd(folder, step) for step in (4, 7, 10))
     theirs, moved = exported(folder), 0
-    # diffusers' average starts from its first step's weights; after n more its decay is min(0.98, (1 + n) / (10 + n))
+    # diffusers' EMA starts with the weights of its first step; after n more its decay is min(0.98, (1 + n) / (10 + n))
     decays = [0.0, 2 / 11]
     for name in (name for name in start if not name.startswith("critic.")):
         average = start[name]
         for decay, trained in zip(decays, (first[name], second[name]), strict=True):
             average = decay * average + (1 - decay) * trained
-        # a few fp32 roundings of a number of this size
+        # a few fp32 rounding errors of a number of this size
         assert torch.allclose(theirs[name], average, rtol=1e-6, atol=1e-7)
         moved += not torch.allclose(average, second[name], rtol=1e-5, atol=1e-6)
     assert moved > 0
@@ -164,7 +164,7 @@ def test_gradients_of_the_students_turn_do_not_reach_the_critic(tmp_path, monkey
     assert left == [True, True]
 
 
-# stages left out
+# skipped stages
 
 
 def test_regression_alone(tmp_path):
@@ -187,7 +187,7 @@ def test_matching_alone_needs_no_trajectories(tmp_path):
 def test_a_converted_teacher_is_refused(tmp_path):
     teacher = tiny_teacher()
     teacher.transformer = convert(teacher.transformer, [1], mode="linear")
-    with pytest.raises(ValueError, match="expected a stock WanTransformer3DModel for a teacher, got LinVideo"):
+    with pytest.raises(ValueError, match="expected a stock WanTransformer3DModel as the teacher, got LinVideo"):
         distill(distill_config(tmp_path), teacher, teacher.transformer, PROMPTS)
 
 
@@ -230,7 +230,7 @@ def test_the_samplers_shift_is_the_law_of_t_unless_another_is_given(tmp_path, mo
     monkeypatch.setattr(DmdStep, "__init__", kept)
     settings = {**NO_REGRESSION, "max_train_steps": 5}
     trajectories = {**distill_config("x").to_dict()["trajectories"], "flow_shift": 7.0}
-    run(tmp_path / "a", **settings, **PLAIN_DMD)  # the tiny pipeline's is 3
+    run(tmp_path / "a", **settings, **PLAIN_DMD)  # the tiny pipeline has 3
     run(tmp_path / "b", **settings, **PLAIN_DMD, trajectories=trajectories)
     run(tmp_path / "c", **settings, dmd={"flow_shift": 5.0}, trajectories=trajectories)
     assert shifts == [3.0, 7.0, 5.0]
@@ -254,7 +254,7 @@ def test_schedules_count_the_students_own_steps(tmp_path, monkeypatch):
 def test_an_image_to_video_pipeline(clip, tmp_path):
     pipeline = tiny_image_pipeline(tiny_image_transformer(clip, num_layers=2, ffn_dim=32))
     student = convert(pipeline.transformer, [1], mode="linear")
-    prompts = {"prompts": {"max_sequence_length": 512}}  # the model needs all
+    prompts = {"prompts": {"max_sequence_length": 512}}  # the model needs 512 tokens
     config = distill_config(tmp_path, max_train_steps=3, **prompts)
     images = [tiny_image(seed) for seed in range(3)]
     result = distill(config, pipeline, student, PROMPTS, images)
@@ -271,7 +271,7 @@ def test_validation_samples_the_student_in_its_few_steps(tmp_path, whole):
     done = run(tmp_path / "a", validation=validation)
     rows = read_metrics(tmp_path / "a" / "validation.jsonl")
     assert [(row["step"], row["stage"]) for row in rows] == [(4, "regression"), (8, "dmd"), (11, "dmd")]
-    assert same(exported(tmp_path / "a"), exported(whole[0]))  # it changes nothing
+    assert same(exported(tmp_path / "a"), exported(whole[0]))  # validation changes nothing
     assert read_metrics(tmp_path / "a" / "metrics.jsonl") == read_metrics(whole[0] / "metrics.jsonl")
     assert done.data.validator.student_scheduler.config.timesteps == done.run.config.scheduler().config.timesteps
 
@@ -283,7 +283,7 @@ def test_other_settings_run_to_the_end(settings, tmp_path, whole):
     done = run(tmp_path, **settings)
     weights = exported(tmp_path)
     assert all(value.isfinite().all() for value in weights.values()) and not same(weights, copied(done.converted))
-    if "mixed_precision" not in settings:  # what is computed is the same, only where and when is not
+    if "mixed_precision" not in settings:  # the computation is the same, only its place and time differ
         others = exported(whole[0])
         assert all(torch.allclose(weights[name], others[name], atol=1e-6) for name in weights)
 
@@ -295,7 +295,7 @@ def test_not_finite_steps_are_skipped(tmp_path, monkeypatch):
     start, last = in_dmd(tmp_path, 0), in_dmd(tmp_path, 6)
     student = [name for name in start if not name.startswith("critic.")]
     assert all(torch.equal(start[name], last[name]) for name in student)
-    weights = exported(tmp_path)  # nor did the average move
+    weights = exported(tmp_path)  # the EMA didn't change, either
     assert all(torch.equal(start[name], weights[name]) for name in student)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert ["learning_rate" in row for row in rows] == [False, False, True, False, False, True, False]
@@ -304,7 +304,7 @@ def test_not_finite_steps_are_skipped(tmp_path, monkeypatch):
 
 
 def test_the_attention_backend_is_that_of_all_models(tmp_path, monkeypatch):
-    # diffusers makes a model's backend the default of all others: not of later tests
+    # diffusers makes a model's backend the default for all models; later tests must not get it
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
     done = run(tmp_path, attention_backend="_native_math", max_train_steps=3)
 
@@ -316,7 +316,7 @@ def test_the_attention_backend_is_that_of_all_models(tmp_path, monkeypatch):
     assert backends(done.converted) == {None}
 
 
-# what is refused
+# refused input
 
 
 def refused_in_python(match, output_dir, teacher=None, student=None, prompts=PROMPTS, **settings):
@@ -336,7 +336,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
     refused_in_python("the teacher's text_dim 32, got 24", new, teacher, other)
     refused_in_python("the teacher's in_channels 16, got 36", new, teacher, tiny_image_transformer(clip=False))
     refused_in_python("the teacher's patch_size", new, teacher, tiny_transformer(2, patch_size=(1, 1, 1)))
-    refused_in_python("expected a Wan transformer for a student, got Linear", new, teacher, torch.nn.Linear(1, 1))
+    refused_in_python("expected a Wan transformer as the student, got Linear", new, teacher, torch.nn.Linear(1, 1))
     refused_in_python("two experts", new, tiny_experts(), student)
     layer = {"adversarial_weight": 0.1, "adversarial_layer": 3}
     refused_in_python(r"dmd.adversarial_layer must lie in \[0, 2\], got 3", new, teacher, student, dmd=layer)
@@ -357,7 +357,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """(teacher, student) as pipeline folders."""
+    """Return the teacher and the student as pipeline folders."""
     path, teacher = tmp_path_factory.mktemp("folders"), tiny_teacher()
     teacher.save_pretrained(path / "teacher")
     words = [str(path / "teacher"), "--output_dir", str(path / "student"), "--layers", "1"]

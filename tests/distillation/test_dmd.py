@@ -1,4 +1,4 @@
-"""Distribution matching by hand: the law of t, the guided teacher, the student's gradient and its sign, the critic."""
+"""Distribution matching computed by hand: distribution of t, guided teacher, the student's gradient, the critic."""
 
 import math
 
@@ -26,7 +26,7 @@ def conditions(numbers=(0, 1, 2), negative=False):
 
 
 class Recorded(AffineFlow):
-    """Keeps what it was given and what it gave: (x, t, condition, u, whether it was to have a gradient)."""
+    """A model that records its calls: (x, t, condition, u, whether gradients were enabled)."""
 
     def __init__(self, *coefficients):
         super().__init__(*coefficients)
@@ -39,7 +39,7 @@ class Recorded(AffineFlow):
         return (u,)
 
 
-# the law of t
+# the distribution of t
 
 
 @given(
@@ -52,7 +52,7 @@ def test_t_is_shifted_and_clamped(uniform, shift, t_min, t_max):
     uniform = torch.tensor(uniform, dtype=torch.float64)
     t = draw_t(uniform, shift, t_min, t_max)
     for u, drawn in zip(uniform.tolist(), t.tolist(), strict=True):
-        # odds of t are `shift` times the odds of u: Wan's shift, written otherwise than in the code
+        # the odds of t are `shift` times the odds of u: Wan's shift in another form than in the code
         odds = shift * u / (1 - u)
         assert drawn == pytest.approx(min(max(odds / (1 + odds), t_min), t_max), rel=1e-9)
 
@@ -76,7 +76,7 @@ def test_the_teacher_is_guided_as_its_sampler_guides():
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0])
-def test_an_unguided_teacher_is_asked_once(scale):
+def test_an_unguided_teacher_is_evaluated_once(scale):
     teacher, x, t = Recorded(0.5, 0.3), torch.randn(3, *SHAPE), torch.tensor([0.2, 0.5, 0.9])
     u = guided_velocity(teacher, x, t, conditions(), None, scale)
     assert torch.allclose(u, 0.5 * x + column(0.3 * t + torch.tensor([1.0, 2.0, 3.0])), atol=1e-6)
@@ -105,7 +105,7 @@ def test_the_gradient_is_normalised_sample_by_sample(seed, batch, t_first):
         assert torch.allclose(clean.grad[i], by_hand, rtol=1e-12, atol=1e-15)
         values.append((fake - real).square().sum())
         largest = max(largest, float(real.abs().max()), float(fake.abs().max()))
-    # the value alone is fp32: what is subtracted is off by half an ulp each, and the mean's root by no more than that
+    # only the value is fp32: both operands are off by at most half an ulp, and so is the root of the mean
     value, by_hand = float(loss.detach()) ** 0.5, float(sum(values) / clean.numel()) ** 0.5
     assert abs(value - by_hand) <= torch.finfo(torch.float32).eps * (largest + 4 * by_hand)
 
@@ -157,7 +157,7 @@ def test_the_direction_is_that_of_the_kl_on_gaussians(t):
     def score(mean, variance):
         return -(x - (1 - t) * mean) / ((1 - t) ** 2 * variance + t**2)
 
-    # d KL(q_t || p_t) / dx is s_q - s_p; the weight that the loss leaves out is the same for the whole sample
+    # d KL(q_t || p_t) / dx is s_q - s_p; the weight that the loss omits is the same for the whole sample
     kl = score(mean_q, variance_q) - score(mean_p, variance_p)
     normaliser = (clean.detach() - (x - t * u_p)).abs().mean()
     direction = clean.grad * clean.numel() * normaliser  # x_0^fake - x_0^real
@@ -165,7 +165,7 @@ def test_the_direction_is_that_of_the_kl_on_gaussians(t):
 
 
 def test_descending_moves_the_students_samples_from_the_critic_onto_the_teacher():
-    """The sign, end to end: with an ideal critic, a shift of the samples converges to the teacher's mean."""
+    """Check the sign end to end: with an ideal critic, a shift of the samples converges to the teacher's mean."""
     shift, mean_p, variance = torch.zeros((), requires_grad=True), 2.0, 1.0
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(1, 4000, generator=generator)
@@ -180,7 +180,7 @@ def test_descending_moves_the_students_samples_from_the_critic_onto_the_teacher(
         optimizer.zero_grad()
         matching_loss(clean, x, t, u_fake, u_real).backward()
         optimizer.step()
-    # for equal variances fake - real is the same number at every x, 0 when the shift is mean_p: no sampling error
+    # With equal variances, fake - real is the same at every x, and 0 when the shift is mean_p. No sampling error.
     assert float(shift.detach()) == pytest.approx(mean_p, abs=1e-3)
 
 
@@ -199,7 +199,7 @@ def test_the_critic_learns_the_samples_flow():
     assert torch.allclose(critic.shift.grad, (2 * residual * column(t)).mean(), rtol=1e-5)
 
 
-# one step of both
+# one step of student and critic
 
 
 def dmd_step(batch=4, accumulation=1, guidance_scale=3.0, timesteps=(1000.0, 600.0, 300.0), **dmd):
@@ -213,7 +213,7 @@ def dmd_step(batch=4, accumulation=1, guidance_scale=3.0, timesteps=(1000.0, 600
 def test_the_students_gradient_by_hand():
     step = dmd_step(batch=16)
     loss = step.student_gradient(4)
-    assert [call[-1] for call in step.student.calls] == [False, False, True]  # two steps to come there, one trained
+    assert [call[-1] for call in step.student.calls] == [False, False, True]  # two to get there, one trained
     x_s, s, condition, u, _ = step.student.calls[-1]
     assert torch.equal(s.unique(), torch.tensor([0.3, 0.6, 1.0]))
     assert set(condition.tolist()) == {1.0, 2.0, 3.0}
@@ -223,7 +223,7 @@ def test_the_students_gradient_by_hand():
     assert not others and not has_gradient and torch.equal(of_critic, condition)
     assert bool((t >= 0.02).all() and (t <= 0.98).all()) and len(set(t.tolist())) == 16
     noise = (x - (1 - column(t)) * clean) / column(t)
-    # 16 * 8 standard normals: their mean and variance to four standard errors
+    # mean and variance of 16 * 8 standard normals, within four standard errors
     assert abs(float(noise.mean())) < 4 / math.sqrt(128) and abs(float(noise.var()) - 1) < 4 * math.sqrt(2 / 128)
     under_prompt, under_negative = step.teacher.calls
     for call, wanted in ((under_prompt, condition), (under_negative, torch.full((16,), -1.0))):
@@ -239,17 +239,17 @@ def test_the_students_gradient_by_hand():
     assert step.critic.scale.grad is None and step.teacher.scale.grad is None
 
 
-def test_the_critic_learns_from_the_students_turn_or_rolls_out_anew():
+def test_the_critic_learns_from_the_students_turn_or_from_new_rollouts():
     step = dmd_step()
     step.student_gradient(4)
     x_s, s, condition, u, _ = step.student.calls[-1]
     clean, (x_student, t_student, *_) = x_s - column(s) * u, step.critic.calls[-1]
     calls, gradient = len(step.student.calls), step.student.scale.grad.clone()
     loss = step.critic_gradient(4)
-    assert len(step.student.calls) == calls  # nothing new
+    assert len(step.student.calls) == calls  # no new rollout
     x, t, of_critic, u_fake, has_gradient = step.critic.calls[-1]
     assert has_gradient and torch.equal(of_critic, condition)
-    assert not torch.isin(t, t_student).any()  # draws of its own
+    assert not torch.isin(t, t_student).any()  # the critic has its own draws
     noise = (x - (1 - column(t)) * clean) / column(t)
     assert not torch.allclose(noise, (x_student - (1 - column(t_student)) * clean) / column(t_student), atol=0.1)
     residual = u_fake - (noise - clean)
@@ -262,7 +262,7 @@ def test_the_critic_learns_from_the_students_turn_or_rolls_out_anew():
     assert not any(call[-1] for call in alone.student.calls) and alone.student.scale.grad is None
     assert torch.equal(step.student.scale.grad, gradient)
 
-    step.critic_gradient(5)  # of another step: the kept samples are gone
+    step.critic_gradient(5)  # in the next step the kept samples are gone
     assert len(step.student.calls) == 2 * calls
     assert not torch.equal(step.critic.calls[-1][0], x)
 
@@ -280,7 +280,7 @@ def test_micro_batches_are_parts_of_one_global_batch():
     assert torch.equal(*starts) and len(starts[0].unique(dim=0)) == 4
 
 
-def test_every_step_draws_anew():
+def test_every_step_has_new_draws():
     step = dmd_step()
     for number in range(3):
         step.student_gradient(number)
@@ -290,7 +290,7 @@ def test_every_step_draws_anew():
     assert len(torch.cat([call[1] for call in step.critic.calls]).unique()) == 24
 
 
-def test_an_unguided_teacher_is_not_asked_about_the_negative_prompt():
+def test_an_unguided_teacher_never_sees_the_negative_prompt():
     step = dmd_step(guidance_scale=1.0)
     step.student_gradient(0)
     assert len(step.teacher.calls) == 1 and bool((step.teacher.calls[0][2] > 0).all())

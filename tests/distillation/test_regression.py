@@ -1,4 +1,4 @@
-"""Regression on trajectories: which pairs, under which condition, towards which velocity; and what a student learns."""
+"""Regression on trajectories: its pairs, conditions and target velocities, and what a student learns from it."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def column(values):
 
 
 class Recorded(AffineFlow):
-    """Keeps (x, timestep, condition) of its calls."""
+    """A model that records (x, timestep, condition) of its calls."""
 
     def __init__(self, *coefficients):
         super().__init__(*coefficients)
@@ -29,13 +29,13 @@ class Recorded(AffineFlow):
 
 
 def read(store: TrajectoryStore) -> dict[str, torch.Tensor]:
-    """Its tensors over all shards, from the files."""
+    """Return the store's tensors over all shards, read from the files."""
     shards = [load_file(path) for path in sorted(store.path.glob("*.safetensors"))]
     return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
 
 
 def with_offsets(path) -> TrajectoryStore:
-    """4 trajectories whose states are at other timesteps each, as with a stride."""
+    """Return a store of 4 trajectories whose states are at different timesteps, as with a stride."""
     store = TrajectoryStore(
         path, {"num_trajectories": 4, "shard_size": 3, "states_per_trajectory": 2, "guidance_scale": 1.0}
     )
@@ -50,7 +50,7 @@ def with_offsets(path) -> TrajectoryStore:
     return store
 
 
-def test_of_each_trajectory_the_state_nearest_to_a_timestep_stands_for_it(tmp_path):
+def test_each_timestep_uses_the_nearest_state_of_a_trajectory(tmp_path):
     jumps = TrajectoryJumps(toy_store(tmp_path / "a", STORED), PROMPTS, [1000.0, 750.0, 500.0, 250.0])
     assert jumps.nearest.tolist() == [[0, 1, 2, 3]] * 4
     jumps = TrajectoryJumps(toy_store(tmp_path / "a", STORED), PROMPTS, [1000.0, 540.0])
@@ -77,11 +77,11 @@ def test_the_loss_by_hand(make, tmp_path):
         ((trajectory, state),) = (stored["x"] == x[row]).flatten(2).all(2).nonzero().tolist()
         places.append((trajectory, state))
         t = float(stored["timestep"][trajectory, state]) / 1000
-        c = float(stored["prompt"][trajectory]) + 1  # the prompt's, also where the state was stored under the negative
+        c = float(stored["prompt"][trajectory]) + 1  # the prompt's, even if the state was stored with the negative one
         assert given[row] == stored["timestep"][trajectory, state] and condition[row] == c
         target = (x[row] - stored["sample"][trajectory]) / t
         errors.append((0.5 * x[row] + 0.3 * t + c - target).square().mean())
-    assert set(places) == allowed  # 60 fair draws of 8 miss one in 400 times once, and these are fixed
+    assert set(places) == allowed  # 60 fair draws from 8 would miss one once in 400 times; the seed is fixed
     assert any(stored["negative"][place] for place in places)
     assert float(loss.detach()) == pytest.approx(float(sum(errors)) / batch, rel=1e-5)
     loss.backward()
@@ -97,7 +97,7 @@ def test_draws_belong_to_positions_and_names(tmp_path):
 
 
 def test_a_student_that_can_learn_the_jumps_does(tmp_path):
-    """States from which a known affine velocity leads to the sample exactly: fitting recovers it."""
+    """From these states a known affine velocity leads exactly to the sample, and fitting recovers it."""
     scale, shift = 0.4, 0.2
     request = {"num_trajectories": 6, "shard_size": 6, "states_per_trajectory": 4, "guidance_scale": 1.0}
     store = TrajectoryStore(tmp_path / "store", request)

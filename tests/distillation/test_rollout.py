@@ -1,4 +1,4 @@
-"""The roll-out of training is the sampler of inference."""
+"""The rollout in training matches the sampler at inference."""
 
 import pytest
 import torch
@@ -21,13 +21,13 @@ class Counted(AffineFlow):
 
 def setting(timesteps, batch):
     conditions = toy_prompts().conditions(torch.arange(batch) % 3)
-    # noise for the sampler's last step too, which multiplies it by 0
+    # includes noise for the sampler's last step, which multiplies it by 0
     noise = torch.randn(len(timesteps) + 1, batch, *SHAPE, generator=torch.Generator().manual_seed(1))
     return Counted(0.5, 0.3), torch.tensor(timesteps) / 1000, noise, conditions
 
 
 def sampled(student, timesteps, noise, conditions, monkeypatch):
-    """The sampler's states [K + 1, B, ...], its end last, with the noise given."""
+    """Return the states [K + 1, B, ...] of the sampler with the given noise; the last one is the end."""
     drawn = iter(noise[1:])
     monkeypatch.setattr("linvideo.models.few_step.randn_tensor", lambda *_: next(drawn))
     scheduler = FewStepScheduler(timesteps)
@@ -48,14 +48,14 @@ def test_the_states_are_the_samplers(timesteps, monkeypatch):
     for index in range(len(timesteps)):
         chosen = torch.full((5,), index)
         x = states_at(student, sigmas, chosen, noise.__getitem__, conditions)
-        # a handful of fp32 operations on numbers of order 10 each step, in another order
+        # a few fp32 operations per step on numbers of order 10, in another order
         assert torch.allclose(x, states[index], rtol=1e-5, atol=1e-5)
     last = jump(student, x, sigmas[chosen], conditions)
     assert torch.allclose(last, states[-1], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(states[0], states[-1], atol=0.1)
 
 
-def test_every_sample_has_a_step_of_its_own(monkeypatch):
+def test_every_sample_has_its_own_step(monkeypatch):
     timesteps, index = TIMESTEPS[2], torch.tensor([2, 0, 3, 1, 2, 3])
     student, sigmas, noise, conditions = setting(timesteps, batch=6)
     states = sampled(student, timesteps, noise, conditions, monkeypatch)
@@ -66,7 +66,7 @@ def test_every_sample_has_a_step_of_its_own(monkeypatch):
 
 
 @pytest.mark.parametrize("index", [[0, 0, 0], [3, 3, 3], [0, 3, 1]])
-def test_as_many_forwards_whatever_the_steps_are(index):
+def test_the_number_of_forwards_does_not_depend_on_the_steps(index):
     student, sigmas, noise, conditions = setting(TIMESTEPS[2], batch=3)
     asked = []
     states_at(student, sigmas, torch.tensor(index), lambda k: (asked.append(k), noise[k])[1], conditions)
@@ -93,7 +93,7 @@ def test_only_the_jump_has_a_gradient():
     assert torch.allclose(student.shift.grad, -(t.square() * x[0].numel()).sum(), rtol=1e-5)
 
 
-def test_noised_joins_sample_and_noise():
+def test_noised_mixes_sample_and_noise():
     clean, noise = torch.randn(2, 3, *SHAPE)
     x = noised(clean, torch.tensor([0.0, 0.25, 1.0]), noise)
     assert torch.equal(x[0], clean[0]) and torch.equal(x[2], noise[2])

@@ -1,4 +1,4 @@
-"""Runs that version 0.1.0 began, before a run was an object (its folders are in earlier_runs), are continued."""
+"""Runs that were begun by version 0.1.0, before there was a `Run` class, can be continued (folders in earlier_runs)."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ PROMPTS = ["a red fox runs", "two white boats race"]
 
 
 def teacher():
-    """With weights that are the same on every machine: the trajectories are of no other model."""
+    """A teacher with the same weights on every machine, because the stored trajectories fit only this model."""
     pipeline = tiny_pipeline(tiny_transformer(2, attention_head_dim=8, ffn_dim=8, freq_dim=16))
     for number, part in enumerate((pipeline.transformer, pipeline.text_encoder, pipeline.vae)):
         for count, (name, tensor) in enumerate(sorted(part.named_parameters())):
@@ -55,7 +55,7 @@ def test_an_earlier_run_is_continued(kind, tmp_path, capsys):
             distill(
                 load_config(words, DistillConfig), pipeline, convert(pipeline.transformer, [1], mode="linear"), PROMPTS
             )
-    assert capsys.readouterr().err.count("made anew") == 0  # embeddings and trajectories are as they were
+    assert capsys.readouterr().err.count("made anew") == 0  # the stored embeddings and trajectories were used
     assert restored.keys() == saved.keys() and all(torch.equal(restored[name], saved[name]) for name in saved)
     now = read_metrics(folder / "metrics.jsonl")
     assert [row for row in now if row["step"] <= state["global_step"]] == rows[: state["global_step"]]

@@ -10,13 +10,13 @@ from linvideo.run.optimizer import OptimizerConfig
 EIGHT_BIT = {"optimizer": {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "use_8bit_adam": True}}
 
 
-def test_without_torchao_it_is_refused(monkeypatch):
+def test_needs_torchao(monkeypatch):
     monkeypatch.setattr("linvideo.run.optimizer.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="use_8bit_adam needs the package torchao"):
         OptimizerConfig(use_8bit_adam=True)
 
 
-def test_a_run_is_continued_exactly_and_close_to_one_in_fp32(tmp_path):
+def test_a_run_continues_exactly_and_stays_close_to_fp32(tmp_path):
     pytest.importorskip("torchao")
     whole, other = run(tmp_path / "run", **EIGHT_BIT), run(tmp_path / "fp32")
     middle = next(
@@ -33,7 +33,7 @@ def test_a_run_is_continued_exactly_and_close_to_one_in_fp32(tmp_path):
 @pytest.mark.parametrize("seed", range(4))
 def test_large_moments_are_kept_in_8_bits(seed):
     pytest.importorskip("torchao")
-    torch.manual_seed(seed)  # blocks whose largest moment is negative are among them, and are the hard ones
+    torch.manual_seed(seed)  # includes blocks whose largest moment is negative, the hard case
     from linvideo.run.eight_bit import CheckpointedAdamW8bit
 
     large, small = torch.nn.Parameter(torch.randn(64, 64)), torch.nn.Parameter(torch.randn(10))

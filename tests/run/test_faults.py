@@ -1,5 +1,7 @@
-"""kill -9 by the clock, at any moment of collection, training, validation and checkpoint writing: what was safe stays
-safe, and the run, continued as often as it takes, ends as an uninterrupted one does."""
+"""kill -9 at arbitrary times during collection, training, validation and checkpoint writing.
+
+Nothing that was saved is lost, and the run, continued as often as necessary, ends like an uninterrupted one.
+"""
 
 import json
 import os
@@ -24,13 +26,15 @@ from linvideo.run.session import EXPORT
 from linvideo.transfer.trainer import STAGES
 from linvideo.workspace import remove_dead
 
-# a checkpoint after every step, so that much of the time goes into writing them
+# a checkpoint after every step, so that many kills hit the writing of one
 SETTINGS = {"checkpointing_steps": 1, "validation": {"steps": 4, "num_videos": 1, "num_inference_steps": 1}}
 
 
 class Attempt:
-    """A process, or two ranks under torchrun, that begins or continues the run in `folder`. `pids` are known, and the
-    clock starts, when everything is imported."""
+    """A process, or two ranks under torchrun, that begins or continues the run in `folder`.
+
+    The clock starts when everything is imported; from then on `pids` are known.
+    """
 
     def __init__(self, folder: Path, ranks: int = 1, **overrides):
         overrides = SETTINGS | {"resume_from_checkpoint": "latest"} | overrides
@@ -53,21 +57,21 @@ class Attempt:
         self.started = time.monotonic()
 
     def finish(self) -> float:
-        """Seconds from the start of the clock to a successful end."""
+        """Wait for a successful end and return the seconds since the start of the clock."""
         self._end()
         assert self.process.returncode == 0, self.errors.read_text()
         return time.monotonic() - self.started
 
     def kill(self, after: float, rank: int = 0) -> bool:
-        """False when the run was over first, successfully."""
+        """Kill the run. Return False if it ended successfully before that."""
         try:
             self.process.wait(after)
         except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):  # a rank that is finished, while torchrun is not
+            with suppress(ProcessLookupError):  # the rank may have ended before torchrun
                 os.kill(self.pids[rank], signal.SIGKILL)
         self._end()
         code, said = self.process.returncode, self.errors.read_text()
-        assert code in (0, -signal.SIGKILL) or "SIGKILL" in said, said  # torchrun says so of a rank
+        assert code in (0, -signal.SIGKILL) or "SIGKILL" in said, said  # torchrun reports the signal of a rank
         return code != 0
 
     def _end(self) -> None:
@@ -76,7 +80,7 @@ class Attempt:
 
 @dataclass
 class Safe:
-    """What continuing a run can rely on: (stage, step in it) of the newest checkpoint, the steps of all, the shards."""
+    """The saved state of a run: stage and step of the newest checkpoint, the steps of all checkpoints, the shards."""
 
     progress: tuple[int, int]
     checkpoints: list[int]
@@ -84,9 +88,9 @@ class Safe:
 
     @classmethod
     def of(cls, folder: Path, limit: int | None) -> "Safe":
-        """Raises ValueError when a checkpoint that is to be kept is not whole."""
-        remove_dead(folder)  # what continuing does first
-        kept = list_checkpoints(folder)[-(limit or 0) :]  # an older one may be half deleted
+        """Raise ValueError when a checkpoint that should be kept is damaged."""
+        remove_dead(folder)  # as continuing a run does first
+        kept = list_checkpoints(folder)[-(limit or 0) :]  # older ones may be partly deleted
         checkpoints = [Checkpoint(path) for path in kept]
         shards = {path.name for path in (folder / "trajectories").glob("shard-*.json")}
         if not kept:
@@ -105,8 +109,10 @@ class Safe:
 def kill_and_continue(
     base: Path, reference: Path, seconds: float, kills: int, seed: int, ranks: int = 1
 ) -> list[tuple[int, int, int]]:
-    """Kill runs in folders of `base`, which takes `seconds` uninterrupted, until there were `kills`; every one is
-    brought to its end and compared. Returns where each kill left one: stage, step, shards."""
+    """Kill and continue runs in folders of `base` until there were `kills` kills. Every run is finished and compared.
+
+    An uninterrupted run takes `seconds`. Returns the state that each kill left: stage, step, shards.
+    """
     drawn, left = random.Random(seed), []
     while len(left) < kills:
         folder, limit = base / f"run-{len(left)}", drawn.choice((None, 1, 2))
@@ -125,7 +131,7 @@ def kill_and_continue(
                 left.append(now.progress)
         assert_same_run(folder, reference)
         assert_same_validation(folder, reference)
-        assert not [path for path in folder.rglob(".*")]  # nor is anything left lying about
+        assert not [path for path in folder.rglob(".*")]  # no temporary files are left
         shutil.rmtree(folder)
     return left
 
@@ -143,10 +149,10 @@ def test_killed_at_three_moments(tmp_path, uninterrupted):
 @pytest.mark.full
 def test_killed_at_many_moments(tmp_path, uninterrupted):
     left, seed = [], 1
-    while len(set(left)) <= 6 and seed <= 4:  # on a machine whose load changes the clock's moments may lie together
+    while len(set(left)) <= 6 and seed <= 4:  # with varying load, several kills may hit the same state
         left += kill_and_continue(tmp_path, *uninterrupted, kills=24, seed=seed)
         seed += 1
-    assert len(set(left)) > 6, left  # they were different moments
+    assert len(set(left)) > 6, left  # the kills hit different states
 
 
 @pytest.mark.full

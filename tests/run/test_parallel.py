@@ -1,4 +1,4 @@
-"""However the work is divided over processes, the run is the same: losses and weights to 1e-5, on gloo."""
+"""A run gives the same losses and weights, to 1e-5, for every division of the work over processes (on gloo)."""
 
 import json
 import shutil
@@ -14,14 +14,14 @@ from tiny_run import run
 from linvideo.run import read_metrics
 from linvideo.run.checkpoint import list_checkpoints, load_checkpoint
 
-# Adam gives a weight whose gradient is nothing but rounding error a step of full size: a slow warm-up and a larger
-# epsilon keep that under the tolerance.
+# Adam takes a step of full size even if a gradient consists only of rounding error. A slow warm-up and a larger epsilon
+# keep the effect below the tolerance.
 SLOW = {
     "warmup": {"max_train_steps": 4, "batch_size": 3, "learning_rate": 2e-3},
     "optimizer": {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "adam_epsilon": 1e-6},
 }
 VALIDATION = {"steps": 4, "num_videos": 2, "num_inference_steps": 2}
-# the global batch is 4 everywhere; the default, sharding over all, applies where nothing is said
+# the global batch is always 4; where a layout doesn't say otherwise, all processes share the weights (the default)
 LAYOUTS = {
     "sharded": {"gradient_accumulation_steps": 1, "validation": VALIDATION},
     "copies": {"gradient_accumulation_steps": 1, "parallel": {"shard_degree": 1}},
@@ -74,7 +74,7 @@ def alone(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, alone) -> Path:
-    """All layouts on two processes, and a run that one process began."""
+    """All layouts on two processes, and a run that was begun by one process."""
     folder = tmp_path_factory.mktemp("two")
     begun = folder / "begun by one"
     shutil.copytree(alone, begun)
@@ -87,7 +87,7 @@ def two(tmp_path_factory, alone) -> Path:
 
 
 def checkpoint_in(folder: Path, stage: str) -> Path:
-    """The first one in the middle of `stage`."""
+    """Return the first checkpoint in the middle of `stage`."""
     states = {path: load_checkpoint(path)[1] for path in list_checkpoints(folder)}
     return next(path for path, state in states.items() if state["stage"] == stage and state["stage_step"])
 
@@ -97,7 +97,7 @@ def test_two_processes_train_as_one(layout, two, alone):
     assert_same(two / layout, alone)
 
 
-def test_adapters_too(two, tmp_path):
+def test_adapters_train_alike_on_two_processes(two, tmp_path):
     run(tmp_path, **SLOW | LORA)
     assert_same(two / "lora", tmp_path)
 
@@ -107,7 +107,7 @@ def test_two_processes_validate_as_one(layout, two, alone):
     rows, expected = (read_metrics(path / "validation.jsonl") for path in (two / layout, alone))
     assert [row["step"] for row in rows] == [row["step"] for row in expected] == [8, 9, 12, 15]
     for row, other in zip(rows, expected, strict=True):
-        # 8-bit frames of nearly the teacher's video: a hundredth of the pixels rounding the other way is 0.1 dB
+        # the frames are 8-bit and close to the teacher's: 1% of the pixels rounded the other way changes PSNR by 0.1 dB
         assert row["psnr"] == pytest.approx(other["psnr"], abs=0.2)
         assert row["ssim"] == pytest.approx(other["ssim"], abs=1e-4)
     assert len(list((two / layout / "validation").rglob("*.mp4"))) == 2 + 4 * 2
@@ -118,15 +118,15 @@ def test_mixed_precision_as_on_cuda(name, two):
     rows = read_metrics(two / name / "metrics.jsonl")
     assert len(rows) == 4 + 5 + 6 and all(0 < row["loss"] < 10 for row in rows)
     dtypes = {name: tensor.dtype for name, tensor in weights(two / name).items()}
-    assert set(dtypes.values()) == {torch.float32}  # the teacher in memory is; what trains always
+    assert set(dtypes.values()) == {torch.float32}  # the teacher was given as fp32; trained weights always are
 
 
-def test_a_run_of_one_process_goes_on_with_two(two, alone):
+def test_a_run_of_one_process_continues_on_two(two, alone):
     assert_same(two / "begun by one", alone)
 
 
 @pytest.mark.parametrize("stage", ["warmup", "selection", "finetune"])
-def test_a_run_of_two_processes_goes_on_with_one(stage, two, alone, tmp_path):
+def test_a_run_of_two_processes_continues_on_one(stage, two, alone, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(two / "sharded", folder)
     run(folder, resume_from_checkpoint=str(checkpoint_in(folder, stage)), **SLOW)
@@ -151,7 +151,7 @@ def test_a_rank_that_is_killed_leaves_the_last_checkpoint(tmp_path, alone):
 @pytest.mark.full
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_other_objectives_on_four_processes(objective, tmp_path):
-    # half the usual rate: summing over four moves a weight of order 1 by its rounding error a step
+    # half the usual learning rate, because the sum over four ranks adds about one rounding error per step
     overrides = OBJECTIVES[objective] | {"optimizer": SLOW["optimizer"] | {"learning_rate": 5e-4}}
     run(tmp_path / "alone", **SLOW | overrides)
     layout = {"gradient_accumulation_steps": 1, "parallel": {"ulysses_degree": 2, "shard_degree": 2}}

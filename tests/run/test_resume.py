@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL and continued gives the weights of an uninterrupted one, bit for bit."""
+"""A run that is killed with SIGKILL and continued gives the weights of an uninterrupted one, bit for bit."""
 
 import errno
 import json
@@ -88,7 +88,7 @@ def test_killed_while_the_pipeline_is_written(tmp_path, uninterrupted):
 def test_shards_of_a_killed_collection_are_those_of_an_uninterrupted_one(tmp_path, uninterrupted):
     folder = tmp_path / "run"
     run(folder)
-    (folder / "trajectories" / "shard-000001.json").unlink()  # the shard is there, its entry is not
+    (folder / "trajectories" / "shard-000001.json").unlink()  # the shard exists, its entry doesn't
     (folder / "trajectories" / "shard-000002.safetensors").unlink()
     run(folder, resume_from_checkpoint="latest")
     for name in ("shard-000001.safetensors", "shard-000002.safetensors"):
@@ -141,7 +141,7 @@ CONSTANT = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1}
 
 
 def test_a_finished_run_is_extended(tmp_path):
-    """To what a run of that length would have been."""
+    """The result is that of a run that had the final length from the beginning."""
     folder, whole = tmp_path / "run", tmp_path / "whole"
     run(folder, max_train_steps=4, optimizer=CONSTANT)
     run(whole, optimizer=CONSTANT)
@@ -161,7 +161,7 @@ def test_a_schedule_with_an_end_is_not_extended(tmp_path, uninterrupted):
         with pytest.raises(ValueError, match=message.format(made)):
             run(folder, max_train_steps=8, resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
     assert_same_run(folder, uninterrupted)
-    # until the last stage begins nothing has depended on its length
+    # before the last stage begins, nothing depends on its length
     run(folder, max_train_steps=5, resume_from_checkpoint=str(folder / "checkpoint-9"))
     run(tmp_path / "short", max_train_steps=5)
     assert_same_run(folder, tmp_path / "short")
@@ -251,7 +251,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("call", ["write_data", "read_data"])
-def test_ctrl_c_without_a_run_is_no_failure_to_write_or_read(call, tmp_path, monkeypatch):
+def test_ctrl_c_outside_a_run_is_not_reported_as_a_write_or_read_error(call, tmp_path, monkeypatch):
     kind = HuggingFaceStorageWriter if call == "write_data" else HuggingFaceStorageReader
     save_checkpoint(tmp_path, 1, {"x": torch.ones(2)}, {})
     monkeypatch.setattr(kind, call, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -295,7 +295,7 @@ def test_a_folder_in_a_checkpoints_place_is_moved_aside(tmp_path):
     assert [path.read_text() for path in tmp_path.glob("checkpoint-2-moved-*/notes.txt")] == ["mine"]
 
 
-def test_only_what_a_run_has_written_is_deleted(tmp_path):
+def test_only_files_of_a_run_are_deleted(tmp_path):
     folder = tmp_path / "run"
     mine = ["elsewhere", "run/checkpoint-99", "run/.tmp-mycheckpoint-notes"]
     mine += ["run/.tmp-old-checkpoint-7", "run/validation/step-final", "run/validation/step-99"]
@@ -329,7 +329,7 @@ def damage(path: Path, how: str) -> None:
     content = path.read_bytes()
     if how == "truncated":
         path.write_bytes(content[: len(content) // 2])
-    elif how == "altered":  # one bit of a tensor, which no format would notice
+    elif how == "altered":  # one bit of a tensor, which only a checksum detects
         path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     else:
         path.unlink()
@@ -347,11 +347,11 @@ def test_a_damaged_checkpoint_is_passed_over(how, tmp_path, uninterrupted, capsy
     run(folder, resume_from_checkpoint="latest")
     assert f"the checkpoint {newest} is damaged" in capsys.readouterr().err
     assert_same_run(folder, uninterrupted)
-    assert load_checkpoint(newest)  # written anew
+    assert load_checkpoint(newest)  # was written again
 
 
 def _without(entry):
-    """An edit of a state.json of a version that wrote no checksum."""
+    """Edit a state.json as written by a version without checksums."""
 
     def edit(text: str) -> str:
         content = json.loads(text)
@@ -386,10 +386,10 @@ def test_a_damaged_state_is_passed_over(how, tmp_path, uninterrupted, capsys):
     assert file.read_text() != text
     assert newest(list_checkpoints(folder)[::-1], Ranks.alone()).path == list_checkpoints(folder)[-2]
     said = capsys.readouterr().err
-    assert str(file.parent) in said and "continuing from the one before it" in said
+    assert str(file.parent) in said and "continuing from the checkpoint before it" in said
 
 
-def test_what_else_lies_in_a_checkpoint_is_left_alone(tmp_path):
+def test_other_files_in_a_checkpoint_are_ignored(tmp_path):
     path = save_checkpoint(tmp_path, 3, {"w": torch.arange(3.0)}, {"step": 3})
     (path / "notes.txt").write_text("mine")
     (path / "mine.safetensors").write_bytes(b"mine")
@@ -407,7 +407,7 @@ def test_a_pipe_in_place_of_a_file_is_damage(tmp_path):
         load_checkpoint(path)
 
 
-def test_every_flipped_bit_of_a_state_is_seen(tmp_path):
+def test_every_flipped_bit_of_a_state_is_detected(tmp_path):
     path = save_checkpoint(tmp_path, 3, {"w": torch.arange(3.0)}, {"step": 3, "loss": [0.25, None], "name": "run"})
     file = path / "state.json"
     content = file.read_bytes()
@@ -424,7 +424,7 @@ def test_every_flipped_bit_of_a_state_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["5", "null", '["step"]', '{"step": "a"}', "{}", "[" * 100_000, "\udcff"])
-def test_lines_of_a_log_that_are_no_rows_are_left_out(tmp_path, line):
+def test_damaged_lines_of_a_log_are_left_out(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n', errors="surrogateescape")
     assert [row["step"] for row in read_metrics(path)] == [1, 3]

@@ -1,4 +1,4 @@
-"""A run as somebody uses it who writes their own training loop: a linear layer, two stages."""
+"""Using `Run` in a training loop of one's own: a linear layer and two stages."""
 
 import gc
 import weakref
@@ -60,7 +60,7 @@ def train(folder, die_at=None, stages=("first", "second"), resume=None, **option
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 7, 9])
-def test_an_own_loop_is_continued_exactly(step, tmp_path):
+def test_a_custom_loop_is_continued_exactly(step, tmp_path):
     whole = train(tmp_path / "whole")
     with pytest.raises(Killed):
         train(tmp_path / "run", die_at=step)
@@ -74,12 +74,12 @@ def test_models_are_freed_with_the_run(tmp_path):
     gc.disable()
     try:
         student = weakref.ref(train(tmp_path))
-        assert student() is None  # without waiting for the garbage collector
+        assert student() is None  # even before the garbage collector runs
     finally:
         gc.enable()
 
 
-def test_what_an_own_loop_forgets_is_said(tmp_path):
+def test_mistakes_in_a_custom_loop_are_reported(tmp_path):
     config = RunConfig(str(tmp_path), max_train_steps=FINAL, checkpointing_steps=1, progress=False)
     student = torch.nn.Linear(3, 1)
     with Run(config, {"only": None}) as run, pytest.raises(RuntimeError, match="check_continues"):

@@ -1,4 +1,4 @@
-"""Trackers see every step once, with pace; the log file stays as exact as ever."""
+"""Trackers get every step once, with the pace, which stays out of the (reproducible) log file."""
 
 import sys
 from importlib.machinery import ModuleSpec
@@ -16,7 +16,7 @@ from linvideo.transfer import TrainConfig
 
 
 class FakeRun:
-    """One wandb run: what it was started with, and its rows."""
+    """One wandb run: the arguments it was started with, and its rows."""
 
     def __init__(self, rows, **arguments):
         self.arguments, self.rows, self.finished = arguments, rows, False
@@ -31,7 +31,7 @@ class FakeRun:
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A module whose `runs` are the runs that were started, whose `server` is id -> step -> values."""
+    """A stand-in for wandb. `runs` are the runs that were started, `server` is id -> step -> values."""
     module = ModuleType("wandb")
     module.__spec__ = ModuleSpec("wandb", None, origin="fake")
     module.runs, module.server = [], {}
@@ -46,7 +46,7 @@ def wandb(monkeypatch):
     return module
 
 
-def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, wandb, monkeypatch):
+def test_a_resumed_run_continues_its_wandb_run(tmp_path, wandb, monkeypatch):
     folder, settings = tmp_path / "run", {"report_to": "wandb", "tracker_project_name": "mine", "max_train_steps": 2}
     optimize, sent = Run.optimize, []
 
@@ -66,7 +66,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, wandb, monkeypatc
     assert first.arguments["id"] == second.arguments["id"] and len(wandb.server) == 1
     assert second.arguments["resume"] == "allow" and second.arguments["project"] == "mine"
     assert second.arguments["config"]["selection"]["num_linear_layers"] == 2
-    assert sent == [8, 9, 10, 11]  # 7 was there already
+    assert sent == [8, 9, 10, 11]  # wandb has step 7 already
     rows = read_metrics(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == sorted(second.rows)
     for row in rows:
@@ -84,7 +84,7 @@ def scalars(folder, name):
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
-def test_tensorboard_drops_what_a_resumed_run_does_again(tmp_path):
+def test_tensorboard_drops_steps_that_a_resumed_run_repeats(tmp_path):
     for last_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         trackers = Trackers("tensorboard", tmp_path, "", {}, last_step)
         for step in steps:
@@ -120,8 +120,8 @@ def test_the_bar_shows_pace(tmp_path, capsys):
     assert "samples/s=" in shown and "linear=" in shown and "r=0." in shown
 
 
-@pytest.mark.parametrize("found", [None, ModuleSpec("wandb", None)])  # the second is a folder of that name
-def test_trackers_that_are_not_there(found, monkeypatch):
+@pytest.mark.parametrize("found", [None, ModuleSpec("wandb", None)])  # the second is a folder named wandb
+def test_trackers_that_are_not_installed(found, monkeypatch):
     monkeypatch.setattr("linvideo.run.trackers.find_spec", lambda name: found)
     for name in ("wandb", "tensorboard"):
         with pytest.raises(ValueError, match=f"^report_to {name} needs the package {name}, which is not installed$"):

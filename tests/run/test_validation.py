@@ -1,4 +1,4 @@
-"""Validation makes the videos it should, changes nothing about the run, and survives interruptions."""
+"""Validation makes the right videos, doesn't change the run, and survives interruptions."""
 
 import shutil
 import signal
@@ -73,7 +73,7 @@ def test_what_is_written(validated):
 
 
 def test_the_last_row_is_of_the_exported_weights(validated):
-    """So it is the averaged weights that are validated; and of the captions, seed and sampler that were asked for."""
+    """That shows that the averaged weights are validated, with the configured captions, seed and sampler."""
     pipelines = load_pipeline(validated / "pipeline"), tiny_teacher()
     prompts = encode_prompts(pipelines[1], PROMPTS, tiny_config("x").prompts)
     found = []
@@ -106,7 +106,7 @@ def test_sampling_and_decoding_is_what_the_pipeline_does():
     moves, to = [], pipeline.vae.to
     pipeline.vae.to = lambda device: (moves.append(device), to(device))[1]
     ours = decode(pipeline, sample(pipeline, *arguments, *conditions))
-    assert moves == [latents.device, pipeline.vae.device]  # there and back
+    assert moves == [latents.device, pipeline.vae.device]  # moved there and back
     assert torch.equal(torch.get_rng_state(), before)
     assert pipeline.scheduler.timesteps is grid and pipeline.vae is not None and pipeline.text_encoder is not None
     theirs = pipeline(latents=latents, output_type="pil", **embeds, **SIZE).frames[0]
@@ -138,7 +138,7 @@ def test_killed_in_a_validation(moment, tmp_path, validated, monkeypatch):
     run(folder, validation=VALIDATION, resume_from_checkpoint="latest")
     assert_same_run(folder, validated)
     assert_same_validation(folder, validated)
-    # step 8 has a checkpoint, step 9 none
+    # there is a checkpoint at step 8 but none at step 9
     assert made.count("teacher") == (3 if moment == 1 else 2) and made.count("step-15") == 2
 
 
@@ -156,7 +156,7 @@ def test_sigterm_ends_a_validation_and_saves_the_step(interrupted, tmp_path, val
         patch.setattr(validation, "sample", sample_and_terminate)
         with pytest.raises(TrainingStopped, match="which is saved"):
             run(folder, validation=VALIDATION)
-    assert len(calls) == interrupted  # nothing more is sampled
+    assert len(calls) == interrupted  # sampling stopped there
     state = load_checkpoint(list_checkpoints(folder)[-1])[1]
     assert state["global_step"] == {1: 8, 3: 8, 7: 12}[interrupted]
     run(folder, validation=VALIDATION, resume_from_checkpoint="latest")
@@ -179,12 +179,12 @@ def test_own_prompts_and_other_settings(tmp_path, validated):
     teacher.text_encoder.forward = lambda *a, **k: (calls.append(seen.run.stage_step), encoder(*a, **k))[1]
     with watched() as seen:
         train(tiny_config(folder, validation=own), teacher, PROMPTS)
-    assert calls and not any(calls)  # before the first step only
+    assert calls and not any(calls)  # only before the first step
     made = files(folder)
     assert len([name for name in made if "teacher/" in name]) == 3
-    assert len({made[f"validation/teacher/{i}.mp4"] for i in range(3)}) == 3  # one prompt, three noises
+    assert len({made[f"validation/teacher/{i}.mp4"] for i in range(3)}) == 3  # one prompt with three different noises
 
-    run(folder, validation=VALIDATION, resume_from_checkpoint=str(folder / "checkpoint-8"))  # may change on the way
+    run(folder, validation=VALIDATION, resume_from_checkpoint=str(folder / "checkpoint-8"))  # a changed setting
     assert_same_run(folder, validated)
     now, theirs = files(folder), files(validated)
     name = "validation/teacher.safetensors"
@@ -195,7 +195,7 @@ def test_own_prompts_and_other_settings(tmp_path, validated):
     assert not (folder / "validation").exists() and not (folder / "validation.jsonl").exists()
 
 
-def test_a_damaged_teacher_file_is_made_anew(tmp_path, validated):
+def test_a_damaged_teacher_file_is_made_again(tmp_path, validated):
     folder = tmp_path / "run"
     run(folder, validation=VALIDATION)
     file = folder / "validation" / "teacher.safetensors"

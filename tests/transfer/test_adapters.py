@@ -1,4 +1,4 @@
-"""LoRA training: the base is frozen and is the teacher, and what comes out is an ordinary converted pipeline."""
+"""LoRA training: the frozen base is the teacher, and the result is an ordinary converted pipeline."""
 
 import shutil
 
@@ -56,7 +56,7 @@ def test_only_adapters_and_branches_train(lora_run):
     assert len(ups) == 3 * 8 and all(up.abs().max() > 0 for up in ups)
 
 
-def test_what_is_exported_computes_what_was_trained(lora_run):
+def test_the_exported_model_computes_the_same_as_the_trained_one(lora_run):
     _, seen, result, before = lora_run
     exported = load_pipeline(result.pipeline_path).transformer
     assert not adapters(exported) and exported.config.attention_types.count("linear") == 2
@@ -122,14 +122,14 @@ def test_refused(lora, expected, tmp_path):
         run(tmp_path / "run", lora=lora)
 
 
-# The other ways to fit a model onto a device change nothing about the result.
+# The other options that save memory don't change the result.
 
 
 @pytest.mark.parametrize("options", [{"offload_teacher": True}, {"compile": True}])
 def test_memory_and_speed_options_change_nothing(options, tmp_path, monkeypatch):
     compiled = []
 
-    def in_eager(function, **_):  # no inductor: what is compiled has to be one graph without breaks
+    def in_eager(function, **_):  # skips inductor; checks that each block is one graph without breaks
         compiled.append(function)
         return original(function, backend="eager", fullgraph=True)
 

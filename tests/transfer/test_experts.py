@@ -1,4 +1,4 @@
-"""Wan 2.2: one expert is trained, on states in its range of noise only."""
+"""Wan 2.2: one expert is trained, only on states in its range of noise levels."""
 
 import json
 import signal
@@ -26,14 +26,14 @@ from linvideo.transfer import objectives, train
 from linvideo.transfer.objectives import ObjectiveConfig
 from linvideo.transfer.rollouts import StudentRollouts
 
-BOUNDARY = 700.0  # of tiny_experts
+BOUNDARY = 700.0  # the boundary of tiny_experts
 SHAPE = (16, 2, 4, 4)
 SIGMAS = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
 EXPERTS = ("high_noise", "low_noise")
 
 
 def collect_store(path, pipeline, name, **settings):
-    """(store, prompts) of 4 trajectories."""
+    """Return the store and the prompts of 4 trajectories."""
     prompts = encode_prompts(pipeline, PROMPTS, tiny_config("unused").prompts)
     size = {"height": 32, "width": 32, "num_frames": 5, "num_trajectories": 4, "dtype": "float32", "batch_size": 2}
     config = TrajectoryConfig(**{**size, "num_inference_steps": 6, **settings})
@@ -125,7 +125,7 @@ def test_rollouts_never_leave_the_range(tmp_path, name):
                     tuple(rollouts.x.shape[1:]), 3, "lane", index, int(rollouts.restarts[index]), "noise"
                 )
                 assert torch.equal(rollouts.x[index], noise)
-            else:  # a stored state of the first step, under the prompt that the teacher got there with
+            else:  # a stored state of the first step, with the prompt that led the teacher there
                 states = store.batch(list(range(len(store))), toy_prompts())
                 (state,) = [i for i, x in enumerate(states.x) if torch.equal(x, rollouts.x[index])]
                 assert states.timestep[state] == 200.0 and states.prompt[state] == rollouts.prompt[index]
@@ -154,7 +154,7 @@ def test_rollouts_move_with_their_experts_guidance(tmp_path, name, first, scale)
     student, x, t, change = AffineFlow(0.0), rollouts.x.clone(), rollouts.sigma, rollouts.sigma_next - rollouts.sigma
     rollouts.advance(student, predict_velocity(student, x, 1000 * t, rollouts.conditions()))
     guided = -1 + scale * (rollouts.prompt + 1.0 - -1)  # the toy's u is its condition
-    if first == 1:  # WanPipeline then guides neither expert
+    if first == 1:  # then WanPipeline guides neither expert
         guided = torch.where(rollouts.negative, -1.0, rollouts.prompt + 1.0)
     assert torch.allclose(rollouts.x, x + (change * guided).view(-1, 1, 1, 1, 1))
 
@@ -168,7 +168,7 @@ def test_steps_stop_inside_the_high_noise_range(tmp_path):
     student, teacher, calls = Recorder(0.5, 0.3), Recorder(0.2, -0.1), []
     for objective in ("adm_step", "adm"):
         rollouts, _ = rollouts_of(tmp_path, "high_noise", count=12)
-        assert set(rollouts.step.tolist()) == {0, 1, 2}  # t of the last is the boundary itself, with no margin below
+        assert set(rollouts.step.tolist()) == {0, 1, 2}  # t of the last is the boundary itself, so its margin is 0
         calls.clear()
         if objective == "adm_step":
             loss = objectives.adm_sampler_step(student, teacher, rollouts, ObjectiveConfig())
@@ -199,7 +199,7 @@ def test_every_model_call_of_a_run_is_in_range(tmp_path, monkeypatch, name, obje
     own = torch.cat(calls[id(seen.teacher)] + calls[id(seen.student)])
     assert calls[id(seen.student)] and len(calls) == (2 if name == "high_noise" else 3)
     assert own.min() >= BOUNDARY if name == "high_noise" else own.max() < BOUNDARY
-    if name == "low_noise":  # the other expert is asked for trajectories only
+    if name == "low_noise":  # the other expert is used only to collect trajectories
         assert torch.cat(calls[id(teacher.transformer)]).min() >= BOUNDARY
 
 
@@ -215,7 +215,7 @@ def test_the_other_expert_samples_validations_and_has_left_before_they_are_decod
     often = {"steps": 100, "num_videos": 2, "num_inference_steps": 4}
     train(tiny_config(tmp_path / "run", **settings, validation=often), teacher, PROMPTS)
     once = ["move", "sample", "sample", "move", "decode", "decode"]
-    assert events == ["move", "move", *once, *once, "move"]  # for trajectories, teacher and student, in the end
+    assert events == ["move", "move", *once, *once, "move"]  # trajectories, teacher, student, and at the end
 
 
 def test_two_runs_convert_both_experts(tmp_path):

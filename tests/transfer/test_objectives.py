@@ -26,7 +26,7 @@ def column(values):
     return values.view(-1, 1, 1, 1, 1)
 
 
-def test_teacher_state_mse_is_the_stored_velocitys_mean_square(store):
+def test_teacher_state_mse_is_the_mean_square_error_to_the_stored_velocity(store):
     student = AffineFlow(0.5, 0.3)
     batch = store.draw(range(5), 1, prompts=toy_prompts())
     condition = torch.where(batch.negative, -1.0, batch.prompt + 1.0)
@@ -47,7 +47,7 @@ def test_own_state_mse(store):
 
 
 @pytest.mark.parametrize("name", ["own_mse", "adm", "adm_step"])
-def test_objectives_on_rollouts_move_them_and_keep_the_teacher_out_of_autocast(name, store):
+def test_objectives_advance_the_rollouts_and_keep_the_teacher_out_of_autocast(name, store):
     student, teacher, rollouts = AffineFlow(0.5, 0.3), AffineFlow(0.2, -0.1), make_rollouts(store, count=12)
     autocast = {student: set(), teacher: set()}
     for model, seen in autocast.items():
@@ -65,7 +65,7 @@ def test_objectives_on_rollouts_move_them_and_keep_the_teacher_out_of_autocast(n
     assert autocast == {student: {True}, teacher: {False}}
     goes_on = step + 1 < len(TIMESTEPS)
     assert 0 < goes_on.sum() < 12
-    assert torch.equal(rollouts.step, torch.where(goes_on, step + 1, 0))  # those at the end begin anew
+    assert torch.equal(rollouts.step, torch.where(goes_on, step + 1, 0))  # those at the end restart
     assert torch.equal(rollouts.restarts, (~goes_on).long())
     assert torch.allclose(rollouts.x[goes_on], (x + column(change) * u)[goes_on])
 
@@ -132,7 +132,7 @@ def test_score_identity_and_kl_gradient_on_gaussians(t):
 
 
 def test_descending_adm_moves_a_student_distribution_onto_the_teachers():
-    """The sign, end to end: samples of the student, shifted along the gradient, get the teacher's mean."""
+    """Check the sign end to end: shifting the student's samples along the gradient gives them the teacher's mean."""
     shift = torch.zeros((), requires_grad=True)
     base, t, variance, mean_p = torch.randn(4000), 0.5, 1.0, 2.0
     marginal = (1 - t) ** 2 * variance + t**2

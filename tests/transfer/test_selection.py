@@ -33,7 +33,7 @@ def test_rounded_count_is_straight_through():
     penalty = count_penalty(r, target=1, count="rounded")
     assert float(penalty.detach()) == 1.0  # two round to 0
     penalty.backward()
-    assert torch.allclose(r.grad, torch.full((4,), -2.0))  # descending raises every r, all alike
+    assert torch.allclose(r.grad, torch.full((4,), -2.0))  # gradient descent raises every r equally
     assert float(count_penalty(torch.tensor(R), target=2, count="rounded")) == 0
 
 
@@ -83,7 +83,7 @@ def test_lowest_meets_the_target_whatever_r_is(target):
         assert max(r[i] for i in chosen) <= min(r[i] for i in r if i not in chosen)
 
 
-def test_nan_has_no_place_in_an_order():
+def test_nan_cannot_be_ranked():
     with pytest.raises(ValueError, match=r"values of layers \[1\] are NaN"):
         lowest({3: 0.5, 1: float("nan"), 0: 0.7}, 2)
 
@@ -108,8 +108,8 @@ def test_initial_r_ranks_by_sensitivity_inside_the_open_interval():
 
 
 @pytest.mark.parametrize("count", ["continuous", "rounded"])
-def test_the_r_separate_and_stay_in_the_unit_interval(count):
-    """Half of the layers cost when linear (their task gradient lowers r's loss towards 1), half do not."""
+def test_r_separates_the_layers_and_stays_in_the_unit_interval(count):
+    """Half of the layers are costly when linear (their task gradient pulls r towards 1), the others are not."""
     student = convert(tiny_transformer(num_layers=4), r_init=0.8)
     config = SelectionConfig(count=count, num_linear_layers=2)
     lambdas = {"continuous": (0.2, 0.015), "rounded": (0.001, 0.01)}

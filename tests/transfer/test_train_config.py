@@ -73,7 +73,7 @@ BAD = {
     "warmup.learning_rate=0": "warmup.learning_rate must be positive",
     "sensitivity.num_states=-1": "sensitivity.num_states must not be negative",
     "selection.method=random": "selection.method must be one of learned, sensitivity, layers, got 'random'",
-    "selection.method=layers": "selection.layers goes with selection.method layers",
+    "selection.method=layers": "selection.layers and selection.method layers need each other",
     "selection.count=soft": "selection.count must be one of",
     "selection.rounding=floor": "selection.rounding must be one of top_k, threshold, got 'floor'",
     "selection.r_init=1.0": "selection.r_init must lie inside",
@@ -169,7 +169,7 @@ def test_a_section_is_given_by_its_options_alone(tmp_path, monkeypatch, value):
 
 
 def aliases(levels: int) -> str:
-    """YAML whose last line stands for 9 ** levels values."""
+    """Return YAML whose last line expands to 9 ** levels values."""
     lines = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]" for n in range(levels)]
     return "\n".join([*lines, f"output_dir: *a{levels - 1}"])
 
@@ -198,7 +198,7 @@ def test_a_config_that_would_take_all_memory_is_refused(tmp_path, content):
         load_config(["--config", "a: &x 1\noutput_dir: [*x, " + "[" * 100 + "]" * 100 + "]"], TrainConfig)
 
 
-def test_aliases_within_reason_are_read():
+def test_a_reasonable_number_of_aliases_is_read():
     config = load_config(
         ["--config", "output_dir: &name a\ntracker_project_name: *name\noptimizer: {adam_beta1: 0.5}"], TrainConfig
     )
@@ -218,7 +218,7 @@ def test_every_option_has_a_description(monkeypatch):
     assert "Args:" not in text
 
 
-def test_the_device_must_be_there(monkeypatch):
+def test_the_device_must_exist(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="^device 'cuda' asked for, but PyTorch sees no GPU here$"):
         TrainConfig("a", device="cuda")
@@ -236,7 +236,7 @@ def test_the_device_must_be_there(monkeypatch):
 
 def test_the_default_store_is_as_large_as_documented():
     config = TrajectoryConfig()
-    values = 16 * ((config.num_frames - 1) // 4 + 1) * (config.height // 8) * (config.width // 8)  # Wan 1.3B's latents
+    values = 16 * ((config.num_frames - 1) // 4 + 1) * (config.height // 8) * (config.width // 8)  # latents of Wan 1.3B
     size = config.num_trajectories * config.states_per_trajectory * 2 * values * 2
     assert f"about {size / 1e9:.0f} GB" in TrajectoryConfig.__doc__
     assert f"{values / 1e6:.1f} M values" in TrajectoryConfig.__doc__

@@ -87,7 +87,7 @@ def test_r_may_start_from_sensitivity(tmp_path):
 def test_rounding_by_threshold_may_be_given_up_when_no_layer_falls_below_it(tmp_path):
     selection = {"num_linear_layers": 1, "r_init": 0.4, "max_train_steps": 1, "rounding": "threshold"}
     result = run(tmp_path / "a", max_train_steps=0, selection=selection)
-    assert result.layers_linear == [0, 1, 2]  # not the target's 1
+    assert result.layers_linear == [0, 1, 2]  # although the target is 1
     selection["r_init"] = 0.8
     with pytest.raises(ValueError, match="selection.rounding top_k"):
         run(tmp_path / "b", max_train_steps=0, selection=selection)
@@ -185,7 +185,7 @@ def test_a_run_that_skipped_most_of_its_steps_is_not_exported(tmp_path, monkeypa
 
 
 def refused(match, output_dir, teacher=None, prompts=PROMPTS, **settings):
-    """`train` raises ValueError, and output_dir is as it was."""
+    """Check that `train` raises ValueError and leaves output_dir unchanged."""
     before = sorted(str(path) for path in output_dir.rglob("*")) if output_dir.exists() else None
     with pytest.raises(ValueError, match=match) as error:
         train(tiny_config(output_dir, **settings), teacher, prompts)
@@ -210,7 +210,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     refused("not empty", tmp_path, tiny_teacher())
     refused("holds no training run", tmp_path, tiny_teacher(), resume_from_checkpoint="latest")
-    refused("is a file", tmp_path / "mine.txt", tiny_teacher())
+    refused("got the file", tmp_path / "mine.txt", tiny_teacher())
 
 
 def test_overwrite_deletes_the_old_run_and_nothing_else(tmp_path):
@@ -233,7 +233,7 @@ def test_trajectories_may_be_shared_but_not_mistaken(tmp_path):
     assert files == {path: path.stat().st_mtime_ns for path in files}
     with pytest.raises(ValueError, match=r"guidance_scale 2\.0 \(now 3\.0\)"):
         run(tmp_path / "c", trajectories={**shared, "guidance_scale": 3.0})
-    run(tmp_path / "c", max_train_steps=0, trajectories=shared)  # the failure left nothing in the way
+    run(tmp_path / "c", max_train_steps=0, trajectories=shared)  # the refused run left nothing in the folder
 
 
 def test_workers_on_their_own_fill_one_store(tmp_path, capsys):

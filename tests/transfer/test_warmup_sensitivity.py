@@ -31,7 +31,7 @@ def test_square_sums():
 
 
 def test_warmup_errors_are_of_attention_outputs_on_teacher_activations(teacher):
-    """Captured independently: q, k, v and softmax attention in the unconverted teacher, layer by layer."""
+    """Compare with q, k, v and softmax attention captured in the unconverted teacher, layer by layer."""
     student, batch = convert(teacher, layers=[0, 2], r_init=0.1), make_batch(teacher)
     errors = attention_output_errors(student, batch)
     assert list(errors) == [0, 2]
@@ -70,7 +70,7 @@ def test_warmup_trains_the_feature_weights_only_and_lowers_the_error(teacher):
     assert all(float(after[layer]) < 0.8 * float(before[layer]) for layer in before)
 
 
-def test_warmup_gradient_is_the_sum_of_the_layers_own(teacher):
+def test_warmup_gradient_is_that_of_the_sum_over_layers(teacher):
     student, batch = convert(teacher), make_batch(teacher)
     attention_output_errors(student, batch, backward=True)
     weight = student.blocks[1].attn1.linear_attn.q_weight
@@ -113,7 +113,7 @@ def test_load_feature_maps_refuses_other_files(teacher, tmp_path):
     weights = {name: x.detach().clone() for name, x in feature_weights(convert(teacher)).items()}
     name = next(iter(weights))
     for change, message in (
-        (weights[name][:, :1], "expected .* of shape .* got"),  # would be repeated
+        (weights[name][:, :1], "expected .* of shape .* got"),  # would be broadcast
         (weights[name] * float("nan"), "is not finite"),
     ):
         save_file(weights | {name: change.contiguous()}, tmp_path / "feature_maps.safetensors")
@@ -123,7 +123,7 @@ def test_load_feature_maps_refuses_other_files(teacher, tmp_path):
     write_cached(file, weights, "maps")
     load_feature_maps(convert(teacher), file)
     content = bytearray(file.read_bytes())
-    content[-3] ^= 1  # of a weight, which stays finite
+    content[-3] ^= 1  # flips a bit of a weight, which stays finite
     file.write_bytes(content)
     with pytest.raises(ValueError, match="maps.safetensors is damaged"):
         load_feature_maps(convert(teacher), file)
