@@ -1,8 +1,8 @@
-"""Places to write that belong to one process: a folder under its lock, and temporary folders next to what they replace.
+"""Places to write that belong to one process: a locked folder, and temporary folders next to what they will replace.
 
-Both rest on a lock of the operating system on a file (flock): it ends with the process that holds it, however that
-ends, and NFS passes it on to other machines. On a file system without locks (some mounts of Lustre) the host and
-process number in the file decide instead, so that processes on other machines are not seen there.
+Both rest on a file lock of the operating system (flock). It ends with the process that holds it, in whatever way that
+ends, and NFS makes it known to other machines. On a file system without locks (some mounts of Lustre) the host and
+process number in the file decide instead, so that processes on other machines go unnoticed there.
 """
 
 import errno
@@ -22,26 +22,26 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".linvideo.lock"
-TEMPORARY = ".tmp-"  # how the name of a workspace begins
+TEMPORARY = ".tmp-"  # the beginning of a workspace's name
 _NAME = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]{16}-(.+)")
-_OLD = "old"  # in a workspace: what stood in the place of its target
+_OLD = "old"  # in a workspace: the folder that stood in the place of its target
 _HOST = socket.gethostname()
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-_NO_LOCKS += (errno.EBADF,)  # NFS, of a folder
+_NO_LOCKS += (errno.EBADF,)  # NFS, for a folder
 
 
 @contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
-    """Be the only process that writes into `folder`. It is made where there is none, and removed if it stays empty.
+    """Be the only process that writes into `folder`. A missing folder is created, and removed again if it stays empty.
 
     Raises:
-        ValueError: another process is, or another call in this one; the message has its host and process number. Or
-            `folder` is a file.
+        ValueError: Another process, or another call in this process, is writing there (the message has its host and
+            process number), or `folder` is a file.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"expected a folder, {folder} is a file")
+        raise ValueError(f"expected a folder, but {folder} is a file")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
@@ -49,7 +49,8 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         file = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINKS, 0o666)
         held = _lock(file)
         if held is None:
-            warnings.warn(f"{folder} is on a file system without locks: let no other machine write there", stacklevel=3)
+            what = f"{folder} is on a file system without locks: make sure that no other machine writes there"
+            warnings.warn(what, stacklevel=3)
             held, hint = not _holder_lives(file), f"; if it is not, delete {path}"
         else:
             hint = ""
@@ -60,7 +61,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
             raise ValueError(f"{folder} is in use: {who} is writing there; wait for it, or stop it{hint}")
         if _is(file, path):
             break
-        os.close(file)  # its holder has just finished, and deleted it
+        os.close(file)  # the previous holder has just finished and deleted it
     _sign(file)
     try:
         yield
@@ -68,16 +69,16 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         with suppress(OSError):
             path.unlink()  # before others can lock it
             if is_new:
-                folder.rmdir()  # which fails where anything is in it
+                folder.rmdir()  # fails, as it should, if the folder is not empty
         os.close(file)
 
 
 @contextmanager
 def workspace(target: str | os.PathLike) -> Iterator[Path]:
-    """A new folder next to `target` to prepare it in, which is deleted in the end; after a kill `remove_dead` does it.
+    """Make a new folder next to `target`, in which to prepare it, and delete the folder at the end of the context.
 
-    Nobody can guess its name, so that no link or file that is there already is written to, and processes with the same
-    target do not disturb each other: the last one to move its result there wins.
+    After a kill, `remove_dead` deletes it. Nobody can guess its name, so that nothing is written to an existing link or
+    file, and processes with the same target do not disturb each other: the last one to move its result there wins.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ def workspace(target: str | os.PathLike) -> Iterator[Path]:
         space.mkdir(mode=0o700)
         try:
             file = os.open(space / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileNotFoundError:  # remove_dead took the empty folder for a dead one
+        except FileNotFoundError:  # remove_dead mistook the empty folder for a dead one
             continue
         _sign(file)
         if _lock(file) is not False and _is(file, space / LOCK):
@@ -100,16 +101,19 @@ def workspace(target: str | os.PathLike) -> Iterator[Path]:
 
 
 def move_into_place(new: Path, target: Path, space: Path) -> None:
-    """Make `new` in workspace `space`, a file or folder, the target. A folder that stands there goes with the
-    workspace; a kill in between leaves it there, and `remove_dead` puts it back."""
+    """Move `new`, a file or folder in the workspace `space`, to `target`.
+
+    A folder that stands there moves into the workspace and is deleted with it. If a kill comes in between,
+    `remove_dead` puts it back.
+    """
     if target.is_dir():
         os.rename(target, space / _OLD)
     os.replace(new, target)
 
 
 def remove_dead(folder: str | os.PathLike) -> None:
-    """Delete the workspaces in `folder` whose processes are gone. What one of them has moved aside, and not yet
-    replaced, goes back first."""
+    """Delete the workspaces in `folder` whose processes are gone. A folder that was moved into one of them and not
+    replaced is put back first."""
     for space in Path(folder).glob(TEMPORARY + "*"):
         name = _NAME.fullmatch(space.name)
         if name is None or space.is_symlink() or not space.is_dir():
@@ -118,7 +122,7 @@ def remove_dead(folder: str | os.PathLike) -> None:
             file = os.open(space / LOCK, os.O_RDWR | _NO_LINKS)
         except FileNotFoundError:
             with suppress(OSError):
-                space.rmdir()  # killed just after making it; one with anything in it is not ours
+                space.rmdir()  # the process was killed just after making it; a folder that is not empty is not ours
             continue
         except OSError:
             continue  # another user's
@@ -133,8 +137,8 @@ def remove_dead(folder: str | os.PathLike) -> None:
 
 
 def use_umask(folder: Path) -> None:
-    """Give the safetensors files in `folder` the permissions of any file made there; safetensors itself makes them
-    readable for their owner alone."""
+    """Give the safetensors files in `folder` the permissions that the umask gives to new files; safetensors makes them
+    readable only for their owner."""
     probe = folder / secrets.token_hex(8)
     probe.touch(exist_ok=False)
     mode = probe.stat().st_mode & 0o777
@@ -146,8 +150,8 @@ def use_umask(folder: Path) -> None:
 
 @contextmanager
 def in_turn(path: str | os.PathLike) -> Iterator[None]:
-    """Hold the lock of a file or folder that is there and stays there, after waiting for it; where there are no locks,
-    go on."""
+    """Wait for the lock of an existing file or folder, which stays there, and hold it; without file locks, do not
+    wait."""
     file = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
     try:
         if fcntl is not None:
@@ -162,13 +166,13 @@ def in_turn(path: str | os.PathLike) -> Iterator[None]:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder at once: a kill leaves all of it, or nothing that is counted."""
+    """Delete a folder in one step: a kill leaves either all of it, or only a workspace that `remove_dead` deletes."""
     with workspace(folder) as space:
         os.rename(folder, space / "discarded")
 
 
 def _clear(space: Path, target: Path) -> None:
-    """Delete a workspace, its lock last: whatever is left after a kill still says whose it is."""
+    """Delete a workspace, its lock file last, so that whatever a kill leaves still names its process."""
     old = space / _OLD
     with suppress(OSError):
         if old.exists() and not os.path.lexists(target):
@@ -185,7 +189,7 @@ def _clear(space: Path, target: Path) -> None:
 
 
 def _lock(file: int) -> bool | None:
-    """Take the lock of an open file: False when another has it, None where there are no locks."""
+    """Take the lock of an open file. Return False if another process has it, None if there are no locks."""
     if fcntl is None:
         return None
     try:
@@ -200,7 +204,7 @@ def _lock(file: int) -> bool | None:
 
 
 def _is(file: int, path: Path) -> bool:
-    """Whether the open file is still the one at `path`."""
+    """Return whether the open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(file), path.stat(follow_symlinks=False))
     except FileNotFoundError:
@@ -213,13 +217,13 @@ def _sign(file: int) -> None:
 
 
 def _holder(file: int) -> list[str]:
-    """[host, process number] as `_sign` has written them, or []."""
+    """Return [host, process number] as `_sign` has written them, or []."""
     words = os.pread(file, 300, 0).decode(errors="replace").split()
     return words if len(words) == 2 and words[1].isdecimal() else []
 
 
 def _holder_lives(file: int) -> bool:
-    """Whether the process in the file is one of this machine's."""
+    """Return whether the process that the file names runs on this machine."""
     host, process = _holder(file) or ("", "0")
     if host != _HOST:
         return False

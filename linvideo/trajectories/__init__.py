@@ -1,9 +1,9 @@
-"""The teacher's data: videos that its own sampler makes, kept as states and velocities that students learn from.
+"""The training data: videos that the teacher's own sampler makes, stored as states and velocities for the student.
 
-what is sampled   prompts, images, conditions
-sampling          flow (velocities, scores, the sampler's steps), experts (the two transformers of Wan 2.2), collect
-what is kept      store, atomic_files (with checksums), fingerprint
-small things      seeding (everything drawn at random is drawn by name), devices
+inputs     prompts, images, conditions
+sampling   flow (velocities, scores, the sampler's steps), experts (the two transformers of Wan 2.2), collect
+storage    store, atomic_files (with checksums), fingerprint
+helpers    seeding (every random draw has a name), devices
 """
 
 from linvideo.trajectories.prompts import PromptEmbeddings, encode_prompts, read_prompts

@@ -1,5 +1,5 @@
-"""Atomic files: written in a workspace next to their place and moved there, so that a killed run leaves the old file
-or the new one."""
+"""Atomic files: each is written in a workspace next to its place and then moved there, so that a killed run leaves
+either the old file or the new one."""
 
 import json
 import os
@@ -16,14 +16,17 @@ from linvideo.workspace import use_umask, workspace
 
 
 def write_text(path: str | Path, text: str, replace: bool = True) -> None:
-    """replace: False leaves a file that is there, or comes there meanwhile, as it is."""
+    """Write a text file.
+
+    replace: Whether to replace an existing file. If not, it stays, even if it appears during the writing.
+    """
     path = Path(path)
     with workspace(path) as space:
         new = space / "new"
         with new.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())  # else the name could outlive a power cut without the content
+            os.fsync(file.fileno())  # otherwise a power cut could leave the name without the content
         if replace:
             os.replace(new, path)
         else:
@@ -31,7 +34,7 @@ def write_text(path: str | Path, text: str, replace: bool = True) -> None:
 
 
 def move_unless_there(new: Path, path: Path) -> bool:
-    """Move a file to `path` where there is none; False, and nothing done, where there is one."""
+    """Move a file to `path` unless something exists there; return whether it was moved."""
     try:
         os.link(new, path)
     except FileExistsError:
@@ -50,31 +53,32 @@ def write_json(path: str | Path, value: Any, replace: bool = True) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Raises ValueError naming the file when it is not JSON."""
+    """Read a JSON file. A ValueError names the file if it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
+    except ValueError as error:  # not UTF-8, not JSON, or a number with thousands of digits
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from None
 
 
 def json_checksum(value: Any) -> int:
-    """The same for a value and for what is read back after it was written as JSON."""
+    """Return a checksum that stays the same when the value is written as JSON and read again."""
     return zlib.crc32(json.dumps(value).encode())
 
 
 def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
-    """To be written as JSON and read by `read_checked`."""
+    """Return the content with its checksum, to be written as JSON and read by `read_checked`."""
     return {**content, "checksum": json_checksum(content)}
 
 
 def read_checked(path: str | Path, keys: set[str]) -> dict[str, Any]:
-    """The content, with exactly these keys, of a file that holds `with_checksum(content)`; earlier versions wrote it
-    without a checksum.
+    """Read the content of a file that holds `with_checksum(content)`, with exactly these keys.
+
+    A file without a checksum is accepted, because earlier versions wrote none.
 
     Raises:
-        ValueError: it is not JSON, has other keys, or is not what was written.
+        ValueError: The file is not JSON, has other keys, or differs from what was written.
     """
     content = read_json(path)
     checksum = content.pop("checksum", None) if isinstance(content, dict) else None
@@ -82,7 +86,7 @@ def read_checked(path: str | Path, keys: set[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: expected an object with {', '.join(sorted(keys))}, got something else")
     try:
         if checksum is not None and json_checksum(content) != checksum:
-            raise ValueError(f"{path} is damaged: it has another checksum than when it was written")
+            raise ValueError(f"{path} is damaged: its checksum has changed since it was written")
     except RecursionError:
         raise ValueError(f"{path} is damaged: it is nested too deeply") from None
     return content
@@ -97,36 +101,41 @@ def write_safetensors(
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
             save_file(content, space / "new.safetensors", metadata)
-        except SafetensorError as error:  # a full disk, for one
+        except SafetensorError as error:  # for example on a full disk
             raise OSError(f"cannot write {path}: {error}") from error
         use_umask(space)
         os.replace(space / "new.safetensors", path)
 
 
 def write_cached(path: str | Path, tensors: dict[str, torch.Tensor], key: str) -> None:
-    """For `read_cached`, with a checksum."""
-    # one entry: safetensors writes several in an order of chance, and the same content should be the same file
+    """Write tensors for `read_cached`, with a checksum."""
+    # Key and checksum share one entry: safetensors writes several entries in random order, but the same content should
+    # give the same file.
     write_safetensors(path, tensors, {"key": f"{key} {_tensors_checksum(tensors)}"})
 
 
 def read_cached(path: str | Path, key: str) -> dict[str, torch.Tensor] | None:
-    """What `write_cached` has written; None when the file is not there, of another key, or damaged, which is said on
-    stderr: it is made anew then. Files of earlier versions have no checksum."""
+    """Read what `write_cached` has written.
+
+    None means that there is no such file, that it has another key, or that it is damaged (which is reported on stderr);
+    the caller then creates it again. Files of earlier versions have no checksum.
+    """
     if not Path(path).is_file():
         return None
     try:
         found, tensors = read_safetensors(path)
     except ValueError as error:
-        print(f"{error}; it is made anew", file=sys.stderr)
+        print(f"{error}; it is created again", file=sys.stderr)
         return None
     return tensors if found == key else None
 
 
 def read_safetensors(path: str | Path) -> tuple[str, dict[str, torch.Tensor]]:
-    """The key and the tensors that `write_cached` has written, or "" and those of any other safetensors file.
+    """Return the key and the tensors that `write_cached` has written, or "" and the tensors of any other safetensors
+    file.
 
     Raises:
-        ValueError: it cannot be read, or is not what was written.
+        ValueError: The file cannot be read, or differs from what was written.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -136,7 +145,7 @@ def read_safetensors(path: str | Path) -> tuple[str, dict[str, torch.Tensor]]:
         raise ValueError(f"cannot read {path}: {error}") from None
     key, _, checksum = metadata.get("key", "").partition(" ")
     if checksum not in ("", _tensors_checksum(tensors)):
-        raise ValueError(f"{path} is damaged: it has another checksum than when it was written")
+        raise ValueError(f"{path} is damaged: its checksum has changed since it was written")
     return key, tensors
 
 
@@ -150,7 +159,7 @@ def _tensors_checksum(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def crc32(path: str | Path) -> int:
-    """Checksum of a file's content."""
+    """Return the checksum of a file's content."""
     value = 0
     with Path(path).open("rb") as file:
         while chunk := file.read(1 << 22):

@@ -1,12 +1,12 @@
-"""Data-free training data: noise is drawn, the teacher's own sampler runs, states and velocities are kept (LinVideo,
-section on data: 50K pairs).
+"""Training data without a data set: noise is drawn, the teacher's own sampler runs, and its states and velocities are
+stored (LinVideo, section on data: 50K pairs).
 
-States come from the guided sampler, as at inference. The stored velocity is the teacher's under one condition, chosen
-per state: the prompt, or with `negative_probability` the negative prompt, because guidance needs the student under
-both; without guidance it is always the prompt. A student trained towards the guided velocity and sampled with guidance
-again would be guided twice.
+States come from the guided sampler, as at inference. The stored velocity is the teacher's under one condition, which is
+drawn for each state: the prompt, or with `negative_probability` the negative prompt, because guidance needs the student
+under both. Without guidance it is always the prompt. The guided velocity itself is not stored: a student that is
+trained towards it, and sampled with guidance again, would be guided twice.
 
-Trajectory i depends on (seed, i) alone: noise, prompt, kept steps and conditions are drawn by hash.
+Trajectory i depends only on (seed, i): noise, prompt, kept steps and conditions are drawn by hash.
 """
 
 import copy
@@ -29,33 +29,36 @@ from linvideo.trajectories.store import TrajectoryStore
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 LARGEST = 100_000  # pixels, frames or steps: more than any model makes, and little enough for PyTorch's integers
-SHIFTS = ("flow_shift", "shift")  # what schedulers call it
+SHIFTS = ("flow_shift", "shift")  # the names of the shift in the configs of schedulers
 
 
 @dataclass
 class TrajectoryConfig:
-    """How the teacher is sampled. Sampler settings should be those the model is used with.
+    """How the teacher is sampled. The sampler settings should be those with which the model is used later.
 
-    The store takes num_trajectories * (2 * (num_inference_steps // stride) + 1) tensors of C*F*H*W values. The defaults
-    cost about 81 GB with Wan 1.3B: 192 trajectories * 101 * 2.1 M values of 2 bytes. A larger stride and fewer
-    num_trajectories bring it down in proportion; the paper's 50K states are 419 GB. Of a pipeline with two experts only
-    the steps in the trained one's range count in place of num_inference_steps, and only these are stored.
+    The store takes num_trajectories * (2 * (num_inference_steps // stride) + 1) tensors of C*F*H*W values. With Wan
+    1.3B the defaults take about 81 GB: 192 trajectories * 101 * 2.1 M values of 2 bytes. A larger stride or fewer
+    trajectories reduce this in proportion; the paper's 50K states would take 419 GB. For a pipeline with two experts,
+    only the steps in the range of the trained expert are stored, and count in place of num_inference_steps.
 
     Args:
-        path: folder of the store; None is output_dir/trajectories. Several runs may share one.
-        num_trajectories: videos sampled. The default takes about 81 GB of disk with Wan 1.3B at stride 1.
-        num_inference_steps: of the sampler, as in WanPipeline.
-        guidance_scale: as in WanPipeline; 1 or less means no guidance.
-        guidance_scale_2: of the low-noise expert, as in WanPipeline; None is guidance_scale.
-        flow_shift: of the scheduler; None is the pipeline's own. Wan's authors use 3 for 480p and 5 for 720p.
-        height: of the video in pixels; the default is Wan's (480 x 832, 81 frames).
-        width: of the video in pixels.
-        num_frames: of the video, before the VAE.
-        stride: keep every stride-th sampler step, from an offset drawn per trajectory; the size on disk falls with it.
-        negative_probability: share of states used with the negative prompt; without guidance there are none.
-        batch_size: videos sampled at once.
-        shard_size: videos per file.
-        dtype: of stored states, "float16" (default), "bfloat16" or "float32".
+        path: Folder of the trajectory store, which several runs may share. None means output_dir/trajectories.
+        num_trajectories: Number of sampled videos. The default takes about 81 GB of disk space with Wan 1.3B.
+        num_inference_steps: Number of sampling steps, as in WanPipeline.
+        guidance_scale: Guidance scale, as in WanPipeline; 1 or less means no guidance.
+        guidance_scale_2: Guidance scale of the low-noise expert, as in WanPipeline. None means guidance_scale.
+        flow_shift: Flow shift of the scheduler. None means the pipeline's own. Wan's authors use 3 for 480p and 5 for
+            720p.
+        height: Height of the video in pixels. The default size is Wan's: 480 x 832, 81 frames.
+        width: Width of the video in pixels.
+        num_frames: Number of frames of the video, before the VAE compresses them.
+        stride: Number of sampling steps between two stored states; the first one is drawn for each trajectory. The size
+            on disk is proportional to 1 / stride.
+        negative_probability: Share of the states that have the negative prompt as their condition. Without guidance it
+            is 0, because the sampler never uses the negative prompt then.
+        batch_size: Number of videos sampled at once.
+        shard_size: Number of videos per file.
+        dtype: Dtype of the stored states: "float16", "bfloat16" or "float32".
     """
 
     path: str | None = None
@@ -89,9 +92,7 @@ class TrajectoryConfig:
             raise ValueError(f"trajectories.negative_probability must lie in [0, 1], got {self.negative_probability}")
         for name in ("guidance_scale", "guidance_scale_2"):
             if not 0 <= (getattr(self, name) or 0) < math.inf:
-                raise ValueError(
-                    f"trajectories.{name} must not be negative, and must be finite, got {getattr(self, name)}"
-                )
+                raise ValueError(f"trajectories.{name} must be finite and not negative, got {getattr(self, name)}")
         if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
             raise ValueError(f"trajectories.flow_shift must be positive and finite, got {self.flow_shift}")
         if self.dtype not in DTYPES:
@@ -99,36 +100,37 @@ class TrajectoryConfig:
 
     @property
     def states_per_trajectory(self) -> int:
-        """With one transformer; see kept_steps."""
+        """Number of states per trajectory, for a pipeline with one transformer; see kept_steps."""
         return self.num_inference_steps // self.stride
 
 
 def with_flow_shift(pipeline, flow_shift: float | None):
-    """The pipeline, or where its scheduler has another shift a shallow copy with that one.
+    """Return the pipeline, or for a given flow_shift a shallow copy of it whose scheduler has that shift.
 
     Raises:
-        ValueError: a scheduler without a shift.
+        ValueError: The scheduler has no shift.
     """
     if flow_shift is None:
         return pipeline
     names = [name for name in SHIFTS if name in pipeline.scheduler.config]
     if not names:
-        raise ValueError(f"trajectories.flow_shift needs a scheduler with one, got {type(pipeline.scheduler).__name__}")
+        kind = type(pipeline.scheduler).__name__
+        raise ValueError(f"trajectories.flow_shift needs a scheduler with a shift, got {kind}")
     pipeline = copy.copy(pipeline)
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **{names[0]: flow_shift})
     return pipeline
 
 
 def stored_flow_shift(scheduler: Any) -> float:
-    """The shift of a scheduler; 1 where it has none."""
+    """Return the shift of a scheduler; 1 if it has none."""
     return next((scheduler.config[name] for name in SHIFTS if name in scheduler.config), 1.0)
 
 
 def latent_shape(pipeline, config: TrajectoryConfig) -> tuple[int, int, int, int]:
-    """(C, F, H, W) of the latents of one video.
+    """Return the shape (C, F, H, W) of the latents of one video.
 
     Raises:
-        ValueError: sizes that the VAE and the transformer's patches cannot represent.
+        ValueError: The VAE and the transformer's patches cannot represent a video of this size.
     """
     time, space = pipeline.vae_scale_factor_temporal, pipeline.vae_scale_factor_spatial
     patch = pipeline.transformer.config.patch_size
@@ -144,16 +146,16 @@ def latent_shape(pipeline, config: TrajectoryConfig) -> tuple[int, int, int, int
 
 
 def kept_steps(timesteps: torch.Tensor, config: TrajectoryConfig, expert: Expert) -> range:
-    """The sampler steps that states are kept of: every stride-th of them, per trajectory from another offset.
+    """Return the sampler steps from which every stride-th state is stored; the first one is drawn per trajectory.
 
     Raises:
-        ValueError: there are fewer than the stride.
+        ValueError: There are fewer steps than the stride.
     """
     steps = expert.steps(timesteps)
     if len(steps) < config.stride:
         raise ValueError(
-            f"trajectories.stride {config.stride} needs as many sampler steps in the range of the expert"
-            f" {expert.name}, got {len(steps)} of {config.num_inference_steps}"
+            f"trajectories.stride {config.stride} needs at least as many sampling steps in the range of the expert"
+            f" {expert.name}, got {len(steps)} of {config.num_inference_steps} steps there"
         )
     return steps
 
@@ -166,7 +168,7 @@ def open_store(
     seed: int,
     expert: Expert = Expert(),  # noqa: B008 (frozen)
 ) -> TrajectoryStore:
-    """The store at `path` for these trajectories, complete or not; see TrajectoryStore for what is refused."""
+    """Open the store at `path` for these trajectories, complete or not; see TrajectoryStore for what it refuses."""
     return TrajectoryStore(path, store_request(pipeline, prompts, config, seed, expert))
 
 
@@ -177,7 +179,7 @@ def store_request(
     seed: int,
     expert: Expert = Expert(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
-    """All that decides about the trajectories, as plain values."""
+    """Return everything on which the trajectories depend, as plain values."""
     timesteps, sigmas = sampler_grid(pipeline.scheduler, config.num_inference_steps)
     steps = kept_steps(timesteps, config, expert)
     request = {
@@ -195,9 +197,10 @@ def store_request(
     if expert.name is not None:
         scale = config.guidance_scale if config.guidance_scale_2 is None else config.guidance_scale_2
         request |= {"expert": expert.name, "boundary_timestep": expert.boundary_timestep, "guidance_scale_2": scale}
-    if expert.name == "low_noise":  # the states there were reached by the other expert; the reverse is not so
+    # the low-noise expert's states depend on the high-noise expert, which led to them, but not the other way round
+    if expert.name == "low_noise":
         request["model_high_noise"] = fingerprint(pipeline.transformer)
-    if stored_guidance(request) == 1:  # the sampler never asks for the negative prompt
+    if stored_guidance(request) == 1:  # the sampler never uses the negative prompt
         request["negative_probability"] = 0.0
     return request
 
@@ -209,14 +212,15 @@ def collect(
     progress: bool = True,
     shards: Sequence[int] | None = None,
 ) -> TrajectoryStore:
-    """Fill the shards that are missing, on the transformer's device; returns the store.
+    """Fill the missing shards, on the transformer's device, and return the store.
 
-    shards: only these, for one of several workers; those that another has filled meanwhile are passed over.
+    shards: Numbers of the shards to fill, for one of several workers; those that another worker has filled in the
+        meantime are skipped. None means all missing shards.
     """
     request = store.request
     shape = tuple(request["latent_shape"])
     missing = store.missing_shards() if shards is None else shards
-    # of a high-noise expert's no trajectory goes on to the end
+    # trajectories for a high-noise expert end with its range
     timesteps, _ = sampler_grid(pipeline.scheduler, request["num_inference_steps"])
     steps = stored_expert(request).steps(timesteps).stop
     total = steps * sum(len(store.shard_trajectories(number)) for number in missing)
@@ -243,7 +247,7 @@ def _collect_batch(
     device, dtype = model.device, DTYPES[request["dtype"]]
 
     noise = torch.stack([draw_noise(shape, seed, "noise", i) for i in trajectories]).to(device)
-    # consecutive prompts from a drawn start: every prompt is used about equally often
+    # consecutive prompts from a random start, so that every prompt is used about equally often
     prompt = torch.tensor([(stable_hash(seed, "prompt") + i) % len(prompts) for i in trajectories])
     chance = torch.stack([torch.rand(steps, generator=generator(seed, "negative", i)) for i in trajectories])
     negative = chance < request["negative_probability"]
@@ -259,13 +263,13 @@ def _collect_batch(
         rows, columns = (keep == step.index).nonzero(as_tuple=True)
         flagged = rows[negative[rows, step.index]]
         u_step = step.u.clone()
-        if len(flagged):  # only of a guided sampler
+        if len(flagged):  # only with guidance
             u_step[flagged] = step.u_negative[flagged]
         _check_finite(step, u_step, prompt, steps)
         x, u = _put(x, rows, columns, step.x), _put(u, rows, columns, u_step)
         timestep[rows, columns] = float(step.timestep)
         bar.update(len(trajectories))
-        if step.index == in_range[-1]:  # the low-noise expert's steps are of no use to the other
+        if step.index == in_range[-1]:  # the high-noise expert has no use for the steps below its range
             break
     sample = _fitting(step.x_next, dtype).cpu()
     states = {"x": x, "u": u, "timestep": timestep, "negative": negative.gather(1, keep)}
@@ -273,23 +277,23 @@ def _collect_batch(
 
 
 def _check_finite(step: SamplerStep, u: torch.Tensor, prompt: torch.Tensor, steps: int) -> None:
-    """ValueError where a state or its velocity is not finite, before hours of training rest on it."""
+    """Raise ValueError if a state or its velocity is not finite, before hours of training depend on it."""
     finite = torch.stack([x.isfinite().flatten(1).all(1) for x in (step.x, u, step.x_next)]).all(0).cpu()
     if not finite.all():
         numbers = ", ".join(str(1 + number) for number in prompt[~finite].unique().tolist())
         raise ValueError(
-            f"the teacher's velocity is not finite at sampler step {step.index + 1} of {steps}, prompt number"
-            f" {numbers}: look for NaN in its weights, or use a dtype with more range"
+            f"the teacher's velocity is not finite at sampling step {step.index + 1} of {steps}, prompt number"
+            f" {numbers}: look for NaN in its weights, or use a dtype with a larger range"
         )
 
 
 def _fitting(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in dtype, or in fp32 where it would overflow."""
+    """Return x in this dtype, or in fp32 if it would overflow."""
     return x.to(dtype) if x.abs().max() <= torch.finfo(dtype).max else x.float()
 
 
 def _put(kept: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """`kept` with values[rows] at [rows, columns], in fp32 where they would overflow its dtype."""
+    """Return `kept` with values[rows] put at [rows, columns], and in fp32 if they would overflow its dtype."""
     if len(rows):
         chosen = _fitting(values[rows], kept.dtype).cpu()
         kept = kept.to(chosen.dtype)

@@ -1,4 +1,4 @@
-"""What a model denoises a batch of states under: text, and for image-to-video models what the first frame says."""
+"""The conditions of a batch of states: the text, and for image-to-video models the first frame."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +8,13 @@ import torch
 
 @dataclass(frozen=True)
 class Conditions:
-    """Of B states.
+    """The conditions of B states.
 
     Args:
-        prompt_embeds: [B, L, E], of the text encoder.
-        latents: [B, C, F, H, W], the channels an image-to-video model takes after the state's (the mask of given frames
-            and the image's latents); None for text-to-video models.
-        image_embeds: [B, N, D], of the image encoder; None for models without one.
+        prompt_embeds: Output of the text encoder [B, L, E].
+        latents: Channels that an image-to-video model reads after those of the state [B, C, F, H, W]: the mask of given
+            frames and the latents of the image. None for text-to-video models.
+        image_embeds: Output of the image encoder [B, N, D]; None for models without one.
     """
 
     prompt_embeds: torch.Tensor
@@ -25,12 +25,12 @@ class Conditions:
         return len(self.prompt_embeds)
 
     def __getitem__(self, index: torch.Tensor | slice) -> "Conditions":
-        """Those of some of the states."""
+        """The conditions of some of the states."""
         parts = (self.prompt_embeds, self.latents, self.image_embeds)
         return Conditions(*(None if part is None else part[index] for part in parts))
 
     def model_inputs(self, x: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments of a Wan transformer's forward for the states x [B, C, F, H, W], all but the timestep."""
+        """Return the arguments of a Wan transformer's forward for states x [B, C, F, H, W], except for the timestep."""
         inputs = {"hidden_states": x.to(dtype), "encoder_hidden_states": self.prompt_embeds.to(dtype)}
         if self.latents is not None:
             inputs["hidden_states"] = torch.cat([inputs["hidden_states"], self.latents.to(dtype)], dim=1)

@@ -1,4 +1,4 @@
-"""Whether a device asked for is there, before anything slow starts; and models that go to one for a while."""
+"""Checks that a requested device exists, before anything slow starts; models that are moved to a device for a while."""
 
 import platform
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch
 
 
 def check_device(name: str | None) -> None:
-    """Raise ValueError, in one line, when PyTorch does not know the device `name` or has none here; None passes."""
+    """Raise ValueError if PyTorch does not know the device `name`, or this machine does not have it. None passes."""
     if name is None:
         return
     try:
@@ -20,13 +20,14 @@ def check_device(name: str | None) -> None:
         raise ValueError(f"device must be a torch device such as cpu or cuda, got {name!r}")
     kind = "GPU" if device.type == "cuda" else f"{device.type} device"
     if not backend.is_available():
-        raise ValueError(f"device {name!r} asked for, but PyTorch sees no {kind} here")
+        raise ValueError(f"device {name!r} was requested, but PyTorch sees no {kind} here")
     if device.type != "cpu" and device.index is not None and device.index >= backend.device_count():
-        raise ValueError(f"device {name!r} asked for, but PyTorch sees only {backend.device_count()} {kind}(s) here")
+        count = backend.device_count()
+        raise ValueError(f"device {name!r} was requested, but PyTorch sees only {count} {kind}{'s' * (count > 1)} here")
 
 
 def device_name(device: torch.device | str) -> str:
-    """The device in words, for the caption of a measurement."""
+    """Return the device in words, for the caption of a measurement."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
@@ -34,7 +35,10 @@ def device_name(device: torch.device | str) -> str:
 
 @contextmanager
 def on_device(device: torch.device | None, *models: torch.nn.Module | None) -> Iterator[None]:
-    """The models on `device` meanwhile, and back where they were; nothing moves where one or the device is None."""
+    """Move the models to `device` for the duration of the context, and back afterwards.
+
+    A model that is None is skipped; with a device of None nothing moves.
+    """
     homes = [(model, model.device) for model in models if model is not None and device is not None]
     try:
         for model, _ in homes:

@@ -1,6 +1,8 @@
-"""Wan 2.2's two experts: the pipeline's `transformer` at timesteps from a boundary up (high noise), `transformer_2`
-below it (low noise). A run trains one of them and looks at nothing outside of its range; two runs, one after another,
-convert both. A pipeline with one transformer is the case without a boundary.
+"""The two experts of Wan 2.2: the pipeline's `transformer` at and above a boundary timestep (high noise), and
+`transformer_2` below it (low noise).
+
+A run trains one of them, on states from its range only; two runs, one after the other, convert both. A pipeline with
+one transformer is the case without a boundary.
 """
 
 from dataclasses import dataclass
@@ -18,8 +20,8 @@ class Expert:
     """The transformer that a run trains.
 
     Args:
-        name: "high_noise", "low_noise", or None for a pipeline's only transformer.
-        boundary_timestep: 1000 t where the low-noise expert takes over; None without experts.
+        name: Name "high_noise" or "low_noise"; None for a pipeline's only transformer.
+        boundary_timestep: Timestep (1000 t) below which the low-noise expert takes over; None without experts.
     """
 
     name: str | None = None
@@ -27,16 +29,16 @@ class Expert:
 
     @property
     def component(self) -> str:
-        """The pipeline's name for it."""
+        """The name of this transformer in the pipeline."""
         return "transformer_2" if self.name == "low_noise" else "transformer"
 
     @property
     def t_min(self) -> float:
-        """The lowest t in its range. Sampling only falls, so that nothing ever leaves a range at its upper end."""
+        """The lowest t in its range. Sampling decreases t, so that nothing ever leaves a range at its upper end."""
         return self.boundary_timestep / NUM_TRAIN_TIMESTEPS if self.name == "high_noise" else 0.0
 
     def steps(self, timesteps: torch.Tensor) -> range:
-        """Its steps of a sampler with these falling `timesteps` [n], which may be none."""
+        """Return its steps, possibly none, in a sampler with these decreasing `timesteps` [n]."""
         if self.name is None:
             return range(len(timesteps))
         switch = int((timesteps >= self.boundary_timestep).sum())
@@ -44,11 +46,11 @@ class Expert:
 
 
 def choose_expert(pipeline: Any, name: str | None, guidance_scale_2: float | None = None) -> Expert:
-    """The expert `name` of a pipeline in memory.
+    """Return the expert `name` of a pipeline in memory.
 
     Raises:
-        ValueError: a pipeline with two experts needs a name, and one with a single transformer takes none and no
-            guidance_scale_2; or two experts without a boundary_ratio between them.
+        ValueError: The pipeline has two experts and no name is given, or it has one transformer and a name or a
+            guidance_scale_2 is given, or it has two experts without a boundary_ratio between them.
     """
     if getattr(pipeline, "transformer_2", None) is None:
         for option, value in (("expert", name), ("trajectories.guidance_scale_2", guidance_scale_2)):
@@ -62,23 +64,23 @@ def choose_expert(pipeline: Any, name: str | None, guidance_scale_2: float | Non
     return Expert(name, pipeline.config.boundary_ratio * pipeline.scheduler.config.num_train_timesteps)
 
 
-# A trajectory store's request says all this; without experts it has none of these keys.
+# The request of a trajectory store holds all of this; without experts it has none of these keys.
 
 
 def stored_expert(request: dict[str, Any]) -> Expert:
-    """The expert whose states a store has."""
+    """Return the expert whose states a store holds."""
     return Expert(request.get("expert"), request.get("boundary_timestep"))
 
 
 def stored_guidance(request: dict[str, Any]) -> float:
-    """The guidance scale in that expert's range; 1 where WanPipeline does not guide."""
+    """Return the guidance scale in the range of the store's expert; 1 if WanPipeline does not guide."""
     if request["guidance_scale"] <= 1:  # the first scale decides for both experts
         return 1.0
     return request["guidance_scale_2" if stored_expert(request).name == "low_noise" else "guidance_scale"]
 
 
 def low_noise_sampler(pipeline: Any, request: dict[str, Any]) -> LowNoise | None:
-    """What sampling for that store uses below the boundary; None without experts."""
+    """Return the model and guidance that sampling for this store uses below the boundary; None without experts."""
     if stored_expert(request).name is None:
         return None
     return LowNoise(pipeline.transformer_2, request["boundary_timestep"], request["guidance_scale_2"])

@@ -1,4 +1,4 @@
-"""A cheap identity of a model's weights, to tell whether a stored result belongs to the model at hand."""
+"""A cheap fingerprint of a model's weights, to tell whether a stored result belongs to this model."""
 
 import hashlib
 
@@ -8,9 +8,9 @@ SAMPLES = 64
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """16 hex digits from every parameter's name, shape and 64 evenly spaced elements (as fp32).
+    """Return 16 hex digits made from each parameter's name, its shape and 64 evenly spaced elements (as fp32).
 
-    A sample, not a proof: an edit that misses every sampled element goes unseen, training never does.
+    This is a sample, not a proof: it misses an edit of elements that are not sampled, but never a training step.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(model.state_dict().items()):

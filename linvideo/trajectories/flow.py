@@ -18,15 +18,18 @@ NUM_TRAIN_TIMESTEPS = 1000
 def predict_velocity(
     model: torch.nn.Module, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
 ) -> torch.Tensor:
-    """u of `model` at x [B, C, F, H, W], timestep [B] or scalar (= 1000 t), under B conditions; fp32, x's shape."""
+    """Return the velocity u of `model` at x [B, C, F, H, W] under B conditions, in fp32 and in the shape of x.
+
+    timestep: Timestep (1000 t), [B] or scalar.
+    """
     inputs = conditions.model_inputs(x, model.dtype)
-    # with context parallelism the output hook takes a tuple only
+    # with context parallelism, the output hook accepts only a tuple
     u = model(**inputs, timestep=timestep.expand(x.shape[0]), return_dict=False)[0]
     return u.float()
 
 
 def guide(u_cond: torch.Tensor, u_negative: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-    """Classifier-free guidance on velocities, WanPipeline's form: u_neg + w (u_cond - u_neg)."""
+    """Apply classifier-free guidance to velocities, in WanPipeline's form: u_neg + w (u_cond - u_neg)."""
     return u_negative + guidance_scale * (u_cond - u_negative)
 
 
@@ -36,13 +39,13 @@ def score_from_velocity(x: torch.Tensor, u: torch.Tensor, t: torch.Tensor | floa
 
 
 def like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """[B] -> [B, 1, 1, ...] on x's device, to broadcast against x."""
+    """Reshape [B] to [B, 1, 1, ...] on the device of x, to broadcast against x."""
     return values.to(x.device).view(-1, *[1] * (x.dim() - 1))
 
 
 @dataclass(frozen=True)
 class LowNoise:
-    """What a sampler of Wan 2.2 uses at timesteps below `boundary_timestep`."""
+    """The model and the guidance scale that a sampler of Wan 2.2 uses at timesteps below `boundary_timestep`."""
 
     model: torch.nn.Module
     boundary_timestep: float
@@ -51,41 +54,52 @@ class LowNoise:
 
 @dataclass
 class SamplerStep:
-    """One step of a sampler: where it was, what the model said there, where it went."""
+    """One step of a sampler: the state, the model's velocity there, and the next state.
+
+    Args:
+        index: Number of the step, from 0.
+        timestep: Timestep that the model was given, a scalar.
+        sigma: The t of this step, in [0, 1].
+        sigma_next: The t of the next step.
+        x: State at `timestep` [B, C, F, H, W], fp32.
+        u: Velocity there under the prompt, fp32.
+        u_negative: Velocity there under the negative prompt; None without guidance.
+        x_next: State after the step.
+    """
 
     index: int
-    timestep: torch.Tensor  # scalar, what the model was given
-    sigma: float  # t of this step, in [0, 1]
+    timestep: torch.Tensor
+    sigma: float
     sigma_next: float
-    x: torch.Tensor  # [B, C, F, H, W] fp32, the state at `timestep`
-    u: torch.Tensor  # conditional velocity there, fp32
-    u_negative: torch.Tensor | None  # under the negative prompt; None when guidance is off
+    x: torch.Tensor
+    u: torch.Tensor
+    u_negative: torch.Tensor | None
     x_next: torch.Tensor
 
 
 def sampler_grid(scheduler, num_inference_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(timesteps [n], sigmas [n + 1]) of a copy of `scheduler`; the last sigma is where sampling ends.
+    """Return the timesteps [n] and sigmas [n + 1] of a scheduler; the last sigma is where sampling ends.
 
     Raises:
-        ValueError: a scheduler that takes more than one model call a step, or that is no flow-matching scheduler.
+        ValueError: The scheduler makes more than one model call per step, or is not a flow-matching scheduler.
     """
     scheduler = fresh_scheduler(scheduler, num_inference_steps)
     timesteps, sigmas = scheduler.timesteps.float().cpu(), scheduler.sigmas.float().cpu()
     if len(timesteps) != num_inference_steps or len(sigmas) != num_inference_steps + 1:
         raise ValueError(
-            f"the scheduler must make one model call a step: asked for {num_inference_steps} steps, "
-            f"{type(scheduler).__name__} gives {len(timesteps)} timesteps and {len(sigmas)} sigmas"
+            f"the scheduler must make one model call per step: for {num_inference_steps} steps,"
+            f" {type(scheduler).__name__} has {len(timesteps)} timesteps and {len(sigmas)} sigmas"
         )
     if not (float(sigmas.max()) <= 1.0 and bool((sigmas.diff() < 0).all())):
         raise ValueError(
-            f"expected a flow-matching scheduler with sigmas falling from at most 1, got {type(scheduler).__name__} "
+            f"expected a flow-matching scheduler with decreasing sigmas up to 1, got {type(scheduler).__name__} "
             f"with sigmas from {float(sigmas[0]):.3g} to {float(sigmas[-1]):.3g}"
         )
     return timesteps, sigmas
 
 
 def fresh_scheduler(scheduler, num_inference_steps: int, device: torch.device | str | None = None):
-    """A copy of `scheduler`, set to its first step: multistep schedulers remember the batch they are used on."""
+    """Return a copy of `scheduler`, set to its first step. Multistep schedulers remember the batch they work on."""
     if not hasattr(scheduler, "set_begin_index"):
         raise ValueError(f"expected a flow-matching scheduler, got {type(scheduler).__name__}")
     scheduler = copy.deepcopy(scheduler)
@@ -105,15 +119,16 @@ def sample_steps(
     guidance_scale: float = 1.0,
     low_noise: LowNoise | None = None,
 ) -> Iterator[SamplerStep]:
-    """Run the sampler WanPipeline would run and yield every step; the last step's `x_next` is the sample.
+    """Run the sampler of WanPipeline and yield every step; `x_next` of the last step is the sample.
 
     Args:
-        noise: [B, C, F, H, W], the start at sigma = 1.
-        conditions, negative_conditions: B each; the second is used, and needed, when guidance_scale > 1.
-        low_noise: takes over from `model` and its guidance_scale; steps are guided when the first scale says so.
+        noise: Start at sigma = 1, [B, C, F, H, W].
+        conditions, negative_conditions: B conditions each. The second are needed if guidance_scale > 1.
+        low_noise: Model that replaces `model` below a boundary, with a guidance scale of its own. Whether there is
+            guidance at all depends on guidance_scale alone, as in WanPipeline.
     """
     if guidance_scale > 1 and negative_conditions is None:
-        raise ValueError(f"guidance_scale {guidance_scale} needs conditions of the negative prompt, got None")
+        raise ValueError(f"guidance_scale {guidance_scale} needs conditions of the negative prompt, got none")
     scheduler = fresh_scheduler(scheduler, num_inference_steps, noise.device)
     x, scale = noise.float(), guidance_scale
     for index, timestep in enumerate(scheduler.timesteps):

@@ -1,7 +1,7 @@
-"""Image-to-video: what the pipeline's own VAE and image encoder make of the prompts' images, computed once.
+"""Image-to-video: the outputs of the pipeline's own VAE and image encoder for the prompts' images, computed once.
 
-An image becomes the channels next to the latents (a mask of given frames, and the latents of a video that is grey after
-the first frame) and, for Wan 2.1, embeddings by CLIP. The negative prompt goes with the same image.
+An image becomes channels next to the latents (a mask of given frames, and the latents of a video that is grey after
+the first frame) and, for Wan 2.1, CLIP embeddings. The negative prompt is used with the same image.
 """
 
 import hashlib
@@ -22,14 +22,16 @@ from linvideo.trajectories.prompts import PromptEmbeddings
 
 
 def takes_images(pipeline) -> bool:
-    return type(pipeline).__name__ == "WanImageToVideoPipeline"  # its import warns of torchvision
+    # compares names, because importing the class warns about torchvision
+    return type(pipeline).__name__ == "WanImageToVideoPipeline"
 
 
 def check_images(pipeline, images: Sequence[str | Path | Image.Image | None]) -> None:
-    """Whether training takes this pipeline with these images, one for each prompt; [] asks about the pipeline alone.
+    """Check that training supports this pipeline with these images, one for each prompt; [] checks the pipeline alone.
 
     Raises:
-        ValueError: a text-to-video pipeline with an image, an image-to-video one without some, or another kind.
+        ValueError: A text-to-video pipeline gets an image, an image-to-video pipeline lacks one, or the pipeline is of
+            another kind.
     """
     config, missing = pipeline.transformer.config, sum(image is None for image in images)
     if not takes_images(pipeline):
@@ -40,13 +42,13 @@ def check_images(pipeline, images: Sequence[str | Path | Image.Image | None]) ->
             )
         if missing < len(images):
             raise ValueError(
-                f"prompts of a text-to-video model must have no image, got {len(images) - missing} of"
-                f" {len(images)} with one"
+                f"prompts of a text-to-video model must not have images, but {len(images) - missing} of"
+                f" {len(images)} have one"
             )
         return
     if pipeline.config.expand_timesteps:
         raise ValueError(
-            "expected an image-to-video model that takes the image in channels of its own, got one that takes it in"
+            "expected an image-to-video model that reads the image from separate channels, got one that reads it in"
             " place of the first frame (expand_timesteps, Wan 2.2 TI2V), which training does not support"
         )
     expected = config.out_channels + pipeline.vae_scale_factor_temporal + pipeline.vae.config.z_dim
@@ -62,16 +64,16 @@ def check_images(pipeline, images: Sequence[str | Path | Image.Image | None]) ->
         )
     if missing:
         raise ValueError(
-            f"every prompt of an image-to-video model needs an image, {missing} of {len(images)} have none"
+            f"every prompt of an image-to-video model needs an image, but {missing} of {len(images)} have none"
             ' (prompts.prompts_file: a .jsonl with "caption" and "image" in each line)'
         )
 
 
 def digest(image: str | Path | Image.Image) -> str:
-    """32 hex digits of the image's size and pixels.
+    """Return 32 hex digits that identify the image's size and pixels.
 
     Raises:
-        ValueError: as `read_image`.
+        ValueError: The image cannot be read: see `read_image`.
     """
     image = read_image(image)
     return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).hexdigest()
@@ -85,7 +87,7 @@ def add_images(
     cache: str | Path | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """Give the prompts what `encode_images` makes of their images; nothing where the pipeline takes none."""
+    """Add the encoded images (see `encode_images`) to the prompts, if the pipeline takes images."""
     if takes_images(pipeline):
         prompts.latents, prompts.image_embeds = encode_images(pipeline, images, video, cache, device)
 
@@ -97,16 +99,17 @@ def encode_images(
     cache: str | Path | None = None,
     device: torch.device | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(latents [P, C, F, H, W], image_embeds [P, N, D] or None) of Conditions, on the CPU in the transformer's dtype.
+    """Return the latents [P, C, F, H, W] and image_embeds [P, N, D] (or None) of Conditions, on the CPU, in the
+    transformer's dtype.
 
-    Read from the file `cache` when it holds exactly these, else written there.
+    They are read from the file `cache` if it holds exactly these, otherwise computed and written there.
 
     Args:
-        images: in memory or files; each is resized to the size of `video`, as by the pipeline.
-        device: where VAE and image encoder are meanwhile; None is where they are.
+        images: Images in memory, or image files. Each is resized to the size of `video` in the pipeline's way.
+        device: Device for VAE and image encoder while they work. None leaves them where they are.
 
     Raises:
-        ValueError: a file that is no image (see `read_image`), or a size that does not fit the pipeline.
+        ValueError: A file is not an image (see `read_image`), or the size does not fit the pipeline.
     """
     latent_shape(pipeline, video)
     embeds = pipeline.transformer.config.image_dim is not None
@@ -117,7 +120,7 @@ def encode_images(
     if cache is not None and (found := read_cached(cache, key)) is not None:
         return found["latents"], found.get("image_embeds")
 
-    # one at a time: opened, they may be large
+    # one at a time, because open images may be large
     with on_device(device, pipeline.vae, pipeline.image_encoder):
         parts = [_encode(pipeline, image, *size, embeds) for image in map(read_image, images)]
     result = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -130,7 +133,7 @@ def encode_images(
 def _encode(pipeline, image: Image.Image, height: int, width: int, num_frames: int, embeds: bool) -> dict:
     device, dtype = pipeline.vae.device, pipeline.transformer.dtype
     pixels = pipeline.video_processor.preprocess(image, height=height, width=width).to(device, torch.float32)
-    channels, unused = pipeline.vae.config.z_dim, torch.zeros((), device=device)  # in place of noise
+    channels, unused = pipeline.vae.config.z_dim, torch.zeros((), device=device)  # stands in for the noise
     video = (height, width, num_frames, torch.float32, device)
     result = {"latents": pipeline.prepare_latents(pixels, 1, channels, *video, latents=unused)[1]}
     if embeds:
@@ -139,15 +142,17 @@ def _encode(pipeline, image: Image.Image, height: int, width: int, num_frames: i
 
 
 def read_image(image: str | Path | Image.Image) -> Image.Image:
-    """An RGB image; of a file, upright as its EXIF orientation says, as diffusers' load_image reads it. An image in
-    memory is taken as it is, as pipelines take it.
+    """Return an RGB image.
+
+    A file is read by diffusers' load_image, which rotates it according to its EXIF orientation. An image in memory is
+    not rotated, because pipelines do not rotate it either.
 
     Raises:
-        ValueError: no such file, or one that is no image, is damaged, or has more than 178 million pixels.
+        ValueError: There is no such file, or it is not an image, is damaged, or has more than 178 million pixels.
     """
     if isinstance(image, Image.Image):
         return image.convert("RGB")
-    if not Path(image).is_file():  # opening a pipe would wait for ever
+    if not Path(image).is_file():  # opening a named pipe would wait forever
         raise ValueError(f"cannot read the image {image}: there is no such file")
     try:
         with (

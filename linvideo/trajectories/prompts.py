@@ -1,5 +1,5 @@
-"""Prompts: captions, with images or without, from a file, and the captions' embeddings, computed once by the pipeline's
-own text encoder."""
+"""Prompts: captions from a file, with or without images, and their embeddings, which the pipeline's own text encoder
+computes once."""
 
 import codecs
 import hashlib
@@ -27,16 +27,16 @@ LARGEST_FILE = 100_000_000  # bytes, about a million captions
 
 @dataclass
 class PromptConfig:
-    """Which prompts the trajectories are made from.
+    """The prompts from which the trajectories are sampled.
 
     Args:
-        prompts_file: text file, one caption a line, '#' starts a comment line; or a .jsonl file with {"caption": ...,
-            "image": path relative to the file} in each line, for image-to-video models. None is linvideo's own caption
-            list.
-        negative_prompt: the prompt guidance pushes away from; use the one you generate with.
-        max_sequence_length: text tokens per prompt; None is min(512, the tokenizer's limit). Models with image
-            embeddings take 512.
-        encode_batch_size: prompts per call of the text encoder.
+        prompts_file: Text file with one caption per line, in which '#' starts a comment line; or, for image-to-video
+            models, a .jsonl file with {"caption": ..., "image": path relative to the file} on each line. None means
+            linvideo's own list of captions.
+        negative_prompt: Negative prompt, from which guidance pushes away. Use the one that you generate with.
+        max_sequence_length: Number of text tokens per prompt. None means 512, or the tokenizer's limit if it is lower.
+            Models with image embeddings need 512.
+        encode_batch_size: Number of prompts per call of the text encoder.
     """
 
     prompts_file: str | None = None
@@ -57,26 +57,28 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(path: str | Path | None = None) -> list[str]:
-    """Captions of a prompts file; see read_prompts_with_images."""
+    """Return the captions of a prompts file; see read_prompts_with_images."""
     return [prompt.caption for prompt in read_prompts_with_images(path)]
 
 
 def read_prompts_with_images(path: str | Path | None = None) -> list[Prompt]:
-    """Prompts of a text file, one caption a line, or of a .jsonl file, one object a line with "caption" and, where it
-    has one, "image". Empty lines and, in text, lines that start with '#' are skipped.
+    """Read the prompts of a text file with one caption per line, or of a .jsonl file with one object per line.
+
+    The object has a "caption", and an "image" if there is one. Empty lines are skipped, and so are lines of a text file
+    that start with '#'.
 
     Raises:
-        ValueError: no such file, not UTF-8 (a byte order mark is skipped), no caption in it, a line that is no such
-            object, or an image that is not there.
+        ValueError: There is no such file, it is not UTF-8 (a byte order mark is skipped), it holds no caption, a line
+            is not such an object, or an image is missing.
     """
     source = resources.files("linvideo") / "data" / "captions.txt" if path is None else Path(packaged(str(path)))
     try:
         with source.open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)  # a device has no end
+            content = file.read(LARGEST_FILE + 1)  # a device such as /dev/full never ends
         if len(content) > LARGEST_FILE:
             raise ValueError(f"expected at most {LARGEST_FILE} bytes, got more")
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
-            raise ValueError("expected UTF-8, got UTF-16, or no text")
+            raise ValueError("expected UTF-8, got UTF-16 or binary data")
         text = content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the prompts file {source}: {error}") from None
@@ -88,15 +90,16 @@ def read_prompts_with_images(path: str | Path | None = None) -> list[Prompt]:
     else:
         prompts = [Prompt(line.strip()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
-        raise ValueError(f"the prompts file {source} holds no caption, expected one a line")
+        raise ValueError(f"expected one caption per line in the prompts file {source}, got none")
     return prompts
 
 
 def spread(length: int, count: int) -> list[int]:
-    """`count` indices of a list of so many items, from all over it; all of them, in turn, where there are fewer.
+    """Return `count` indices that are spread over a list of `length` items; for a shorter list, all of them in turn.
 
-    One from each of `count` equal parts, at a place that differs from part to part: a list of captions is often sorted
-    by one word and periodic in another, so that the first ones of all parts would be alike.
+    There is one index from each of `count` equal parts, at a position that differs from part to part: a list of
+    captions is often sorted by one word and periodic in another, so that the first captions of all parts would be
+    alike.
     """
     if count >= length:
         return [number % length for number in range(count)]
@@ -106,12 +109,12 @@ def spread(length: int, count: int) -> list[int]:
 
 
 def some_of(items: Sequence[Item], most: int | None) -> list[Item]:
-    """At most so many of the items, from all over the list and in its order; None is all of them."""
+    """Return at most `most` of the items, spread over the list and in its order; None means all of them."""
     return [items[i] for i in spread(len(items), len(items) if most is None else min(most, len(items)))]
 
 
 def warn_of_unknown_words(tokenizer: Any, captions: Sequence[str]) -> None:
-    """Warn of words that the tokenizer has no tokens for, which a model then reads as nothing in particular."""
+    """Warn about words for which the tokenizer has no tokens, so that the model cannot understand them."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     words = dict.fromkeys(word for caption in captions for word in caption.split())
     if unknown is not None and (missing := [word for word in words if unknown in tokenizer(word).input_ids]):
@@ -121,8 +124,11 @@ def warn_of_unknown_words(tokenizer: Any, captions: Sequence[str]) -> None:
 
 @contextmanager
 def unchanged(tokenizer: Any) -> Iterator[None]:
-    """The tokenizer is afterwards as it was: one of the tokenizers library keeps how its last call padded and cut, and
-    saves it, so that a pipeline exported by a run that found its embeddings in the cache would be another."""
+    """Restore the tokenizer's settings at the end of the context.
+
+    A tokenizer of the tokenizers library remembers the padding and truncation of its last call, and saves them. Without
+    this, a run that found its embeddings in the cache would export a different pipeline.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     before = None if backend is None else (backend.padding, backend.truncation)
     try:
@@ -137,14 +143,15 @@ def unchanged(tokenizer: Any) -> Iterator[None]:
 def choose_prompts(
     path: str | Path | None, captions: Sequence[str] | None = None, images: Sequence[Any] | None = None
 ) -> tuple[list[str], list[Any]]:
-    """(captions, images, None where there is none): those given, or those of the file where no captions are.
+    """Return captions and images: those that are given, or else those of the file. A prompt without an image has None.
 
     Raises:
-        ValueError: no captions, or not as many images; see read_prompts_with_images.
+        ValueError: There are no captions, or their number differs from that of the images; see also
+            read_prompts_with_images.
     """
     if captions is None:
         if images is not None:
-            raise ValueError(f"expected prompts with the images in memory, got {len(images)} images without")
+            raise ValueError(f"expected prompts with the images in memory, got {len(images)} images without prompts")
         captions, images = zip(*read_prompts_with_images(path), strict=True)
     if not captions:
         raise ValueError("expected at least one prompt, got none")
@@ -158,26 +165,28 @@ def _parse(place: str, line: str, folder: Path) -> Prompt:
     try:
         prompt = Prompt(**json.loads(line))
         caption, image = prompt.caption.strip(), None if prompt.image is None else folder / prompt.image
-        caption.encode()  # "\\ud800" is valid JSON and no text
+        caption.encode()  # refuses "\\ud800", which is valid JSON but not text
     except (ValueError, TypeError, AttributeError, RecursionError):
-        expected = '{"caption": text, "image": path}, the image where there is one'
+        expected = '{"caption": text} or {"caption": text, "image": path}'
         raise ValueError(f"{place}: expected {expected}, got {line[:200]}") from None
     if not caption:
-        raise ValueError(f"{place}: expected a caption, got an empty one")
+        raise ValueError(f"{place}: expected a caption, got an empty text")
     if image is not None and not image.is_file():
         raise ValueError(f"{place}: there is no image {image}")
     return Prompt(caption, image)
 
 
 class PromptEmbeddings:
-    """Embeddings of a list of prompts and of one negative prompt; of image-to-video models, with each prompt's image.
+    """Embeddings of a list of prompts and of one negative prompt; for image-to-video models, also of the images.
 
-    The attributes latents [P, C, F, H, W] and image_embeds [P, N, D] are the images' (see Conditions), else None. All
-    of it is on the CPU; what a batch needs is moved.
+    The attributes latents [P, C, F, H, W] and image_embeds [P, N, D] hold the encoded images (see Conditions), or None.
+    Everything stays on the CPU, and only the rows of a batch are moved to a device.
 
     Args:
-        embeds: [P, L, E]; negative: [1, L, E]. Trailing positions that are zero in all of them, which is how Wan pads,
-            are kept off memory and disk and come back in `take`.
+        embeds: Embeddings of the prompts [P, L, E]. Wan pads them with zeros: trailing positions that are zero in all
+            prompts are not kept in memory or on disk, and `take` adds them again.
+        negative: Embedding of the negative prompt [1, L, E].
+        length: Number of positions L with the padding; None means that `embeds` has it.
     """
 
     def __init__(self, embeds: torch.Tensor, negative: torch.Tensor, length: int | None = None):
@@ -191,17 +200,17 @@ class PromptEmbeddings:
         keep = int(used[-1]) + 1 if len(used) else 1
         self.latents: torch.Tensor | None = None
         self.image_embeds: torch.Tensor | None = None
-        # one tensor, the negative prompt last: a batch of both kinds is then a single gather
+        # one tensor with the negative prompt last, so that a batch of both kinds is a single gather
         self.table = torch.cat([embeds[:, :keep], negative[:, :keep]]).cpu().contiguous()
 
     def __len__(self) -> int:
-        """Number of prompts, the negative one not counted."""
+        """Number of prompts, without the negative one."""
         return len(self.table) - 1
 
     def take(
         self, indices: torch.Tensor, negative: torch.Tensor | None = None, device: torch.device | str = "cpu"
     ) -> torch.Tensor:
-        """[B, L, E] for prompt `indices` [B], with the negative prompt where `negative` [B] is true."""
+        """Return embeddings [B, L, E] of the prompts `indices` [B]; the negative one where `negative` [B] is true."""
         indices = indices.cpu() if negative is None else torch.where(negative.cpu(), len(self), indices.cpu())
         embeds = self.table[indices].to(device)
         return torch.nn.functional.pad(embeds, (0, 0, 0, self.length - embeds.shape[1]))
@@ -209,13 +218,13 @@ class PromptEmbeddings:
     def conditions(
         self, indices: torch.Tensor, negative: torch.Tensor | None = None, device: torch.device | str = "cpu"
     ) -> Conditions:
-        """The same with the prompts' images; the negative prompt too goes with the image of prompt `indices`."""
+        """Return the same with the prompts' images. The negative prompt too gets the image of the prompt `indices`."""
         tables = (self.latents, self.image_embeds)
         images = (None if table is None else table[indices.cpu()].to(device) for table in tables)
         return Conditions(self.take(indices, negative, device), *images)
 
     def digest(self) -> str:
-        """Identifies these embeddings in the manifest of what was made with them."""
+        """Return a digest that identifies these embeddings in the manifest of a trajectory store."""
         digest = hashlib.blake2b(digest_size=8)
         for table in (self.table, self.latents, self.image_embeds):
             for row in () if table is None else table:
@@ -224,8 +233,8 @@ class PromptEmbeddings:
 
 
 def check_length(length: int, model: Any) -> None:
-    """Raise ValueError when a transformer of config `model` does not take `length` text tokens."""
-    # the cross-attention takes what comes before the last 512 tokens for the image
+    """Raise ValueError if a transformer with the config `model` does not take `length` text tokens."""
+    # the cross-attention treats everything before the last 512 tokens as the image
     if model.image_dim is not None and length != 512:
         raise ValueError(f"max_sequence_length must be 512 for a model with image embeddings, got {length}")
 
@@ -237,14 +246,15 @@ def encode_prompts(
     cache: str | Path | None = None,
     device: torch.device | None = None,
 ) -> PromptEmbeddings:
-    """Embeddings by `pipeline.encode_prompt`, read from the file `cache` when it holds exactly these, else written
-    there.
+    """Return the embeddings that `pipeline.encode_prompt` makes.
+
+    They are read from the file `cache` if it holds exactly these, otherwise computed and written there.
 
     Args:
-        device: where the text encoder is meanwhile; None is where it is.
+        device: Device for the text encoder while it works. None leaves it where it is.
 
     Raises:
-        ValueError: no prompts, or a max_sequence_length beyond the tokenizer's or not the model's.
+        ValueError: There are no prompts, or max_sequence_length does not suit the tokenizer or the model.
     """
     config = config or PromptConfig()
     if not prompts:

@@ -1,16 +1,15 @@
-"""The trajectory store: a folder of safetensors shards, each with its checksum, and manifest.json that says what
-they are.
+"""The trajectory store: a folder of safetensors shards, each with its checksum, and a manifest.json about them.
 
     x, u [n, S, C, F, H, W]              state, and the teacher's velocity there under the state's condition; in the
-                                         request's dtype, in fp32 in shards that would overflow it
-    timestep [n, S] fp32                 what the teacher was given (1000 t)
-    negative [n, S] bool, prompt [n]     the condition: the negative prompt, or prompt number `prompt`
-    sample [n, C, F, H, W]               where sampling ended: x_0, or the end of a high-noise expert's range
+                                         request's dtype, or in fp32 if the shard would overflow it
+    timestep [n, S] fp32                 timestep that the teacher was given (1000 t)
+    negative [n, S] bool, prompt [n]     condition: the negative prompt, or prompt number `prompt`
+    sample [n, C, F, H, W]               end of sampling: x_0, or the end of a high-noise expert's range
 
-n trajectories a shard, S kept sampler steps each. A shard is written whole, and counts once shard-<number>.json next to
-it has its checksum: an interrupted collection loses at most the shard it was in, and several workers can fill one
-store, because what a shard holds depends on its number alone. u is stored, not derived: differences of fp16 states
-give it with an error of several per cent.
+A shard holds n trajectories with S stored sampling steps each. It is written as a whole, and counts once its checksum
+is in shard-<number>.json next to it: an interrupted collection loses at most the shard that it was writing. Several
+workers can fill one store, because the contents of a shard depend only on its number. u is stored because it cannot be
+derived well: differences of fp16 states give it with an error of several per cent.
 """
 
 import os
@@ -44,9 +43,18 @@ KEYS = (*OF_STATES, "sample")
 
 @dataclass
 class StateBatch:
-    """Teacher states: x, u [B, C, F, H, W] fp32, timestep [B] fp32, each state's condition, prompt [B] and negative [B]
-    which condition that is. counts: False for a batch that stands in on a rank without one,
-    so that it runs the same collectives; its results are left out."""
+    """A batch of teacher states.
+
+    Args:
+        x: States [B, C, F, H, W], fp32.
+        u: The teacher's velocities there, in the same shape.
+        timestep: Timesteps [B], fp32.
+        conditions: Conditions of the states.
+        prompt: Numbers of the prompts in these conditions [B].
+        negative: Whether the condition is the negative prompt [B].
+        counts: Whether the results count. A rank without a batch of its own gets a substitute that does not count, so
+            that it runs the same collectives.
+    """
 
     x: torch.Tensor
     u: torch.Tensor
@@ -58,20 +66,21 @@ class StateBatch:
 
     @property
     def t(self) -> torch.Tensor:
-        """[B] in [0, 1]."""
+        """The time t in [0, 1] of each state [B]."""
         return self.timestep / NUM_TRAIN_TIMESTEPS
 
 
 class TrajectoryStore:
-    """Opens, or starts, the store at `path` for exactly this `request` (a JSON dict: model, prompts, sampler, seed,
-    sizes).
+    """A store of trajectories, which is opened or, if there is none, created.
 
     Args:
-        request: what identifies the contents, with num_trajectories, shard_size and states_per_trajectory among it.
-            None opens an existing store as it is.
+        path: Folder of the store.
+        request: Everything that determines the contents (model, prompts, sampler, seed, sizes), as a JSON dict with
+            num_trajectories, shard_size and states_per_trajectory. An existing store must have the same request. None
+            opens an existing store with any request.
 
     Raises:
-        ValueError: the store there was made for another request, is not ours, or is damaged.
+        ValueError: The store was made for another request or is damaged, or the folder holds something else.
     """
 
     def __init__(self, path: str | Path, request: dict[str, Any] | None = None):
@@ -80,11 +89,11 @@ class TrajectoryStore:
         manifest_path = self.path / "manifest.json"
         if not manifest_path.is_file():
             if request is None:
-                raise ValueError(f"{self.path} holds no trajectory store (no manifest.json)")
+                raise ValueError(f"{self.path} is not a trajectory store (it has no manifest.json)")
             there = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
             if manifest_path.name not in there and any(not name.startswith(TEMPORARY) for name in there):
-                raise ValueError(f"{self.path} is not empty and holds no trajectory store")
-            # another worker may be first; then its manifest stays, and is compared with ours
+                raise ValueError(f"{self.path} is neither empty nor a trajectory store")
+            # if another worker is first, its manifest stays, and is compared with ours
             write_json(manifest_path, with_checksum({"format": FORMAT, "request": request}), replace=False)
         manifest = read_checked(manifest_path, {"format", "request"})
         if manifest["format"] != FORMAT:
@@ -111,19 +120,19 @@ class TrajectoryStore:
         return self.request["num_trajectories"] * self.request["states_per_trajectory"]
 
     def shard_trajectories(self, number: int) -> range:
-        """The trajectories that belong into shard `number`."""
+        """Return the numbers of the trajectories in shard `number`."""
         size, total = self.request["shard_size"], self.request["num_trajectories"]
         return range(number * size, min((number + 1) * size, total))
 
     def has_shard(self, number: int) -> bool:
-        """Whether it was written, by this process or another; one whose file was deleted is collected anew."""
+        """Return whether this or another process has written the shard, and its file has not been deleted."""
         return self._file(number).is_file() and self._file(number).with_suffix(".json").is_file()
 
     def missing_shards(self) -> list[int]:
         return [number for number in range(self.num_shards) if not self.has_shard(number)]
 
     def write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
-        """The first of several workers with the same shard wins."""
+        """Write a shard, unless another worker has written the same one first."""
         file = self._file(number)
         entry = file.with_suffix(".json")
         with workspace(file) as space:
@@ -132,29 +141,29 @@ class TrajectoryStore:
             content = {"bytes": new.stat().st_size, "crc32": crc32(new)}
             with in_turn(self.path / "manifest.json"):
                 if not self.has_shard(number):
-                    entry.unlink(missing_ok=True)  # of a shard that was deleted
+                    entry.unlink(missing_ok=True)  # left from a deleted shard
                     os.replace(new, file)
                     write_json(entry, content)
 
     def verify(self, worker: int = 0, workers: int = 1) -> None:
-        """Read the shards that are there, of several workers every one its part, and compare checksums.
+        """Read this worker's share of the existing shards, and compare their checksums.
 
         Raises:
-            ValueError: naming the first damaged shard.
+            ValueError: A shard is damaged; the message names the first one.
         """
         for number in range(worker, self.num_shards, workers):
             if self.has_shard(number) and crc32(self._file(number)) != self._entry(number)["crc32"]:
-                raise ValueError(f"{self._damaged(number)} another checksum than when it was written")
+                raise ValueError(f"{self._damaged(number)} a different checksum from when it was written")
 
     def batch(self, indices: list[int], prompts: PromptEmbeddings, device: torch.device | str = "cpu") -> StateBatch:
-        """The states number `indices`, counted trajectory by trajectory."""
+        """Return the states with these numbers, which count the states trajectory by trajectory."""
         columns = {key: [] for key in OF_STATES}
         for index in indices:
             trajectory, step = divmod(index, self.request["states_per_trajectory"])
             number, row = divmod(trajectory, self.request["shard_size"])
             try:
                 file = self._open(number)
-                for key in ("x", "u", "timestep"):  # fp32 at once: autocast on a CPU cannot join fp16 tensors
+                for key in ("x", "u", "timestep"):  # fp32 from here on: autocast on a CPU cannot join fp16 tensors
                     columns[key].append(file.get_slice(key)[row : row + 1, step].float())
                 columns["negative"].append(file.get_slice("negative")[row : row + 1, step])
                 columns["prompt"].append(file.get_slice("prompt")[row : row + 1])
@@ -167,7 +176,7 @@ class TrajectoryStore:
     def samples(
         self, trajectories: Iterable[int], prompts: PromptEmbeddings, device: torch.device | str = "cpu"
     ) -> tuple[torch.Tensor, Conditions]:
-        """(samples [B, C, F, H, W] fp32, the prompts they were made from)."""
+        """Return the final samples [B, C, F, H, W] in fp32, and the conditions under which they were made."""
         samples, numbers = [], []
         for trajectory in trajectories:
             number, row = divmod(trajectory, self.request["shard_size"])
@@ -179,7 +188,7 @@ class TrajectoryStore:
         return torch.stack(samples).to(device), prompts.conditions(torch.cat(numbers), device=device)
 
     def timesteps(self) -> torch.Tensor:
-        """[num_trajectories, S] of all states; the store must be complete."""
+        """Return the timesteps of all states [num_trajectories, S]; the store must be complete."""
         return torch.cat([self._open(number).get_tensor("timestep") for number in range(self.num_shards)])
 
     def draw(
@@ -189,7 +198,10 @@ class TrajectoryStore:
         prompts: PromptEmbeddings,
         device: torch.device | str = "cpu",
     ) -> StateBatch:
-        """The states at `positions` of the batch `name`, say (seed, "finetune", step); they depend on nothing else."""
+        """Draw the states at `positions` of the batch `name`, for example (seed, "finetune", step).
+
+        They depend on nothing else.
+        """
         return self.batch(draw_indices(len(self), positions, *name), prompts, device)
 
     def _file(self, number: int) -> Path:
@@ -199,14 +211,14 @@ class TrajectoryStore:
         path = self._file(number).with_suffix(".json")
         entry = read_json(path)
         if not isinstance(entry, dict) or set(entry) != {"bytes", "crc32"}:
-            raise ValueError(f"{path} does not say bytes and crc32 of its shard (delete it to collect that anew)")
+            raise ValueError(f"{path} lacks the bytes or crc32 of its shard (delete it to collect the shard again)")
         return entry
 
     def _damaged(self, number: int) -> str:
-        return f"{self._file(number)} is damaged (delete it to collect it anew): it has"
+        return f"{self._file(number)} is damaged (delete it to collect it again): it has"
 
 
 def _difference(stored: dict, wanted: dict) -> str:
     keys = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
     parts = [f"{key} {stored.get(key)!r} (now {wanted.get(key)!r})" for key in keys]
-    return "with " + ", ".join(parts) + "; choose another folder or the old settings"
+    return "with " + ", ".join(parts) + "; choose another folder, or restore the old settings"

@@ -240,11 +240,15 @@ def test_the_pipeline_is_not_changed(tmp_path, monkeypatch):
         (lambda: convert(tiny_pipeline(), [0]), {}, "expected a stock Wan pipeline, whose layers are softmax"),
         (lambda: SimpleNamespace(transformer=torch.nn.Linear(1, 1)), {}, "a pipeline with a Wan transformer, got"),
         (tiny_experts, {}, "got one with two experts"),
-        (tiny_image_pipeline, {}, "every prompt of an image-to-video model needs an image, 3 of 3 have none"),
-        (tiny_image_pipeline, {"images": [*IMAGES[:2], None]}, "needs an image, 1 of 3 have none"),
+        (tiny_image_pipeline, {}, "every prompt of an image-to-video model needs an image, but 3 of 3 have none"),
+        (tiny_image_pipeline, {"images": [*IMAGES[:2], None]}, "needs an image, but 1 of 3 have none"),
         (tiny_image_pipeline, {"images": IMAGES[:1]}, "expected an image for each of 3 prompts, got 1"),
         (tiny_image_pipeline, {"images": [*IMAGES[:2], "no.png"]}, "cannot read the image no.png"),
-        (tiny_teacher, {"images": IMAGES}, "prompts of a text-to-video model must have no image, got 3 of 3 with one"),
+        (
+            tiny_teacher,
+            {"images": IMAGES},
+            "prompts of a text-to-video model must not have images, but 3 of 3 have one",
+        ),
         (
             lambda: tiny_image_pipeline(transformer_2=tiny_image_pipeline().transformer),
             {"images": IMAGES},
@@ -362,9 +366,9 @@ def test_the_command_with_images(tmp_path, capsys, monkeypatch):
     flags = [*flags.split(), "--warmup_steps", "2", "--device", "cpu", "--output_dir", str(tmp_path / "analysis")]
     prompts = ["--prompts_file", str(tmp_path / "prompts.jsonl")]
     assert main(["analyze", str(tmp_path / "text"), *prompts, *flags]) == 2
-    assert "must have no image, got 2 of 2" in capsys.readouterr().err
+    assert "must not have images, but 2 of 2 have one" in capsys.readouterr().err
     assert main(["analyze", str(tmp_path / "image"), *flags]) == 2
-    assert "needs an image, 2 of 2 have none" in capsys.readouterr().err
+    assert "needs an image, but 2 of 2 have none" in capsys.readouterr().err
     assert not (tmp_path / "analysis").exists()
     assert main(["analyze", str(tmp_path / "image"), *prompts, *flags]) == 0
     assert "Proposed for a speed-up of 1.3" in capsys.readouterr().out

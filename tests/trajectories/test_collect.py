@@ -42,7 +42,7 @@ def states(store, prompts):
 
 
 @pytest.mark.parametrize("scheduler", [None, UniPCMultistepScheduler])
-def test_states_are_those_of_the_guided_pipeline(tmp_path, pipeline, prompts, scheduler):
+def test_states_equal_those_of_the_guided_pipeline(tmp_path, pipeline, prompts, scheduler):
     if scheduler is not None:  # multistep: it remembers earlier steps, and truncates its timesteps to integers
         pipeline = tiny_teacher()
         pipeline.set_progress_bar_config(disable=True)
@@ -68,7 +68,7 @@ def test_states_are_those_of_the_guided_pipeline(tmp_path, pipeline, prompts, sc
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_u_is_the_teachers_under_the_states_own_condition(tmp_path, pipeline, prompts, guidance_scale):
+def test_u_is_the_teachers_velocity_under_the_states_own_condition(tmp_path, pipeline, prompts, guidance_scale):
     settings = {"guidance_scale": guidance_scale, "negative_probability": 0.5, "batch_size": 3}
     batch = states(make(tmp_path / "s", pipeline, prompts, **settings), prompts)
     share = 0.0 if guidance_scale == 1 else 0.5  # an unguided teacher has no negative prompt
@@ -113,7 +113,7 @@ def test_stride_keeps_steps_from_a_drawn_offset(tmp_path, pipeline, prompts):
     assert len(store) == 16
     steps = (batch.timestep[:, None] - timesteps).abs().argmin(dim=1).view(8, 2)
     assert torch.equal(steps[:, 1] - steps[:, 0], torch.full((8,), 2))
-    assert set(steps[:, 0].tolist()) == {0, 1, 2}  # 5 steps leave room for three offsets
+    assert set(steps[:, 0].tolist()) == {0, 1, 2}  # 5 steps allow three offsets
 
 
 def test_draws_depend_on_their_name_only(tmp_path):
@@ -124,7 +124,7 @@ def test_draws_depend_on_their_name_only(tmp_path):
     others = [store.draw(range(4), 0, "finetune", step, prompts=prompts).x for step in range(4, 10)]
     assert any(not torch.equal(first.x, other) for other in others)
     drawn = torch.cat([store.draw(range(8), 0, step, prompts=prompts).x for step in range(30)])
-    assert len(drawn.flatten(1).unique(dim=0)) == len(store)  # every state comes up
+    assert len(drawn.flatten(1).unique(dim=0)) == len(store)  # every state is drawn
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_damage_is_found(tmp_path):
     manifest = tmp_path / "s" / "manifest.json"
     text = manifest.read_text()
     manifest.write_text(text.replace('"shard_size": 2', '"shard_size": 3'))
-    with pytest.raises(ValueError, match="manifest.json is damaged: it has another checksum"):
+    with pytest.raises(ValueError, match="manifest.json is damaged: its checksum has changed"):
         TrajectoryStore(tmp_path / "s")
     manifest.write_text(text)
     shard = tmp_path / "s" / "shard-000001.safetensors"
@@ -171,7 +171,7 @@ def test_damage_is_found(tmp_path):
     shard.write_bytes(bytes(content)[:-8])
     with pytest.raises(ValueError, match="shard-000001.safetensors is damaged"):
         TrajectoryStore(tmp_path / "s")
-    shard.unlink()  # what the message advises
+    shard.unlink()  # as the message advises
     assert TrajectoryStore(tmp_path / "s").missing_shards() == [1]
 
 
@@ -201,11 +201,11 @@ def test_of_two_workers_with_one_shard_the_first_wins(tmp_path):
     filled.verify()
 
 
-def test_what_is_no_store_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_store_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no manifest.json"):
         TrajectoryStore(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="neither empty nor a trajectory store"):
         toy_store(tmp_path, torch.tensor([900.0]))
     for content in ("not json", "[]", '{"format": 1}', json.dumps({"format": 9, "request": {}, "shards": {}})):
         (tmp_path / "manifest.json").write_text(content)
@@ -213,7 +213,7 @@ def test_what_is_no_store_is_refused(tmp_path):
             TrajectoryStore(tmp_path)
 
 
-def test_latent_shape_refuses_sizes_the_model_has_not(pipeline):
+def test_latent_shape_refuses_sizes_that_the_model_cannot_represent(pipeline):
     assert latent_shape(pipeline, TrajectoryConfig(**SMALL)) == SHAPE
     for change, message in (
         ({"height": 40}, "height must be a multiple of 16, got 40"),
@@ -224,7 +224,7 @@ def test_latent_shape_refuses_sizes_the_model_has_not(pipeline):
             latent_shape(pipeline, TrajectoryConfig(**{**SMALL, **change}))
 
 
-def test_a_scheduler_that_is_no_flow_is_refused():
+def test_a_scheduler_without_flow_matching_is_refused():
     with pytest.raises(ValueError, match="scheduler"):
         sampler_grid(DDIMScheduler(), 4)
 
@@ -232,7 +232,7 @@ def test_a_scheduler_that_is_no_flow_is_refused():
 @pytest.mark.parametrize(
     "scheduler, name", [(FlowMatchEulerDiscreteScheduler, "shift"), (UniPCMultistepScheduler, None)]
 )
-def test_flow_shift_replaces_the_schedulers(pipeline, scheduler, name):
+def test_flow_shift_replaces_the_shift_of_the_scheduler(pipeline, scheduler, name):
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 2.0}
     settings = {name: 2.0} if name else flow
     other = tiny_pipeline(pipeline.transformer)
@@ -243,7 +243,7 @@ def test_flow_shift_replaces_the_schedulers(pipeline, scheduler, name):
     assert torch.equal(sigmas, sampler_grid(scheduler(**settings | {name or "flow_shift": 5.0}), 4)[1])
     assert not torch.equal(sigmas, before) and shifted.transformer is other.transformer
     other.scheduler = DDIMScheduler()
-    with pytest.raises(ValueError, match="flow_shift needs a scheduler with one, got DDIMScheduler"):
+    with pytest.raises(ValueError, match="flow_shift needs a scheduler with a shift, got DDIMScheduler"):
         with_flow_shift(other, 5.0)
 
 
@@ -252,12 +252,12 @@ def test_a_teacher_that_is_not_finite_is_found_at_once(tmp_path, prompts, value)
     pipeline = tiny_teacher()
     with torch.no_grad():
         pipeline.transformer.proj_out.bias[0] = value
-    with pytest.raises(ValueError, match=r"not finite at sampler step 1 of 4, prompt number [123], [123]:"):
+    with pytest.raises(ValueError, match=r"not finite at sampling step 1 of 4, prompt number [123], [123]:"):
         make(tmp_path / "s", pipeline, prompts, batch_size=2)
     assert not list((tmp_path / "s").glob("*.safetensors"))
 
 
-def test_what_overflows_fp16_is_stored_in_fp32(tmp_path, prompts):
+def test_states_that_overflow_fp16_are_stored_in_fp32(tmp_path, prompts):
     pipeline = tiny_teacher()
     small = make(tmp_path / "small", pipeline, prompts, dtype="float16")
     assert small._open(0).get_tensor("u").dtype == torch.float16

@@ -42,12 +42,12 @@ SHAPE = (16, 2, 4, 4)
 
 
 def wan21():
-    """With CLIP, whose cross-attention needs 512 text tokens."""
+    """A pipeline with CLIP, whose cross-attention needs 512 text tokens."""
     return tiny_image_pipeline()
 
 
 def wan22():
-    """Two experts and no image encoder."""
+    """A pipeline with two experts and without an image encoder."""
     first, second = (tiny_image_transformer(clip=False, seed=seed) for seed in (0, 1))
     return tiny_image_pipeline(first, transformer_2=second, boundary_ratio=0.7)
 
@@ -64,7 +64,7 @@ def write_prompts(path, lines):
 
 
 @pytest.mark.parametrize("make", [wan21, wan22])
-def test_states_are_those_of_the_image_pipeline(tmp_path, make):
+def test_states_equal_those_of_the_image_pipeline(tmp_path, make):
     pipeline = make()
     pipeline.set_progress_bar_config(disable=True)
     expert = choose_expert(pipeline, "high_noise" if make is wan22 else None)
@@ -159,7 +159,7 @@ def test_a_run_from_a_prompts_file_to_the_pipeline(tmp_path, monkeypatch, make, 
     assert all(value.isfinite().all() for value in getattr(loaded, component).state_dict().values())
     losses = {key for row in read_metrics(tmp_path / "run" / "metrics.jsonl") for key in row if key.startswith("loss_")}
     assert {"loss_mse", "loss_adm"} <= losses
-    for model in (seen.student, seen.teacher):  # every sample of every call is under one of the prompts' images
+    for model in (seen.student, seen.teacher):  # every sample of every call has the image of a prompt
         for latents, image_embeds in calls[id(model)]:
             assert all(any(torch.equal(sample, known) for known in seen.data.prompts.latents) for sample in latents)
             assert (image_embeds is None) == (make is wan22)
@@ -169,7 +169,7 @@ def test_a_run_from_a_prompts_file_to_the_pipeline(tmp_path, monkeypatch, make, 
     assert video.frames[0].shape == (5, 32, 32, 3)
 
 
-def test_a_run_goes_on_with_the_cached_conditions(tmp_path, monkeypatch):
+def test_a_run_continues_with_the_cached_conditions(tmp_path, monkeypatch):
     settings = {"expert": "high_noise", "max_train_steps": 2}
 
     def run(folder, **more):
@@ -186,7 +186,7 @@ def test_a_run_goes_on_with_the_cached_conditions(tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_encoders_work_before_the_transformers_come_to_the_device(tmp_path, monkeypatch):
+def test_encoders_work_before_the_transformers_move_to_the_device(tmp_path, monkeypatch):
     wan22().save_pretrained(tmp_path / "teacher")
     works, events = {UMT5EncoderModel: "forward", AutoencoderKLWan: "encode", WanTransformer3DModel: "forward"}, []
 
@@ -208,14 +208,14 @@ def test_encoders_work_before_the_transformers_come_to_the_device(tmp_path, monk
     with pytest.raises(ZeroDivisionError):
         train(tiny_config(tmp_path / "run", **settings), None, PROMPTS, IMAGES)
     text, vae, experts = works
-    expected = [(kind, name) for kind in (text, vae) for name in ("to", works[kind], "to")]  # comes, works, leaves
-    expected += [(kind, "to") for kind in works]  # the encoders of a pipeline in memory leave here
+    expected = [(kind, name) for kind in (text, vae) for name in ("to", works[kind], "to")]  # arrives, works, leaves
+    expected += [(kind, "to") for kind in works]  # the encoders of a pipeline in memory leave now
     expected += [(experts, "forward"), (experts, "to")]
     assert [event for event, _ in itertools.groupby(events)] == expected
 
 
 def rotated_file(folder):
-    """A file whose EXIF orientation says that its picture is to be rotated: 50 x 40 pixels become 40 x 50."""
+    """Save an image whose EXIF orientation asks for a rotation: 50 x 40 pixels become 40 x 50."""
     path, exif = folder / "rotated.png", Image.Exif()
     exif[0x0112] = 6
     tiny_image().save(path, exif=exif)
@@ -274,7 +274,7 @@ def test_prompts_files_with_images(tmp_path):
         ({"caption": 3}, "line 1: expected"),
         ({"caption": "a fox", "image": 3}, "line 1: expected"),
         (["a fox"], "line 1: expected"),
-        ({"caption": " "}, "line 1: expected a caption, got an empty one"),
+        ({"caption": " "}, "line 1: expected a caption, got an empty text"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             choose_prompts(write_prompts(tmp_path / "b.jsonl", [line]))
@@ -291,9 +291,9 @@ def test_prompts_files_with_images(tmp_path):
 @pytest.mark.parametrize(
     "pipeline, images, message",
     [
-        (wan21, None, "every prompt of an image-to-video model needs an image, 3 of 3 have none"),
-        (wan21, [*IMAGES[:2], None], "every prompt of an image-to-video model needs an image, 1 of 3 have none"),
-        (tiny_teacher, IMAGES, "prompts of a text-to-video model must have no image, got 3 of 3 with one"),
+        (wan21, None, "every prompt of an image-to-video model needs an image, but 3 of 3 have none"),
+        (wan21, [*IMAGES[:2], None], "every prompt of an image-to-video model needs an image, but 1 of 3 have none"),
+        (tiny_teacher, IMAGES, "prompts of a text-to-video model must not have images, but 3 of 3 have one"),
         (lambda: tiny_pipeline(tiny_image_transformer()), None, "expected a text-to-video model or a WanImageToVideoP"),
         (
             lambda: tiny_image_pipeline(tiny_transformer(in_channels=33)),
@@ -313,7 +313,7 @@ def test_prompts_files_with_images(tmp_path):
         (wan21, IMAGES, "max_sequence_length must be 512 for a model with image embeddings, got 20"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, pipeline, images, message):
+def test_images_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, pipeline, images, message):
     with pytest.raises(ValueError, match=message) as error:
         train(tiny_config(tmp_path / "run"), pipeline(), PROMPTS, images)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()

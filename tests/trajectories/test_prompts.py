@@ -10,7 +10,7 @@ from linvideo.trajectories.prompts import PromptConfig, PromptEmbeddings, encode
 PROMPTS = ["a fox", "two boats race across a lake", "rain"]
 
 
-def test_own_captions_are_many_distinct_and_plain():
+def test_the_built_in_captions_are_many_distinct_and_plain():
     captions = read_prompts()
     assert len(captions) >= 300
     assert len({caption.lower() for caption in captions}) == len(captions)
@@ -23,7 +23,7 @@ def test_read_prompts_skips_comments_and_empty_lines(tmp_path):
     assert read_prompts(path) == ["a fox", "two boats"]
 
 
-def test_lines_end_where_editors_end_them(tmp_path):
+def test_lines_end_where_editors_end_lines(tmp_path):
     for name, written in (("p.txt", "{}"), ("p.jsonl", '{{"caption": "{}"}}'), ("p.JSONL", '{{"caption": "{}"}}')):
         captions = ["# a fox" if name != "p.txt" else "a fox", "two\u2028boats", "rain\x0b\x85 and sun"]
         for end, mark in (("\n", ""), ("\r\n", "\ufeff"), ("\r", "")):
@@ -49,7 +49,7 @@ def test_utf_16_is_named(tmp_path, encoding):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"# nothing\n", b"\xff\xfe\x00"])
-def test_read_prompts_refuses_what_holds_no_caption(tmp_path, content):
+def test_read_prompts_refuses_files_without_a_caption(tmp_path, content):
     path = tmp_path / "prompts.txt"
     if content is not None:
         path.write_bytes(content)
@@ -57,12 +57,12 @@ def test_read_prompts_refuses_what_holds_no_caption(tmp_path, content):
         read_prompts(path)
 
 
-def test_some_captions_are_from_all_over_a_sorted_list():
+def test_some_captions_are_spread_over_a_sorted_list():
     captions = [(colour, shape, way) for colour in range(4) for shape in range(4) for way in range(4)]
     chosen = some_of(captions, 4)
     assert sorted(set(chosen)) == chosen and len(chosen) == 4
-    assert [colour for colour, _, _ in chosen] == [0, 1, 2, 3]  # sorted by it
-    assert all(len({caption[word] for caption in chosen}) > 1 for word in (1, 2))  # what repeats in every part
+    assert [colour for colour, _, _ in chosen] == [0, 1, 2, 3]  # the list is sorted by colour
+    assert all(len({caption[word] for caption in chosen}) > 1 for word in (1, 2))  # these repeat in every part
     for length in (1, 5, 7):
         for count in range(1, length + 1):
             indices = spread(length, count)
@@ -76,7 +76,7 @@ def pipeline():
     return tiny_pipeline()
 
 
-def test_embeddings_are_the_pipelines_own(pipeline):
+def test_embeddings_equal_those_of_the_pipeline(pipeline):
     embeddings = encode_prompts(pipeline, PROMPTS, PromptConfig(max_sequence_length=64, encode_batch_size=2))
     with torch.no_grad():
         expected, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=64)
@@ -112,17 +112,17 @@ def test_cache_is_used_only_for_the_same_request(pipeline, tmp_path, monkeypatch
         encode_prompts(pipeline, prompts, changed, cache)
         assert calls
     content = bytearray(cache.read_bytes())
-    content[-3] ^= 1  # of a tensor, which no format would notice
+    content[-3] ^= 1  # in a tensor, where no file format would notice
     cache.write_bytes(content)
     assert torch.equal(encode_prompts(pipeline, PROMPTS, config, cache).table, first.table)
-    assert re.search(f"{cache} is damaged: .*; it is made anew", capsys.readouterr().err)
+    assert re.search(f"{cache} is damaged: .*; it is created again", capsys.readouterr().err)
     cache.write_bytes(b"damaged")
     assert torch.equal(encode_prompts(pipeline, PROMPTS, config, cache).table, first.table)
     assert "table" in load_file(cache)
 
 
 def test_the_tokenizer_stays_as_it_was(pipeline):
-    """Else a run that finds its embeddings in the cache would export another one."""
+    """Otherwise a run that finds its embeddings in the cache would export a different tokenizer."""
     backend = pipeline.tokenizer.backend_tokenizer
     for change in (lambda: None, lambda: (backend.enable_padding(length=7), backend.enable_truncation(7))):
         change()

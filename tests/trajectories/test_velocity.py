@@ -26,7 +26,7 @@ def by_hand(mover, other, noise, embeds, negative, guidance, steps):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("batch_size", [2, 5])
-def test_errors_and_samples_by_hand(guidance, batch_size):
+def test_errors_and_samples_equal_a_plain_loop(guidance, batch_size):
     student, teacher = AffineFlow(0.5, 0.3), AffineFlow(0.2, -0.1)
     noise, embeds, negative = torch.randn(5, 2, 1, 2, 2), torch.randn(5, 3, 4), torch.randn(1, 3, 4)
     result = velocity_errors(

@@ -98,7 +98,7 @@ def test_a_stride_counts_steps_in_the_range(tmp_path, name):
     assert timesteps.shape == (12, 2)
     assert bool(((timesteps >= BOUNDARY) == (name == "high_noise")).all())
     assert len(timesteps[:, 0].unique()) == {"high_noise": 3, "low_noise": 2}[name]  # offsets
-    with pytest.raises(ValueError, match=f"stride 6 needs as many sampler steps in the range of the expert {name}"):
+    with pytest.raises(ValueError, match=f"needs at least as many sampling steps in the range of the expert {name}"):
         collect_store(tmp_path / "t", tiny_experts(), name, **{**settings, "stride": 6})
 
 
@@ -274,7 +274,7 @@ def test_killed_and_resumed_with_an_expert(tmp_path, name, stage, step):
         (
             tiny_experts,
             {"expert": "low_noise", "trajectories": {"num_inference_steps": 1}},
-            "stride 1 needs as many sampler steps in the range of the expert low_noise, got 0 of 1",
+            "stride 1 needs at least as many sampling steps in the range of the expert low_noise, got 0 of 1",
         ),
     ],
 )
@@ -289,5 +289,5 @@ def test_wrong_combinations_are_refused_before_anything_is_written(tmp_path, pip
 def test_config_refuses_unknown_experts():
     with pytest.raises(ValueError, match="expert must be one of None, high_noise, low_noise, got 'both'"):
         tiny_config("unused", expert="both")
-    with pytest.raises(ValueError, match="guidance_scale_2 must not be negative, and must be finite, got -1.0"):
+    with pytest.raises(ValueError, match="guidance_scale_2 must be finite and not negative, got -1.0"):
         TrajectoryConfig(guidance_scale_2=-1.0)

@@ -89,7 +89,7 @@ BAD = {
     "validation.steps=-1": "validation.steps must not be negative, got -1",
     "validation.num_videos=0": "validation.num_videos must be at least 1, got 0",
     "validation.num_inference_steps=0": "validation.num_inference_steps must be at least 1, got 0",
-    "trajectories.guidance_scale=.nan": "trajectories.guidance_scale must not be negative, and must be finite, got nan",
+    "trajectories.guidance_scale=.nan": "trajectories.guidance_scale must be finite and not negative, got nan",
     "trajectories.flow_shift=.inf": "trajectories.flow_shift must be positive and finite, got inf",
     "selection.r_learning_rate=.nan": "selection.r_learning_rate must be a number, got nan",
     "validation.fps=0": "validation.fps must be at least 1, got 0",
@@ -220,7 +220,7 @@ def test_every_option_has_a_description(monkeypatch):
 
 def test_the_device_must_exist(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="^device 'cuda' asked for, but PyTorch sees no GPU here$"):
+    with pytest.raises(ValueError, match="^device 'cuda' was requested, but PyTorch sees no GPU here$"):
         TrainConfig("a", device="cuda")
     for name in ("", "meta", "cuda:x"):
         with pytest.raises(ValueError, match=f"^device must be a torch device such as cpu or cuda, got '{name}'$"):
@@ -230,7 +230,7 @@ def test_the_device_must_exist(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     check_device("cuda:0")
-    with pytest.raises(ValueError, match="'cuda:1' asked for, but PyTorch sees only 1 GPU"):
+    with pytest.raises(ValueError, match="'cuda:1' was requested, but PyTorch sees only 1 GPU"):
         check_device("cuda:1")
 
 
