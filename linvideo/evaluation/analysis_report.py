@@ -1,4 +1,4 @@
-"""An analysis in words: a text for the terminal, and report.html, one file with its plots inside."""
+"""An analysis as text for the terminal, and as report.html, a single file with its plots inside."""
 
 import html
 import shlex
@@ -11,16 +11,16 @@ from linvideo.run.run_folder import FEATURE_MAPS
 from linvideo.trajectories.atomic_files import write_text
 
 LAYER_COLUMNS = ["layer", "attention output", "velocity error", "of the velocity", "rank"]
-SET_COLUMNS = ["linear", "velocity error", "of the velocity", "ms (p20 - p80)", "speed-up", "layers"]
+SET_COLUMNS = ["linear", "velocity error", "of the velocity", "ms (p20 - p80)", "speedup", "layers"]
 
 
 def text(analysis: Analysis, folder: str | Path) -> str:
-    """For the terminal; `folder` is the analysis's output_dir."""
+    """Return the analysis as text for the terminal. `folder` is its output_dir."""
     return "\n".join(
         [
             heading(analysis),
             "",
-            "each layer linear alone, after the fit of its feature maps",
+            "each layer linear by itself, after the fit of its feature maps",
             *_columns([LAYER_COLUMNS, *layer_rows(analysis)]),
             "",
             "the n least sensitive layers linear together",
@@ -41,13 +41,14 @@ def write_report(analysis: Analysis, folder: str | Path) -> None:
     sections = [
         ("Proposal", "".join(map(html_page.note, conclusion(analysis))) + steps),
         (
-            "Each layer linear alone",
+            "Each layer linear by itself",
             html_page.plot(lambda axes: draw_layers(axes, analysis), size=(9, 3.4))
             + html_page.table(LAYER_COLUMNS, layer_rows(analysis))
             + html_page.note(
                 "attention output: |linear - softmax|² / |softmax|² after the fit of the feature maps. velocity error:"
-                f" mean |u - u_teacher|² over {analysis.states} of the teacher's states, and its share of the mean"
-                f" |u_teacher|², {analysis.velocity_square:.4g}. With no layer linear it is {analysis.floor:.2g}."
+                f" mean |u - u_teacher|² over {analysis.states} states of the teacher. of the velocity: share of the"
+                f" mean |u_teacher|², {analysis.velocity_square:.4g}. Without linear layers the error is"
+                f" {analysis.floor:.2g}."
             ),
         ),
         (
@@ -55,9 +56,9 @@ def write_report(analysis: Analysis, folder: str | Path) -> None:
             html_page.plot(lambda axes: draw_sets(axes, analysis), size=(9, 4))
             + html_page.table(SET_COLUMNS, set_rows(analysis))
             + html_page.note(
-                "The least sensitive layers, by the order above, linear together; errors of layers do not add, so each"
-                " set is measured. Times are of one whole forward, batch 1 without gradients; speed-ups are over"
-                " the stock model. Guidance takes two such forwards a step."
+                "The least sensitive layers, in the order of the ranks above, are linear together. Errors of layers do"
+                " not add, so each set is measured. The times are those of one whole forward with batch 1, without"
+                " gradients; speedups are over the stock model. With guidance a step takes two such forwards."
             ),
         ),
     ]
@@ -68,50 +69,50 @@ def heading(analysis: Analysis) -> str:
     height, width, frames = analysis.size
     environment = analysis.environment
     return (
-        f"{analysis.model}: {len(analysis.sensitivity)} layers; a forward of {height} x {width}, {frames} frames"
-        f" ({analysis.tokens:,} tokens) takes {analysis.milliseconds.median:.4g} ms, and each linear layer saves"
-        f" {analysis.milliseconds_saved:.3g} ms of it ({environment['device']}, {environment['dtype']}, PyTorch"
+        f"{analysis.model}: {len(analysis.sensitivity)} layers; one forward of {height} x {width}, {frames} frames"
+        f" ({analysis.tokens:,} tokens) takes {analysis.milliseconds.median:.4g} ms, of which each linear layer saves"
+        f" {analysis.milliseconds_saved:.3g} ms ({environment['device']}, {environment['dtype']}, PyTorch"
         f" {environment['torch']}, diffusers {environment['diffusers']})"
     )
 
 
 def conclusion(analysis: Analysis) -> list[str]:
-    """What is proposed, or why nothing is."""
+    """Return the proposal in words, or why there is none."""
     wanted, proposal = analysis.wanted_speedup, analysis.proposal
     fastest = max(analysis.sets, key=lambda chosen: chosen.speedup)
     if fastest.speedup <= 1:
         return [
-            "No set of layers is faster at this shape on this device: the best has"
-            f" {fastest.speedup:.2f} times the stock model's speed. Linear attention pays where there are more tokens"
-            f" than these {analysis.tokens:,}."
+            "No set of layers is faster at this size on this device: the best has"
+            f" {fastest.speedup:.2f} times the speed of the stock model. Linear attention pays off for longer videos"
+            f" or larger frames: these are {analysis.tokens:,} tokens."
         ]
     if wanted is None:
-        return ["No speed-up was asked for."]
+        return ["No speedup was requested, so no set of layers is proposed."]
     if proposal is None:
         return [
-            f"No set of layers reaches a speed-up of {wanted:g} at this shape on this device: the fastest,"
+            f"No set of layers reaches a speedup of {wanted:g} at this size on this device: the fastest,"
             f" {len(fastest.layers)} linear layers, has {fastest.speedup:.2f}."
         ]
     return [
-        f"Proposed for a speed-up of {wanted:g}: layers {ranges(proposal.layers)} linear, measured at"
-        f" {proposal.speedup:.2f}, with {_share(analysis, proposal.velocity_error)} of the velocity as its error."
+        f"Proposed for a speedup of {wanted:g}: layers {ranges(proposal.layers)} linear, with a measured speedup of"
+        f" {proposal.speedup:.2f} and an error of {_share(analysis, proposal.velocity_error)} of the velocity."
     ]
 
 
 def commands(analysis: Analysis, folder: str | Path) -> list[tuple[str, str]]:
-    """(what for, command line) of the proposal's next steps, [] without one."""
+    """Return the next steps of the proposal, each with its purpose and its command line; [] without a proposal."""
     if analysis.proposal is None:
         return []
     layers, model = analysis.proposal.layers, shlex.quote(analysis.model)
     maps = shlex.quote(str(Path(folder) / FEATURE_MAPS))
     return [
         (
-            "Convert without training, with the fitted feature maps:",
+            "To convert without training, with the fitted feature maps:",
             f"linvideo convert {model} --dtype {analysis.environment['dtype']}"
             f" --layers {' '.join(map(str, layers))} --fitted_maps {maps} --output_dir converted",
         ),
         (
-            "Train with these layers linear (better; RECIPE is one of docs/training.md):",
+            "To train with these layers linear, which is better (docs/training.md lists the recipes):",
             f"linvideo train {model} --config RECIPE --selection.method layers"
             f' --selection.layers "{layers}" --selection.num_linear_layers {len(layers)} --output_dir run',
         ),
@@ -140,9 +141,9 @@ def draw_layers(axes, analysis: Analysis) -> None:
     layers = list(analysis.sensitivity)
     colours = ["tab:green" if layer in proposed else "tab:gray" for layer in layers]
     axes.bar(layers, analysis.sensitivity.values(), color=colours)
-    axes.axhline(analysis.floor, color="black", linewidth=0.8, linestyle="--", label="no layer linear")
-    legend = "layer, from 0" + (" (green: proposed)" if proposed else "")
-    axes.set(xlabel=legend, ylabel="velocity error, that layer alone linear", yscale="log", xticks=layers)
+    axes.axhline(analysis.floor, color="black", linewidth=0.8, linestyle="--", label="no linear layer")
+    legend = "layer, counted from 0" + (" (green: proposed)" if proposed else "")
+    axes.set(xlabel=legend, ylabel="velocity error with this layer linear", yscale="log", xticks=layers)
     axes.tick_params(axis="x", labelsize="small")
     axes.legend()
 
@@ -160,14 +161,14 @@ def draw_sets(axes, analysis: Analysis) -> None:
         axes.axvline(analysis.wanted_speedup, color="black", linewidth=0.8, linestyle="--", label="wanted")
         axes.legend()
     axes.set(
-        xlabel="speed-up of one forward over the stock model (numbers: linear layers)",
+        xlabel="speedup of one forward over the stock model (labels: number of linear layers)",
         ylabel="velocity error of the set",
         yscale="log",
     )
 
 
 def _columns(rows: list[list]) -> list[str]:
-    """Text lines, every column but the last right-aligned."""
+    """Return the rows as lines of text in which all columns except the last are right-aligned."""
     cells = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [

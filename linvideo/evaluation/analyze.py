@@ -1,8 +1,8 @@
-"""Which layers can become linear, and what that saves, without training the model.
+"""Finds out, without training the model, which layers can become linear and how much time that saves.
 
-The feature maps of all layers are fitted to their softmax attention, then the whole model's velocity error is measured
-with each layer linear alone, and with the n least sensitive ones linear together, because errors of layers do not add;
-each of these sets is timed in a forward of the whole model on this device.
+The feature maps of all layers are fitted to their softmax attention. Then the velocity error of the whole model is
+measured with each layer linear by itself, and with the n least sensitive layers linear together, because errors of
+layers do not add. Each of these sets is timed in a forward of the whole model on this device.
 """
 
 import math
@@ -38,19 +38,19 @@ from linvideo.workspace import locked
 
 SUITE = "analyze"  # in request.json
 FILES = ("rows.json", "checksums.json", "analysis.json", "report.html", FEATURE_MAPS, PROMPT_CACHE, IMAGE_CACHE)
-ALL_SETS = 12  # up to so many layers every n is measured
-TIMED_SECONDS = 1.0  # of repetitions of one forward
+ALL_SETS = 12  # every n is measured if the model has no more layers than this
+TIMED_SECONDS = 1.0  # for which a forward is repeated
 
 
 @dataclass(frozen=True)
 class LayerSet:
-    """The model with `layers` linear, the others softmax.
+    """The model with `layers` linear and the others softmax.
 
     Args:
-        layers: 0-based.
-        velocity_error: mean |u - u_teacher|^2 per element on the teacher's states.
-        milliseconds: median, 20th and 80th percentile of one forward.
-        speedup: of the median over the stock model's.
+        layers: 0-based numbers of the linear layers.
+        velocity_error: Mean |u - u_teacher|^2 per element on the teacher's states.
+        milliseconds: Time of one forward: median, 20th and 80th percentile.
+        speedup: Speedup of the median over that of the stock model.
     """
 
     layers: list[int]
@@ -61,22 +61,24 @@ class LayerSet:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was measured, and what follows.
+    """The measurements, and the proposal that follows from them.
 
     Args:
-        model: where the pipeline was loaded from; "MODEL" for one made in memory.
-        environment: device, dtype and versions that the times hold for.
-        size: height, width and num_frames of the video that is timed, batch 1; tokens: of its latents.
-        states: teacher states the errors are means over.
-        velocity_square: mean |u_teacher|^2 per element there, to compare velocity errors with.
-        floor: the velocity error with no layer linear: how far stored states are rounded.
-        attention_output_errors: layer -> |linear - softmax|^2 / |softmax|^2 of its attention output after the fit.
-        sensitivity: layer -> velocity error with that layer alone linear.
-        milliseconds: of one forward of the stock model.
-        sets: the n least sensitive layers for rising n, up to all.
-        wanted_speedup: as asked for.
-        proposal: of the sets that are as fast as that, the one with the smallest velocity error; None when there is
-            none, or nothing was wanted.
+        model: Folder or Hub id of the pipeline; "MODEL" for a pipeline made in memory.
+        environment: Device, dtype and versions for which the times hold.
+        size: Height, width and num_frames of the timed video, with batch 1.
+        tokens: Number of tokens of the timed video.
+        states: Number of teacher states over which the errors are averaged.
+        velocity_square: Mean |u_teacher|^2 per element on these states, for comparison with the velocity errors.
+        floor: Velocity error without linear layers, which comes from the rounding of stored states.
+        attention_output_errors: Error |linear - softmax|^2 / |softmax|^2 of the attention output after the fit, per
+            layer.
+        sensitivity: Velocity error with only this layer linear, per layer.
+        milliseconds: Time of one forward of the stock model.
+        sets: Sets of the n least sensitive layers for increasing n, up to all layers.
+        wanted_speedup: Speedup that the user requested; None means no proposal.
+        proposal: Set with the smallest velocity error among those with the wanted speedup; None if there is no such
+            set, or no speedup was requested.
     """
 
     model: str
@@ -95,7 +97,10 @@ class Analysis:
 
     @property
     def milliseconds_saved(self) -> float:
-        """By each linear layer, negative where linear is slower: all blocks have one shape and so one figure."""
+        """Milliseconds that each linear layer saves, negative if linear attention is slower.
+
+        All blocks have the same shape, so one figure holds for all.
+        """
         return (self.milliseconds.median - self.sets[-1].milliseconds.median) / len(self.sensitivity)
 
 
@@ -114,34 +119,40 @@ def analyze(
     progress: bool = True,
     images: Sequence[Any] | None = None,
 ) -> Analysis:
-    """Measure everything on the pipeline's device; the same call again continues where it was interrupted.
+    """Measure everything on the pipeline's device. After an interruption, the same call continues.
 
-    With the settings, captions and images of a training run the errors are those of that run. Of a finished analysis
-    the same call with another `speedup` measures only what is new.
+    With the settings, captions and images of a training run, the errors are those of that run. After a finished
+    analysis, the same call with another `speedup` measures only what is new.
 
     Args:
-        pipeline: a stock WanPipeline or WanImageToVideoPipeline with one transformer. Its weights are shared, not
-            changed; its encoders are in CPU memory afterwards. What set_attention_backend chose for it holds for its
-            softmax layers.
-        output_dir: gets analysis.json and feature_maps.safetensors, the fitted maps of all layers, and what is needed
-            to continue: request.json, rows.json, checksums.json, prompt embeddings, image conditions and trajectories/.
-        trajectories: how the teacher is sampled.
-        warmup: the fit; sensitivity: the states errors are measured on. None is their defaults.
-        timed_size: height, width, num_frames of the video that is timed; None is the trajectories'.
-        speedup: wanted, of one forward; None makes no proposal.
-        overwrite: delete what an earlier analysis has left in output_dir, and start anew.
-        images: of an image-to-video pipeline: a PIL image or an image file for each caption.
+        pipeline: Stock WanPipeline or WanImageToVideoPipeline with one transformer. Its weights are shared, not
+            changed; its encoders are in CPU memory afterwards. A backend chosen with set_attention_backend is used for
+            the softmax layers.
+        captions: Captions of the sampled videos.
+        output_dir: Folder for analysis.json, for feature_maps.safetensors with the fitted maps of all layers, and for
+            everything needed to continue: request.json, rows.json, checksums.json, prompt embeddings, image conditions
+            and trajectories/.
+        trajectories: Settings with which the teacher is sampled.
+        warmup: Settings of the fit; None means the defaults.
+        sensitivity: Number and batch size of the states on which errors are measured; None means the defaults.
+        negative_prompt: Negative prompt of the sampler.
+        timed_size: Height, width and num_frames of the timed video; None means the size of the trajectories.
+        speedup: Speedup of one forward that the proposal has to reach; None means no proposal.
+        seed: Seed of all random draws.
+        overwrite: Whether to delete what an earlier analysis left in output_dir, and start again.
+        progress: Whether to show progress bars.
+        images: For an image-to-video pipeline, a PIL image or an image file for each caption.
 
     Raises:
-        ValueError: another kind of pipeline, images that do not go with it or cannot be read, sizes that do not fit
-            it, a speedup of 1 or less, an output_dir with other content or in use; or an error that is not finite, as
-            float16 may give.
+        ValueError: The pipeline is of another kind, images do not suit it or cannot be read, sizes do not fit it, the
+            speedup is not above 1, output_dir holds something else or is in use, or an error is not finite, which can
+            happen in float16.
     """
     warmup, sensitivity = warmup or WarmupConfig(), sensitivity or SensitivityConfig()
     captions, images = choose_prompts(None, captions, images)
     base, size = _check(pipeline, images, trajectories, sensitivity, timed_size, speedup)
     pipeline = with_flow_shift(pipeline, trajectories.flow_shift)
-    # r has no part in anything here; mixed layers can run as softmax or linear
+    # mixed layers can run as softmax or as linear; their r is not used here
     student = convert(base, "all", mode="mixed", copy=False)
     environment = {
         "device": device_name(base.device),
@@ -225,20 +236,23 @@ def analyze(
 
 
 def propose(sets: list[LayerSet], speedup: float | None) -> LayerSet | None:
-    """Of the sets at least so fast the one with the smallest velocity error, the first of equal ones."""
+    """Return the set with the smallest velocity error among those with this speedup, and the first of equal ones."""
     fast = [] if speedup is None else [chosen for chosen in sets if chosen.speedup >= speedup]
     return min(fast, key=lambda chosen: chosen.velocity_error, default=None)
 
 
 def set_sizes(num_layers: int) -> list[int]:
-    """The numbers of linear layers that are measured: all of a small model, else eight evenly spaced ones."""
+    """Return the numbers of linear layers to measure: all for a small model, otherwise eight evenly spaced ones."""
     if num_layers <= ALL_SETS:
         return list(range(1, num_layers + 1))
     return [round(num_layers * part / 8) for part in range(1, 9)]
 
 
 def smallest_number(speedup_of: Callable[[int], float], wanted: float, num_layers: int) -> list[int]:
-    """[the smallest number of linear layers that reaches a speed-up which rises with it], [] where all do not."""
+    """Find the smallest number of linear layers that reaches the wanted speedup, in a list; [] if all layers do not.
+
+    The search is a bisection, because the speedup rises with the number of linear layers.
+    """
     if speedup_of(num_layers) < wanted:
         return []
     low, high = 0, num_layers
@@ -249,12 +263,12 @@ def smallest_number(speedup_of: Callable[[int], float], wanted: float, num_layer
 
 
 def to_dict(analysis: Analysis) -> dict[str, Any]:
-    """As analysis.json has it: the fields, and milliseconds_saved_per_layer."""
+    """Return the contents of analysis.json: the fields, and milliseconds_saved_per_layer."""
     return asdict(analysis) | {"milliseconds_saved_per_layer": analysis.milliseconds_saved}
 
 
 class _Measurements:
-    """Each is taken once and kept in the work folder."""
+    """Measurements that are each taken once and stored in the work folder."""
 
     def __init__(self, work: WorkFolder, base, student, states: Callable, inputs: tuple):
         self.work, self.base, self.student, self.states, self.inputs = work, base, student, states, inputs
@@ -266,12 +280,12 @@ class _Measurements:
                 return row["value"]
         value = measure()
         if not all(map(math.isfinite, value if isinstance(value, list | tuple) else [value])):
-            raise ValueError(f"{what} of layers {layers} is not finite in {self.base.dtype}; use another dtype")
+            raise ValueError(f"the {what} of layers {layers} is not finite in {self.base.dtype}; use another dtype")
         self.work.add({"what": what, "layers": layers, "value": value})
         return value
 
     def error(self, layers: list[int]) -> float:
-        """The velocity error with these layers linear."""
+        """Return the velocity error with these layers linear."""
 
         def measure() -> float:
             with self.linear(layers):
@@ -281,7 +295,7 @@ class _Measurements:
 
     @torch.no_grad()
     def timing(self, layers: list[int]) -> Timing:
-        """Of a forward with these layers linear; with none, of the stock model."""
+        """Return the time of a forward with these layers linear; without any, that of the stock model."""
 
         def measure() -> Timing:
             model = self.student if layers else self.base
@@ -291,7 +305,7 @@ class _Measurements:
         return Timing(*self.once("milliseconds", layers, measure))
 
     def attention_output_errors(self) -> list[float]:
-        """Of each layer, the mean over the states."""
+        """Return the error of each layer, averaged over the states."""
 
         def measure() -> list[float]:
             batches = [(attention_output_errors(self.student, batch), len(batch.x)) for batch in self.states()]
@@ -311,11 +325,12 @@ class _Measurements:
 
 
 def _forward_inputs(base: torch.nn.Module, prompts: Any, shape: tuple[int, ...]) -> tuple:
-    """x, timestep and conditions of predict_velocity, for one video of latents `shape`."""
+    """Return x, timestep and conditions for predict_velocity, for one video with latents of this shape."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, *shape, generator=generator).to(base.device)
     conditions = prompts.conditions(torch.tensor([0]), device=base.device)
-    if (latents := conditions.latents) is not None:  # they are of the sampled size; the time does not depend on them
+    # the latents of the image have the sampled size; noise of the timed size takes the same time
+    if (latents := conditions.latents) is not None:
         noise = torch.randn(1, latents.shape[1], *shape[1:], generator=generator)
         conditions = replace(conditions, latents=noise.to(latents))
     return x, torch.tensor(500.0, device=base.device), conditions
@@ -329,10 +344,10 @@ def _check(
     timed_size: tuple[int, int, int] | None,
     speedup: float | None,
 ) -> tuple[torch.nn.Module, tuple[int, int, int]]:
-    """The stock transformer and the size that is timed; see `analyze` for what is refused."""
+    """Return the stock transformer and the timed size; see `analyze` for what is refused."""
     base = wan_transformer(pipeline)
     if type(base) is not WanTransformer3DModel:
-        raise ValueError(f"expected a stock Wan pipeline, whose layers are softmax, got a {type(base).__name__}")
+        raise ValueError(f"expected a stock Wan pipeline with softmax layers, got a {type(base).__name__}")
     if getattr(pipeline, "transformer_2", None) is not None:
         raise ValueError("expected a pipeline with one transformer, got one with two experts")
     check_images(pipeline, images)
@@ -351,7 +366,7 @@ def _sized(trajectories: TrajectoryConfig, size: tuple[int, int, int]) -> Trajec
 
 
 def _start_anew(folder: Path, request: dict[str, Any]) -> None:
-    """Delete what an analysis has written into `folder`, if it is the folder of one."""
+    """Delete what an earlier analysis has written into `folder`, if it is the folder of an analysis."""
     asked = folder / "request.json"
     stored = read_json(asked) if asked.is_file() else None
     if not isinstance(stored, dict) or stored.get("suite") != SUITE:

@@ -1,5 +1,7 @@
-"""Does a pipeline with its real weights convert, fit, train and generate on this device? The parts of a training run,
-each once, in minutes: what would go wrong after hours goes wrong here."""
+"""Checks that a pipeline with its real weights converts, fits, trains and generates on this device.
+
+It runs each part of a training run once, in a few minutes, so that problems show up now and not after hours.
+"""
 
 import math
 import tempfile
@@ -28,7 +30,7 @@ from linvideo.transfer.objectives import ObjectiveConfig
 from linvideo.transfer.train_config import TrainConfig
 from linvideo.transfer.warmup import attention_output_errors, fit_feature_maps
 
-STEPS = 4  # of the sampler
+STEPS = 4  # sampling steps
 PROMPT = "A red kite rises over a grey sea, the camera follows it slowly."
 
 
@@ -50,27 +52,29 @@ def check_pipeline(
     seed: int = 0,
     progress: bool = True,
 ) -> Iterator[Finding]:
-    """Yields a finding after each part; a part that fails does not stop the next ones.
+    """Yield a finding after each part. A part that fails does not stop the next ones.
 
-    Only W and r of the linear branches train, so that a model fits that could not train in full on one device. The
-    parameters of the pipeline's transformer stop requiring gradients; it is not changed otherwise.
+    Only the feature maps and r of the linear branches are trained, so that the check works for models that could not be
+    trained in full on one device. The parameters of the pipeline's transformer stop requiring gradients; otherwise it
+    is not changed.
 
     Args:
-        pipeline: a stock WanPipeline or WanImageToVideoPipeline on the device to check; the second gets a black to
-            white picture.
-        output: the .mp4 of the short video.
-        height, width, num_frames: of all videos here, in pixels and frames.
-        num_inference_steps: of the sampler.
-        warmup_steps: of the feature maps.
-        progress: show progress bars.
+        pipeline: Stock WanPipeline or WanImageToVideoPipeline on the device to check. The latter gets an image that
+            goes from black to white.
+        output: The .mp4 file for the short video.
+        height, width, num_frames: Size of all videos here, in pixels and frames.
+        num_inference_steps: Number of sampling steps.
+        warmup_steps: Number of steps that fit the feature maps.
+        seed: Seed of all random draws.
+        progress: Whether to show progress bars.
 
     Raises:
-        ValueError: the pipeline is converted already or no such one, or the sizes do not fit it.
-        OSError: the video cannot be written.
+        ValueError: The pipeline is converted already or of another kind, or the sizes do not fit it.
+        OSError: The video cannot be written.
     """
     base = wan_transformer(pipeline)
     if type(base) is not WanTransformer3DModel:
-        raise ValueError(f"expected a stock Wan pipeline, which is converted here, got a {type(base).__name__}")
+        raise ValueError(f"expected a stock Wan pipeline, which the check converts, got a {type(base).__name__}")
     check_images(pipeline, [])
     check_output(output)
     base.requires_grad_(False)
@@ -84,13 +88,13 @@ def check_pipeline(
             started = time.perf_counter()
             try:
                 passed, detail = part(run)
-            except Exception as error:  # memory, compilers, kernels, shapes: a finding like any other
+            except Exception as error:  # out of memory, a compiler, a kernel: a finding like any other
                 passed, detail = False, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
             yield Finding(part.__doc__, passed, detail, time.perf_counter() - started)
 
 
 class _Run:
-    """What the parts share."""
+    """The state that the parts share. Their docstrings are the names of the findings."""
 
     def __init__(self, pipeline, folder, output, size, num_inference_steps, warmup_steps, seed, progress):
         self.pipeline, self.base, self.output, self.size = pipeline, wan_transformer(pipeline), output, size
@@ -121,12 +125,12 @@ def _trajectory(run: _Run) -> tuple[bool, str]:
     seconds = time.perf_counter() - started
     tokens = math.prod(batch.x.shape[2:]) // math.prod(config.patch_size)
     remember(config, tokens, run.base.dtype, run.base.device, seconds, "linvideo check")
-    return finite, f"{len(run.store)} states, {seconds:.2f} s a forward"
+    return finite, f"{len(run.store)} states, {seconds:.2f} s per forward"
 
 
 @torch.no_grad()
 def _equality(run: _Run) -> tuple[bool, str]:
-    """the converted model at r = 1 is the base model"""
+    """the converted model at r = 1 equals the base model"""
     batch = run.draw(0)
     base, mixed = (predict_velocity(m, batch.x, batch.timestep, batch.conditions) for m in (run.base, run.mixed))
     difference = (base - mixed).abs().max().item()
@@ -142,7 +146,7 @@ def _warmup(run: _Run) -> tuple[bool, str]:
 
 
 def _fit_error(run: _Run) -> float:
-    """Mean over layers and all states of the trajectory."""
+    """Return the mean error over all layers and all states of the trajectory."""
     states = (run.store.batch([i], run.prompts, run.base.device) for i in range(len(run.store)))
     errors = [error for batch in states for error in attention_output_errors(run.mixed, batch).values()]
     return torch.stack(errors).mean().item()

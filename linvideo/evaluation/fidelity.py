@@ -1,4 +1,4 @@
-"""How close a converted pipeline's videos are to its teacher's, from the same noise: needs the two pipelines only."""
+"""How close the videos of a converted pipeline are to those of its teacher from the same noise."""
 
 import importlib.util
 import warnings
@@ -30,30 +30,35 @@ def fidelity(
     fps: int | None = None,
     **settings,
 ) -> Iterator[dict]:
-    """Yields a row for each prompt as it is finished, those of an interrupted run first.
+    """Yield a row for each prompt once it is finished; the rows of an interrupted run come first.
 
     Args:
-        student, teacher: WanPipelines on their device.
-        folder: gets rows.json and for each prompt NNNN-student.mp4 and NNNN-teacher.mp4. A run that was interrupted is
-            continued by the same call.
-        seed: prompt number i starts from noise of seed + i.
-        fps: frames per second of the files; None is the student's own, see `default_fps`.
-        settings: height, width, num_frames, num_inference_steps, guidance_scale, negative_prompt of `generate_video`; a
-            distilled student has steps and guidance of its own.
+        student, teacher: Pipelines of the same class, on their device.
+        prompts: Captions of the videos.
+        folder: Folder for rows.json, and for NNNN-student.mp4 and NNNN-teacher.mp4 of each prompt. The same call
+            continues an interrupted run in it.
+        seed: Seed of the noise for the first prompt; prompt number i has seed + i.
+        fps: Frame rate of the files; None means the student's own, see `default_fps`.
+        settings: Values of height, width, num_frames, num_inference_steps, guidance_scale and negative_prompt for
+            `generate_video`. A distilled student keeps its own steps and guidance.
 
-    A row has prompt, seed, psnr (dB), ssim, lpips (where the package lpips is installed) and flicker, the mean absolute
-    difference of neighbouring frames in [0, 1], of the student's video and of the teacher's.
+    A row has these fields:
+        prompt, seed: Caption, and seed of the noise.
+        psnr, ssim: PSNR in dB and SSIM of the student's video to the teacher's.
+        lpips: LPIPS distance; only if the package lpips is installed.
+        flicker, teacher_flicker: Mean absolute difference of neighbouring frames, with pixels in [0, 1], in the
+            student's and in the teacher's video.
 
     Raises:
-        ValueError: no prompts, sizes that do not fit, or a folder with other work or in use.
-        OSError: a video cannot be written; whether they can be is tried before anything is sampled.
+        ValueError: There are no prompts, sizes do not fit, or the folder holds other work or is in use.
+        OSError: A video cannot be written; this is checked before anything is sampled.
     """
     if not prompts:
         raise ValueError("expected at least one prompt, got none")
     for pipeline in (student, teacher):
         check_inputs(pipeline)
     if type(student) is not type(teacher):
-        raise ValueError(f"expected a {type(student).__name__} for a teacher, got a {type(teacher).__name__}")
+        raise ValueError(f"expected a {type(student).__name__} as the teacher, got a {type(teacher).__name__}")
     perceptual = _lpips(student.device)
     request = {
         "suite": "fidelity",
@@ -64,7 +69,7 @@ def fidelity(
     }
     request |= {"student": identity(student), "teacher": identity(teacher), "lpips": perceptual is not None}
     if request["student"] == request["teacher"]:
-        warnings.warn("the student is its own teacher: the same weights, so that nothing is compared", stacklevel=2)
+        warnings.warn("the student is its own teacher: both have the same weights", stacklevel=2)
     warn_of_unknown_words(student.tokenizer, prompts)
     with locked(folder):
         work = WorkFolder(folder, request)
@@ -84,13 +89,13 @@ def fidelity(
 
 
 def summary(rows: list[dict]) -> dict[str, tuple[float, float]]:
-    """Metric -> mean and standard deviation over the prompts."""
+    """Return the mean and standard deviation of each metric over the prompts."""
     found = {name: [row[name] for row in rows] for name in METRICS if name in rows[0]}
     return {name: (mean(x), stdev(x) if len(x) > 1 else 0.0) for name, x in found.items()}
 
 
 def _lpips(device: torch.device):
-    """LPIPS (AlexNet) by the package lpips, None without it."""
+    """Return LPIPS (AlexNet) of the package lpips; None if it is not installed."""
     if importlib.util.find_spec("lpips") is None:
         return None
     import lpips

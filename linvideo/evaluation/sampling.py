@@ -1,4 +1,4 @@
-"""Videos of many prompts and seeds by one pipeline, with what they cost, alone or beside a teacher's."""
+"""Videos of many prompts and seeds by one pipeline, with their time and memory, alone or next to a teacher's."""
 
 import inspect
 import itertools
@@ -25,13 +25,13 @@ from linvideo.trajectories.images import read_image
 from linvideo.trajectories.prompts import Prompt, warn_of_unknown_words
 from linvideo.workspace import in_turn
 
-INDEX = "videos.jsonl"  # in a folder of numbered videos: what each was made of
-_MEDIA = {"image", "video", "pose_video", "face_video"}  # that pipelines' calls name
+INDEX = "videos.jsonl"  # in a folder of numbered videos: the caption, seed and image of each
+_MEDIA = {"image", "video", "pose_video", "face_video"}  # arguments of pipelines
 
 
 @dataclass(frozen=True)
 class Job:
-    """One video: what of, from noise of which seed, and where to (an .mp4 file)."""
+    """A video to be made: its prompt, the seed of its noise, and its .mp4 file."""
 
     prompt: Prompt
     seed: int
@@ -40,10 +40,14 @@ class Job:
 
 @dataclass
 class Cost:
-    """Of a call of a pipeline: seconds in all, with text encoder and VAE, and of the sampler alone; steps it made.
+    """The time and memory of one call of a pipeline.
 
-    peak_memory: bytes; on a GPU of tensors during the call, elsewhere of the process since it began, None where the
-    system does not say.
+    Args:
+        seconds: Time of the whole call, with text encoder and VAE.
+        sampler_seconds: Time of the sampler alone.
+        steps: Number of sampling steps.
+        peak_memory: Peak memory in bytes: on a GPU, of tensors during the call; elsewhere, of the process since its
+            start. None if the system does not tell.
     """
 
     seconds: float = 0.0
@@ -54,7 +58,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Made:
-    """A written video. With a teacher, psnr (dB) and ssim against its video from the same noise."""
+    """A video that has been written. With a teacher, psnr (dB) and ssim compare it with the teacher's video."""
 
     job: Job
     cost: Cost
@@ -71,22 +75,23 @@ def make_videos(
     fps: int | None = None,
     overwrite: bool = True,
 ) -> Iterator[Made]:
-    """Make the videos one after another; each is written when it is whole, then yielded.
+    """Make the videos one after another; yield each one after it has been written.
 
     Args:
-        pipeline: on its device.
-        settings: of `generate_video`, beside prompt, image and generator.
-        teacher: the pipeline that it was converted from; its video stands at the left of each file then, from the same
-            noise.
-        teacher_settings: its own, where they differ from `settings`.
-        fps: frames per second of the files; None is the pipeline's own, see `default_fps`.
-        overwrite: replace a file that is there. If not, a video whose place was taken while it was sampled goes to a
-            numbered file next to it, which the yielded job names.
+        pipeline: Pipeline, on its device.
+        jobs: Videos to make.
+        settings: Arguments of `generate_video` other than prompt, image and generator.
+        teacher: Pipeline that `pipeline` was converted from. If it is given, its video from the same noise is on the
+            left of each file.
+        teacher_settings: The teacher's own settings, if they differ from `settings`.
+        fps: Frame rate of the files; None means the pipeline's own, see `default_fps`.
+        overwrite: Whether to replace existing files. If not, and a file appears while its video is sampled, the video
+            goes to a numbered file next to it, which the yielded job names.
 
     Raises:
-        ValueError: before the first video: a teacher of another kind, or images where the pipeline takes none, or the
-            other way round. Then as `generate_video`.
-        OSError: a video cannot be written; that the first one can be is tried before it is sampled.
+        ValueError: Before the first video: the teacher is of another kind, or the pipeline takes no image and gets one,
+            or needs one and gets none. Later: see `generate_video`.
+        OSError: A video cannot be written; for the first one, this is checked before it is sampled.
     """
     if teacher is not None and type(teacher) is not type(pipeline):
         raise ValueError(f"expected a {type(pipeline).__name__} to compare with, got a {type(teacher).__name__}")
@@ -109,11 +114,11 @@ def make_videos(
             frames = run(pipeline, settings, what)
         found = {}
         if teacher is not None:
-            beside = run(teacher, settings if teacher_settings is None else teacher_settings, f"{what}, teacher")
-            pair = (torch.as_tensor(video).permute(0, 3, 1, 2) for video in (frames, beside))
+            other = run(teacher, settings if teacher_settings is None else teacher_settings, f"{what}, teacher")
+            pair = (torch.as_tensor(video).permute(0, 3, 1, 2) for video in (frames, other))
             metrics = compare(*pair)
             found = {"psnr": metrics["psnr"], "ssim": metrics["ssim"]}
-            frames = np.concatenate([beside, frames], axis=2)
+            frames = np.concatenate([other, frames], axis=2)
         path, taken = job.path, itertools.count(1)
         while path.exists() and not overwrite:
             path = job.path.with_stem(f"{job.path.stem}-{next(taken)}")
@@ -122,10 +127,10 @@ def make_videos(
 
 
 def read_index(folder: Path) -> list[dict[str, Any]]:
-    """What the videos of a folder were made of, in the order of their names; [] where there is no index yet.
+    """Return the index of a folder of videos, in the order of their names; [] if there is no index yet.
 
     Raises:
-        ValueError: the file is somebody else's.
+        ValueError: The file is not such an index.
     """
     path = folder / INDEX
     try:
@@ -133,28 +138,28 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
         entries = [json.loads(line) for line in lines]
         return sorted(entries, key=lambda entry: str(entry["video"]))
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
-        raise ValueError(f"{path} is no index of videos; move it or choose another folder") from None
+        raise ValueError(f"{path} is not an index of videos; move it, or choose another folder") from None
 
 
 def add_to_index(folder: Path, job: Job) -> None:
-    """Say in the folder's index what the job's video was made of; what another command has added meanwhile stays."""
+    """Add the job's caption, seed and image to the folder's index; entries that other commands add meanwhile stay."""
     entry = {"video": job.path.name, "caption": job.prompt.caption, "seed": job.seed}
     if job.prompt.image is not None:
         entry["image"] = str(job.prompt.image)
     with in_turn(folder):
         others = [other for other in read_index(folder) if other["video"] != entry["video"]]
         entries = sorted([*others, entry], key=lambda entry: str(entry["video"]))
-        # escaped, so that no character of a caption ends a line
+        # JSON escapes characters, so that no character of a caption ends a line
         write_text(folder / INDEX, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 @contextmanager
 def measured(pipeline: Any) -> Iterator[Cost]:
-    """Measures the one call of the pipeline inside; the result is complete at the end of the block.
+    """Measure one call of the pipeline in the block; the result is complete at its end.
 
-    Every family calls its transformer first and `scheduler.step` last in a step, so that these two are watched.
+    In a sampling step, every family calls its transformer first and `scheduler.step` last, so these two are watched.
     """
-    cost, device = Cost(), torch.device(pipeline._execution_device)  # with offloading another than .device
+    cost, device = Cost(), torch.device(pipeline._execution_device)  # differs from .device with offloading
     cuda, scheduler, first = device.type == "cuda", pipeline.scheduler, []
 
     def now() -> float:
@@ -168,7 +173,7 @@ def measured(pipeline: Any) -> Iterator[Cost]:
 
     step = scheduler.step
 
-    @wraps(step)  # pipelines read its signature
+    @wraps(step)  # because pipelines read its signature
     def counted(*args, **kwargs):
         result = step(*args, **kwargs)
         cost.steps += 1
@@ -191,11 +196,11 @@ def measured(pipeline: Any) -> Iterator[Cost]:
 
 
 def summary(made: list[Made], device: str) -> str:
-    """What the videos cost, in a line."""
+    """Return the time and memory of the videos, in one line."""
     costs = [video.cost for video in made]
     steps, seconds = sum(cost.steps for cost in costs), sum(cost.seconds for cost in costs)
-    each = f"{sum(cost.sampler_seconds for cost in costs) / steps:.3g} s a step, " if steps else ""
-    text = f"{each}{seconds:.3g} s in all"
+    each = f"{sum(cost.sampler_seconds for cost in costs) / steps:.3g} s per step, " if steps else ""
+    text = f"{each}{seconds:.3g} s in total"
     if costs and costs[0].peak_memory is not None:
         where = "GPU memory" if torch.device(device).type == "cuda" else "memory of the process"
         text += f", peak {where} {max(cost.peak_memory for cost in costs) / 1e9:.2f} GB"
@@ -203,17 +208,17 @@ def summary(made: list[Made], device: str) -> str:
 
 
 def check_inputs(pipeline: Any, image: Path | None = None, caption: str = "") -> None:
-    """Raise ValueError where the pipeline needs more than this caption and image, or takes no image."""
+    """Raise ValueError if the pipeline needs more than this caption and image, or takes no image."""
     name, parameters = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
-    # LTXConditionPipeline does without an image; LTXImageToVideoPipeline has a default too, but fails with it
+    # LTXConditionPipeline works without an image; LTXImageToVideoPipeline has a default for it, but fails with that
     needed = {key for key, parameter in parameters.items() if parameter.default is parameter.empty} & _MEDIA
     needed |= {key for key in ("image", "video") if f"{key.title()}ToVideo" in name}
     if others := needed - {"image"}:
         raise ValueError(f"expected a pipeline that takes captions and images, got {name}, which needs {min(others)}")
     if "image" in needed and image is None:
-        raise ValueError(f"{name} takes an image with each prompt, got none with {caption[:60]!r}")
+        raise ValueError(f"{name} takes an image with each prompt, but got none with {caption[:60]!r}")
     if "image" not in parameters and image is not None:
-        raise ValueError(f"{name} takes no image, got {image}")
+        raise ValueError(f"{name} takes no image, but got {image}")
 
 
 def _image(pipeline: Any, prompt: Prompt) -> Image.Image | None:
@@ -222,7 +227,7 @@ def _image(pipeline: Any, prompt: Prompt) -> Image.Image | None:
 
 
 def _resident() -> int | None:
-    """The most memory that this process has had, in bytes."""
+    """Return the peak memory of this process in bytes."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""VBench (arXiv 2311.17982): its prompts, a pipeline's videos, its package's scores beside those of the paper."""
+"""VBench (arXiv 2311.17982): its prompts, a pipeline's videos, and its package's scores next to those of the paper."""
 
 import importlib.util
 import os
@@ -18,9 +18,11 @@ from linvideo.trajectories.atomic_files import crc32, read_json
 from linvideo.trajectories.prompts import some_of, warn_of_unknown_words
 from linvideo.workspace import locked
 
-LONGEST_NAME = 220  # bytes; file systems take 255, and a video's name is longer, most of all while it is written
+# Bytes of a prompt. File systems allow names of 255; a video's name is longer than its prompt, above all while it is
+# being written.
+LONGEST_NAME = 220
 VIDEOS_PER_PROMPT = 5  # VBench's standard
-# Per cent; arXiv 2510.08318, Wan 1.3B: dense, LinVideo (16 of 30 layers linear), and that distilled to 4 steps.
+# Per cent, from arXiv 2510.08318, Wan 1.3B: dense; LinVideo (16 of 30 layers linear); LinVideo distilled to 4 steps.
 PAPER = {
     "imaging_quality": (66.25, 66.07, 65.62),
     "aesthetic_quality": (59.49, 59.41, 57.74),
@@ -32,28 +34,29 @@ PAPER = {
 
 
 def full_info_path() -> Path:
-    """VBench_full_info.json of the installed package. ValueError without it."""
+    """Return the path of VBench_full_info.json in the installed package. ValueError if it is not installed."""
     found = importlib.util.find_spec("vbench")
     if found is None or found.origin is None:
         raise ValueError(
-            "expected the package vbench, which holds the prompts, or the path of its VBench_full_info.json"
+            "expected the package vbench, which holds the prompts, or --full_info with its VBench_full_info.json"
         )
     return Path(found.origin).with_name("VBench_full_info.json")
 
 
 def prompts_of(full_info: str | Path, dimensions: list[str], most: int | None = None) -> list[str]:
-    """The prompts that these dimensions are measured on, each once, in the file's order; `most` of each, from all over
-    the file.
+    """Return the prompts on which these dimensions are measured, each once, in the order of the file.
+
+    most: Maximum number of prompts per dimension, spread over the file; None means all.
 
     Raises:
-        ValueError: the file is not VBench's, or a dimension has no prompt in it.
+        ValueError: The file is not VBench's, or has no prompt for a dimension.
     """
     of_prompt: dict[str, set[str]] = {}
     for entry in _entries(full_info):
         of_prompt.setdefault(entry["prompt_en"], set()).update(entry["dimension"])
     known = set().union(*of_prompt.values())
     if unknown := sorted(set(dimensions) - known):
-        raise ValueError(f"expected dimensions of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+        raise ValueError(f"expected dimensions among {', '.join(sorted(known))}, got {', '.join(unknown)}")
     measured = [[prompt for prompt, of in of_prompt.items() if name in of] for name in dimensions]
     chosen = {prompt for prompts in measured for prompt in some_of(prompts, most)}
     return [prompt for prompt in of_prompt if prompt in chosen]
@@ -76,22 +79,23 @@ def generate_videos(
     fps: int | None = None,
     **settings,
 ) -> Iterator[tuple[int, int]]:
-    """Makes the videos `{prompt}-{i}.mp4` in folder/videos as VBench wants them named; those with a checksum in
-    rows.json are kept, if that is still theirs.
+    """Make the videos `{prompt}-{i}.mp4` in folder/videos, with VBench's file names.
 
-    Video i of a prompt starts from noise of seed i. Yields (finished, all) after each. fps: of the files, None is the
-    pipeline's own. settings: of `generate_video`.
+    After each one, yield the number of finished videos and the total number. Videos whose checksum is in rows.json are
+    kept. Video i of a prompt starts from noise of seed i.
+
+    fps: Frame rate of the files; None means the pipeline's own. settings: Arguments of `generate_video`.
 
     Raises:
-        ValueError: no prompts, sizes that do not fit, or a folder with other work or in use.
-        OSError: a video cannot be written; that the one with the longest name can be is tried first.
+        ValueError: There are no prompts, sizes do not fit, or the folder holds other work or is in use.
+        OSError: A video cannot be written; for the one with the longest name, this is checked first.
     """
     if not prompts or any({"/", "\0"} & set(prompt) for prompt in prompts):
-        raise ValueError(f"expected at least one prompt, none with a slash (they name files), got {prompts[:3]}")
+        raise ValueError(f"expected prompts, none with a slash, because they name files, got {prompts[:3]}")
     for prompt in prompts:
         if len(prompt.encode()) > LONGEST_NAME:
             raise ValueError(
-                f"expected prompts of at most {LONGEST_NAME} bytes (they name files), got {prompt[:100]} ..."
+                f"expected prompts of at most {LONGEST_NAME} bytes, because they name files, got {prompt[:100]} ..."
             )
     check_inputs(pipeline)
     warn_of_unknown_words(pipeline.tokenizer, prompts)
@@ -111,7 +115,7 @@ def generate_videos(
         for finished, ((prompt, seed), path) in enumerate(zip(todo, paths, strict=True), 1):
             if not path.exists() or crc32(path) != checksums.get(path.name):
                 if path.exists():
-                    print(f"{path} is not whole, or from before a kill; it is made anew", file=sys.stderr)
+                    print(f"{path} is damaged, or was not recorded before a kill; it is made again", file=sys.stderr)
                 generator = torch.Generator("cpu").manual_seed(seed)
                 save_video(generate_video(pipeline, prompt, generator=generator, **settings), path, request["fps"])
                 work.add({"video": path.name, "checksum": crc32(path)})
@@ -119,7 +123,8 @@ def generate_videos(
 
 
 def score(folder: str | Path, dimensions: list[str], full_info: str | Path, device: str) -> dict[str, float]:
-    """Dimension -> per cent, by the package vbench on what `generate_videos` made. ImportError without it."""
+    """Return the package vbench's score of each dimension, in per cent, for the videos that `generate_videos` made.
+    ImportError if it is not installed."""
     from vbench import VBench
 
     folder = Path(folder)
@@ -130,7 +135,7 @@ def score(folder: str | Path, dimensions: list[str], full_info: str | Path, devi
 
 
 def table(scores: dict[str, float]) -> str:
-    """Ours beside the paper's, in per cent."""
+    """Return a table of our scores next to the paper's, in per cent."""
     lines = [f"{'':24}{'ours':>8}{'dense':>8}{'LinVideo':>10}{'4 steps':>9}   (the last three: paper, Wan 1.3B)"]
     for dimension in {**PAPER, **scores}:
         ours = f"{scores[dimension]:.2f}" if dimension in scores else ""

@@ -1,9 +1,9 @@
-"""Velocity error of a student against its teacher, along both of their sampling trajectories.
+"""The velocity error of a student against its teacher, along the sampling trajectories of both.
 
     error = sum_k (sigma_k - sigma_{k+1}) * mean |u_S(x_k, t_k, c) - u_T(x_k, t_k, c)|^2
 
-on states x_k that the student (own_state_error) or the teacher (teacher_state_error) passes through from the same
-noise. The first says how far sampling will drift, the second is what training on teacher states minimises.
+on states x_k through which the student (own_state_error) or the teacher (teacher_state_error) passes from the same
+noise. The first tells how far sampling will drift; the second is what training on the teacher's states minimizes.
 """
 
 from typing import Any
@@ -26,18 +26,21 @@ def trajectory_error(
     guidance_scale: float = 1.0,
     batch_size: int = 16,
 ) -> tuple[float, torch.Tensor]:
-    """The error along `mover`'s sampling trajectories, and its samples (latents like noise, fp32).
+    """Return the error along the sampling trajectories of `mover`, and its samples (fp32 latents in the noise's shape).
 
     Args:
-        noise: [V, C, F, H, W], one start per video.
-        prompt_embeds: [V, L, E]. Velocities are compared under these, whatever the guidance.
-        scheduler: a diffusers flow-matching scheduler; a copy is used.
-        negative_prompt_embeds: [V or 1, L, E], with guidance_scale > 1: the sampler that moves the states is then
-        guided.
-        batch_size: videos at once.
+        mover: Model that samples.
+        other: Model with which it is compared on the way.
+        noise: Start of each video [V, C, F, H, W].
+        prompt_embeds: Prompts [V, L, E]. Velocities are compared under these, with or without guidance.
+        scheduler: Flow-matching scheduler of diffusers; a copy is used.
+        num_inference_steps: Number of sampling steps.
+        negative_prompt_embeds: Negative prompts [V or 1, L, E], for a guidance_scale above 1.
+        guidance_scale: Guidance scale of the sampler that moves the states.
+        batch_size: Number of videos sampled at once.
 
     Raises:
-        ValueError: noise and prompt_embeds do not go together, or guidance without negative_prompt_embeds.
+        ValueError: The numbers of noises and prompts differ, or guidance lacks negative_prompt_embeds.
     """
     count = len(noise)
     if len(prompt_embeds) != count:
@@ -59,12 +62,8 @@ def trajectory_error(
 def velocity_errors(
     student: torch.nn.Module, teacher: torch.nn.Module, *arguments: Any, **keywords: Any
 ) -> dict[str, float | torch.Tensor]:
-    """Both errors, and the samples made on the way.
-
-    The arguments after the models are those of `trajectory_error`.
-
-    Returns own_state_error, teacher_state_error (floats) and student_samples, teacher_samples.
-    """
+    """Return both errors (own_state_error, teacher_state_error) and the samples made on the way (student_samples,
+    teacher_samples). The arguments after the models are those of `trajectory_error`."""
     result: dict[str, Any] = {}
     for who, mover, other in (("student", student, teacher), ("teacher", teacher, student)):
         error, result[f"{who}_samples"] = trajectory_error(mover, other, *arguments, **keywords)

@@ -1,7 +1,7 @@
-"""A folder of long work that can be continued: what was asked for in request.json, the finished pieces in rows.json,
-and the rows' checksums in checksums.json. A row that is deleted by hand is made anew.
+"""A folder of long work that can be continued: the request in request.json, the finished pieces in rows.json, and the
+checksums of the rows in checksums.json. A row that is deleted by hand is made again.
 
-The process that works there holds the folder's lock (`locked`) meanwhile.
+The process that works there holds the folder's lock (`locked`).
 """
 
 from pathlib import Path
@@ -15,15 +15,15 @@ from linvideo.workspace import LOCK, TEMPORARY, remove_dead
 
 
 class WorkFolder:
-    """Opens, or starts, `folder` for exactly this `request` (a JSON dict).
+    """The folder of a piece of work, opened or, if there is none, created for exactly this `request` (a JSON dict).
 
     Raises:
-        ValueError: the folder holds something else, work on another request, or rows that are damaged.
+        ValueError: The folder holds something else, work on another request, or damaged rows.
     """
 
     def __init__(self, folder: str | Path, request: dict[str, Any]):
         self.path = Path(folder)
-        remove_dead(self.path)  # a kill in the first write has left nothing else
+        remove_dead(self.path)  # after a kill during the first write, the folder is empty then
         there = self.path / "request.json"
         if there.is_file():
             stored = read_json(there)
@@ -31,17 +31,17 @@ class WorkFolder:
                 raise ValueError(f"expected an object in {there}, got {type(stored).__name__}")
             keys = sorted(key for key in {**stored, **request} if stored.get(key) != request.get(key))
             if keys:
-                got = ", ".join(f"{key} {stored.get(key)!r}, asked for {request.get(key)!r}" for key in keys)
+                got = ", ".join(f"{key} {stored.get(key)!r} (now {request.get(key)!r})" for key in keys)
                 raise ValueError(f"{self.path} holds work on another request: {got}; choose another folder")
         elif self.path.is_dir() and any(not path.name.startswith((TEMPORARY, LOCK)) for path in self.path.iterdir()):
-            raise ValueError(f"{self.path} is not empty and holds no work to continue; choose another folder")
+            raise ValueError(f"{self.path} is not empty, and holds no work to continue; choose another folder")
         else:
             write_json(there, request)
         self.rows: list[dict] = self._read_rows()
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
-        # first: of a row that a kill keeps from being written, the checksum does no harm
+        # checksums first: if a kill comes before the rows are written, an unused checksum does no harm
         write_json(self.path / "checksums.json", [json_checksum(row) for row in self.rows])
         write_json(self.path / "rows.json", self.rows)
 
@@ -55,14 +55,14 @@ class WorkFolder:
             for number, row in enumerate(rows, 1):
                 if not isinstance(known, list) or json_checksum(row) not in known:
                     raise ValueError(
-                        f"row {number} of {file} is not what was written, by {checksums}; delete the row to make it"
-                        " anew, or that file if you have edited the row yourself"
+                        f"row {number} of {file} differs from what was written, according to {checksums}; delete the"
+                        " row to make it again, or that file if you have edited the row yourself"
                     )
         return rows
 
 
 def identity(pipeline: Any) -> dict[str, str]:
-    """What a pipeline's videos depend on, by component: weights and dtype, or the scheduler's config."""
+    """Return what a pipeline's videos depend on, by component: weights and dtype, or the scheduler's config."""
     found = {}
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):

@@ -32,7 +32,7 @@ def test_generate_says_what_it_cost_and_what_is_linear(folder, tmp_path, capfd):
     words = ["generate", str(converted), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4"), *SMALL]
     assert main(words) == 0
     out, err = capfd.readouterr()
-    assert "linear  (1): 1" in out and "s a step" in out and "s in all" in out and "GB" in out
+    assert "linear  (1): 1" in out and "s per step" in out and "s in total" in out and "GB" in out
     assert "video 1 of 1: 100%" in err  # the progress bar
 
 

@@ -1,4 +1,4 @@
-"""`linvideo check`: every part is reported, what is broken is found, and the pipeline stays as it was."""
+"""`linvideo check`: it reports every part, finds what is broken, and leaves the pipeline unchanged."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def pipeline():
 
 
 def tiny_image_experts():
-    """Image to video as Wan 2.2 has it: two transformers, no image encoder."""
+    """An image-to-video pipeline like Wan 2.2: two transformers, no image encoder."""
     first, second = (tiny_image_transformer(clip=False, seed=seed) for seed in (0, 1))
     return tiny_image_pipeline(first, transformer_2=second, boundary_ratio=0.7)
 
@@ -78,7 +78,7 @@ def test_other_attention_at_r_1_is_found(pipeline, tmp_path, monkeypatch):
 
     monkeypatch.setattr(linear_attention, "linear_attn", wrong)
     found = findings(pipeline, tmp_path)
-    assert not found["the converted model at r = 1 is the base model"].passed
+    assert not found["the converted model at r = 1 equals the base model"].passed
     assert not found["the feature maps learn softmax attention"].passed
 
 

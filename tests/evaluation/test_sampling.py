@@ -1,4 +1,4 @@
-"""What a video costs is measured without leaving a trace on the pipeline."""
+"""The time and memory of a video are measured without leaving a trace on the pipeline."""
 
 import numpy as np
 import pytest
@@ -26,9 +26,9 @@ def test_steps_and_seconds():
 
 def test_summary():
     made = [Made(Job(None, 0, None), Cost(5.0, 4.0, 2, 2 * 10**9)), Made(Job(None, 1, None), Cost(3.0, 2.0, 2, 10**9))]
-    assert summary(made, "cpu") == "1.5 s a step, 8 s in all, peak memory of the process 2.00 GB"
+    assert summary(made, "cpu") == "1.5 s per step, 8 s in total, peak memory of the process 2.00 GB"
     assert "peak GPU memory 2.00 GB" in summary(made, "cuda:0")
-    assert summary([Made(Job(None, 0, None), Cost(3.0))], "cpu") == "3 s in all"
+    assert summary([Made(Job(None, 0, None), Cost(3.0))], "cpu") == "3 s in total"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
