@@ -1,4 +1,4 @@
-"""The demo's distillation: the converted model learns to sample in two steps, and is compared with what it was."""
+"""The demo's distillation: the converted model learns to sample in two steps, and is compared with its former self."""
 
 import os
 from pathlib import Path
@@ -15,11 +15,11 @@ from linvideo.run import load_config
 def distill_and_compare(
     folder: Path, pipeline, converted: torch.nn.Module, reference: torch.Tensor, seed: int, world: World
 ) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Distil `converted` in folder/distillation, to folder/distilled; folder/training has the trajectories.
+    """Distil `converted` in folder/distillation, on the trajectories of folder/training, into folder/distilled.
 
-    reference: the teacher's videos at its full number of steps, as `evaluate` gave them; as many are judged here.
+    reference: The teacher's videos with its full number of steps, from `evaluate`; the same number is judged here.
 
-    Returns what metrics.json gets, and name -> videos, all sampled in as many steps as the student takes.
+    Return the contents for metrics.json, and the videos by name, all with the student's number of sampling steps.
     """
     config = distill_config(folder / "distillation", folder / "training" / "trajectories", seed)
     result = distill(config, pipeline, converted, world.training_captions())
@@ -41,7 +41,7 @@ def distill_and_compare(
 
 
 def distill_config(output_dir: Path, trajectories: Path, seed: int) -> DistillConfig:
-    """The recipe "distill-demo" on trajectories that are there."""
+    """Return the recipe "distill-demo" with existing trajectories."""
     options = {"output_dir": output_dir, "seed": seed, "checkpoints_total_limit": 1, "trajectories.path": trajectories}
     words = (word for name, value in options.items() for word in (f"--{name}", str(value)))
     return load_config(["--config", "distill-demo", *words], DistillConfig)

@@ -1,8 +1,8 @@
-"""Exact metrics on generated videos of the embedded worlds: no learned judge, only geometry.
+"""Exact metrics of generated videos of the embedded worlds, from geometry alone, without a learned judge.
 
 A video is explained by fitting the world's own parameters to it (colours, shapes, paths, camera) and rendering them
-again. All functions take videos as float [B, 3, frames, size, size] in [-1, 1]; K counts the shapes of a video, F its
-frames. Shapes are told apart by their colours, which differ within a video.
+again. All functions take videos as float [B, 3, frames, size, size] in [-1, 1]; K is the number of shapes of a video,
+and F the number of its frames. Shapes are told apart by their colours, which differ within a video.
 """
 
 import itertools
@@ -14,20 +14,26 @@ import torch
 from linvideo.demo.world import CAMERAS, COLOURS, SHAPES, Scenes, World, unit_directions
 
 STRAIGHT = 0.35  # pixels: a video is straight below this deviation from its paths
-# Mean squared error in [-1, 1] units: a video is clean below this distance to its re-rendering. All three allow about
-# half a pixel of displacement, less of which shows in a larger picture; none allows a missing background.
+# Mean squared error for values in [-1, 1]: a video is clean below this distance to its re-rendering. All three limits
+# allow a displacement of about half a pixel, which matters less in a larger picture; none allows a missing background.
 CLEAN = {"small": 0.02, "middle": 0.012, "large": 0.012}
 SHAPE_LIGHT = 0.2  # less than this in a pixel counts as background
-ROUNDS = 4  # of fitting paths and rendering them again; the first is blind to what is hidden behind what
-PIXELS_AT_ONCE = 2**19  # of all shapes, frames and videos of one part of a batch: its memory
+ROUNDS = 4  # of fitting paths and rendering them again; the first one knows nothing about hidden shapes
+PIXELS_AT_ONCE = 2**19  # over all shapes, frames and videos of one part of a batch, to limit its memory
 
 
 @dataclass
 class Fit:
-    """What a batch of videos shows. scenes: the parameters that explain it best; straightness: float [B], RMS distance
-    of the centres from the fitted paths in pixels; rerender_error: float [B], mean squared error in [-1, 1] units
-    between the video and the scenes rendered again; flicker: float [B], relative deviation of a shape's mass over the
-    frames plus the deviation of its colour. Frames where more than half of a shape is hidden do not count for it."""
+    """The explanation of a batch of videos.
+
+    Args:
+        scenes: Parameters that explain the videos best.
+        straightness: RMS distance of the centres from the fitted paths in pixels, float [B].
+        rerender_error: Mean squared error between a video and its scene rendered again, for values in [-1, 1], float
+            [B].
+        flicker: Relative deviation of a shape's mass over the frames plus the deviation of its colour, float [B].
+            Frames in which more than half of a shape is hidden do not count for it.
+    """
 
     scenes: Scenes
     straightness: torch.Tensor
@@ -36,8 +42,10 @@ class Fit:
 
 
 def fit(videos: torch.Tensor, world: World, order: torch.Tensor) -> Fit:
-    """Explain videos. order: int64 [B, K], the colours from front to back that are expected; the scenes found keep it
-    as far as the same colours are there."""
+    """Explain videos.
+
+    order: Expected colours from front to back, int64 [B, K]. The scenes keep this order for all colours that occur.
+    """
     size = max(1, PIXELS_AT_ONCE // (world.objects * videos[0, 0].numel()))
     videos = videos.detach().float().cpu().clamp(-1, 1)
     parts = [fit_part(*part, world) for part in zip(videos.split(size), order.cpu().split(size), strict=True)]
@@ -47,7 +55,7 @@ def fit(videos: torch.Tensor, world: World, order: torch.Tensor) -> Fit:
 
 
 def fit_part(videos: torch.Tensor, order: torch.Tensor, world: World) -> Fit:
-    """`fit` for as many videos as go into memory at once."""
+    """Explain as many videos as fit into memory at once."""
     palette = torch.tensor(list(COLOURS.values()))
     light = (videos + 1) / 2
     strength, grey = shape_light(light, world)
@@ -69,12 +77,12 @@ def fit_part(videos: torch.Tensor, order: torch.Tensor, world: World) -> Fit:
             direction, speed, start = fit_bounces(centre - hiding, trust, world)
             path = world.paths(direction, speed, start)
             shape, rerender_error, ideal = closest_shapes(videos, world, colour, path, background)
-            # The same measurement on the scenes rendered again tells what hiding did to mass and centre.
+            # The same measurement on the re-rendered scenes tells how hiding changes mass and centre.
             again = (world.compose(colour, ideal, background) + 1) / 2
             expected, expected_centre = measure(split(again, *shape_light(again, world), present))
             share = expected / ideal.sum((-1, -2)).clamp(min=1e-3)
             visible, trust = share > 0.5, share.square()
-            # Not all the way: which of two colours an edge between them counts for can change back and forth.
+            # A damped step, because the pixels of an edge between two colours can change sides back and forth.
             hiding = hiding.lerp(expected_centre - path, 0.75)
         square = (centre - expected_centre).square().sum(-1) * visible
         straightness = (square.sum(-1) / visible.sum(-1).clamp(min=1)).sqrt()
@@ -93,23 +101,26 @@ def fit_part(videos: torch.Tensor, order: torch.Tensor, world: World) -> Fit:
 
 
 def shape_light(light: torch.Tensor, world: World) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much of a shape each pixel shows and how much grey, both float [B, F, size, size] from light [B, 3, F, size,
-    size]. Every colour of the world has a channel at full strength and one without light, so the brightest channel is
-    the shapes' mask and the darkest the background, which in a world without camera is black by definition."""
+    """Return how much of a shape and how much grey each pixel shows, both float [B, F, size, size].
+
+    light: [B, 3, F, size, size]. Every colour of the world has a channel at full strength and one without light, so the
+        brightest channel gives the mask of the shapes and the darkest the background. In a world without camera the
+        background is black by definition.
+    """
     grey = light.amin(1) if world.camera else torch.zeros_like(light[:, 0])
     strength = light.amax(1) - grey
     return torch.where(strength > SHAPE_LIGHT, strength, 0.0), grey
 
 
 def nearest(light: torch.Tensor, strength: torch.Tensor, grey: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
-    """Which of some colours (int64 [B, J]) at the pixel's strength each pixel is closest to: int64 [B, F, size, size],
-    in [0, J)."""
+    """Return to which of these colours (int64 [B, J]), at the pixel's strength, each pixel is closest: int64
+    [B, F, size, size] in [0, J)."""
     palette = torch.tensor(list(COLOURS.values()))[colours]  # [B, J, 3]
     likeness = torch.einsum("bcfyx,bjc->bjfyx", light - grey[:, None], palette)
     # |c - s p|^2 without |c|^2, divided by s.
     distance = strength[:, None] * palette.square().sum(-1)[:, :, None, None, None] - 2 * likeness
     label, least = torch.zeros_like(strength, dtype=torch.long), distance[:, 0]
-    for j in range(1, distance.shape[1]):  # an argmin over a few planes, many times as fast
+    for j in range(1, distance.shape[1]):  # an argmin over a few planes, but many times faster
         label = torch.where(distance[:, j] < least, j, label)
         least = torch.minimum(distance[:, j], least)
     return label
@@ -118,7 +129,7 @@ def nearest(light: torch.Tensor, strength: torch.Tensor, grey: torch.Tensor, col
 def present_colours(
     light: torch.Tensor, strength: torch.Tensor, grey: torch.Tensor, order: torch.Tensor
 ) -> torch.Tensor:
-    """The K colours of most mass, int64 [B, K], in the given order as far as they are in it."""
+    """Return the K colours with the most mass, int64 [B, K], in the given order if they occur in it."""
     batch, count = order.shape
     label = nearest(light, strength, grey, torch.arange(len(COLOURS)).expand(batch, -1))
     mass = torch.zeros(batch, len(COLOURS)).scatter_add_(1, label.flatten(1), strength.flatten(1))
@@ -129,13 +140,13 @@ def present_colours(
 
 
 def split(light: torch.Tensor, strength: torch.Tensor, grey: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
-    """The mask of each colour, float [B, K, F, size, size]."""
+    """Return the mask of each colour, float [B, K, F, size, size]."""
     label = nearest(light, strength, grey, colours)
     return strength[:, None] * (label[:, None] == torch.arange(colours.shape[1])[:, None, None, None])
 
 
 def measure(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mass [B, K, F] and centre of mass [B, K, F, 2] in pixels, of masks [B, K, F, size, size]."""
+    """Return the mass [B, K, F] and the centre of mass [B, K, F, 2] in pixels, of masks [B, K, F, size, size]."""
     pixel = torch.arange(masks.shape[-1], dtype=torch.float32) + 0.5
     mass = masks.sum((-1, -2)).clamp(min=1e-3)
     moments = (masks * pixel).sum((-1, -2)), (masks * pixel[:, None]).sum((-1, -2))
@@ -143,14 +154,14 @@ def measure(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def steady(values: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Values [..., F] with those of frames that are not visible (bool [..., F]) replaced by the visible ones' mean."""
+    """Replace the values [..., F] of frames that are not visible (bool [..., F]) by the mean of the visible ones."""
     mean = (values * visible).sum(-1, keepdim=True) / visible.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(visible, values, mean)
 
 
 def fit_line(centre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Least-squares line through points over time. centre: [B, F, 2] -> start [B, 2], velocity [B, 2] and the RMS
-    distance of the points from it [B]."""
+    """Fit a line to points over time [B, F, 2] by least squares. Return its start [B, 2], its velocity [B, 2] and the
+    RMS distance of the points from it [B]."""
     time = torch.arange(centre.shape[1], dtype=torch.float32)
     design = torch.stack([torch.ones_like(time), time], 1)
     solution = torch.linalg.lstsq(design.expand(len(centre), -1, -1), centre).solution
@@ -161,13 +172,17 @@ def fit_line(centre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 def fit_bounces(
     centre: torch.Tensor, weight: torch.Tensor, world: World
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The least-squares path between walls through points. centre: [B, K, F, 2]; weight: [B, K, F], of each
-    point's square -> direction, int64 [B, K], speed, float [B, K], and start, float [B, K, 2]."""
+    """Fit a path that bounces between walls to points by least squares.
+
+    Return its direction, int64 [B, K], speed, float [B, K], and start, float [B, K, 2].
+
+    centre: Points [B, K, F, 2]. weight: Weight of each point's squared distance [B, K, F].
+    """
     weight = weight + 1e-3
     low, high = world.margin, world.size - world.margin
     time = torch.arange(world.frames, dtype=torch.float32)
-    # Each axis by itself moves with one of five multiples of the speed; all paths of an axis on a grid are compared at
-    # once by |c - p|^2 = |c|^2 - 2 c p + |p|^2, and then the two axes added for each direction.
+    # Along each axis, a shape moves with one of five multiples of its speed. All paths of an axis, on a grid, are
+    # compared at once by |c - p|^2 = |c|^2 - 2 c p + |p|^2; then the two axes are added for each direction.
     slopes = torch.tensor([-1.0, -(0.5**0.5), 0.0, 0.5**0.5, 1.0])
     speeds = torch.linspace(0.75 * world.speed[0], 1.25 * world.speed[1], 17)
     starts = torch.linspace(low, high, 48)
@@ -175,7 +190,8 @@ def fit_bounces(
     grid = world.reflect(free).flatten(0, 2) - world.size / 2
     offset = (centre - world.size / 2).transpose(-1, -2)  # [B, K, 2, F]
     error = weight[:, :, None] @ grid.square().T - 2 * (weight[:, :, None] * offset) @ grid.T
-    # A start at a wall and towards it looks like one away from it, and the world has only the latter.
+    # A start at a wall with a motion towards it looks like one with a motion away from it; the world has only the
+    # latter.
     early = ((free[..., 2] < low) | (free[..., 2] > high)).flatten()
     error = error.masked_fill(early, math.inf)
     error, best = error.unflatten(-1, (len(slopes), len(speeds), len(starts))).min(-1)  # [B, K, 2, 5, S]
@@ -186,7 +202,7 @@ def fit_bounces(
     chosen = [best[:, :, axis, along[:, axis]].flatten(2).gather(2, choice[..., None]) for axis in (0, 1)]
     start = starts[torch.cat(chosen, -1)]
 
-    # Gauss-Newton: between bounces the path is linear in start and speed, with a sign that every bounce turns.
+    # Gauss-Newton: between bounces the path is linear in start and speed, with a sign that every bounce flips.
     unit = unit_directions()[direction]
     for _ in range(5):
         free = start[:, :, None] + (unit * speed[..., None])[:, :, None] * time[:, None]
@@ -204,9 +220,11 @@ def fit_bounces(
 def fit_camera(
     grey: torch.Tensor, strength: torch.Tensor, world: World
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Camera, int64 [B], its speed, float [B], and the background's phase, float [B, 2], as in `Scenes`: per frame a
-    least-squares fit of the pattern's waves to the pixels without a shape, then the pan that best explains how their
-    phases turn. A world without camera has the still one."""
+    """Fit the camera, int64 [B], its speed, float [B], and the background's phase, float [B, 2], as in `Scenes`.
+
+    In each frame, the pattern's waves are fitted to the pixels without a shape by least squares; then comes the pan
+    that best explains how the phases of the waves change. In a world without camera it is the still one.
+    """
     batch = len(grey)
     if not world.camera:
         return torch.zeros(batch, dtype=torch.long), torch.zeros(batch), torch.zeros(batch, 2)
@@ -233,8 +251,8 @@ def fit_camera(
 def closest_shapes(
     videos: torch.Tensor, world: World, colour: torch.Tensor, path: torch.Tensor, background: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The shapes whose rendering along the paths comes closest, chosen from front to back: int64 [B, K], the mean
-    squared error they leave, float [B], and their masks, float [B, K, F, size, size]."""
+    """Choose, from front to back, the shapes whose rendering along the paths comes closest. Return them, int64 [B, K],
+    the remaining mean squared error, float [B], and their masks, float [B, K, F, size, size]."""
     masks = [world.masks(torch.full_like(colour, shape), path) for shape in range(len(SHAPES))]
     chosen = masks[SHAPES.index("disc")].clone()  # until their turn comes
     shapes = []
@@ -250,16 +268,18 @@ def closest_shapes(
 
 
 def judge(videos: torch.Tensor, captions: list[str], world: World) -> dict[str, float]:
-    """Means over a batch of videos made for these captions.
+    """Judge a batch of videos that were made for these captions. Return the means over the batch:
 
-    colour, shape, direction: fraction of the shapes for which it is right; camera (in worlds with one): fraction of
-    the videos; all_right: everything in the video; good: all right, straight and clean; straightness_px, flicker,
-    rerender_error: see `Fit`; coverage: Wasserstein-1 distance of start (pixels) and speed (pixels per frame) to the
-    world's own law under the same captions, summed over the three; 0 is perfect, and it is the one that shows mode
-    collapse.
+        colour, shape, direction: Fraction of the shapes for which this is right.
+        camera: Fraction of the videos for which it is right; only in worlds with a camera.
+        all_right: Fraction of the videos in which all of these are right.
+        good: Fraction of the videos that are all right, straight and clean.
+        straightness_px, flicker, rerender_error: See `Fit`.
+        coverage: Wasserstein-1 distances of start x, start y (pixels) and speed (pixels per frame) to the world's own
+            distribution under the same captions, summed. 0 is perfect. This metric shows mode collapse.
 
     Raises:
-        ValueError: a caption that the world does not have.
+        ValueError: The world does not have the caption.
     """
     numbers = world.caption_numbers(captions)
     wanted = world.scenes_from_numbers(numbers, torch.Generator().manual_seed(0))
@@ -280,15 +300,15 @@ def judge(videos: torch.Tensor, captions: list[str], world: World) -> dict[str, 
 
 
 def coverage(scenes: Scenes, numbers: torch.Tensor, draws: int = 50) -> float:
-    """Sum of the Wasserstein-1 distances of start x, start y and speed, over all shapes, to `draws` samples of the
-    world per caption number."""
+    """Return the sum of the Wasserstein-1 distances of start x, start y and speed, over all shapes, to `draws` samples
+    of the world per caption number."""
     truth = scenes.world.scenes_from_numbers(numbers.repeat(draws), torch.Generator().manual_seed(1))
     pairs = [
         (scenes.start[..., 0], truth.start[..., 0]),
         (scenes.start[..., 1], truth.start[..., 1]),
         (scenes.speed, truth.speed),
     ]
-    # Both sorted and compared quantile by quantile; the truth holds `draws` values for every one of the sample's.
+    # Both are sorted and compared quantile by quantile; the truth has `draws` values for each one of the sample.
     return sum(
         (a.flatten().sort().values[:, None] - b.flatten().sort().values.view(-1, draws)).abs().mean().item()
         for a, b in pairs
@@ -296,7 +316,7 @@ def coverage(scenes: Scenes, numbers: torch.Tensor, draws: int = 50) -> float:
 
 
 def psnr(videos: torch.Tensor, reference: torch.Tensor) -> float:
-    """Mean over videos of the peak signal-to-noise ratio in dB, for values in [-1, 1] (peak-to-peak 2)."""
+    """Return the peak signal-to-noise ratio in dB, averaged over videos, for values in [-1, 1] (peak-to-peak 2)."""
     difference = videos.float().cpu().clamp(-1, 1) - reference.float().cpu().clamp(-1, 1)
     error = difference.square().flatten(1).mean(1).clamp(min=1e-10)
     return (10 * torch.log10(4.0 / error)).mean().item()

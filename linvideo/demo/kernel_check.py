@@ -1,7 +1,7 @@
-"""One training step through the Triton kernels against the same step through the reference.
+"""Compares one training step through the Triton kernels with the same step through the reference.
 
-On CUDA the kernels run on the device; elsewhere in Triton's interpreter, which has to be chosen before triton is
-imported and therefore lives in a process of its own: this module, run with `python -m`.
+On CUDA the kernels run on the device. Elsewhere they run in Triton's interpreter, which has to be chosen before triton
+is imported and therefore needs a process of its own: this module, run with `python -m`.
 """
 
 import argparse
@@ -22,18 +22,20 @@ SEED = 0
 
 
 class KernelCheckFailed(RuntimeError):
-    """The process that runs the kernels ended with an error."""
+    """Raised when the process that runs the kernels ends with an error."""
 
 
 def check_kernels(folder: str | os.PathLike, device: str) -> dict[str, float | str] | None:
-    """Load the converted pipeline in `folder` and take one flow-matching step both ways.
+    """Load the converted pipeline in `folder` and take one flow-matching step in both ways.
 
-    Returns kernels ("cuda" or "interpreter"), loss_kernels, loss_reference and gradient_error: the norm of the
-    difference of all gradients over the norm of the reference's. None where triton is not installed (it exists for
-    Linux only).
+    Return a dict with the fields below, or None if triton is not installed (it exists for Linux only).
+
+        kernels: "cuda" or "interpreter".
+        loss_kernels, loss_reference: The two losses.
+        gradient_error: Norm of the difference of all gradients over the norm of the reference's.
 
     Raises:
-        KernelCheckFailed: the interpreter's process failed; its last line is in the message.
+        KernelCheckFailed: The process with the interpreter failed; the message has its last line.
     """
     if importlib.util.find_spec("triton") is None:
         return None
@@ -61,7 +63,7 @@ def compare(folder: str | os.PathLike, device: str) -> dict[str, float | str]:
 
 
 def training_step(transformer: torch.nn.Module) -> tuple[float, torch.Tensor]:
-    """The loss of one video and the gradients of all weights as one vector."""
+    """Return the loss of one video, and the gradients of all weights as one vector."""
     generator = torch.Generator().manual_seed(SEED)
     noise, target = torch.randn(2, 1, 3, 8, 16, 16, generator=generator).to(transformer.device)
     text = torch.randn(1, 16, transformer.config.text_dim, generator=generator).to(transformer.device)
@@ -74,5 +76,5 @@ def training_step(transformer: torch.nn.Module) -> tuple[float, torch.Tensor]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="a converted pipeline of the embedded world")
+    parser.add_argument("folder", type=Path, help="folder of a converted pipeline of the embedded world")
     print(json.dumps(compare(parser.parse_args().folder, "cpu")))

@@ -1,11 +1,11 @@
-"""The embedded teachers: small but complete WanPipeline folders, made of the stock diffusers and transformers classes.
+"""The embedded teachers: small but complete WanPipeline folders, made from stock classes of diffusers and transformers.
 
-Only the transformer is trained (by train_teacher.py). The text encoder keeps its random initialisation: its outputs are
-distinct, fixed vectors per word, which is all a vocabulary of 20 words needs; where a caption names several shapes,
-each word also tells which one it belongs to (see bind_words). The VAE is a stock AutoencoderKLWan whose weights are set
-by hand so that it is the identity between pixels and latents: the worlds are generated in pixel space.
+Only the transformer is trained (by train_teacher.py). The text encoder keeps its random initialization: its outputs are
+distinct, fixed vectors per word, and a vocabulary of 20 words needs no more. In captions with several shapes, each
+word's vector also tells to which shape it belongs (see bind_words). The VAE is a stock AutoencoderKLWan with weights
+that are set by hand, so that it is the identity between pixels and latents: the worlds are generated in pixel space.
 
-The teacher of the small world is shipped, in FOLDER.
+The package includes the teacher of the small world, in FOLDER.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,14 @@ PATCH = (1, 4, 4)
 
 @dataclass(frozen=True)
 class Settings:
-    """A teacher's size and how it is sampled. text_length: tokens of a caption, at most; text_width and text_heads: of
-    the text encoder; num_inference_steps, guidance_scale and flow_shift: of the sampler."""
+    """The size of a teacher, and the settings with which it is sampled.
+
+    Args:
+        layers, heads, head_dim, ffn_dim: Size of the transformer.
+        text_length: Maximum number of tokens of a caption.
+        text_width, text_heads: Size of the text encoder.
+        num_inference_steps, guidance_scale, flow_shift: Settings of the sampler.
+    """
 
     layers: int
     heads: int
@@ -80,12 +86,12 @@ SETTINGS = {
 
 
 def tokens(world: World) -> int:
-    """Of a video in the transformer."""
+    """Return the number of tokens of a video in the transformer."""
     return world.frames * (world.size // PATCH[1]) ** 2
 
 
 def build_pipeline(world: World, seed: int = 0) -> WanPipeline:
-    """The pipeline with an untrained transformer."""
+    """Build the pipeline with an untrained transformer."""
     settings = SETTINGS[world.name]
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(world)
@@ -109,8 +115,8 @@ def build_pipeline(world: World, seed: int = 0) -> WanPipeline:
 
 
 def build_transformer(world: World) -> WanTransformer3DModel:
-    """Untrained: 1.1 M parameters and 128 tokens for the small world, 6.3 M and 1,024 for the middle, 61 M and 4,096
-    for the large one."""
+    """Build an untrained transformer. It has 1.1 million parameters and 128 tokens for the small world, 6.3 million and
+    1,024 for the middle one, and 61 million and 4,096 for the large one."""
     settings = SETTINGS[world.name]
     return WanTransformer3DModel(
         patch_size=PATCH,
@@ -127,22 +133,22 @@ def build_transformer(world: World) -> WanTransformer3DModel:
 
 
 def bind_words(text_encoder: UMT5EncoderModel) -> None:
-    """Let each head of a random encoder look at the word a fixed distance away, from 1 to 4 back or ahead.
+    """Let each head of a random encoder look at the word at a fixed distance, from 1 to 4 words back or ahead.
 
-    Otherwise its attention is nearly uniform and "a red square in front of a blue disc" nearly the same set of vectors
-    as "a blue square in front of a red disc"; the transformer's cross-attention knows no order of its own.
+    Otherwise its attention is nearly uniform, and "a red square in front of a blue disc" gives nearly the same set of
+    vectors as "a blue square in front of a red disc": the transformer's cross-attention does not see their order.
     """
     with torch.no_grad():
         for block in text_encoder.encoder.block:
             bias = block.layer[0].SelfAttention.relative_attention_bias.weight  # [buckets, heads]
-            ahead = bias.shape[0] // 2  # buckets from here on are for words that follow, one per distance at first
+            ahead = bias.shape[0] // 2  # from here on, buckets are for words that follow; at first one per distance
             bias.zero_()
             for head in range(bias.shape[1]):
                 bias[1 + head // 2 + ahead * (head % 2), head] = 12.0
 
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """One token a word; words outside the world's vocabulary become <unk>."""
+    """Build a tokenizer with one token per word; words outside the world's vocabulary become <unk>."""
     words = sorted({word for text in world.training_captions() for word in text.split()})
     vocabulary = {token: number for number, token in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -158,10 +164,10 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
 
 
 def identity_vae() -> AutoencoderKLWan:
-    """AutoencoderKLWan that maps pixels to equal latents and back, up to 1e-3.
+    """Build an AutoencoderKLWan that maps pixels to equal latents and back, up to 1e-3.
 
-    Its one block is y = silu(rms_norm(h)). Of the eight channels, h carries (x, -x) in six and a large constant in two,
-    so the norm divides by nearly the same number everywhere, and silu(a) - silu(-a) = a makes the rest exactly linear.
+    Its only block is y = silu(rms_norm(h)). Six of the eight channels of h hold (x, -x), and two a large constant, so
+    that the norm divides by nearly the same number everywhere; silu(a) - silu(-a) = a makes the rest exactly linear.
     """
     vae = AutoencoderKLWan(
         base_dim=8,
@@ -175,12 +181,12 @@ def identity_vae() -> AutoencoderKLWan:
         scale_factor_spatial=1,
     ).eval()
     constant = 100.0
-    # rms_norm multiplies by sqrt(8) / |h|; |h| is sqrt(2) * constant but for x's own small share.
+    # rms_norm multiplies by sqrt(8) / |h|; |h| is sqrt(2) * constant, except for the small share of x.
     gain = 8**0.5 / (2**0.5 * constant)
     with torch.no_grad():
         for parameter in vae.parameters():
             if parameter.dim() > 3 and parameter.shape[1:].numel() == 1:
-                parameter.fill_(1.0)  # the norms' gamma
+                parameter.fill_(1.0)  # gamma of the norms
             else:
                 parameter.zero_()  # residual branches and attention add nothing
         for half, out_channels in ((vae.encoder, 6), (vae.decoder, 3)):

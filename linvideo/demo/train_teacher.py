@@ -1,24 +1,25 @@
 """Trains an embedded teacher from scratch: `python -m linvideo.demo.train_teacher --output_dir DIR`.
 
-Flow matching on videos rendered on the fly, on the training device. Muon on the blocks' matrices and AdamW on the
-rest; t is drawn from a logit-normal law shifted to high noise, because position, shape and direction are decided there;
-10% of the captions are replaced by the empty one so that classifier-free guidance works. On CUDA in bf16 (autocast) and
-TF32.
+Flow matching on videos that are rendered on the fly, on the training device. Muon trains the blocks' matrices and AdamW
+the rest. t is drawn from a logit-normal distribution shifted to high noise, because position, shape and direction are
+decided there. 10% of the captions are replaced by the empty one, so that classifier-free guidance works. On CUDA,
+training uses bf16 (autocast) and TF32.
 
-The state of the run lies beside the output folder, in DIR.state, until the folder is complete; a killed run continues
-with --resume_from_checkpoint. At the end the teacher, its weights averaged, is judged on videos of its own and the
-metrics join the folder as teacher.json.
+The state of the run is next to the output folder, in DIR.state, until the folder is complete; a killed run continues
+with --resume_from_checkpoint. At the end, the teacher with averaged weights is judged on its own videos, and the
+metrics are added to the folder as teacher.json.
 
-The direction of motion is learned last, and a second cycle of the learning rate helps it most. The shipped folder is
+The direction of motion is learned last, and a second cycle of the learning rate helps it most. The folder in the
+package was made with
 
     python -m linvideo.demo.train_teacher --output_dir first
     python -m linvideo.demo.train_teacher --output_dir second --init_from first --seed 1 --max_train_steps 2500
 
-both with --compile, about an hour on one CPU core.
+both with --compile, in about an hour on one CPU core.
 
-For `--world middle` and `large` there is only an estimate, no measurement. A forward pass takes, per token, two
-operations for each of the blocks' weights and, per layer, 4 N d for attention to N tokens at width d; the backward
-twice as many:
+For `--world middle` and `large` there is an estimate, but no measurement. Per token, a forward takes two operations for
+each of the blocks' weights and, per layer, 4 N d for attention to N tokens with width d; a backward takes twice as
+many:
 
     middle: 3 (2 x 5.9 M + 12 x 4 x 1,024 x 192) = 64 M per token, 4.2 T per step of 64 videos. At 50 TFLOP/s, a
             twentieth of what an H100 can do in bf16 (layers this narrow wait for memory), 0.08 s, with 0.02 s for the
@@ -26,7 +27,7 @@ twice as many:
     large:  3 (2 x 59 M + 30 x 4 x 4,096 x 384) = 0.92 G per token, 30 T per step of 8 videos. At 150 TFLOP/s 0.2 s,
             with the optimizers 0.25 s, and about 40 minutes for 10,000 steps.
 
---max_minutes ends a run in time, wherever that is, with the learning rate down where it belongs.
+--max_minutes ends a run in time, and the learning rate decays accordingly.
 """
 
 import argparse
@@ -54,7 +55,13 @@ from linvideo.workspace import locked, remove_dead
 
 @dataclass(frozen=True)
 class Recipe:
-    """steps and batch: defaults of the flags; shift: of the times' law; muon_lr and adamw_lr: highest rates."""
+    """The settings of a training run.
+
+    Args:
+        steps, batch: Defaults of --max_train_steps and --train_batch_size.
+        shift: Shift of the distribution of t.
+        muon_lr, adamw_lr: Highest learning rates.
+    """
 
     steps: int
     batch: int
@@ -63,7 +70,7 @@ class Recipe:
     adamw_lr: float
 
 
-# The small one is tuned; the others follow it, with lower rates for more layers.
+# The small one is tuned; the others are derived from it, with lower rates for more layers.
 RECIPES = {
     "small": Recipe(steps=6000, batch=16, shift=6.0, muon_lr=4e-3, adamw_lr=2e-3),
     "middle": Recipe(steps=5000, batch=64, shift=6.0, muon_lr=3e-3, adamw_lr=2e-3),
@@ -72,7 +79,7 @@ RECIPES = {
 
 
 def shifted_logit_normal(batch: int, shift: float, generator: torch.Generator) -> torch.Tensor:
-    """Times in (0, 1), float [batch]: t = S s / (1 + (S - 1) s) with s = sigmoid(normal)."""
+    """Draw times in (0, 1), float [batch]: t = S s / (1 + (S - 1) s) with s = sigmoid(normal)."""
     s = torch.sigmoid(torch.randn(batch, generator=generator))
     return shift * s / (1 + (shift - 1) * s)
 
@@ -88,13 +95,15 @@ def make_optimizers(transformer: torch.nn.Module, recipe: Recipe) -> list[torch.
 
 
 class TeacherRun:
-    """A training run: everything that a checkpoint keeps.
+    """A training run, with everything that a checkpoint stores.
 
     Args:
-        world: to train on.
-        steps, batch, seed: of the run.
-        device: to render and train on.
-        init_from: folder of a teacher of the same world to start from, None for a new one.
+        world: World whose videos are learned.
+        steps: Number of training steps.
+        batch: Videos per step.
+        seed: Seed of all random draws.
+        device: Device for rendering and training.
+        init_from: Folder of a teacher of the same world to start from; None starts from random weights.
 
     Raises:
         ValueError: init_from holds a teacher of another world.
@@ -105,13 +114,13 @@ class TeacherRun:
         self.identity = {"world": world.name, "steps": steps, "batch": batch, "seed": seed}
         self.pipeline = load_pipeline(init_from) if init_from else build_pipeline(world, seed)
         if self.pipeline.transformer.config.num_layers != SETTINGS[world.name].layers:
-            raise ValueError(f"{init_from} is no teacher of the {world.name} world")
+            raise ValueError(f"{init_from} is not a teacher of the {world.name} world")
         self.pipeline.to(self.device).set_progress_bar_config(disable=True)
         self.transformer = self.pipeline.transformer.train()
         self.ema = EMAModel(self.transformer.parameters(), decay=0.995, use_ema_warmup=True, foreach=True)
         self.optimizers = make_optimizers(self.transformer, RECIPES[world.name])
         self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
-        # Noise is drawn where it is used: on a GPU, drawing it on the CPU would take as long as the step.
+        # Noise is drawn on the training device: for a GPU, drawing it on the CPU would take as long as the step.
         self.generator = torch.Generator().manual_seed(seed)
         self.noise_generator = (
             self.generator if self.device.type == "cpu" else torch.Generator(self.device).manual_seed(seed)
@@ -120,7 +129,7 @@ class TeacherRun:
         self.loss = torch.zeros((), device=self.device)  # running mean
 
     def train(self, state_dir: Path, checkpointing_steps: int, max_minutes: float | None) -> None:
-        """To the end, which is `steps`, or `max_minutes` of all sessions together where that comes first."""
+        """Train until `steps` are done, or until all sessions together have taken `max_minutes`."""
         limit = math.inf if max_minutes is None else 60 * max_minutes
         before, started = self.seconds, time.monotonic()
         progress = tqdm(total=self.steps, initial=self.step, desc=f"{self.world.name} teacher", mininterval=5)
@@ -138,7 +147,7 @@ class TeacherRun:
         print(f"step {self.step}: loss {self.loss.item():.4f}, {self.seconds:.0f} s", flush=True)
 
     def train_step(self, factor: float) -> None:
-        """One step with the learning rates at `factor` of the highest."""
+        """Make one step with the highest learning rates times `factor`."""
         scenes = self.world.sample_scenes(self.batch, self.generator)
         clean = self.world.render(scenes.to(self.device))
         dropped = (torch.rand(self.batch, generator=self.generator) < 0.1).tolist()
@@ -177,10 +186,10 @@ class TeacherRun:
         save_checkpoint(state_dir, self.step, self.transformer.state_dict(), state | {"step": self.step}, limit=1)
 
     def load_state(self, state_dir: Path) -> None:
-        """Go on where the newest checkpoint in `state_dir` was saved, or from the start where there is none.
+        """Continue from the newest checkpoint in `state_dir`, or start from the beginning if there is none.
 
         Raises:
-            ValueError: it belongs to a run with other settings, or is damaged.
+            ValueError: The checkpoint belongs to a run with other settings, or is damaged.
         """
         remove_dead(state_dir)
         checkpoints = list_checkpoints(state_dir)
@@ -189,7 +198,7 @@ class TeacherRun:
             return
         model, state = load_checkpoint(checkpoints[-1])
         if state["identity"] != self.identity:
-            raise ValueError(f"{checkpoints[-1]} is of the run {state['identity']}, not {self.identity}")
+            raise ValueError(f"{checkpoints[-1]} belongs to the run {state['identity']}, not to {self.identity}")
         self.transformer.load_state_dict(model)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -200,18 +209,18 @@ class TeacherRun:
         self.step, self.seconds, self.loss = state["step"], state["seconds"], state["loss"].to(self.device)
 
     def finish(self, folder: Path, num_videos: int) -> dict:
-        """Save the pipeline with the averaged weights, complete or not at all; then judge it and add teacher.json."""
+        """Save the pipeline with the averaged weights, completely or not at all; then judge it and add teacher.json."""
         self.ema.copy_to(self.transformer.parameters())
         with new_folder(folder) as new:
             self.pipeline.save_pretrained(new)
-            for file in new.rglob("*.json"):  # where --init_from lay on this machine is nobody's business
+            for file in new.rglob("*.json"):  # the path of --init_from on this machine is private
                 config = json.loads(file.read_text())
                 if config.pop("_name_or_path", None) is not None:
                     file.write_text(json.dumps(config, indent=2) + "\n")
         self.transformer.eval()
         captions = self.world.evaluation_captions(num_videos)
         noise = start_noise(self.world, num_videos).to(self.device)
-        with torch.compiler.set_stance("force_eager"):  # a few calls of other shapes: compiling takes longer
+        with torch.compiler.set_stance("force_eager"):  # for a few calls with other shapes, compiling takes longer
             videos = sample_videos(self.pipeline, captions, noise, self.world)
         outcome = judge.judge(videos, captions, self.world) | {
             "videos": num_videos,
@@ -227,27 +236,32 @@ class TeacherRun:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the pipeline")
-    parser.add_argument("--world", choices=list(WORLDS), default="small")
-    parser.add_argument("--max_train_steps", type=int, help="default: the world's, see RECIPES")
-    parser.add_argument("--train_batch_size", type=int, help="default: the world's, see RECIPES")
-    parser.add_argument("--max_minutes", type=float, help="stop by then; the learning rate follows the time")
-    parser.add_argument("--checkpointing_steps", type=int, default=500)
-    parser.add_argument("--resume_from_checkpoint", action="store_true", help="continue the run that was killed")
-    parser.add_argument("--num_videos", type=int, default=200, help="that the finished teacher is judged on")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init_from", type=Path, help="start from this folder, with a new learning rate cycle")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks (needs a C++ compiler on CPU)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--world", choices=list(WORLDS), default="small", help="world to learn; default: small")
+    parser.add_argument("--max_train_steps", type=int, help="number of steps; default: the world's, see RECIPES")
+    parser.add_argument("--train_batch_size", type=int, help="videos per step; default: the world's, see RECIPES")
+    what = "time limit, in which the learning rate decays; default: none"
+    parser.add_argument("--max_minutes", type=float, help=what)
+    what = "number of steps between two checkpoints; default: 500"
+    parser.add_argument("--checkpointing_steps", type=int, default=500, help=what)
+    parser.add_argument("--resume_from_checkpoint", action="store_true", help="continue a killed run")
+    what = "number of videos on which the finished teacher is judged; default: 200"
+    parser.add_argument("--num_videos", type=int, default=200, help=what)
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random draws; default: 0")
+    what = "folder of a teacher to start from, with a new cycle of the learning rate"
+    parser.add_argument("--init_from", type=Path, help=what)
+    parser.add_argument("--compile", action="store_true", help="compile the blocks (on a CPU, needs a C++ compiler)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="device; default: cuda if PyTorch sees a GPU, otherwise cpu")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing pipeline folder")
     args = parser.parse_args(argv)
     folder = args.output_dir.resolve()
     state_dir = folder.with_name(folder.name + ".state")
-    remove_dead(folder.parent)  # a killed call may have moved the folder aside
-    resumed = args.resume_from_checkpoint and state_dir.exists()  # the folder may be there, but not judged yet
+    remove_dead(folder.parent)  # puts the folder back if a killed call has moved it aside
+    resumed = args.resume_from_checkpoint and state_dir.exists()  # the folder may exist without having been judged
     if folder.exists() and not resumed and not (args.overwrite and (folder / "model_index.json").is_file()):
-        parser.error(f"{folder} exists; choose another --output_dir, or --overwrite a pipeline folder")
+        parser.error(f"{folder} exists; choose another --output_dir, or pass --overwrite for a pipeline folder")
     if state_dir.exists() and not resumed:
-        parser.error(f"{state_dir} holds a run that was killed; --resume_from_checkpoint, or delete it")
+        parser.error(f"{state_dir} holds a killed run; pass --resume_from_checkpoint, or delete it")
     recipe = RECIPES[args.world]
     steps, batch = args.max_train_steps or recipe.steps, args.train_batch_size or recipe.batch
     with ExitStack() as stack:

@@ -1,12 +1,13 @@
 """The embedded worlds: coloured shapes that move at constant speeds, in three sizes.
 
-In the small one a single shape moves straight over black. In the others several shapes of different colours bounce off
-the edges of the picture, the one named first in front of the next, before a dim grey pattern that stands still while
-the camera pans over it. The camera carries the walls along, so it does not change how shapes move in the picture.
+In the small world, a single shape moves straight over a black background. In the others, several shapes of different
+colours bounce off the edges of the picture; a shape that is named earlier is in front of later ones. Behind them is a
+dim grey pattern, over which the camera pans. The edges move with the camera, so it does not change how shapes move in
+the picture.
 
 Everything about a video is known exactly (colours, shapes, directions, speeds, starts, camera), so generated videos can
-be judged without a learned metric. Space is measured in pixels, time in frames; y points down as in images. Light runs
-from 0 to 1; videos show it as 2 light - 1.
+be judged without a learned metric. Space is measured in pixels and time in frames; y points down, as in images. Light
+is between 0 and 1; videos store it as 2 light - 1.
 """
 
 import itertools
@@ -36,16 +37,25 @@ DIRECTIONS = {
     "up-right": (1, -1),
 }
 CAMERAS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-GREY = 0.25  # the brightest light of the background, of the 1.0 that every shape has in some channel
-FREE_STEPS = 4  # no shape meets a wall within so many frames: the caption's direction can be seen
+GREY = 0.25  # the brightest light of the background; every shape has 1.0 in some channel
+FREE_STEPS = 4  # no shape meets a wall in the first frames, so that the caption's direction can be seen
 
 
 @dataclass(frozen=True)
 class World:
-    """A setting. frames and size (height and width in pixels) of its videos; objects: shapes in each, of different
-    colours; scale: of the shapes, 1 for a radius of about 3 pixels; speed: range in pixels per frame; bounce: off the
-    edges of the picture, else every path ends before them; camera: range of its speed in pixels per frame, None for a
-    world without camera and background; period: of the background's pattern in pixels."""
+    """The settings of a world.
+
+    Args:
+        name: Name of the world.
+        frames: Number of frames of a video.
+        size: Height and width of a video in pixels.
+        objects: Number of shapes in a video, all of different colours.
+        scale: Scale of the shapes; 1 means a radius of about 3 pixels.
+        speed: Range of the shapes' speeds in pixels per frame.
+        bounce: Whether shapes bounce off the edges of the picture; if not, every path ends before them.
+        camera: Range of the camera's speed in pixels per frame; None for a world without camera and background.
+        period: Period of the background's pattern in pixels.
+    """
 
     name: str
     frames: int
@@ -59,7 +69,7 @@ class World:
 
     @property
     def margin(self) -> float:
-        """Pixels that a shape's centre keeps from the border."""
+        """Smallest distance between a shape's centre and the border, in pixels."""
         return 3.0 * self.scale
 
     @property
@@ -67,15 +77,18 @@ class World:
         return math.prod(self._radices())
 
     def captions(self, numbers: torch.Tensor) -> list[str]:
-        """The captions with these numbers, int64 [B]: every caption has one in [0, caption_total). Directions count
-        fastest, then shapes, colours and the camera; with one shape number ((colour * 3) + shape) * 8 + direction."""
+        """Return the captions with these numbers, int64 [B].
+
+        Each caption has a number in [0, caption_total). Directions vary fastest, then shapes, colours and the camera;
+        with one shape, the number is ((colour * 3) + shape) * 8 + direction.
+        """
         return self.scenes_from_numbers(numbers, torch.Generator(numbers.device)).captions()
 
     def caption_numbers(self, captions: list[str]) -> torch.Tensor:
-        """The inverse of `captions`, int64 [B].
+        """Return the numbers of captions, int64 [B]: the inverse of `captions`.
 
         Raises:
-            ValueError: a caption that this world does not have.
+            ValueError: This world does not have the caption.
         """
         one = rf"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) moving ({'|'.join(DIRECTIONS)})"
         camera = f" camera ({'|'.join(CAMERAS)})" if self.camera else ""
@@ -99,34 +112,34 @@ class World:
         return torch.tensor(numbers, dtype=torch.long)
 
     def training_captions(self, count: int = 1000) -> list[str]:
-        """All captions in the order of their numbers or, where there are more than `count`, a fixed sample of as many
-        different ones."""
+        """Return all captions in the order of their numbers, or a fixed sample of `count` different ones if there are
+        more."""
         if self.caption_total <= count:
             return self.captions(torch.arange(self.caption_total))
         order = torch.randperm(self.caption_total, generator=torch.Generator().manual_seed(98))
         return self.captions(order[:count])
 
     def evaluation_captions(self, count: int, seed: int = 0) -> list[str]:
-        """Captions in a shuffled order that `seed` fixes, repeated as needed."""
+        """Return captions in a shuffled order that depends on `seed`, repeated as needed."""
         order = torch.randperm(self.caption_total, generator=torch.Generator().manual_seed(99 + seed))
         return self.captions(order.repeat(-(-count // self.caption_total))[:count])
 
     def sample_scenes(self, batch: int, generator: torch.Generator) -> "Scenes":
-        """Scenes with captions drawn uniformly, on the generator's device."""
+        """Draw scenes with uniformly distributed captions, on the generator's device."""
         device = generator.device
         numbers = torch.randint(self.caption_total, (batch,), generator=generator, device=device)
         return self.scenes_from_numbers(numbers, generator)
 
     def scenes_from_captions(self, captions: list[str], generator: torch.Generator) -> "Scenes":
-        """Scenes with these captions and random speeds and starts, on the generator's device.
+        """Draw scenes with these captions and random speeds and starts, on the generator's device.
 
         Raises:
-            ValueError: a caption that this world does not have.
+            ValueError: This world does not have the caption.
         """
         return self.scenes_from_numbers(self.caption_numbers(captions).to(generator.device), generator)
 
     def scenes_from_numbers(self, numbers: torch.Tensor, generator: torch.Generator) -> "Scenes":
-        """The same for captions by number (int64 [B], see `captions`)."""
+        """Draw the same for captions given by number (int64 [B], see `captions`)."""
         device, batch, count = numbers.device, len(numbers), self.objects
         camera, order, *digits = torch.unravel_index(numbers, self._radices())
         colour = torch.tensor(self._colour_orders(), device=device)[order]
@@ -136,8 +149,8 @@ class World:
             return low + (high - low) * torch.rand(batch, *size, generator=generator, device=device)
 
         speed = uniform(*self.speed, count)
-        # Uniform over the starts from which no wall is met: on the whole path, or on its first steps in a world that
-        # bounces.
+        # Uniform over all starts from which the shape meets no wall on its whole path or, in a world that bounces, on
+        # its first steps.
         steps = FREE_STEPS if self.bounce else self.frames - 1
         travel = unit_directions(device)[direction] * speed[..., None] * steps
         low = self.margin - travel.clamp(max=0)
@@ -150,26 +163,28 @@ class World:
         return Scenes(self, colour, shape, direction, speed, start, camera=camera, pan=pan, phase=phase)
 
     def paths(self, direction: torch.Tensor, speed: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """The centres in every frame. direction, speed: [B, K]; start: [B, K, 2] -> float [B, K, frames, 2]."""
+        """Return the centres in every frame, float [B, K, frames, 2]. direction, speed: [B, K]; start: [B, K, 2]."""
         time = torch.arange(self.frames, dtype=torch.float32, device=start.device)
         velocity = unit_directions(start.device)[direction] * speed[..., None]
         path = start[:, :, None] + velocity[:, :, None] * time[:, None]
         return self.reflect(path) if self.bounce else path
 
     def reflect(self, path: torch.Tensor) -> torch.Tensor:
-        """Coordinates of a path without walls, folded back to where the walls let them go."""
+        """Fold the coordinates of a path without walls back into the picture, as bouncing off the walls does."""
         width = self.size - 2 * self.margin
         return self.margin + width - ((path - self.margin).remainder(2 * width) - width).abs()
 
     def render(self, scenes: "Scenes") -> torch.Tensor:
-        """Videos of the scenes on their device, float [B, 3, frames, size, size] in [-1, 1]."""
+        """Render videos of the scenes on their device, float [B, 3, frames, size, size] in [-1, 1]."""
         path = self.paths(scenes.direction, scenes.speed, scenes.start)
         background = self.background(scenes.camera, scenes.pan, scenes.phase)
         return self.compose(scenes.colour, self.masks(scenes.shape, path), background)
 
     def masks(self, shape: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
-        """Anti-aliased masks, as if nothing stood in front. shape: int64 [B, K]; path: float [B, K, F, 2] -> float
-        [B, K, F, size, size] in [0, 1]."""
+        """Return anti-aliased masks in [0, 1], float [B, K, F, size, size], as if nothing were in front of the shapes.
+
+        shape: int64 [B, K]. path: Centres, float [B, K, F, 2].
+        """
         pixel = torch.arange(self.size, dtype=torch.float32, device=path.device) + 0.5
         dx = (pixel - path[..., 0, None, None]).abs()
         dy = (pixel[:, None] - path[..., 1, None, None]).abs()
@@ -182,9 +197,12 @@ class World:
         return (0.5 - distance).clamp(0, 1)
 
     def background(self, camera: torch.Tensor, pan: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
-        """The light behind the shapes. camera: int64 [B]; pan: its speed, float [B]; phase: float [B, 2], the point of
-        the pattern at the picture's corner in the first frame -> float [B, frames, size, size], or a 0 that broadcasts
-        in a world without camera."""
+        """Return the light behind the shapes, float [B, frames, size, size]; in a world without camera, a 0 that
+        broadcasts.
+
+        camera: int64 [B]. pan: Speed of the camera, float [B]. phase: Point of the pattern at the picture's corner in
+            the first frame, float [B, 2].
+        """
         if not self.camera:
             return torch.zeros(1, 1, 1, 1, device=phase.device)
         time = torch.arange(self.frames, dtype=torch.float32, device=phase.device)
@@ -195,7 +213,8 @@ class World:
         return GREY / 4 * (2 + wave[:, :, 0, None, :] + wave[:, :, 1, :, None])
 
     def compose(self, colour: torch.Tensor, masks: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
-        """Videos in [-1, 1] from colours (int64 [B, K]), masks (see `masks`; the first is in front) and background."""
+        """Compose videos in [-1, 1] from colours (int64 [B, K]), masks (see `masks`; the first is in front) and the
+        background."""
         palette = torch.tensor(list(COLOURS.values()), device=masks.device)[colour]
         light = background[:, None]
         for k in reversed(range(masks.shape[1])):
@@ -213,10 +232,17 @@ class World:
 
 @dataclass
 class Scenes:
-    """A batch of videos of a world as parameters, K shapes each, the first in front. colour, shape, direction: int64
-    [B, K] indices into the tables above; speed: float [B, K] in pixels per frame; start: float [B, K, 2], the centres
-    (x, y) in the first frame in pixels; camera: int64 [B], index into CAMERAS; pan: float [B], its speed in pixels per
-    frame; phase: float [B, 2], of the background in pixels."""
+    """The parameters of a batch of videos, with K shapes each; the first shape is in front.
+
+    Args:
+        world: World of the videos.
+        colour, shape, direction: Indices into the tables above, int64 [B, K].
+        speed: Speeds in pixels per frame, float [B, K].
+        start: Centres (x, y) in the first frame in pixels, float [B, K, 2].
+        camera: Indices into CAMERAS, int64 [B].
+        pan: Speeds of the camera in pixels per frame, float [B].
+        phase: Phases of the background in pixels, float [B, 2].
+    """
 
     world: World
     colour: torch.Tensor
@@ -244,7 +270,7 @@ class Scenes:
 
 
 def unit_directions(device: torch.device | str = "cpu") -> torch.Tensor:
-    """Unit vectors (x, y) of the eight directions, float [8, 2]."""
+    """Return the unit vectors (x, y) of the eight directions, float [8, 2]."""
     vectors = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32, device=device)
     return vectors / vectors.norm(dim=1, keepdim=True)
 

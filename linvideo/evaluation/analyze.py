@@ -141,7 +141,7 @@ def analyze(
         seed: Seed of all random draws.
         overwrite: Whether to delete what an earlier analysis left in output_dir, and start again.
         progress: Whether to show progress bars.
-        images: For an image-to-video pipeline, a PIL image or an image file for each caption.
+        images: PIL images or image files of an image-to-video pipeline, one for each caption.
 
     Raises:
         ValueError: The pipeline is of another kind, images do not suit it or cannot be read, sizes do not fit it, the
@@ -167,7 +167,7 @@ def analyze(
         request["images"] = [digest(image) for image in images]
     with locked(output_dir):
         if overwrite:
-            _start_anew(Path(output_dir), request)
+            _start_again(Path(output_dir), request)
         work = WorkFolder(output_dir, request)
 
         texts = PromptConfig(negative_prompt=negative_prompt)
@@ -365,7 +365,7 @@ def _sized(trajectories: TrajectoryConfig, size: tuple[int, int, int]) -> Trajec
     return replace(trajectories, **dict(zip(("height", "width", "num_frames"), size, strict=True)))
 
 
-def _start_anew(folder: Path, request: dict[str, Any]) -> None:
+def _start_again(folder: Path, request: dict[str, Any]) -> None:
     """Delete what an earlier analysis has written into `folder`, if it is the folder of an analysis."""
     asked = folder / "request.json"
     stored = read_json(asked) if asked.is_file() else None

@@ -183,8 +183,8 @@ class PromptEmbeddings:
     Everything stays on the CPU, and only the rows of a batch are moved to a device.
 
     Args:
-        embeds: Embeddings of the prompts [P, L, E]. Wan pads them with zeros: trailing positions that are zero in all
-            prompts are not kept in memory or on disk, and `take` adds them again.
+        embeds: Embeddings of the prompts [P, L, E]. Wan pads them with zeros: trailing positions that are zero in every
+            prompt are not kept in memory or on disk, and `take` adds them again.
         negative: Embedding of the negative prompt [1, L, E].
         length: Number of positions L with the padding; None means that `embeds` has it.
     """

@@ -1,4 +1,4 @@
-"""A linvideo command in a forked child: imports are paid once, and the child can be killed, watched and limited."""
+"""A linvideo command in a forked child: imports happen only once, and the child can be killed, watched and limited."""
 
 import os
 import resource
@@ -11,17 +11,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TRACEBACK, KILLED, HANG = 70, 99, -1  # exit statuses of our own
+TRACEBACK, KILLED, HANG = 70, 99, -1  # our own exit statuses
 
 
 @dataclass
 class Child:
-    """Starts `words` of the command line in the folder `place`.
+    """A child process that runs a command line.
 
     Args:
-        prepare: is called in the child first, say to patch something there.
-        limit: seconds after which the child is killed; its status is HANG then.
-        memory: bytes of address space beyond those of this process, 0 for no limit.
+        words: Words of the command line, after `linvideo`.
+        place: Folder in which it runs.
+        prepare: Function that the child calls first, for example to patch something.
+        limit: Seconds after which the child is killed; its status is then HANG.
+        memory: Bytes of address space in addition to those of this process; 0 means no limit.
     """
 
     words: list[str]
@@ -43,7 +45,7 @@ class Child:
     def _run(self) -> int:
         status = TRACEBACK
         try:
-            os.setsid()  # so that an encoder that it has started can be ended with it
+            os.setsid()  # so that an encoder that it has started can be killed with it
             for number in (1, 2):
                 os.dup2(os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
             os.chdir(self.place)
@@ -83,10 +85,10 @@ class Child:
 
     @property
     def refused(self) -> bool:
-        """Status 2 with one line that says why."""
+        """Whether the command ended with status 2 and one line that gives the reason."""
         return self.status == 2 and len(self.errors) == 1 and "Traceback" not in self.said
 
     def __str__(self) -> str:
-        """What to type to see it, and how it ended."""
+        """The command to type, and how it ended."""
         last = next((line for line in reversed(self.said.splitlines()) if line.strip()), "")
         return f"linvideo {shlex.join(self.words)[-300:]}\n    status {self.status}: {last[:300]}"

@@ -1,4 +1,4 @@
-"""Damages files of interrupted work, one by one, and continues it: damage is refused, mended or without effect."""
+"""Damages files of interrupted work, one by one, and continues it: damage is refused, repaired or without effect."""
 
 import random
 import re
@@ -10,14 +10,15 @@ from tests.attack.child import HANG, KILLED
 from tests.attack.kill import count, kill_at
 from tests.attack.subjects import Bench, Subject, difference
 
-INTERRUPTED = {"train": 0.85, "distill": 0.85, "evaluate": 0.8, "vbench": 0.8, "analyze": 0.8}  # after so many events
-READ = {"evaluate": ("rows.json",)}  # of its results what a continuation reads; finished videos are not
-SAID = ("is damaged", "made anew")
+# command -> share of its events after which it is interrupted
+INTERRUPTED = {"train": 0.85, "distill": 0.85, "evaluate": 0.8, "vbench": 0.8, "analyze": 0.8}
+READ = {"evaluate": ("rows.json",)}  # the results that a continuation reads; it does not read finished videos
+SAID = ("is damaged", "created again")
 
 
 def attack(bench: Bench, seed: int, number: int) -> Iterator[tuple[str, str, str, str]]:
-    """Rows (kind of file, what was done, verdict, why). Each kind of file gets `number` flips of a bit, and is
-    truncated, emptied and deleted."""
+    """Yield rows (kind of file, what was done, verdict, reason). In each kind of file, `number` bits are flipped, one
+    by one; then a file is truncated, emptied and deleted."""
     for name, part in INTERRUPTED.items():
         if name not in bench.subjects:
             continue
@@ -32,7 +33,7 @@ def attack(bench: Bench, seed: int, number: int) -> Iterator[tuple[str, str, str
         bench.place.rename(state)
         for kind, files in kinds(state / "out").items():
             for fault in [*["flip"] * number, "half", "empty", "missing"]:
-                # the newest of a kind is what a continuation reads first
+                # a continuation reads the newest file of a kind first
                 file = files[-1] if drawn.random() < 0.5 else drawn.choice(files)
                 place = bench.fresh(state)
                 what = f"{fault} {damage(place / 'out' / file, fault, drawn)}"
@@ -40,7 +41,7 @@ def attack(bench: Bench, seed: int, number: int) -> Iterator[tuple[str, str, str
 
 
 def kinds(folder: Path) -> dict[str, list[str]]:
-    """Files by their names without numbers, those of one kind in order of the numbers."""
+    """Group files by their names without numbers; the files of a kind are in the order of their numbers."""
     found: dict[str, list[str]] = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
@@ -53,7 +54,7 @@ def kinds(folder: Path) -> dict[str, list[str]]:
 
 
 def damage(path: Path, fault: str, drawn: random.Random) -> str:
-    """Do it, and say where."""
+    """Damage a file, and return where."""
     content = bytearray(path.read_bytes())
     if fault == "flip" and content:
         most = min(len(content), 2000) if drawn.random() < 0.5 else len(content)  # headers are small
@@ -68,7 +69,7 @@ def damage(path: Path, fault: str, drawn: random.Random) -> str:
 
 
 def verdict(bench: Bench, subject: Subject, file: str) -> tuple[str, str]:
-    """Continue, and compare."""
+    """Continue the work, and compare the result with that of an undisturbed run."""
     child = bench.run(subject.words)
     names = (Path(file).name, Path("out", file).parent.name)
     if child.status == HANG:

@@ -1,4 +1,4 @@
-"""Gives every option of every command bad values: each is refused in one line with status 2, or has no effect."""
+"""Gives bad values to every option of every command: each is refused in one line with status 2, or has no effect."""
 
 import argparse
 import os
@@ -38,14 +38,14 @@ GIGABYTES = 8
 
 
 def attack(bench: Bench, seed: int, number: int) -> Iterator[tuple[str, str, str, str]]:
-    """Rows (command, what was given, verdict, why): of all pairs of an option and a value of each command, four times
-    `number`, drawn at random."""
+    """Yield rows (command, what was given, verdict, reason): for each command, 4 * `number` pairs of an option and a
+    value, drawn at random from all pairs."""
     for name, (words, options) in commands(bench).items():
         cases = [(option, value) for option, values in options.items() for value in values]
         for option, value in random.Random(f"{seed} {name}").sample(cases, min(len(cases), 4 * number)):
             make_places(bench.fresh())
             given = [*words, option, value]
-            if not option.startswith("-"):  # MODEL, in place of the one that is there, if any
+            if not option.startswith("-"):  # it is MODEL: replace the one in `words`, if there is one
                 given = [words[0], value, *words[1 if words[1].startswith("-") else 2 :]]
             child = bench.start(given, limit=8 if name == "demo" else 20, memory=GIGABYTES << 30).wait()
             yield name, f"{option} {value[:40]!r}", *verdict(bench, child, value)
@@ -60,14 +60,14 @@ def make_places(place: Path) -> None:
 
 
 def commands(bench: Bench) -> dict[str, tuple[list[str], dict[str, tuple[str, ...]]]]:
-    """Name -> (words that would do, option -> values to try)."""
+    """Return, for each command, words that would work, and the values to try for each option."""
     from linvideo.commands import main as command_line
     from linvideo.distillation import DistillConfig
     from linvideo.run.read_config import make_parser
     from linvideo.transfer.train_config import TrainConfig
 
     stock, linear, new = str(bench.base / "stock"), str(bench.base / "linear"), ["--output_dir", "out"]
-    small = SIZE[:6]  # the size alone
+    small = SIZE[:6]  # only the size
     words = {
         "demo": ["demo", *new],
         "convert": ["convert", stock, *new],
@@ -83,7 +83,7 @@ def commands(bench: Bench) -> dict[str, tuple[list[str], dict[str, tuple[str, ..
     for name, some in words.items():
         options = {}
         for action in subparsers.choices[name]._actions:
-            if action.nargs != 0:  # those that take a value
+            if action.nargs != 0:  # an option that takes a value
                 is_number = action.type is not None and action.type is not Path
                 option = next(iter(action.option_strings), action.dest)
                 options[option] = NUMBERS if is_number else PLACES
@@ -101,10 +101,10 @@ def commands(bench: Bench) -> dict[str, tuple[list[str], dict[str, tuple[str, ..
 
 
 def verdict(bench: Bench, child: Child, value: str) -> tuple[str, str]:
-    if child.status == HANG:  # a number may have asked for much work, which is being done
+    if child.status == HANG:  # a large number may ask for a lot of work, and the command is doing it
         busy = (value in NUMBERS or child.words[0] == "demo") and child.busy > 0.5 * child.limit
         return ("running", "") if busy else ("HANG", str(child))
-    ended = child.refused or (child.status == 1 and len(child.errors) == 1)  # 1: it diverged, or found no memory
+    ended = child.refused or (child.status == 1 and len(child.errors) == 1)  # 1: it diverged, or ran out of memory
     if child.status and (not ended or "Traceback" in child.said):
         return "UNCLEAR" if child.status == 2 else "TRACEBACK", str(child)
     if left := [path.name for path in bench.place.rglob(".*")]:

@@ -1,4 +1,4 @@
-"""Kills commands at their file-system events, as `kill -9` would, and runs them again: the same must come out."""
+"""Kills commands at their file-system events, as `kill -9` would, and runs them again: the result must be the same."""
 
 import json
 import os
@@ -10,7 +10,8 @@ from pathlib import Path
 from tests.attack.child import HANG, KILLED, Child
 from tests.attack.subjects import Bench, Subject, difference, succeed
 
-# what changes something in a folder -> where its paths are, and their descriptor's folders
+# event that changes something in a folder -> for each path: its position among the arguments, and that of the
+# descriptor of the folder to which it is relative
 EVENTS = {
     "open": ((0, None),),
     "os.rename": ((0, 2), (1, 3)),
@@ -25,7 +26,7 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def watch(place: Path, act: Callable[[str, str], None]) -> None:
-    """From now on call act(event, path) before each event in `place`, for the rest of this process."""
+    """Call act(event, path) before each event in `place`, from now on until this process ends."""
     sync = os.fsync
 
     def fsync(file: int) -> None:
@@ -43,7 +44,7 @@ def watch(place: Path, act: Callable[[str, str], None]) -> None:
             return
         try:
             paths = [path_of(arguments[i], None if at is None else arguments[at]) for i, at in EVENTS[event]]
-        except (OSError, TypeError, ValueError):  # no path: a socket, None
+        except (OSError, TypeError, ValueError):  # the argument is not a path but a socket or None
             return
         if inside := [path for path in paths if path.startswith(f"{place}/")]:
             act(event, inside[-1])
@@ -69,13 +70,13 @@ def count(bench: Bench, subject: Subject) -> int:
 
 
 def kill_at(bench: Bench, subject: Subject, number: int) -> tuple[Child, str]:
-    """Run until just before event `number`; also says what that was."""
+    """Run the command until just before event `number`; return the child, and the event in words."""
     file, seen = bench.base / "killed.txt", []
 
     def act(*event: str) -> None:
         seen.append(event)
         if len(seen) > number:
-            seen.clear()  # writing below is an event elsewhere
+            seen.clear()  # because the next line writes a file, which is an event too
             file.write_text(" ".join(event).replace(f"{bench.place}/", ""))
             os._exit(KILLED)
 
@@ -85,7 +86,8 @@ def kill_at(bench: Bench, subject: Subject, number: int) -> tuple[Child, str]:
 
 
 def finish(bench: Bench, subject: Subject) -> tuple[str, str]:
-    """Run the command again, to its end: (verdict, why), "survived" when it is as if nothing had been."""
+    """Run the command again, to its end; return verdict and reason, "survived" if the result is as if nothing had
+    happened."""
     child = bench.run(subject.words)
     if child.refused and subject.insist and all(word in child.errors[0] for word in subject.insist):
         child = bench.run([*subject.words, *subject.insist])
@@ -96,7 +98,7 @@ def finish(bench: Bench, subject: Subject) -> tuple[str, str]:
 
 
 def judge(bench: Bench, subject: Subject) -> tuple[str, str]:
-    """Whether the place looks as an undisturbed run leaves it."""
+    """Return the verdict on the place: "survived" if it looks as after an undisturbed run."""
     found, wanted = bench.content(), subject.results(subject.whole)
     if any(found.get(name) != value for name, value in wanted.items()):
         return "DIFFERENT", difference(wanted, subject.results(found))
@@ -105,8 +107,8 @@ def judge(bench: Bench, subject: Subject) -> tuple[str, str]:
 
 
 def attack(bench: Bench, seed: int, number: int) -> Iterator[tuple[str, str, str, str]]:
-    """Rows (command, what was done, verdict, why): `number` kills of each command, evenly spread over its events, half
-    of them followed by a kill of what continues it."""
+    """Yield rows (command, what was done, verdict, reason): `number` kills of each command, evenly spread over its
+    events. In half of the cases, the continuation is killed as well."""
     for name in bench.subjects:
         subject, drawn = bench.undisturbed(bench.subjects[name]), random.Random(f"{seed} {name}")
         events = count(bench, subject)
@@ -120,6 +122,6 @@ def attack(bench: Bench, seed: int, number: int) -> Iterator[tuple[str, str, str
                 if again.status not in (0, KILLED) and not again.refused:
                     yield name, f"killed before {what}", "TRACEBACK", str(again)
                     continue
-            if child.status != KILLED:  # which threads do what varies
+            if child.status != KILLED:  # the number of events varies with the timing of threads
                 what = "not"
             yield name, f"killed before {what}", *finish(bench, subject)

@@ -1,4 +1,4 @@
-"""What is attacked: commands on tiny models, each with the folder `out` that it fills, and how that must look."""
+"""The commands that are attacked, on tiny models, each with the folder `out` that it fills and its expected content."""
 
 import hashlib
 import importlib
@@ -17,7 +17,7 @@ from tests.attack.child import Child
 
 PROMPTS = ["a red fox runs", "two white boats race", "rain falls on a pond"]
 SIZE = "--height 32 --width 32 --num_frames 5 --num_inference_steps 2 --device cpu".split()
-UNEQUAL = ("checkpoint-*", "logs/*")  # they have times in them
+UNEQUAL = ("checkpoint-*", "logs/*")  # these files contain times
 
 
 @dataclass
@@ -25,18 +25,20 @@ class Subject:
     """A command that works in `out`.
 
     Args:
-        words: the command line. Running it again continues what an earlier run did not finish.
-        result: patterns of the names, in `out`, of the files that the command is run for.
-        earlier: the command line of another command, which fills `out` before each trial.
-        insist: options to add when the second run is refused with a line that names them.
+        words: Words of the command line. Running it again continues what an earlier run did not finish.
+        result: Patterns of the names of result files in `out`.
+        earlier: Words of another command, which fills `out` before each trial.
+        insist: Options to add if the second run is refused with a line that names them.
+        seconds: Time that the command takes undisturbed.
+        whole: Content that the command leaves undisturbed, see `Bench.content`.
     """
 
     words: list[str]
     result: tuple[str, ...]
     earlier: list[str] = field(default_factory=list)
     insist: list[str] = field(default_factory=list)
-    seconds: float = 0.0  # that it takes undisturbed
-    whole: dict[str, str] = field(default_factory=dict)  # what it leaves then
+    seconds: float = 0.0
+    whole: dict[str, str] = field(default_factory=dict)
 
     def results(self, content: dict[str, str]) -> dict[str, str]:
         return {name: value for name, value in content.items() if any(fnmatch(name, some) for some in self.result)}
@@ -88,7 +90,7 @@ class Bench:
         }
 
     def fresh(self, state: Path | None = None) -> Path:
-        """The empty place, or the place as it was in `state`."""
+        """Return the place, emptied, or with the content of `state`."""
         shutil.rmtree(self.place, ignore_errors=True)
         if state is None:
             self.place.mkdir()
@@ -97,7 +99,7 @@ class Bench:
         return self.place
 
     def begin(self, subject: Subject) -> Path:
-        """The place as the command finds it."""
+        """Prepare the place as the command expects it."""
         self.fresh()
         if subject.earlier:
             succeed(self.run(subject.earlier))
@@ -110,14 +112,14 @@ class Bench:
         return self.start(words, prepare).wait()
 
     def undisturbed(self, subject: Subject) -> Subject:
-        """With `whole` and `seconds`, measured twice so that a result that depends on chance is found."""
+        """Set `whole` and `seconds`. They are measured twice, so that a result that depends on chance is noticed."""
         modules = self.base / "modules.json"
         for _ in range(0 if subject.whole else 2):
             self.begin(subject)
             child = succeed(self.run(subject.words, lambda: _at_exit_say_modules(modules)))
             for name in json.loads(modules.read_text()) if modules.exists() else ():
                 with suppress(Exception):
-                    importlib.import_module(name)  # for the children to come
+                    importlib.import_module(name)  # so that later children need not import it
             found = self.content()
             if subject.whole and subject.results(found) != subject.results(subject.whole):
                 raise SystemExit(f"two undisturbed runs differ: {difference(subject.whole, found)}\n{child}")
@@ -125,7 +127,7 @@ class Bench:
         return subject
 
     def content(self) -> dict[str, str]:
-        """Name -> digest of every file in `out`, and "" of every other thing in the place."""
+        """Return the digest of every file in `out` by name, and "" for everything else in the place."""
         found = {}
         for path in sorted(self.place.rglob("*")):
             name = path.relative_to(self.place).as_posix().removeprefix("out/")
@@ -138,7 +140,7 @@ class Bench:
 
 
 def steady() -> None:
-    """Times are no results here: one forward takes the same in every run, in an analysis, and is not repeated."""
+    """Make the time of a forward the same in every analysis, because measured times would make results differ."""
     from linvideo.evaluation import analyze
     from linvideo.evaluation.latency import Timing
 
@@ -146,7 +148,7 @@ def steady() -> None:
 
 
 def difference(expected: dict[str, str], found: dict[str, str]) -> str:
-    """The first names that are too many, missing or unlike, in words."""
+    """Return the first names that are left over, missing or different, in words."""
     parts = {
         "left over": found.keys() - expected.keys(),
         "missing": expected.keys() - found.keys(),
@@ -156,7 +158,7 @@ def difference(expected: dict[str, str], found: dict[str, str]) -> str:
 
 
 def succeed(child: Child) -> Child:
-    """Raise SystemExit where a command failed that nobody has disturbed."""
+    """Raise SystemExit if an undisturbed command failed."""
     if child.status:
         raise SystemExit(f"an undisturbed command failed:\n{child.said}\n{child}")
     return child

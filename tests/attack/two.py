@@ -1,4 +1,5 @@
-"""Starts two commands at once on one folder: one wins and the other is refused in a line, or both do their work."""
+"""Starts two commands at the same time on one folder: one wins and the other is refused in one line, or both do their
+work."""
 
 import json
 import random
@@ -11,7 +12,7 @@ from tests.attack.subjects import Bench
 
 
 def pairs(bench: Bench) -> Iterator[tuple[str, str, list[str], list[str]]]:
-    """(name, whose result must come out, words of the first, words of the second)."""
+    """Yield a name, the subject whose result is expected, and the words of the first and of the second command."""
     for name, subject in bench.subjects.items():
         yield f"{name} twice", name, subject.words, subject.words
         if "--overwrite" in subject.words:
@@ -29,11 +30,11 @@ def pairs(bench: Bench) -> Iterator[tuple[str, str, list[str], list[str]]]:
 
 
 def attack(bench: Bench, seed: int, number: int) -> Iterator[tuple[str, str, str, str]]:
-    """Rows (commands, what was done, verdict, why): `number` starts of each pair, at the same time and a little, or
-    almost the time of one, apart."""
+    """Yield rows (commands, what was done, verdict, reason): `number` starts of each pair, at the same time, a little
+    apart, or apart by almost the time of one command."""
     for name, whose, *commands in pairs(bench):
         subject, drawn = bench.undisturbed(bench.subjects[whose]), random.Random(f"{seed} {name}")
-        # Without --overwrite the commands refuse a folder that is not empty, so that they must begin with an empty one.
+        # Without --overwrite the commands refuse a folder that is not empty, so they must start with an empty one.
         starts_empty = "--overwrite" in subject.words and "--overwrite" not in commands[0]
         for trial in range(number):
             bench.fresh() if starts_empty else bench.begin(subject)
@@ -62,8 +63,8 @@ def verdict(bench: Bench, whose: str, children: list[Child]) -> tuple[str, str]:
 
 
 def both_wrote_their_videos(bench: Bench) -> tuple[str, str]:
-    """The verdict on two `generate` commands: a video whose name was taken has a numbered name, and the index lists
-    every video."""
+    """Return the verdict on two `generate` commands: a video whose name was taken has a numbered name, and the index
+    lists every video."""
     whole, out = bench.subjects["generate"].whole, bench.place / "out"
     entries = {json.loads(line)["video"] for line in (out / "videos.jsonl").read_text().splitlines()}
     videos = {name: digest for name, digest in bench.content().items() if name.endswith(".mp4")}
