@@ -119,5 +119,5 @@ def test_existing_folders_are_kept(tmp_path, capsys):
 def test_teachers_of_other_worlds_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_teacher.main(flags(tmp_path / "run", "--init_from", str(teacher.FOLDER)))
-    assert "no teacher of the middle world" in capsys.readouterr().err
+    assert "is not a teacher of the middle world" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

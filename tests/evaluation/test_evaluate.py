@@ -140,7 +140,7 @@ def test_rows_that_are_not_what_was_written_are_refused(tmp_path):
     file = tmp_path / "rows.json"
     text = file.read_text()
     for damaged, words in (
-        (text.replace("31", "30"), "row 2 of .*rows.json is not what was written"),
+        (text.replace("31", "30"), "row 2 of .*rows.json differs from what was written"),
         ("5", "expected a list"),
         ("[" * 100_000, "nested too deeply"),
     ):
