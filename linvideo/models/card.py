@@ -89,8 +89,9 @@ def card(model: DiffusionPipeline | ModelMixin, training: Training | None = None
     sections = [
         f"---\n{data.to_yaml()}\n---\n{MARK}",
         f"# {name} with linear attention",
-        f"A video model{of and ' made from' + of} in which self-attention layers are linear in the number of tokens,"
-        " by linvideo, an open implementation of LinVideo ([arXiv 2510.08318](https://arxiv.org/abs/2510.08318)).",
+        f"A video model{of and ' made from' + of} in which self-attention layers are linear in the number of tokens. It"
+        " was made with linvideo, an open implementation of LinVideo"
+        " ([arXiv 2510.08318](https://arxiv.org/abs/2510.08318)).",
         "## Layers",
         *(f"```\n{part}: {describe(transformer)}\n```" for part, transformer in _transformers(model).items()),
         TRAINING,

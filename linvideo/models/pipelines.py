@@ -174,7 +174,7 @@ def new_folder(target: str | os.PathLike, overwrite: bool = True) -> Iterator[Pa
         elif target.is_dir() and any(target.iterdir()):
             raise ValueError(f"{target} has been written meanwhile by another process; choose another folder")
         else:
-            os.rename(new, target)  # fails on a folder with content
+            os.rename(new, target)  # fails if the target has content
 
 
 def _sync(folder: Path) -> None:

@@ -83,7 +83,7 @@ ATOMICS = r"\b(atom|red)\."  # in PTX
 def test_kernels_use_no_atomics():
     """Sums have a fixed order, so the same input gives the same bits. Checked in every source and in the PTX."""
     names = {function.__name__ for function in functions()}
-    assert names > {job.launch.kernel.__name__ for job in SAMPLE}  # helpers too
+    assert names > {job.launch.kernel.__name__ for job in SAMPLE}  # includes helpers
     for function in functions():
         source = inspect.getsource(function.fn)
         assert "atomic" not in source and "autotune" not in source, function.__name__

@@ -1,4 +1,4 @@
-"""The model card says only what is known, however a model is saved; pushing to the Hub, which folders stand for."""
+"""The model card says only what is known, however a model is saved or pushed. Folders stand for the Hub."""
 
 import os
 import re

@@ -60,7 +60,7 @@ def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [block for name, _ in model.attention_paths for block in getattr(model, name)]
 
 
-# --- what a family is -----------------------------------------------------------------------------------------------
+# --- converting and saving ------------------------------------------------------------------------------------------
 
 
 def converts(family: Family, folder: Path) -> None:
@@ -163,7 +163,7 @@ def runs_in_its_pipeline(family: Family, folder: Path) -> None:
         linvideo.load_pipeline(folder / "pipeline")
 
 
-# --- what diffusers does with a model -------------------------------------------------------------------------------
+# --- features of diffusers ------------------------------------------------------------------------------------------
 
 
 def exchanges_processors(family: Family, folder: Path) -> None:
@@ -595,7 +595,7 @@ def test_feature(name, feature, tmp_path):
         FEATURES[feature](family, tmp_path)
 
 
-# --- what is special about one family -------------------------------------------------------------------------------
+# --- special cases of single families -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FAMILIES)

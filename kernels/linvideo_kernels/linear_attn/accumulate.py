@@ -1,7 +1,7 @@
 """The state of linear attention, S = sum_n phi(u_n)^T y_n [F, D] and z = sum_n phi(u_n) [F], in fp32.
 
-In the forward u = k and y = v. In the backward (with row factors) u = q and y = do, and with a = 1 / den and
-delta = do.(o - c)
+In the forward u = k and y = v. In the backward u = q and y = do, and if the output was normalised, the row factors
+a = 1 / den and delta = do.(o - c) are applied:
     dS_f = sum_n a_n phi_nf do_n,    dz_f = -sum_n a_n delta_n phi_nf - dS_f.c.
 
 accumulate_state writes a partial S and z for each work item, head and half of the feature map. reduce_state adds them

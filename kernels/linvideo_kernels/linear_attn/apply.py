@@ -50,7 +50,7 @@ def apply_state(
     if w_ptr is not None:
         w = operand(w_ptr + head * WIDTH * WIDTH, True, WIDTH)
     state = operand(state_ptr, KEEP, WIDTH)
-    state2 = operand(state_ptr + (SIGNS - 1) * WIDTH * WIDTH, KEEP, WIDTH)
+    state2 = operand(state_ptr + (SIGNS - 1) * WIDTH * WIDTH, KEEP, WIDTH)  # the second half, if there is one
     factor = tl.load(stats_ptr + (2 * SIGNS + 1) * WIDTH) * (scale / FEATURE_SCALE)
     # Without a weight, phi is computed in the layout of the loads, and a product needs it in another one. A row sum for
     # den would compute phi in both layouts, so den comes from a product, too.

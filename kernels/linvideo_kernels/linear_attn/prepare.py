@@ -41,7 +41,7 @@ def prepare_state(
     stats_ptr += head * (2 * SIGNS + 2) * WIDTH
     center = tl.zeros([WIDTH], tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
-    if CENTER:
+    if CENTER:  # c, from all features
         for chunk in tl.static_range(SIGNS * chunks):
             f = chunk % chunks * ROWS + tl.arange(0, ROWS)
             real = (f < D)[:, None] & (d < D)[None, :]
@@ -54,7 +54,7 @@ def prepare_state(
         source_ptr = grad_ptr + head * SIGNS * D * D
         z_grad_ptr += head * SIGNS * D
     top = tl.zeros([ROWS, WIDTH], tl.float32)
-    for chunk in tl.static_range(SIGNS * chunks):
+    for chunk in tl.static_range(SIGNS * chunks):  # the power of two, from the largest |T| over all features
         f = chunk % chunks * ROWS + tl.arange(0, ROWS)
         real = (f < D)[:, None] & (d < D)[None, :]
         at = chunk // chunks * D + f
@@ -63,7 +63,7 @@ def prepare_state(
             t -= tl.load(z_ptr + at, f < D, 0.0)[:, None] * center[None, :]
         top = tl.maximum(top, tl.abs(t))
     power = floor_power(tl.max(tl.max(top, axis=1), axis=0)) / 16384.0
-    half, f = mine // chunks, mine % chunks * ROWS + tl.arange(0, ROWS)
+    half, f = mine // chunks, mine % chunks * ROWS + tl.arange(0, ROWS)  # the features that this program writes
     real = (f < D)[:, None] & (d < D)[None, :]
     at = half * D + f
     t = tl.load(source_ptr + at[:, None] * D + d[None, :], real, 0.0)

@@ -38,8 +38,8 @@ def map_grad(
     Without weights dx is already du, and the rotary embedding is undone here.
 
     Roofline, per row and head: 6 D^2 flops and, in 16 bits, 6 D bytes for u, y and dx, that is D flops per byte, so at
-    D = 128 memory would be the limit. In the model of kernels/README.md it is instead the time of one program: only one
-    fits on an SM, and its products, exponentials and row sums follow each other.
+    D = 128 memory would be the limit. In the model of kernels/README.md it is instead the time of one program: with
+    hedgehog only one fits on a Hopper SM, and its products, exponentials and row sums follow each other.
     """
     pid = tl.program_id(0)
     head = pid % HEADS
@@ -57,7 +57,7 @@ def map_grad(
     if w_ptr is not None:
         w = operand(w_ptr + head * WIDTH * WIDTH, True, WIDTH)
     state = operand(state_ptr, KEEP, WIDTH)
-    state2 = operand(state_ptr + (SIGNS - 1) * WIDTH * WIDTH, KEEP, WIDTH)
+    state2 = operand(state_ptr + (SIGNS - 1) * WIDTH * WIDTH, KEEP, WIDTH)  # the second half, if there is one
     factor = tl.load(stats_ptr + (2 * SIGNS + 1) * WIDTH) * scale
     mixed = 1.0
     if r_ptr is not None:
@@ -84,7 +84,7 @@ def map_grad(
             if KEYS:
                 t += tl.load(stats_ptr + (SIGNS + half) * WIDTH + cols)[None, :]
             t, phi_t = pull_back(x, phi, t, FEATURE_MAP)
-            dx = dx + t if half == 0 else dx - t
+            dx = dx + t if half == 0 else dx - t  # the second half is phi(-x), hence the minus
             inner += phi_t
             if FEATURE_MAP == "hedgehog_joint":
                 both = both + phi if half == 0 else both - phi
