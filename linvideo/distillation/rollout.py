@@ -48,6 +48,6 @@ def states_at(
         x = noised(jump(student, x, before, conditions), after, noise(step))
         here = (index == step).to(x.device)
         chosen[here] = x[here]
-    # older PyTorch would reuse weights that autocast cast in here, which have no gradient, in the forward with gradient
+    # else older PyTorch would reuse weights that autocast has cast here, without gradient, in the forward with gradient
     torch.clear_autocast_cache()
     return chosen

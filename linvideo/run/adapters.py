@@ -53,7 +53,7 @@ def add_adapters(student: torch.nn.Module, config: AdapterConfig) -> None:
     """Add fp32 adapters to `student` in place, and freeze the weights that it shares with its teacher."""
     for module in student.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            view = torch.nn.Parameter(parameter.detach(), requires_grad=False)  # the teacher keeps its own
+            view = torch.nn.Parameter(parameter.detach(), requires_grad=False)  # the teacher's own don't change
             module.register_parameter(name, view)
     alpha = config.rank if config.alpha is None else config.alpha
     student.add_adapter(LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=config.target_modules), ADAPTER)

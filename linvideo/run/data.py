@@ -143,7 +143,7 @@ def open_data(
         validator = Validator(config, pipeline, prompts, request, ranks, student_scheduler)
         encoders = [part for name in ENCODERS if (part := getattr(pipeline, name, None)) is not None]
         for part in encoders:
-            # the first rank's text encoder is exported
+            # only the first rank keeps its text encoder, to export it
             part.to("meta" if part is pipeline.text_encoder and not ranks.first else "cpu")
         if store is not None:
             _collect_together(run, source, prompts, store)

@@ -80,8 +80,7 @@ class StudentOptimizer:
         self.r = list(gates(student).values())
         r, kept = {id(p) for p in self.r}, {id(p) for p in kept_whole(student).values()}
         trained = [p for p in student.parameters() if p.requires_grad and id(p) not in r]
-        # An optimizer can't mix sharded and whole parameters in a group. The groups don't depend on the number of
-        # ranks.
+        # a group can't mix sharded and whole parameters; the groups are the same for any number of ranks
         groups = [[p for p in trained if (id(p) in kept) is whole] for whole in (False, True)]
         self.weights = [*groups[0], *groups[1]]
         self.max_grad_norm = config.max_grad_norm

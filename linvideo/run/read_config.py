@@ -108,7 +108,7 @@ def _values(argv: list[str], parser: Any, defaults: bool = True) -> dict[str, An
                 raise ValueError(f"--config must be a YAML file or the name of a recipe, got {word}; recipes: {known}")
             argv = [*argv[:place], names.get(word, word), *argv[place + 1 :]]
         elif place and argv[place - 1] == "--config" and Path(word).stat().st_size > MOST_CHARACTERS:
-            raise ValueError(f"expected a config of at most {MOST_CHARACTERS} characters, got the file {word}")
+            raise ValueError(f"expected a config of at most {MOST_CHARACTERS} characters, got more in the file {word}")
     try:
         return parser.parse_args(argv, defaults=defaults).as_dict()
     except (ArgumentError, TypeError, OSError) as error:

@@ -235,7 +235,7 @@ class Run(Generic[Stage]):
         if self._saved is not None:
             if self._saved.components and set(self._saved.components) != self._components.keys():
                 names = ", ".join(self._saved.components), ", ".join(self._components)
-                raise ValueError(f"{self._saved.path} was made with {names[0]}; expected {names[1]}")
+                raise ValueError(f"{self._saved.path} was made with the components {names[0]}; expected {names[1]}")
             for name in self._saved.components:
                 self._saved.load_component(name, self._components[name])
         self._saved = None

@@ -27,7 +27,7 @@ class StepLog:
         self.device, self.progress = ranks.device, config.progress and ranks.first
         self.trackers: Trackers | None = None
         self._metrics: MetricsLog | None = None
-        self._bar: tqdm | None = None  # of the current stage, as the pace is
+        self._bar: tqdm | None = None  # bar and pace of the current stage
         self._pace: Pace | None = None
         if ranks.first:
             folder, project = Path(config.output_dir), config.tracker_project_name

@@ -73,7 +73,9 @@ def tracker_names(report_to: str) -> list[str]:
     """
     names = [] if report_to == "none" else [name.strip() for name in report_to.split(",")]
     if unknown := [name for name in names if name not in TRACKERS]:
-        raise ValueError(f"report_to must be none, {' or '.join(TRACKERS)}, or several with commas, got {unknown[0]!r}")
+        raise ValueError(
+            f"report_to must be none, {' or '.join(TRACKERS)}, or several separated by commas, got {unknown[0]!r}"
+        )
     for name in names:
         found = find_spec(name)
         if found is None or found.origin is None:  # without origin: a folder of that name, as wandb creates

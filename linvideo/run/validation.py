@@ -74,7 +74,7 @@ class Validator:
         own = config.validation.prompts
         if config.validation.steps and own is not None:
             if prompts.latents is not None:
-                raise ValueError("validation.prompts must be None for an image-to-video model, whose own have images")
+                raise ValueError("validation.prompts must be None for an image-to-video model: its prompts need images")
             cache = self.folder / "prompt_embeds.safetensors"
             self.prompts = ranks.on_first(lambda: encode_prompts(pipeline, own, config.prompts, cache, ranks.device))
 

@@ -205,7 +205,7 @@ def test_a_stock_model_may_be_the_student(tmp_path):
 # trajectories of other runs, images, validation, settings
 
 
-def test_trajectories_of_a_transfer_serve_too(tmp_path, whole):
+def test_trajectories_of_a_transfer_can_be_reused(tmp_path, whole):
     config = tiny_config(tmp_path / "transfer")
     collect(config, teacher_pipeline=tiny_teacher(), prompts=PROMPTS)
     shared = {**config.to_dict()["trajectories"], "path": str(tmp_path / "transfer" / "trajectories")}
@@ -220,7 +220,7 @@ def test_trajectories_of_a_transfer_serve_too(tmp_path, whole):
         run(tmp_path / "c", trajectories=shared, seed=1)
 
 
-def test_the_samplers_shift_is_the_law_of_t_unless_another_is_given(tmp_path, monkeypatch):
+def test_t_is_shifted_as_by_the_sampler_unless_another_shift_is_given(tmp_path, monkeypatch):
     shifts, original = [], DmdStep.__init__
 
     def kept(step, *models, flow_shift, **rest):
@@ -303,7 +303,7 @@ def test_not_finite_steps_are_skipped(tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "checkpoint-7")[1]["nonfinite"] == 2
 
 
-def test_the_attention_backend_is_that_of_all_models(tmp_path, monkeypatch):
+def test_the_attention_backend_applies_to_all_models(tmp_path, monkeypatch):
     # diffusers makes a model's backend the default for all models; later tests must not get it
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
     done = run(tmp_path, attention_backend="_native_math", max_train_steps=3)

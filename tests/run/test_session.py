@@ -98,7 +98,7 @@ def test_mistakes_in_a_custom_loop_are_reported(tmp_path):
         next(run.remaining())
         with pytest.raises(RuntimeError, match=r"register\(\) before steps\(\) in the stage first"):
             next(run.steps(3, samples=4))
-        with pytest.raises(ValueError, match="was made with optimizer; expected optimizer, ema"):
+        with pytest.raises(ValueError, match="was made with the components optimizer; expected optimizer, ema"):
             run.register(optimizer=torch.optim.Adam(student.parameters()), ema=torch.optim.SGD(student.parameters()))
 
 

@@ -53,7 +53,7 @@ def assert_same_validation(folder: Path, reference: Path) -> None:
     assert files(folder) == files(reference)
 
 
-def test_the_run_is_the_same_with_and_without(plain, validated):
+def test_the_run_is_the_same_with_and_without_validation(plain, validated):
     assert_same_run(validated, plain)
     assert not (plain / "validation").exists() and not (plain / "validation.jsonl").exists()
 
@@ -95,7 +95,7 @@ def test_the_last_row_is_of_the_exported_weights(validated):
         assert row[name] == pytest.approx((found[0][name] + found[1][name]) / 2, rel=1e-4)
 
 
-def test_sampling_and_decoding_is_what_the_pipeline_does():
+def test_sampling_and_decoding_match_the_pipeline():
     pipeline = tiny_pipeline()
     prompts = encode_prompts(pipeline, PROMPTS)
     embeds = {"prompt_embeds": prompts.take(torch.tensor([1])), "negative_prompt_embeds": prompts.table[-1:]}
@@ -204,7 +204,7 @@ def test_a_damaged_teacher_file_is_made_again(tmp_path, validated):
     assert_same_validation(folder, validated)
 
 
-def test_what_was_validated_stays_when_models_cannot_be_made(tmp_path, validated, monkeypatch):
+def test_validations_stay_when_models_cannot_be_made(tmp_path, validated, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(validated, folder)
     before = files(folder)

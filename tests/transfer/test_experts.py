@@ -204,7 +204,7 @@ def test_every_model_call_of_a_run_is_in_range(tmp_path, monkeypatch, name, obje
 
 
 @pytest.mark.parametrize("name, other", [("high_noise", "transformer_2"), ("low_noise", "transformer")])
-def test_the_other_expert_samples_validations_and_has_left_before_they_are_decoded(tmp_path, monkeypatch, name, other):
+def test_the_other_expert_samples_validations_and_is_moved_away_before_decoding(tmp_path, monkeypatch, name, other):
     events, teacher = [], tiny_experts()
     idle = getattr(teacher, other)
     move, sample, decode = idle.to, validation.sample, validation.decode

@@ -84,7 +84,7 @@ def test_r_may_start_from_sensitivity(tmp_path):
     assert result.layers_linear == order[:1]
 
 
-def test_rounding_by_threshold_may_be_given_up_when_no_layer_falls_below_it(tmp_path):
+def test_top_k_can_replace_threshold_rounding_when_no_r_is_below_it(tmp_path):
     selection = {"num_linear_layers": 1, "r_init": 0.4, "max_train_steps": 1, "rounding": "threshold"}
     result = run(tmp_path / "a", max_train_steps=0, selection=selection)
     assert result.layers_linear == [0, 1, 2]  # although the target is 1
