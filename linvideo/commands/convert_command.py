@@ -74,4 +74,4 @@ def run(args: argparse.Namespace) -> None:
     models.save_pipeline(converted, args.output_dir, overwrite=args.overwrite, training=how)
     if len(print_transformers(converted)) > 1:
         print("both experts were converted, in the same layers")
-    print(f"saved to {args.output_dir}; its new linear layers are {state} (Wan models can be trained: linvideo train)")
+    print(f"saved to {args.output_dir}; its new linear layers are {state}; to train a Wan model, use linvideo train")

@@ -11,7 +11,7 @@ linvideo distill run/pipeline --config distill-demo --output_dir distilled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = "the student: folder or Hub id of a converted pipeline; default: the config's student_model_name_or_path"
+    what = "folder or Hub id of the student, a converted pipeline; default: the config's student_model_name_or_path"
     add_config_options(parser, what)
 
 

@@ -75,7 +75,7 @@ def run_fidelity(args: argparse.Namespace) -> None:
     student = load(args.model, args.dtype).to(args.device)
     teacher = load_teacher(args.teacher, args.dtype, student).to(args.device)
     settings = DEFAULTS | teachers_settings(teacher, student) | given(args)
-    announce(f"{len(prompts)} prompts, one video from each model", teacher, settings, args)
+    announce(f"{len(prompts)} pairs of videos", teacher, settings, args)
     rows = []
     for name, pipeline in (("student", student), ("teacher", teacher)):
         pipeline.set_progress_bar_config(desc=name, leave=False)
@@ -98,7 +98,7 @@ def run_vbench(args: argparse.Namespace) -> None:
     pipeline = load(args.model, args.dtype).to(args.device)
     pipeline.set_progress_bar_config(leave=False)
     settings = DEFAULTS | models.sampling_settings(pipeline) | given(args)
-    announce(f"{len(prompts)} prompts, {vbench.VIDEOS_PER_PROMPT} videos each,", pipeline, settings, args)
+    announce(f"{vbench.VIDEOS_PER_PROMPT} videos for each of {len(prompts)} prompts, each", pipeline, settings, args)
     for finished, total in vbench.generate_videos(pipeline, prompts, args.output_dir, fps=args.fps, **settings):
         print(f"\rvideo {finished} of {total}", end="", flush=True)
     print()

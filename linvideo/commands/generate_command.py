@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         # a distilled model keeps its own steps and guidance; those that the user gave go to the other model
         of_teacher = teachers_settings(teacher, pipeline) | asked | models.own_settings(teacher)
         settings |= asked | models.own_settings(pipeline)
-    announce(f"{len(jobs)} videos", pipeline, settings, args)
+    announce(f"{len(jobs)} video{'s' * (len(jobs) > 1)}", pipeline, settings, args)
     for part in filter(None, (pipeline, teacher)):
         place(part, args)
     made = []

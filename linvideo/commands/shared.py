@@ -16,7 +16,7 @@ SETTINGS = {  # of a video: the metavar of its option, and what it is
     "guidance_scale": ("SCALE", "guidance scale"),
 }
 # MODEL of the commands that read a config
-TEACHER = "the teacher: folder or Hub id of a stock pipeline; default: the config's pretrained_model_name_or_path"
+TEACHER = "folder or Hub id of the teacher, a stock pipeline; default: the config's pretrained_model_name_or_path"
 LARGEST = 100_000  # the same as linvideo.trajectories.collect.LARGEST, but without its imports
 
 

@@ -169,7 +169,7 @@ def _adm(run: _Run) -> tuple[bool, str]:
     optimizer.zero_grad()
     run.mixed.eval()
     moved = all(not torch.equal(x, old) for x, old in zip(learned, before, strict=True))
-    return finite and moved, f"loss {loss:.4g}, {sum(x.numel() for x in learned):,} numbers moved"
+    return finite and moved, f"loss {loss:.4g}, {sum(x.numel() for x in learned):,} parameters moved"
 
 
 def _video(run: _Run) -> tuple[bool, str]:

@@ -1,4 +1,4 @@
-"""The `linvideo` command as a whole: bad input ends with one line and status 2 and changes nothing; exit statuses."""
+"""The `linvideo` command as a whole: bad input ends in one line and status 2, and changes nothing; exit statuses."""
 
 import json
 import re
@@ -90,14 +90,14 @@ def test_existing_output_is_kept_without_overwrite(folder, tmp_path, capsys):
     assert (kept / "mine.mp4").read_text() == "mine"
 
 
-def test_a_folder_that_is_no_pipeline(tmp_path, capsys):
+def test_a_folder_that_is_not_a_pipeline_is_refused(tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "model_index.json" in refused(capsys, "info", empty)
     assert "missing" in refused(capsys, "info", tmp_path / "missing")
 
 
-def test_a_pipeline_of_another_family(tmp_path, capsys):
+def test_a_pipeline_without_a_video_transformer_is_refused(tmp_path, capsys):
     other = DDPMPipeline(
         UNet2DModel(
             8,
@@ -133,7 +133,7 @@ def test_too_little_memory_ends_in_one_line(call, capsys, monkeypatch):
     assert re.fullmatch("linvideo: error: not enough memory: .+\n", capsys.readouterr().err)
 
 
-def test_model_stands_before_the_options_of_a_config_and_wins():
+def test_model_comes_before_the_options_of_a_config_and_wins():
     words = "plan here --gpus 2 --config demo --output-dir run".split()
     args, rest = make_parser().parse_known_args(words)
     assert args.gpus == 2 and rest == ["here", "--config", "demo", "--output-dir", "run"]
@@ -150,7 +150,7 @@ def test_model_stands_before_the_options_of_a_config_and_wins():
 
 
 @pytest.mark.parametrize("words", [["generate", "--model", "m", "--prompt", "x"], ["train", "--model=m"], ["--model"]])
-def test_the_old_option_of_the_model_is_named(capsys, words):
+def test_the_old_option_for_the_model_gets_a_hint(capsys, words):
     assert "MODEL is positional: expected linvideo" in refused(capsys, *words)
 
 
@@ -206,5 +206,7 @@ def test_the_help_of_a_config(capsys, words):
     with pytest.raises(SystemExit, match="0"):
         main(words)
     out = capsys.readouterr().out
-    assert out.startswith(f"usage: linvideo {words[0]} [MODEL] [options]\n") and "MODEL: the " in out
+    assert (
+        out.startswith(f"usage: linvideo {words[0]} [MODEL] [options]\n") and "MODEL: folder or Hub id of the " in out
+    )
     assert f"examples:\n  linvideo {words[0]}" in out and "recipes for --config: demo, distill-demo, " in out

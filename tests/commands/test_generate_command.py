@@ -1,4 +1,4 @@
-"""`linvideo generate` on tiny pipelines: what it writes and says, and what it refuses."""
+"""`linvideo generate` on tiny pipelines: what it writes, prints and refuses."""
 
 import json
 
@@ -17,7 +17,7 @@ RATE = ["--optimizer.learning_rate", "1e-3"]
 SMALL = "--height 32 --width 32 --num-frames 5 --num-inference-steps 2".split()  # hyphens as diffusers-cli has them
 
 
-def test_generate_writes_a_video_of_the_asked_length(folder, tmp_path):
+def test_generate_writes_a_video_of_the_requested_length(folder, tmp_path):
     imageio = pytest.importorskip("imageio")
     output = tmp_path / "new" / "video.mp4"
     size = ["--height", "32", "--width", "32", "--num_frames", "9", "--num_inference_steps", "2"]
@@ -26,7 +26,7 @@ def test_generate_writes_a_video_of_the_asked_length(folder, tmp_path):
     assert [file.name for file in output.parent.iterdir()] == ["video.mp4"]
 
 
-def test_generate_says_what_it_cost_and_what_is_linear(folder, tmp_path, capfd):
+def test_generate_reports_time_memory_and_linear_layers(folder, tmp_path, capfd):
     converted = tmp_path / "converted"
     models.save_pipeline(models.convert(load_pipeline(folder), layers=[1], mode="linear"), converted)
     words = ["generate", str(converted), "--prompt", "a cat", "--output", str(tmp_path / "v.mp4"), *SMALL]
@@ -79,7 +79,7 @@ def test_generate_many_videos(folder, tmp_path, capsys):
     assert (output / "videos.jsonl").read_text() == "mine"
 
 
-def test_compare_puts_the_teacher_at_the_left(folder, tmp_path, capsys):
+def test_compare_puts_the_teacher_on_the_left(folder, tmp_path, capsys):
     imageio = pytest.importorskip("imageio")
     converted = tmp_path / "converted"
     models.save_pipeline(models.convert(load_pipeline(folder), mode="linear", feature_map="relu"), converted)
@@ -207,7 +207,7 @@ def test_vae_and_image_encoder_of_wan_stay_fp32(tmp_path):
         assert loaded.vae.dtype == getattr(loaded, "image_encoder", loaded.vae).dtype == expected
 
 
-def test_an_image_is_asked_for_where_it_is_needed(tmp_path, capsys):
+def test_an_image_is_required_only_if_the_pipeline_needs_one(tmp_path, capsys):
     words = ["generate", "--prompt", "a cat", "--output", tmp_path / "v.mp4", *SMALL, "--num_frames", "9"]
     for name in ("LTXConditionPipeline", "LTXImageToVideoPipeline"):
         ltx_pipeline(name).save_pretrained(tmp_path / name)

@@ -1,4 +1,4 @@
-"""`linvideo train` on a tiny pipeline, from YAML to a video; what it asks of a model that defaults are not for."""
+"""`linvideo train` on a tiny pipeline, from YAML to a video; defaults that do not suit a model are refused."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_train_from_yaml_then_generate(folder, tmp_path, capsys, monkeypatch):
     assert (run / weights).read_bytes() == (tmp_path / "elsewhere" / "again" / weights).read_bytes()
 
 
-def test_a_target_larger_than_the_model(folder, tmp_path, capsys):
+def test_more_linear_layers_than_the_model_has_are_refused(folder, tmp_path, capsys):
     run = tmp_path / "run"
     flags = [folder, "--output_dir", run, "--selection.num_linear_layers", "9", "--optimizer.learning_rate", "1e-3"]
     assert "3 layers" in refused(capsys, "train", *flags)
@@ -61,7 +61,7 @@ def test_a_target_larger_than_the_model(folder, tmp_path, capsys):
     assert not run.exists()
 
 
-def test_a_model_that_the_defaults_are_not_for(folder, tmp_path, capsys, monkeypatch):
+def test_defaults_that_do_not_suit_the_model_are_refused(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     line = refused(capsys, "train", small, *OUTPUT)
@@ -92,13 +92,13 @@ def test_a_model_that_the_defaults_are_not_for(folder, tmp_path, capsys, monkeyp
         ("wan2.1-14b", ["--optimizer.learning_rate", "1e-5"]),
     ],
 )
-def test_where_the_defaults_may_be_used(model, words, tmp_path):
+def test_defaults_are_accepted_with_a_config_or_an_explicit_option(model, words, tmp_path):
     words = [*words, "--output_dir", str(tmp_path), "--pretrained_model_name_or_path", model]
     check_choice_of_defaults(load_config(words, TrainConfig), given_options(words, TrainConfig))
     assert "optimizer.adam_beta1" not in given_options(words, TrainConfig)
 
 
-def test_a_run_that_was_begun_goes_on_with_its_own_words(tmp_path):
+def test_a_started_run_continues_with_its_own_options(tmp_path):
     check_choice_of_defaults(TrainConfig("run"), ())  # no model yet
     config = TrainConfig(str(tmp_path), pretrained_model_name_or_path="wan2.1-14b", resume_from_checkpoint="latest")
     with pytest.raises(ValueError, match="no recipe|recipes that fit"):

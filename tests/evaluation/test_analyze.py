@@ -127,7 +127,7 @@ def test_a_number_between_the_measured_ones_is_found(tmp_path, monkeypatch):
     assert [len(chosen.layers) for chosen in analysis.sets] == [2, 3] and len(analysis.proposal.layers) == 2
 
 
-def test_an_interrupted_run_continues_and_asking_again_measures_nothing(analysis, folder, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_and_a_repeated_one_measures_nothing(analysis, folder, tmp_path, monkeypatch):
     calls = []
     measure = velocity_error
     monkeypatch.setattr(module, "velocity_error", lambda *a: calls.append(1) or measure(*a))
@@ -191,7 +191,7 @@ def of_images(tmp_path_factory):
         return folder, run(folder, tiny_image_pipeline(), images=IMAGES)
 
 
-def test_of_an_image_pipeline_too_they_are_those_of_a_training_run(of_images, tmp_path):
+def test_errors_of_an_image_pipeline_are_those_of_a_training_run(of_images, tmp_path):
     folder, analysis = of_images
     config = replace(CONFIG, output_dir=str(tmp_path / "run"), prompts=PromptConfig(negative_prompt="dull"))
     result = train(config, tiny_image_pipeline(), prompts=PROMPTS, images=IMAGES)
@@ -267,7 +267,7 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path, pipeline, options, w
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_there_stays_unless_it_is_an_analysis_to_overwrite(analysis, folder, tmp_path, monkeypatch):
+def test_existing_files_stay_unless_they_are_an_analysis_to_overwrite(analysis, folder, tmp_path, monkeypatch):
     other = tmp_path / "training"
     (other / "trajectories").mkdir(parents=True)
     (other / "request.json").write_text('{"suite": "fidelity"}')
@@ -296,7 +296,7 @@ def test_an_error_that_is_not_finite_is_refused(tmp_path, monkeypatch):
         run(tmp_path / "new")
 
 
-def test_the_text_says_what_follows(analysis):
+def test_the_text_states_the_conclusion(analysis):
     listed = ranges(analysis.proposal.layers)
     assert f"speedup of 1.3: layers {listed} linear, with a measured speedup of 1.67" in conclusion(analysis)[0]
     slow = [replace(chosen, speedup=0.5) for chosen in analysis.sets]

@@ -62,7 +62,7 @@ def test_metrics_of_known_videos():
     assert np.isnan(compare(blinking, still)["psnr"])
 
 
-def test_a_pipeline_is_true_to_itself(pipelines, tmp_path):
+def test_a_pipeline_equals_itself(pipelines, tmp_path):
     _, stock = pipelines
     with pytest.warns(UserWarning, match="the student is its own teacher"):
         (row,) = fidelity.fidelity(stock, stock, ["a cat"], tmp_path / "f", **SIZE)
@@ -77,7 +77,7 @@ def test_a_distilled_student_keeps_its_own_steps(pipelines, tmp_path):
     assert row["psnr"] < 99 and (tmp_path / "0000-student.mp4").is_file()
 
 
-def test_fidelity_goes_on_where_it_was(pipelines, tmp_path):
+def test_an_interrupted_evaluation_continues(pipelines, tmp_path):
     linear, stock = pipelines
     prompts = ["a cat", "a dog", "a bird"]
     whole = list(fidelity.fidelity(linear, stock, prompts, tmp_path / "whole", **SIZE))
@@ -112,7 +112,7 @@ def test_a_folder_with_other_things_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_kill_in_the_first_write_is_no_obstacle(tmp_path):
+def test_a_kill_during_the_first_write_does_no_harm(tmp_path):
     space = tmp_path / ".tmp-0123456789abcdef-request.json"
     space.mkdir()
     (space / LOCK).touch()
@@ -132,7 +132,7 @@ def test_one_evaluation_at_a_time(pipelines, tmp_path):
             analyze(stock, ["a"], tmp_path, **options, overwrite=True)
 
 
-def test_rows_that_are_not_what_was_written_are_refused(tmp_path):
+def test_rows_that_differ_from_what_was_written_are_refused(tmp_path):
     work, rows = WorkFolder(tmp_path, {"a": 1}), [{"psnr": 20.5}, {"psnr": 31.0}]
     for row in rows:
         work.add(row)
@@ -147,7 +147,7 @@ def test_rows_that_are_not_what_was_written_are_refused(tmp_path):
         file.write_text(damaged)
         with pytest.raises(ValueError, match=words):
             WorkFolder(tmp_path, {"a": 1})
-    file.write_text(json.dumps(rows[1:]))  # deleted by hand, to be made anew
+    file.write_text(json.dumps(rows[1:]))  # deleted by hand, to be made again
     assert WorkFolder(tmp_path, {"a": 1}).rows == rows[1:]
     (tmp_path / "checksums.json").unlink()  # as earlier versions left it
     file.write_text('[{"psnr": 1.0}]')

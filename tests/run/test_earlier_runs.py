@@ -55,7 +55,7 @@ def test_an_earlier_run_is_continued(kind, tmp_path, capsys):
             distill(
                 load_config(words, DistillConfig), pipeline, convert(pipeline.transformer, [1], mode="linear"), PROMPTS
             )
-    assert capsys.readouterr().err.count("made anew") == 0  # the stored embeddings and trajectories were used
+    assert capsys.readouterr().err.count("created again") == 0  # the stored embeddings and trajectories were used
     assert restored.keys() == saved.keys() and all(torch.equal(restored[name], saved[name]) for name in saved)
     now = read_metrics(folder / "metrics.jsonl")
     assert [row for row in now if row["step"] <= state["global_step"]] == rows[: state["global_step"]]
