@@ -32,17 +32,17 @@ from it.
 Each table compares models that sample in the same number of steps. A figure is the mean over seeds ± their standard
 deviation. The seed determines all random draws.
 
-The columns are those of [ablations.md](ablations.md) and two more:
+[ablations.md](ablations.md) explains most of the columns. In short:
 
 - **good** is the primary metric: the share of videos in which every word of the caption is right, the motion is
   straight and the shapes are clean. Higher is better.
-- **all words right** is the share in which every word of the caption is right.
+- **all words right** is the share of videos in which every word of the caption is right. Higher is better.
 - **coverage** shows whether a model still makes everything that its teacher makes. Lower is better.
-- **straightness**, **flicker** and **distance** are explained there. Lower is better.
+- **straightness**, **flicker** and **distance** measure faults of the videos. Lower is better.
 - **re-render error** is the squared error between a video and the scene found in it, rendered again. Lower is better.
 - **PSNR** compares with the teacher's video at its full number of steps from the same noise. Higher is better.
   Students of more than one step draw noise of their own, which costs them PSNR.
-- The last column has the linear layers, where they were chosen.
+- The last column has the linear layers of the converted model, which its students share.
 
 The models are:
 """
