@@ -1,7 +1,10 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "linvideo" / "__init__.py").read_text(encoding="utf-8"), re.M)[1]
 KERNELS = find_packages("kernels")
 TRAIN = [
     "diffusers>=0.38",
@@ -26,9 +29,9 @@ TEST = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff"]
 
 setup(
     name="linvideo",
-    version="0.1.0",
+    version=VERSION,
     description="Linear attention for video diffusion transformers: fused Triton kernels, selective transfer, ADM",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

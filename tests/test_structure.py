@@ -1,6 +1,7 @@
 """The layout's rules: which way imports go, what stays lazy, and that files from others are data."""
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -183,6 +184,15 @@ def test_long_calls_name_their_arguments():
     assert not wrong, "\n".join(wrong)
 
 
+def test_versions_agree():
+    version = importlib.import_module("linvideo").__version__
+    newest = re.search(r"^## (\S+) \((\S+)\)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    citation = dict(re.findall(r"^(version|date-released): \"?([^\"\n]+)", (ROOT / "CITATION.cff").read_text(), re.M))
+    assert (version, newest[1], newest[2]) == (citation["version"], citation["version"], citation["date-released"])
+    ruff = re.search(r"^ruff==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
+    assert f"rev: v{ruff} " in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
 def test_kernels_is_no_package():
     """A top-level package named `kernels` would shadow Hugging Face's for anyone who stands in the checkout."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
@@ -261,7 +271,7 @@ def test_no_machine_paths_or_registries():
     pattern = re.compile(
         r"(?<![\w.:/}])/(?:home|root|Users|work|mnt|scratch|tmp)/|[A-Z]:\\\\Users|--index-url|--extra-index-url|trusted-host"
     )
-    folders = [ROOT / name for name in (*FOLDERS, ".ci", ".github")]
+    folders = [ROOT / name for name in (*FOLDERS, "docs", "examples", ".ci", ".github")]
     files = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]  # a file in a git worktree
     files += [path for folder in folders if folder.exists() for path in folder.rglob("*") if path.is_file()]
     files = [x for x in files if x.suffix in TEXT_SUFFIXES and "__pycache__" not in x.parts and x != Path(__file__)]
