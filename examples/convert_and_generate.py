@@ -8,9 +8,6 @@ import torch
 from diffusers import WanPipeline
 
 import linvideo
-from linvideo.models import default_fps, sampling_settings
-from linvideo.models.generate import generate_video
-from linvideo.models.video_file import save_video
 
 output = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
 stock = linvideo.load_pipeline("linvideo/demo/teacher")  # a Hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers works, too
@@ -19,10 +16,10 @@ pipe = linvideo.convert(stock, layers=half, mode="linear")  # a new pipeline; th
 print(linvideo.describe(pipe.transformer))
 
 # Nothing is trained yet, so this video shows what training has to repair
-settings = sampling_settings(pipe)  # the size, frames, steps and guidance that this folder was made for
+settings = linvideo.sampling_settings(pipe)  # the size, frames, steps and guidance that this folder was made for
 seed = torch.Generator().manual_seed(0)
-frames = generate_video(pipe, "a red disc moving left", generator=seed, **settings)
-save_video(frames, output / "disc.mp4", fps=default_fps(pipe))
+frames = linvideo.generate_video(pipe, "a red disc moving left", generator=seed, **settings)
+linvideo.save_video(frames, output / "disc.mp4", fps=linvideo.default_fps(pipe))
 
 linvideo.save_pipeline(pipe, output / "converted")
 again = WanPipeline.from_pretrained(output / "converted")  # diffusers finds our class because linvideo is imported

@@ -6,22 +6,19 @@ import tempfile
 import torch
 
 import linvideo
-from linvideo.models import sampling_settings
-from linvideo.models.generate import generate_video
 
 torch.manual_seed(0)
 pipe = linvideo.load_pipeline("linvideo/demo/teacher")
 teacher = pipe.transformer
-student = linvideo.convert(
-    teacher, mode="mixed"
-)  # a copy whose layers compute r * softmax + (1 - r) * linear attention
+# a copy whose layers compute r * softmax + (1 - r) * linear attention
+student = linvideo.convert(teacher, mode="mixed")
 r = [block.attn1.linear_attn.r for block in student.blocks]  # one trainable number each, 0.8 at the start
 others = [parameter for name, parameter in student.named_parameters() if not name.endswith(".r")]
 optimizer = torch.optim.AdamW([{"params": others, "lr": 2e-4}, {"params": r, "lr": 2e-2}], weight_decay=0.0)
 
 captions = ["a red disc moving left", "a blue square moving up", "a green cross moving down"]
 with torch.no_grad():  # the only data are samples of the teacher, in latent space
-    clean = generate_video(pipe, captions, output_type="latent", **sampling_settings(pipe))
+    clean = linvideo.generate_video(pipe, captions, output_type="latent", **linvideo.sampling_settings(pipe))
     text, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=16)
 for step in range(20):
     t = torch.rand(len(clean), 1, 1, 1, 1)

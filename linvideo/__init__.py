@@ -32,11 +32,15 @@ _LAZY = {
         "SchedulerMixin",
         "attention_types",
         "convert",
+        "default_fps",
         "describe",
         "finalize",
+        "generate_video",
         "load_pipeline",
         "push_to_hub",
+        "sampling_settings",
         "save_pipeline",
+        "save_video",
     )
 }
 __version__ = "0.2.0"

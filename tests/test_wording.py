@@ -1,4 +1,4 @@
-"""Plain English: phrases that readers stumbled over, and descriptions of arguments that don't say what the argument is."""
+"""Plain English: phrases that readers stumbled over, and arguments whose description does not say what they are."""
 
 import ast
 import re

@@ -16,12 +16,14 @@ from linvideo.models.cogvideox import LinVideoCogVideoXTransformer3DModel
 from linvideo.models.convert import convert, finalize
 from linvideo.models.describe import Description, describe
 from linvideo.models.few_step import FewStepScheduler, own_settings
+from linvideo.models.generate import generate_video
 from linvideo.models.hub import push_to_hub
 from linvideo.models.hunyuan_video15 import LinVideoHunyuanVideo15Transformer3DModel
 from linvideo.models.ltx import LinVideoLTXVideoTransformer3DModel
 from linvideo.models.mixin import LinearAttentionMixin
 from linvideo.models.pipelines import load_pipeline, new_folder, save_pipeline, wan_transformer
 from linvideo.models.sampling_settings import sampling_settings
+from linvideo.models.video_file import save_video
 from linvideo.models.wan import (
     LinVideoChronoEditTransformer3DModel,
     LinVideoSkyReelsV2Transformer3DModel,
@@ -53,12 +55,14 @@ __all__ = [
     "default_fps",
     "describe",
     "finalize",
+    "generate_video",
     "load_pipeline",
     "own_settings",
     "new_folder",
     "push_to_hub",
     "sampling_settings",
     "save_pipeline",
+    "save_video",
     "set_attention_types",
     "video_transformers",
     "wan_transformer",
