@@ -9,8 +9,12 @@ PYTHON := $(VENV)/bin/python
 # One thread a process: the tests run two processes side by side.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2
 INSTALLED := $(VENV)/.linvideo-installed
+# What test-fast runs: the rules of the layout and the wording, the op, layers, models, configs and the method's parts.
+FAST := tests/test_structure.py tests/ops/test_grid.py tests/ops/test_reference.py \
+	tests/ops/test_linear_attn_errors.py tests/nn tests/models/test_convert.py tests/transfer/test_selection.py
+FAST_KERNELS := tests/kernels/test_edges.py
 
-.PHONY: help install demo test test-all test-gpu attack evidence gates bench lint clean
+.PHONY: help install demo test test-fast test-all test-gpu attack evidence gates bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -31,6 +35,10 @@ test: $(INSTALLED)  ## run the test suite (kernels in Triton's interpreter, ahea
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m "not full"
 	$(PYTEST) tests/aot -m "not full"
 	$(PYTEST) tests --ignore tests/kernels --ignore tests/aot -m "not full"
+
+test-fast: $(INSTALLED)  ## run the quickest tests, in under two minutes on two cores
+	$(PYTEST) -m "not full" $(FAST)
+	TRITON_INTERPRET=1 $(PYTEST) -m "not full" $(FAST_KERNELS)
 
 test-all: $(INSTALLED)  ## the same with many more cases, and with torchao (about an hour)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[8bit]"

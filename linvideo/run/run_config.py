@@ -156,6 +156,11 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self):
+        for name in ("output_dir", "resume_from_checkpoint", *PATHS):  # Python callers may give a Path
+            section, _, key = name.rpartition(".")
+            holder = getattr(self, section) if section else self
+            if isinstance(path := getattr(holder, key, None), os.PathLike):
+                setattr(holder, key, os.fspath(path))
         for name, _, value in _leaves(self.to_dict(), self.to_dict()):
             if value != value:
                 raise ValueError(f"{name} must be a number, got nan")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from linvideo.distillation import DistillConfig
 from linvideo.run import load_config
 from linvideo.run.read_config import from_dict, make_parser
 from linvideo.trajectories.collect import TrajectoryConfig
@@ -35,6 +36,17 @@ def test_a_saved_config_loads_as_itself(tmp_path):
         == config
         == from_dict(config.to_dict(), TrainConfig)
     )
+
+
+def test_paths_may_be_path_objects(tmp_path):
+    """As a script has them: a run's output_dir, and result.pipeline_path for the next run."""
+    config = DistillConfig(
+        output_dir=tmp_path / "run",
+        student_model_name_or_path=tmp_path / "pipeline",
+        trajectories=TrajectoryConfig(path=tmp_path / "trajectories"),
+    )
+    config.save(tmp_path / "config.yaml")
+    assert load_config(["--config", str(tmp_path / "config.yaml")], DistillConfig) == config
 
 
 def test_the_papers_form_is_selectable():
