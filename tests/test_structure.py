@@ -23,19 +23,21 @@ RANK = {
     "linvideo_kernels": 0,
     "linvideo._diffusers_hook": 0,  # standard library only
     "linvideo.packaged": 0,  # the same
+    "linvideo.progress": 0,  # and tqdm
     "linvideo.workspace": 0,  # the same
     "linvideo.trajectories": 1,  # no model code: it samples the pipeline that it is given
     "linvideo.ops": 1,
     "linvideo.nn": 2,
     "linvideo.models": 3,
     "linvideo.run": 4,
-    "linvideo.transfer": 5,
-    "linvideo.distillation": 5,
-    "linvideo.evaluation": 6,
-    "linvideo.planning": 6,
-    "linvideo.demo": 7,
-    "linvideo.commands": 8,
-    "linvideo.__main__": 9,
+    "linvideo.reports": 5,
+    "linvideo.transfer": 6,
+    "linvideo.distillation": 6,
+    "linvideo.evaluation": 7,
+    "linvideo.planning": 7,
+    "linvideo.demo": 8,
+    "linvideo.commands": 9,
+    "linvideo.__main__": 10,
 }
 MOST_METHODS = 20  # of a class that runs are made of
 LARGEST_FOLDER = 0.20  # of linvideo's lines of Python

@@ -6,7 +6,12 @@ commands is in main.py.
 """
 
 import os
+import sys
 
 # Must be set before PyTorch is imported. By default OpenMP's threads wait for each other by spinning, which multiplies
 # the processor time, and the wall time as well when other programs want the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before tqdm is imported: other packages' bars (loading, downloads) would fill a log file with carriage returns. Those
+# of linvideo turn into lines there, see progress.py.
+if sys.stderr is not None and not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_DISABLE", "1")

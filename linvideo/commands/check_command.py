@@ -37,11 +37,12 @@ def run(args: argparse.Namespace) -> int:
     from linvideo import models
     from linvideo.evaluation.check import STEPS, check_pipeline
     from linvideo.models.video_file import check_output
+    from linvideo.progress import show_steps
 
     refuse_existing_video(args)
     check_output(args.output)  # before a long load
     pipeline = load(args.model, args.dtype).to(args.device)
-    pipeline.set_progress_bar_config(leave=False)
+    show_steps(pipeline, leave=False)
     settings = SIZE | models.sampling_settings(pipeline) | given(args)
     size = {name: settings[name] for name in SIZE}
     announce("check with videos", pipeline, size | {"num_inference_steps": STEPS}, args)

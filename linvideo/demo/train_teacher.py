@@ -40,13 +40,13 @@ from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
-from tqdm.auto import tqdm
 
 from linvideo.demo import judge
 from linvideo.demo.evaluate import sample_videos, start_noise
 from linvideo.demo.teacher import SETTINGS, build_pipeline
 from linvideo.demo.world import WORLDS, World
 from linvideo.models import load_pipeline, new_folder
+from linvideo.progress import bar
 from linvideo.run.checkpoint import list_checkpoints, load_checkpoint, remove_newer, save_checkpoint
 from linvideo.trajectories.atomic_files import write_json
 from linvideo.trajectories.devices import check_device, device_name
@@ -132,7 +132,7 @@ class TeacherRun:
         """Train until `steps` are done, or until all sessions together have taken `max_minutes`."""
         limit = math.inf if max_minutes is None else 60 * max_minutes
         before, started = self.seconds, time.monotonic()
-        progress = tqdm(total=self.steps, initial=self.step, desc=f"{self.world.name} teacher", mininterval=5)
+        progress = bar(total=self.steps, initial=self.step, desc=f"{self.world.name} teacher", mininterval=5)
         while (done := max(self.step / self.steps, self.seconds / limit)) < 1:
             self.train_step(min(1.0, (self.step + 1) / 40) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))))
             self.step += 1

@@ -15,12 +15,12 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import WanTransformer3DModel
-from tqdm.auto import tqdm
 
 from linvideo.evaluation.latency import Timing, time_call
 from linvideo.evaluation.work_folder import WorkFolder
 from linvideo.models import attention_types, convert, wan_transformer
 from linvideo.models.branches import feature_weights
+from linvideo.progress import bar
 from linvideo.run.forward_times import remember
 from linvideo.run.run_folder import FEATURE_MAPS, IMAGE_CACHE, PROMPT_CACHE
 from linvideo.trajectories.atomic_files import read_cached, read_json, write_cached, write_json
@@ -191,7 +191,7 @@ def analyze(
         if read_cached(maps, "maps") is not None:
             load_feature_maps(student, maps)
         else:
-            steps = tqdm(range(warmup.max_train_steps), desc="warm-up", disable=not progress)
+            steps = bar(range(warmup.max_train_steps), progress, desc="warm-up")
             batches = (draw(range(warmup.batch_size), "warmup", step) for step in steps)
             fit_feature_maps(student, batches, warmup.learning_rate)
             write_cached(maps, feature_weights(student), "maps")
@@ -201,7 +201,7 @@ def analyze(
         layers = measured.layers
         output_errors = measured.attention_output_errors()
         floor = measured.error([])
-        alone = {layer: measured.error([layer]) for layer in tqdm(layers, desc="sensitivity", disable=not progress)}
+        alone = {layer: measured.error([layer]) for layer in bar(layers, progress, desc="sensitivity")}
         stock = measured.timing([])
         tokens = math.prod(shape[1:]) // math.prod(base.config.patch_size)
         remember(base.config, tokens, base.dtype, base.device, stock.median / 1000, "linvideo analyze")
@@ -215,7 +215,7 @@ def analyze(
 
         enough = [] if speedup is None else smallest_number(speedup_of, speedup, len(layers))
         numbers = sorted({*set_sizes(len(layers)), *enough})
-        sets = [measured_set(number) for number in tqdm(numbers, desc="sets", disable=not progress)]
+        sets = [measured_set(number) for number in bar(numbers, progress, desc="sets")]
         analysis = Analysis(
             model=pipeline.config.get("_name_or_path") or "MODEL",
             environment=environment,

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import WanTransformer3DModel
 from PIL import Image
-from tqdm.auto import tqdm
 
 from linvideo.models import convert, default_fps, wan_transformer
 from linvideo.models.branches import feature_weights, gates
 from linvideo.models.generate import generate_video
 from linvideo.models.video_file import check_output, save_video
+from linvideo.progress import bar
 from linvideo.run.forward_times import remember
 from linvideo.trajectories.collect import TrajectoryConfig, collect, open_store
 from linvideo.trajectories.flow import predict_velocity, sampler_grid
@@ -82,9 +82,9 @@ def check_pipeline(
     parts = (_trajectory, _equality, _warmup, _adm, _video)
     with tempfile.TemporaryDirectory() as folder:
         run = _Run(pipeline, folder, Path(output), size, num_inference_steps, warmup_steps, seed, progress)
-        bar = tqdm(parts, desc="check", unit="part", leave=False, disable=not progress)
-        for part in bar:
-            bar.set_description(part.__doc__)
+        steps = bar(parts, progress, desc="check", unit="part", leave=False)
+        for part in steps:
+            steps.set_description(part.__doc__)
             started = time.perf_counter()
             try:
                 passed, detail = part(run)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from linvideo.progress import bar
 from linvideo.run.metrics_log import MetricsLog
 from linvideo.run.pace import Pace
 from linvideo.run.parallel import Ranks
@@ -37,7 +38,7 @@ class StepLog:
     def steps(self, stage: str, first: int, count: int, samples: int) -> tqdm:
         """The steps `first` to `count` - 1 of a stage, with a bar; `samples`: the number of samples of a step."""
         self._pace = Pace(samples)
-        self._bar = tqdm(range(first, count), desc=stage, initial=first, total=count, disable=not self.progress)
+        self._bar = bar(range(first, count), self.progress, desc=stage, initial=first, total=count)
         return self._bar
 
     def step_begins(self) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from linvideo.progress import bar
 from linvideo.trajectories.experts import Expert, low_noise_sampler, stored_expert, stored_guidance
 from linvideo.trajectories.fingerprint import fingerprint
 from linvideo.trajectories.flow import SamplerStep, sample_steps, sampler_grid
@@ -224,7 +225,7 @@ def collect(
     timesteps, _ = sampler_grid(pipeline.scheduler, request["num_inference_steps"])
     steps = stored_expert(request).steps(timesteps).stop
     total = steps * sum(len(store.shard_trajectories(number)) for number in missing)
-    with tqdm(total=total, desc="trajectories", unit="step", disable=not progress or not missing) as bar:
+    with bar(None, progress and bool(missing), total=total, desc="trajectories", unit="step") as done:
         for number in missing:
             if store.has_shard(number):
                 continue
@@ -232,13 +233,13 @@ def collect(
             batches = []
             for start in range(0, len(trajectories), request["batch_size"]):
                 chosen = trajectories[start : start + request["batch_size"]]
-                batches.append(_collect_batch(request, pipeline, prompts, shape, chosen, bar))
+                batches.append(_collect_batch(request, pipeline, prompts, shape, chosen, done))
             store.write_shard(number, {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]})
     return store
 
 
 def _collect_batch(
-    request: dict, pipeline, prompts: PromptEmbeddings, shape: tuple[int, ...], trajectories: list[int], bar: tqdm
+    request: dict, pipeline, prompts: PromptEmbeddings, shape: tuple[int, ...], trajectories: list[int], done: tqdm
 ) -> dict[str, torch.Tensor]:
     expert, seed, stride = stored_expert(request), request["seed"], request["stride"]
     steps, kept = request["num_inference_steps"], request["states_per_trajectory"]
@@ -268,7 +269,7 @@ def _collect_batch(
         _check_finite(step, u_step, prompt, steps)
         x, u = _put(x, rows, columns, step.x), _put(u, rows, columns, u_step)
         timestep[rows, columns] = float(step.timestep)
-        bar.update(len(trajectories))
+        done.update(len(trajectories))
         if step.index == in_range[-1]:  # the high-noise expert has no use for the steps below its range
             break
     sample = _fitting(step.x_next, dtype).cpu()

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
 
 from linvideo.models import attention_types
 from linvideo.models.branches import linear_branches
+from linvideo.progress import bar
 from linvideo.run.parallel import Ranks
 from linvideo.trajectories.flow import predict_velocity
 from linvideo.trajectories.store import StateBatch
@@ -76,7 +76,7 @@ def layer_sensitivity(
     errors = {}
     with attention_types(student, dict.fromkeys(layers, "softmax")):
         floor = velocity_error(student, batches(), ranks)
-        for layer in tqdm(layers, desc="sensitivity", unit="layer", disable=not progress):
+        for layer in bar(layers, progress, desc="sensitivity", unit="layer"):
             with attention_types(student, {layer: "linear"}):
                 errors[layer] = velocity_error(student, batches(), ranks)
     for what, error in {"no layer": floor, **{f"layer {layer} alone": x for layer, x in errors.items()}}.items():
