@@ -7,6 +7,7 @@ Each folder imports only from the folders above it, and from kernels/, which hol
     nn/            layers with weights
     models/        one file per model family of diffusers; conversion, saving and loading, model cards
     run/           what every training run needs: folder, checkpoints, steps, optimizer, ranks, validation
+    reports/       HTML pages of one file: their pieces, and the report of a run
     transfer/      the paper's method: warm-up, sensitivity, selection of layers, objectives, fine-tuning
     distillation/  distillation to few steps
     evaluation/    measuring a model

@@ -13,10 +13,15 @@ linvideo demo --output_dir demo --stages transfer,adm,distill
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     demo = parser.add_argument_group("what is made")
-    what = "transfer,adm,distill or a part of it with transfer; distill takes about five minutes more"
+    what = "transfer, with adm or distill after a comma, or both; distill takes about five minutes more"
     demo.add_argument("--stages", default="transfer", help=what)
-    demo.add_argument("--videos", type=positive, default=48, help="videos per model that the metrics are taken over")
-    demo.add_argument("--seed", type=natural, default=0, help="of the training run")
+    demo.add_argument(
+        "--videos",
+        type=positive,
+        default=48,
+        help="number of videos of each model to judge; default: 48",
+    )
+    demo.add_argument("--seed", type=natural, default=0, help="seed of the training run; default: 0")
     add_device(parser.add_argument_group("where it runs"))
     add_output_dir(parser.add_argument_group("output"))
 

@@ -66,7 +66,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def run_fidelity(args: argparse.Namespace) -> None:
+    from linvideo.evaluation.evaluation_report import write_fidelity_report
     from linvideo.evaluation.fidelity import fidelity, summary
+    from linvideo.progress import show_steps
+    from linvideo.reports.html_page import if_possible
     from linvideo.trajectories.prompts import read_prompts, some_of
 
     if args.teacher is None:
@@ -78,13 +81,15 @@ def run_fidelity(args: argparse.Namespace) -> None:
     announce(f"{len(prompts)} pairs of videos", teacher, settings, args)
     rows = []
     for name, pipeline in (("student", student), ("teacher", teacher)):
-        pipeline.set_progress_bar_config(desc=name, leave=False)
+        show_steps(pipeline, desc=name, leave=False)
     for row in fidelity(student, teacher, prompts, args.output_dir, seed=args.seed, fps=args.fps, **settings):
         rows.append(row)
         print(f"[{len(rows)}/{len(prompts)}] PSNR {row['psnr']:.2f} dB, SSIM {row['ssim']:.4f}: {row['prompt'][:60]}")
     for name, (mean, spread) in summary(rows).items():
         print(f"{name:16} {mean:8.4f} +- {spread:.4f} over {len(rows)} prompts")
-    print(f"the measurements and videos are in {args.output_dir}")
+    with if_possible():
+        write_fidelity_report(args.output_dir, args.model, args.teacher)
+    print(f"the measurements, videos and report.html are in {args.output_dir}")
 
 
 def run_vbench(args: argparse.Namespace) -> None:
@@ -92,19 +97,26 @@ def run_vbench(args: argparse.Namespace) -> None:
 
     from linvideo import models
     from linvideo.evaluation import vbench
+    from linvideo.evaluation.evaluation_report import write_vbench_report
+    from linvideo.progress import bar, show_steps
+    from linvideo.reports.html_page import if_possible
 
     full_info = args.full_info or vbench.full_info_path()
     prompts = vbench.prompts_of(full_info, args.dimensions, args.num_prompts)
     pipeline = load(args.model, args.dtype).to(args.device)
-    pipeline.set_progress_bar_config(leave=False)
+    show_steps(pipeline, leave=False)
     settings = DEFAULTS | models.sampling_settings(pipeline) | given(args)
     announce(f"{vbench.VIDEOS_PER_PROMPT} videos for each of {len(prompts)} prompts, each", pipeline, settings, args)
-    for finished, total in vbench.generate_videos(pipeline, prompts, args.output_dir, fps=args.fps, **settings):
-        print(f"\rvideo {finished} of {total}", end="", flush=True)
-    print()
+    videos = vbench.generate_videos(pipeline, prompts, args.output_dir, fps=args.fps, **settings)
+    for _ in bar(videos, desc="videos", unit="video", total=len(prompts) * vbench.VIDEOS_PER_PROMPT):
+        pass
+    scores = None
     if importlib.util.find_spec("vbench") is None:
         where, names = args.output_dir / "videos", " ".join(args.dimensions)
         print("for the scores, install the package vbench and run:")
         print(f'vbench evaluate --videos_path {where} --dimension "{names}"')
-        return
-    print(vbench.table(vbench.score(args.output_dir, args.dimensions, full_info, args.device)))
+    else:
+        scores = vbench.score(args.output_dir, args.dimensions, full_info, args.device)
+        print(vbench.table(scores))
+    with if_possible():
+        write_vbench_report(args.output_dir, args.model, prompts, scores)

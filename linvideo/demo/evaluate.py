@@ -9,7 +9,7 @@ from linvideo.evaluation.velocity import velocity_errors
 from linvideo.models.generate import generate_video
 from linvideo.trajectories import encode_prompts
 
-TOKENS_AT_ONCE = 2**16  # of all videos of a batch: 512 videos of the small world, 16 of the large one
+TOKENS_AT_ONCE = 2**16  # in a batch of videos: 512 videos of the small world, 16 of the large one
 
 
 def evaluate(
@@ -18,14 +18,15 @@ def evaluate(
     """Judge every transformer on the same captions and noise.
 
     Args:
-        pipeline: the teacher's; its transformer is the reference of psnr and of the velocity errors.
-        transformers: name -> transformer; one is "teacher".
-        videos: how many each.
-        world: the one that the teacher was trained on.
-        seed: of the captions and the noise.
+        pipeline: The teacher's pipeline. Its transformer is the reference of PSNR and of the velocity errors.
+        transformers: Name -> transformer; one of the names is "teacher".
+        videos: The number of videos of each transformer.
+        world: The world that the teacher was trained on.
+        seed: The seed of the captions and the noise.
 
-    Returns name -> metrics (see metrics.judge, metrics.psnr and velocity_errors), and name -> videos, float
-    [videos, 3, frames, size, size] in [-1, 1].
+    Returns:
+        Name -> metrics (see judge.judge, judge.psnr and velocity_errors), and name -> videos, float
+        [videos, 3, frames, size, size] in [-1, 1].
     """
     settings = SETTINGS[world.name]
     captions = world.evaluation_captions(videos, seed)
@@ -61,7 +62,7 @@ def evaluate(
 
 
 def start_noise(world: World, videos: int, seed: int = 0) -> torch.Tensor:
-    """What sampling starts from, float [videos, 3, frames, size, size]."""
+    """Return the noise that sampling starts from, float [videos, 3, frames, size, size]."""
     shape = (videos, 3, world.frames, world.size, world.size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1234 + seed))
 
@@ -74,8 +75,10 @@ def sample_videos(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
 ) -> torch.Tensor:
-    """One video per caption from its noise, with the world's sampler settings where none are given: float [B, 3,
-    frames, size, size] in [-1, 1] on the CPU."""
+    """Return a video for each caption, sampled from its noise: float [B, 3, frames, size, size] in [-1, 1] on the CPU.
+
+    Sampler settings that are None are the world's own.
+    """
     settings = SETTINGS[world.name]
     batch = max(1, TOKENS_AT_ONCE // tokens(world))
     videos = []
@@ -97,7 +100,7 @@ def sample_videos(
 
 
 def with_transformer(pipeline, transformer):
-    """The same pipeline around another transformer."""
+    """Return the same pipeline around another transformer."""
     components = pipeline.components | {"transformer": transformer}
     other = type(pipeline)(**components)
     other.set_progress_bar_config(disable=True)

@@ -1,6 +1,6 @@
-"""The demo: the embedded teacher is converted, half of its layers linear, and compared with itself.
+"""The demo: convert half of the embedded teacher's layers to linear attention, and compare the result with the teacher.
 
-Everything goes through the public API, the way a real Wan folder would: load_pipeline, train, convert, generate.
+Everything goes through the public API, as it would with a folder of Wan: load_pipeline, train, generate.
 """
 
 import json
@@ -19,11 +19,12 @@ from linvideo.demo.evaluate import evaluate
 from linvideo.demo.few_steps import distill_and_compare
 from linvideo.demo.kernel_check import check_kernels
 from linvideo.demo.world import WORLDS
-from linvideo.evaluation import html_page
 from linvideo.evaluation.latency import attention_latency
-from linvideo.models import convert, load_pipeline, new_folder
+from linvideo.models import load_pipeline, new_folder
 from linvideo.models.video_file import check_output, save_video
+from linvideo.reports.films import side_by_side
 from linvideo.run import load_config
+from linvideo.run.run_folder import REPORT
 from linvideo.trajectories.devices import check_device, device_name
 from linvideo.transfer import TrainConfig, train
 from linvideo.transfer.trainer import warmed_up
@@ -33,7 +34,15 @@ WORLD = WORLDS["small"]
 STAGES = ("transfer", "adm", "distill")
 CONTENT = {"pipeline", "training", "distilled", "distillation", "metrics.json", "report.html"}
 CONTENT |= {"side_by_side.mp4", "frames.png", "few_steps.png"}
-SHOWN = 4  # videos in the side-by-side film; the report shows the first of each
+SHOWN = 4  # videos in the side-by-side film
+# Name in metrics.json's seconds -> what is done, and about how many seconds it takes on two idle cores of an AMD EPYC.
+PARTS = {
+    "training": ("trajectories, warm-up, choice of layers and fine-tuning", 290),
+    "evaluation": ("videos of the teacher and three converted models, and their metrics", 50),
+    "distillation": ("distillation to two steps", 300),
+    "kernel_check": ("a training step through the Triton kernels", 25),
+    "latency": ("timing of softmax and linear attention", 15),
+}
 
 
 def run_demo(
@@ -47,19 +56,20 @@ def run_demo(
     """Run the whole demo and return what it writes to metrics.json.
 
     Args:
-        output_dir: gets pipeline/ (the converted folder), training/ (the run), side_by_side.mp4, frames.png,
-            metrics.json and report.html. It appears, complete, when the demo ends. Distillation adds distilled/ (its
-            folder), distillation/ (its run) and few_steps.png.
-        overwrite: replace what an earlier demo left in output_dir.
-        device: "cpu" or "cuda"; None takes a GPU where there is one.
-        seed: of the training run; the videos that are judged always start from the same noise.
-        videos: per model that metrics are taken over.
-        stages: of STAGES. "transfer" is always there: choice of layers and fine-tuning. "adm": fine-tuning alternates
-            with anytime distribution matching. "distill": the converted model learns to sample in two steps.
+        output_dir: The folder for pipeline/ (the converted model), training/ (the run), side_by_side.mp4, frames.png,
+            metrics.json and report.html. It appears, complete, when the demo ends. Distillation adds distilled/ (the
+            distilled model), distillation/ (its run) and few_steps.png.
+        overwrite: Whether to replace what an earlier demo left in output_dir.
+        device: "cpu" or "cuda"; None takes a GPU if there is one.
+        seed: The seed of the training run. The videos that are judged always start from the same noise.
+        videos: The number of videos of each model that metrics are computed from.
+        stages: Names from STAGES. "transfer", which chooses layers and fine-tunes, must be one of them. With "adm",
+            fine-tuning alternates with anytime distribution matching. With "distill", the converted model also learns
+            to sample in two steps.
 
     Raises:
-        ValueError: output_dir is in use and overwrite is False or no demo made it, fewer videos than the film shows,
-            unknown stages, or a device that is not there.
+        ValueError: output_dir is in use, and overwrite is False or no demo made it; fewer videos than the film shows;
+            unknown stages; or a device that does not exist.
     """
     if unknown := [stage for stage in stages if stage not in STAGES]:
         raise ValueError(f"stages must be of {', '.join(STAGES)}, got {', '.join(map(repr, unknown))}")
@@ -83,6 +93,7 @@ def run_demo(
     check_device(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     started = time.time()
+    announce(output_dir, stages)
     with new_folder(output_dir) as folder:
         outcome = write_demo(folder, device, seed, videos, stages)
     print(f"done in {time.time() - started:.0f} s: open {output_dir / 'report.html'}")
@@ -92,7 +103,7 @@ def run_demo(
 def write_demo(folder: Path, device: str, seed: int, videos: int, stages: Sequence[str]) -> dict:
     started = time.time()
     check_output(folder / "side_by_side.mp4")
-    print(f"loading the embedded teacher from {teacher.FOLDER}")
+    say("training", stages)
     pipeline = load_pipeline(teacher.FOLDER).to(device)
     pipeline.set_progress_bar_config(disable=True)
     config = demo_config(folder / "training", seed, adm="adm" in stages)
@@ -100,12 +111,13 @@ def write_demo(folder: Path, device: str, seed: int, videos: int, stages: Sequen
     os.rename(result.pipeline_path, folder / "pipeline")
     print(f"linear layers: {result.layers_linear} of {len(pipeline.transformer.blocks)}")
 
+    say("evaluation", stages)
     stage_started = time.time()
     alternate = list(range(1, len(pipeline.transformer.blocks), 2))
     transformers = {
         "teacher": pipeline.transformer,
         "same_layers_untrained": warmed_up(pipeline.transformer, config, result.layers_linear),
-        "alternate_untrained": convert(pipeline.transformer, alternate, mode="linear"),
+        "alternate_untrained": warmed_up(pipeline.transformer, config, alternate),
         "final": load_pipeline(folder / "pipeline").to(device).transformer,
     }
     outcome, films = evaluate(pipeline, transformers, videos, WORLD)
@@ -113,17 +125,20 @@ def write_demo(folder: Path, device: str, seed: int, videos: int, stages: Sequen
 
     few_films = {}
     if "distill" in stages:
+        say("distillation", stages)
         stage_started = time.time()
         models_and_reference = (pipeline, transformers["final"], films["teacher"])
         few_steps, few_films = distill_and_compare(folder, *models_and_reference, seed, WORLD)
         outcome["few_steps"] = few_steps
         seconds["distillation"] = time.time() - stage_started
 
+    say("kernel_check", stages)
     stage_started = time.time()
     outcome["kernel_check"] = check_kernels(folder / "pipeline", device)
     print_kernel_check(outcome["kernel_check"])
     seconds["kernel_check"] = time.time() - stage_started
 
+    say("latency", stages)
     stage_started = time.time()
     lengths = [256, 1024, 4096, 16384] if device.startswith("cpu") else [1024, 4096, 16384, 65536]
     outcome["latency_ms"] = attention_latency(device, lengths)
@@ -134,6 +149,7 @@ def write_demo(folder: Path, device: str, seed: int, videos: int, stages: Sequen
         "sensitivity": {str(layer): error for layer, error in result.sensitivity.items()},
         "r": {str(layer): value for layer, value in result.r.items()},
         "videos": videos,
+        "device": device,
         "seconds": seconds | {"total": time.time() - started},
         "environment": {
             "device": device_name(device),
@@ -142,11 +158,35 @@ def write_demo(folder: Path, device: str, seed: int, videos: int, stages: Sequen
             "python": platform.python_version(),
         },
     }
-    film = html_page.side_by_side([film[:SHOWN] for film in films.values()])
+    for name in (
+        "training",
+        "distillation",
+    ):  # their commands name a temporary folder, and report.html has what they say
+        (folder / name / REPORT).unlink(missing_ok=True)
+    film = side_by_side([film[:SHOWN] for film in films.values()])
     save_video(film, folder / "side_by_side.mp4", fps=8, crf=5)
     (folder / "metrics.json").write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
     write_report(folder, outcome, films, WORLD.evaluation_captions(videos), few_films)
     return outcome
+
+
+def parts(stages: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """Return what of PARTS a demo with these stages has."""
+    return {name: part for name, part in PARTS.items() if name != "distillation" or "distill" in stages}
+
+
+def announce(output_dir: Path, stages: Sequence[str]) -> None:
+    """Say where the demo writes and how long it takes."""
+    listed = parts(stages)
+    print(f"the demo writes to {output_dir.resolve()}, which appears when all is done; on two idle cores expect")
+    for what, seconds in [*listed.values(), ("in total", sum(seconds for _, seconds in listed.values()))]:
+        print(f"  {max(1, round(seconds / 60)):2d} min  {what}", flush=True)
+
+
+def say(name: str, stages: Sequence[str]) -> None:
+    """Say which part begins."""
+    listed = parts(stages)
+    print(f"part {list(listed).index(name) + 1} of {len(listed)}: {listed[name][0]}", flush=True)
 
 
 def print_kernel_check(check: dict | None) -> None:
@@ -161,7 +201,7 @@ def print_kernel_check(check: dict | None) -> None:
 
 
 def demo_config(output_dir: Path, seed: int, adm: bool = False) -> TrainConfig:
-    """The recipe "demo", without its validation: the demo compares in a way of its own."""
+    """Return the recipe "demo" without validation, because the demo compares the models itself."""
     options = {"output_dir": output_dir, "seed": seed, "checkpoints_total_limit": 1, "validation.steps": 0}
     options |= {"objective.name": "hybrid"} if adm else {}
     words = (word for name, value in options.items() for word in (f"--{name}", str(value)))

@@ -20,6 +20,7 @@ from linvideo.models import FewStepScheduler, Training, load_pipeline, wan_trans
 from linvideo.models.attention import attach_attention, self_attentions, stored_attention_type
 from linvideo.models.convert import copy_module
 from linvideo.models.wan import LinVideoWanAttnProcessor
+from linvideo.reports.run_report import report
 from linvideo.run.data import Data, Source, open_data, open_run
 from linvideo.run.export import FOLDER, export
 from linvideo.run.gradient import accumulate
@@ -108,6 +109,7 @@ def distill(
         for stage in run.remaining():
             stage(run, data, models)
         pipeline = export(run, data, models.student, how_trained(config, scheduler), scheduler)
+        report(run, data)
     return DistillResult(
         pipeline=pipeline,
         pipeline_path=run.output_dir / FOLDER,

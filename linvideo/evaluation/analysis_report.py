@@ -4,9 +4,9 @@ import html
 import shlex
 from pathlib import Path
 
-from linvideo.evaluation import html_page
 from linvideo.evaluation.analyze import Analysis, LayerSet
 from linvideo.models.describe import ranges
+from linvideo.reports import charts, html_page
 from linvideo.run.run_folder import FEATURE_MAPS
 from linvideo.trajectories.atomic_files import write_text
 
@@ -42,7 +42,7 @@ def write_report(analysis: Analysis, folder: str | Path) -> None:
         ("Proposal", "".join(map(html_page.note, conclusion(analysis))) + steps),
         (
             "Each layer linear by itself",
-            html_page.plot(lambda axes: draw_layers(axes, analysis), size=(9, 3.4))
+            draw_layers(analysis)
             + html_page.table(LAYER_COLUMNS, layer_rows(analysis))
             + html_page.note(
                 "attention output: |linear - softmax|² / |softmax|² after the fit of the feature maps. velocity error:"
@@ -53,7 +53,7 @@ def write_report(analysis: Analysis, folder: str | Path) -> None:
         ),
         (
             "Sets of layers",
-            html_page.plot(lambda axes: draw_sets(axes, analysis), size=(9, 4))
+            draw_sets(analysis)
             + html_page.table(SET_COLUMNS, set_rows(analysis))
             + html_page.note(
                 "The least sensitive layers, in the order of the ranks above, are linear together. Errors of layers do"
@@ -136,34 +136,29 @@ def set_rows(analysis: Analysis) -> list[list]:
     return rows
 
 
-def draw_layers(axes, analysis: Analysis) -> None:
+def draw_layers(analysis: Analysis) -> str:
     proposed = [] if analysis.proposal is None else analysis.proposal.layers
-    layers = list(analysis.sensitivity)
-    colours = ["tab:green" if layer in proposed else "tab:gray" for layer in layers]
-    axes.bar(layers, analysis.sensitivity.values(), color=colours)
-    axes.axhline(analysis.floor, color="black", linewidth=0.8, linestyle="--", label="no linear layer")
-    legend = "layer, counted from 0" + (" (green: proposed)" if proposed else "")
-    axes.set(xlabel=legend, ylabel="velocity error with this layer linear", yscale="log", xticks=layers)
-    axes.tick_params(axis="x", labelsize="small")
-    axes.legend()
+    label = "layer, counted from 0" + (" (green: proposed)" if proposed else "")
+    rules = {"no linear layer": ("y", analysis.floor)}
+    return charts.bars(
+        analysis.sensitivity, label, "velocity error with this layer linear", proposed, rules=rules, width=900
+    )
 
 
-def draw_sets(axes, analysis: Analysis) -> None:
-    sets, proposal = analysis.sets, analysis.proposal
-    axes.plot([s.speedup for s in sets], [s.velocity_error for s in sets], color="tab:gray", marker="o")
-    for chosen in sets:
-        place = {"textcoords": "offset points", "xytext": (6, -10), "fontsize": "small"}
-        axes.annotate(len(chosen.layers), (chosen.speedup, chosen.velocity_error), **place)
-    if proposal is not None:
-        point = ([proposal.speedup], [proposal.velocity_error])
-        axes.plot(*point, color="tab:green", marker="o", markersize=10, linestyle="", label="proposed")
-    if analysis.wanted_speedup is not None:
-        axes.axvline(analysis.wanted_speedup, color="black", linewidth=0.8, linestyle="--", label="wanted")
-        axes.legend()
-    axes.set(
-        xlabel="speedup of one forward over the stock model (labels: number of linear layers)",
-        ylabel="velocity error of the set",
-        yscale="log",
+def draw_sets(analysis: Analysis) -> str:
+    points = [(chosen.speedup, chosen.velocity_error) for chosen in analysis.sets]
+    series = {"sets": points}
+    if analysis.proposal is not None:
+        series["proposed"] = [(analysis.proposal.speedup, analysis.proposal.velocity_error)]
+    return charts.lines(
+        series,
+        "speedup of one forward over the stock model (labels: number of linear layers)",
+        "velocity error of the set",
+        log_y=True,
+        marks=True,
+        notes=[(*point, str(len(chosen.layers))) for point, chosen in zip(points, analysis.sets, strict=True)],
+        rules={} if analysis.wanted_speedup is None else {"wanted": ("x", analysis.wanted_speedup)},
+        width=900,
     )
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from linvideo.ops import linear_attn
 
 CYCLES = 3e6  # of a GPU's clock in a millisecond, or more
+WIDE = 1.5  # a timing is unstable where the 80th percentile is more than this many times the 20th
 
 
 class Timing(NamedTuple):
@@ -92,3 +94,18 @@ def attention_latency(
             linear = time_call(lambda a=(q, k, v): linear_attn(*a, q_weight=weight, k_weight=weight), device)
         rows.append({"tokens": tokens, "softmax": list(softmax), "linear": list(linear)})
     return rows
+
+
+def doubts(rows: list[dict]) -> list[str]:
+    """Say why the rows of `attention_latency` are not to be trusted, [] if they are: a wide spread, or longer sequences
+    that took less time, which both come from other programs on the same machine."""
+    found = []
+    for name in ("softmax", "linear"):
+        for row in rows:
+            _, p20, p80 = row[name]
+            if p80 > WIDE * p20:
+                found.append(f"{name} over {row['tokens']:,} tokens took {p20:.3g} to {p80:.3g} ms (p20 to p80)")
+        for shorter, longer in pairwise(rows):
+            if longer[name][0] < 0.9 * shorter[name][0]:
+                found.append(f"{name} was faster over {longer['tokens']:,} tokens than over {shorter['tokens']:,}")
+    return found

@@ -3,7 +3,6 @@
 import inspect
 import itertools
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +18,10 @@ from PIL import Image
 from linvideo.models import default_fps, video_transformers
 from linvideo.models.generate import generate_video
 from linvideo.models.video_file import check_output, save_video
+from linvideo.progress import show_steps
 from linvideo.run.video_metrics import compare
 from linvideo.trajectories.atomic_files import write_text
+from linvideo.trajectories.devices import process_memory
 from linvideo.trajectories.images import read_image
 from linvideo.trajectories.prompts import Prompt, warn_of_unknown_words
 from linvideo.workspace import in_turn
@@ -105,7 +106,7 @@ def make_videos(
         arguments = {} if image is None else {"image": image}
 
         def run(maker: Any, given: dict, what: str, job: Job = job, arguments: dict = arguments) -> np.ndarray:
-            maker.set_progress_bar_config(desc=what)
+            show_steps(maker, desc=what)
             generator = torch.Generator("cpu").manual_seed(job.seed)
             return generate_video(maker, job.prompt.caption, generator=generator, **arguments, **given)
 
@@ -189,7 +190,7 @@ def measured(pipeline: Any) -> Iterator[Cost]:
         yield cost
     finally:
         cost.seconds = now() - started
-        cost.peak_memory = torch.cuda.max_memory_allocated(device) if cuda else _resident()
+        cost.peak_memory = torch.cuda.max_memory_allocated(device) if cuda else process_memory()
         del scheduler.step
         for handle in handles:
             handle.remove()
@@ -224,13 +225,3 @@ def check_inputs(pipeline: Any, image: Path | None = None, caption: str = "") ->
 def _image(pipeline: Any, prompt: Prompt) -> Image.Image | None:
     check_inputs(pipeline, prompt.image, prompt.caption)
     return None if prompt.image is None else read_image(prompt.image)
-
-
-def _resident() -> int | None:
-    """Return the peak memory of this process in bytes."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else 1024 * used

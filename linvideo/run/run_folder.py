@@ -20,8 +20,9 @@ PROMPT_CACHE = "prompt_embeds.safetensors"
 IMAGE_CACHE = "image_conditions.safetensors"
 FEATURE_MAPS = "feature_maps.safetensors"
 VALIDATION, VALIDATION_ROWS = "validation", "validation.jsonl"
-FILES = ("config.yaml", "metrics.jsonl", VALIDATION_ROWS, "selection.json", WANDB_ID)
-FILES += (FEATURE_MAPS, PROMPT_CACHE, IMAGE_CACHE)
+SELECTION, SUMMARY, REPORT = "selection.json", "summary.json", "report.html"
+FILES = ("config.yaml", "metrics.jsonl", VALIDATION_ROWS, SELECTION, WANDB_ID)
+FILES += (SUMMARY, REPORT, FEATURE_MAPS, PROMPT_CACHE, IMAGE_CACHE)
 FOLDERS = ("trajectories", "pipeline", "logs", "wandb", VALIDATION)
 
 

@@ -15,6 +15,7 @@ from diffusers.training_utils import EMAModel
 
 from linvideo.models import Training, convert, finalize
 from linvideo.models.branches import feature_weights, gates
+from linvideo.reports.run_report import report
 from linvideo.run import run_folder
 from linvideo.run.data import Data, Source, collect_part, open_data, open_run
 from linvideo.run.export import FOLDER, export
@@ -94,6 +95,7 @@ def train(
         for stage in run.remaining():
             stage(run, data, student, teacher)
         pipeline = export(run, data, student, how_trained(config, student))
+        report(run, data)
     return TrainResult(
         pipeline=pipeline,
         pipeline_path=run.output_dir / FOLDER,
@@ -210,7 +212,7 @@ def select_layers(run: Run, data: Data, student: torch.nn.Module, teacher: Calla
     results["linear_layers"] = layers
     summary |= {name: value for name, value in results.items() if name != "seconds"}
     content = {"method": config.method, **summary}
-    run.ranks.on_first(lambda: write_json(run.output_dir / "selection.json", content))
+    run.ranks.on_first(lambda: write_json(run.output_dir / run_folder.SELECTION, content))
 
 
 def learn_r(run: Run, data: Data, student: torch.nn.Module, teacher: Callable) -> None:

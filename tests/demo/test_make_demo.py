@@ -1,13 +1,16 @@
 import json
+import shlex
 
 import pytest
 import torch
 
 from linvideo import describe, load_pipeline
-from linvideo.commands.main import main
-from linvideo.demo import demo_page, evaluate, few_steps, kernel_check, make_demo, teacher
+from linvideo.commands.main import main, make_parser
+from linvideo.demo import demo_page, evaluate, few_steps, kernel_check, make_demo, teacher, verdict
 from linvideo.demo.world import WORLDS
+from linvideo.models.branches import feature_weights
 from linvideo.models.generate import generate_video
+from linvideo.trajectories.atomic_files import read_safetensors
 
 METRICS = {
     "colour",
@@ -45,22 +48,78 @@ def short_demo(tmp_path_factory):
         config.trajectories.num_trajectories = config.trajectories.batch_size = 8
         return config
 
-    configs, full_distillation = [], few_steps.distill_config
+    configs, compared, full_distillation = [], {}, few_steps.distill_config
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make_demo, "demo_config", short)
         patch.setattr(few_steps, "distill_config", short_distillation)
         patch.setattr(make_demo, "attention_latency", lambda device, lengths: [row(n) for n in (64, 128)])
+        patch.setattr(make_demo, "evaluate", lambda *given: compared.update(given[1]) or evaluate.evaluate(*given))
         outcome = make_demo.run_demo(folder, device="cpu", videos=4, stages=make_demo.STAGES)
     assert [config.objective.name for config in configs] == ["hybrid"]
-    return folder, outcome
+    return folder, outcome, compared
 
 
 def row(tokens: int) -> dict:
     return {"tokens": tokens, "softmax": [1.0, 1.0, 1.0], "linear": [1.0, 1.0, 1.0]}
 
 
+def test_every_converted_model_has_fitted_feature_maps(short_demo):
+    """The baselines differ in the choice of layers and in fine-tuning, and in nothing else."""
+    _, fitted = read_safetensors(short_demo[0] / "training" / "feature_maps.safetensors")
+    for name in ("same_layers_untrained", "alternate_untrained"):
+        weights = feature_weights(short_demo[2][name])
+        assert len(weights) == 8 and all(torch.equal(weight, fitted[key]) for key, weight in weights.items())
+
+
+def test_what_the_command_says_at_its_start(capsys, tmp_path):
+    make_demo.announce(tmp_path / "demo", ["transfer"])
+    make_demo.say("latency", ["transfer"])
+    said = capsys.readouterr().out
+    assert str(tmp_path / "demo") in said and "part 4 of 4: timing" in said and "distillation" not in said
+
+
+@pytest.mark.parametrize(
+    "final, expected",
+    [
+        (48, "48 of 48 videos are good after fine-tuning (20 before it), as many as the teacher's 48"),
+        (
+            46,
+            "good after fine-tuning (20 before it), which 48 videos cannot tell from the teacher's 48",
+        ),
+        (20, "(20 before it), fewer than the teacher's 48: the conversion has cost quality here"),
+    ],
+)
+def test_the_verdict_says_what_came_out(final, expected):
+    models = {"teacher": 48, "same_layers_untrained": 20, "final": final}
+    outcome = {name: {"good": count / 48, "psnr_to_teacher": 20.0} for name, count in models.items()}
+    outcome |= {"videos": 48, "layers_linear": [0, 1], "sensitivity": {"0": 1.0, "1": 2.0, "2": 3.0, "3": 4.0}}
+    said = verdict.verdict(outcome)
+    assert said.startswith("Half of the attention layers are linear") and expected in said
+
+
+def test_an_interval_is_not_empty_at_its_ends():
+    assert verdict.counted(1.0, 48) == "48 of 48 (93–100%)" and verdict.counted(0.0, 48) == "0 of 48 (0–7%)"
+
+
+def test_timings_of_a_busy_machine_are_not_shown_as_a_result(short_demo):
+    rows = [row(1024), row(4096)]
+    steady = demo_page.speed({"latency_ms": rows, "device": "cpu", "environment": {"device": "CPU"}})
+    assert "softmax / linear" in steady and "Do not trust" not in steady
+    rows[1]["linear"] = [0.1, 0.1, 9.0]
+    busy = demo_page.speed({"latency_ms": rows, "device": "cpu", "environment": {"device": "CPU"}})
+    assert "Do not trust" in busy and "softmax / linear" not in busy and "<svg" not in busy
+
+
+def test_the_next_commands_are_commands():
+    parser = make_parser()
+    for _, line in demo_page.NEXT:
+        program, *words = shlex.split(line)
+        args, rest = parser.parse_known_args(words)
+        assert program == "linvideo" and ("config_options" in args or not rest)
+
+
 def test_demo_leaves_a_complete_folder(short_demo):
-    folder, outcome = short_demo
+    folder, outcome, _ = short_demo
     assert {file.name for file in folder.iterdir()} == {
         "distillation",
         "distilled",
@@ -79,18 +138,23 @@ def test_demo_leaves_a_complete_folder(short_demo):
         assert set(written[name]) == METRICS
     assert written["teacher"]["own_state_error"] == 0
     document = (folder / "report.html").read_text()
-    assert document.count("data:image/png") == 6 and "http" not in document
+    assert "http" not in document
+    assert document.count("data:image/webp") == 4 * 4 + 2 * 3  # prompts x models, of the transfer and of few steps
+    for what in ("Next: your own model", "of 4 videos are good", *demo_page.NAMES.values()):
+        assert what in document
+    assert document.index("Good: colour") < document.index("<h2>")  # defined before it is used in a table
+    assert not (folder / "training" / "report.html").exists()
 
 
 def test_demo_converts_half_of_the_layers(short_demo):
-    folder, outcome = short_demo
+    folder, outcome, _ = short_demo
     found = describe(load_pipeline(folder / "pipeline").transformer)
     assert found.layers_linear == outcome["layers_linear"] and len(found.layers_linear) == 4
     assert not found.layers_mixed
 
 
 def test_the_distilled_model_samples_in_two_steps(short_demo):
-    folder, outcome = short_demo
+    folder, outcome, _ = short_demo
     assert load_pipeline(folder / "distilled").scheduler.config.timesteps == outcome["few_steps"]["timesteps"]
     assert len(outcome["few_steps"]["timesteps"]) == 2
     assert set(outcome["few_steps"]["models"]) == {"teacher", "converted", "distilled"}
@@ -121,7 +185,7 @@ def test_kernel_step_agrees_with_the_reference(short_demo):
 
 
 def test_existing_folder_is_refused_and_kept(short_demo):
-    folder, _ = short_demo
+    folder, *_ = short_demo
     before = (folder / "metrics.json").read_bytes()
     with pytest.raises(ValueError, match="exists"):
         make_demo.run_demo(folder)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from pages import Page
 from tiny import tiny_pipeline
 
 from linvideo import convert, save_pipeline
@@ -171,6 +172,10 @@ def test_the_fidelity_command(folders, tmp_path, capsys):
     assert main([*command, "--teacher", str(folders / "stock"), "--num_prompts", "2"]) == 0
     out = capsys.readouterr().out
     assert "[2/2] PSNR" in out and "psnr " in out and "over 2 prompts" in out
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert "Over 2 prompts" in page.text and "structural similarity" in page.text
+    # of two videos the median is also the highest
+    assert len(page.images) == 4 and all((tmp_path / "out" / link).is_file() for link in page.links)
 
 
 INFO = [
@@ -241,6 +246,7 @@ def test_the_vbench_command(folders, full_info, tmp_path, capsys, monkeypatch):
     assert main(command) == 0
     assert "vbench evaluate --videos_path" in capsys.readouterr().out
     assert len(list((tmp_path / "out" / "videos").iterdir())) == 5
+    assert "There are no scores yet" in (tmp_path / "out" / "report.html").read_text()
 
     class Judge:
         def __init__(self, device, full_info_dir, output_path):
@@ -257,3 +263,5 @@ def test_the_vbench_command(folders, full_info, tmp_path, capsys, monkeypatch):
     assert main(command) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("imaging_quality"))
     assert line.split() == ["imaging_quality", "50.00", "66.25", "66.07", "65.62"]
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert page.links == ["videos/a%20cat-0.mp4"] and "66.07" in page.text

@@ -8,6 +8,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from pages import Page
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import assert_same_run
 from tiny import tiny_pipeline
@@ -51,6 +52,13 @@ def files(folder: Path) -> dict[str, bytes]:
 def assert_same_validation(folder: Path, reference: Path) -> None:
     assert read_metrics(folder / "validation.jsonl") == read_metrics(reference / "validation.jsonl")
     assert files(folder) == files(reference)
+
+
+def test_the_report_shows_the_last_validation(validated):
+    page = Page((validated / "report.html").read_text())
+    assert page.links == [f"validation/{folder}/{i}.mp4" for i in range(2) for folder in ("teacher", "step-15")]
+    assert all((validated / link).is_file() for link in page.links)
+    assert all(f"“{PROMPTS[i]}”" in page.text for i in spread(len(PROMPTS), 2))
 
 
 def test_the_run_is_the_same_with_and_without_validation(plain, validated):
