@@ -75,7 +75,7 @@ def test_generate_many_videos(folder, tmp_path, capsys):
     assert len(imageio.mimread(output / "0000-7.mp4")) == 5
     assert [json.loads(line)["video"] for line in (output / "videos.jsonl").read_text().splitlines()] == names
     (output / "videos.jsonl").write_text("mine")
-    assert "no index of videos" in refused(capsys, *words, "--overwrite")
+    assert "is not an index of videos" in refused(capsys, *words, "--overwrite")
     assert (output / "videos.jsonl").read_text() == "mine"
 
 
