@@ -10,7 +10,7 @@ PYTHON := $(VENV)/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2
 INSTALLED := $(VENV)/.linvideo-installed
 # What test-fast runs: the rules of the layout and the wording, the op, layers, models, configs and the method's parts.
-FAST := tests/test_structure.py tests/ops/test_grid.py tests/ops/test_reference.py \
+FAST := tests/test_structure.py tests/test_wording.py tests/ops/test_grid.py tests/ops/test_reference.py \
 	tests/ops/test_linear_attn_errors.py tests/nn tests/models/test_convert.py tests/transfer/test_selection.py
 FAST_KERNELS := tests/kernels/test_edges.py
 
