@@ -2,7 +2,7 @@
 
 import argparse
 
-from linvideo.commands.shared import add_config_options, announce_run, read_training_config
+from linvideo.commands.shared import add_config_options, announce_run, print_report, read_training_config
 
 SUMMARY = "train a converted pipeline to sample in a few steps without guidance; also under torchrun"
 EXAMPLES = """
@@ -25,3 +25,4 @@ def run(args: argparse.Namespace) -> None:
     disconnect()  # not after an error, see train_command
     if result.pipeline is not None:
         print(f"the distilled pipeline samples at the timesteps {result.timesteps} and is in {result.pipeline_path}")
+        print_report(config.output_dir)

@@ -260,6 +260,14 @@ def announce_run(config, stages: dict[str, int]) -> None:
     )
 
 
+def print_report(folder: str) -> None:
+    """Say where a run's report is, unless writing it has failed."""
+    from linvideo.run.run_folder import REPORT
+
+    if (report := Path(folder) / REPORT).is_file():
+        print(f"losses, layers, videos and the next commands: {report}")
+
+
 def print_transformers(pipeline) -> dict:
     """Print the kinds of the attention layers, and return the transformers by name."""
     from linvideo import models

@@ -2,7 +2,7 @@
 
 import argparse
 
-from linvideo.commands.shared import TEACHER, add_config_options, announce_run, read_training_config
+from linvideo.commands.shared import TEACHER, add_config_options, announce_run, print_report, read_training_config
 
 SUMMARY = "convert a stock pipeline by selective transfer and fine-tune it; also under torchrun"
 EXAMPLES = """
@@ -27,3 +27,4 @@ def run(args: argparse.Namespace) -> None:
     disconnect()  # not after an error: the other ranks may wait in a collective that this one will never join
     if result.pipeline is not None:  # only the first rank has it
         print(f"linear layers: {result.layers_linear}; the converted pipeline is in {result.pipeline_path}")
+        print_report(config.output_dir)

@@ -161,7 +161,7 @@ def speed(outcome: dict) -> str:
     table = [[*row, f"{ratio:.2f}"] for row, ratio in zip(spread, ratios, strict=True)]
     return (
         html_page.note(f"{faster(rows)} The embedded model has 128 tokens; Wan 2.1 at 480p has 32,760.")
-        + charts.lines(series, "tokens", "milliseconds", log_x=True, log_y=True, marks=True)
+        + charts.lines(series, "tokens", "milliseconds", xscale="log", yscale="log", marks=True)
         + html_page.table([*columns, "softmax / linear"], table)
         + html_page.note(note)
     )

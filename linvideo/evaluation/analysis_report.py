@@ -141,7 +141,7 @@ def draw_layers(analysis: Analysis) -> str:
     label = "layer, counted from 0" + (" (green: proposed)" if proposed else "")
     rules = {"no linear layer": ("y", analysis.floor)}
     return charts.bars(
-        analysis.sensitivity, label, "velocity error with this layer linear", proposed, rules=rules, width=900
+        analysis.sensitivity, label, "velocity error with this layer linear", proposed, rules=rules, width=9
     )
 
 
@@ -154,11 +154,11 @@ def draw_sets(analysis: Analysis) -> str:
         series,
         "speedup of one forward over the stock model (labels: number of linear layers)",
         "velocity error of the set",
-        log_y=True,
+        yscale="log",
         marks=True,
         notes=[(*point, str(len(chosen.layers))) for point, chosen in zip(points, analysis.sets, strict=True)],
         rules={} if analysis.wanted_speedup is None else {"wanted": ("x", analysis.wanted_speedup)},
-        width=900,
+        width=9,
     )
 
 

@@ -20,7 +20,7 @@ pre { background: #f6f6f6; padding: .6em .8em; font-size: .88em; white-space: pr
 figure { margin: 1.2em 0 } figcaption { font-weight: 600; margin-bottom: .3em }
 .films { display: flex; flex-wrap: wrap; gap: 12px } .films > div { flex: 1 1 0; min-width: 120px; max-width: 340px }
 .films img { width: 100%; display: block; background: #000 } .films span { font-size: .88em; color: #444 }
-.pixels { image-rendering: pixelated } .wide { width: 100% } svg { max-width: 100%; height: auto }
+.pixels { image-rendering: pixelated } .wide { width: 100% } img { max-width: 100% }
 """
 
 
@@ -73,7 +73,7 @@ def commands(steps: list[tuple[str, str]]) -> str:
 
 
 def image_tag(data: bytes, kind: str = "png", style: str = "", alt: str = "") -> str:
-    """Return a picture inside the page; kind: "png" or "webp"; style: names of the style sheet's classes."""
+    """Return a picture inside the page; kind: "png", "webp" or "svg+xml"; style: names of the style sheet's classes."""
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return f"<img class='{style}' alt='{html.escape(alt)}' src='{source}'>"
 

@@ -127,10 +127,10 @@ def training(rows: list[dict[str, Any]], linear: list[int]) -> str:
         r,
         "step of the selection (green: became linear)",
         "r (1: softmax, 0: linear)",
-        y_range=(-0.05, 1.05),
+        ylim=(-0.05, 1.05),
         colours=colours,
     )
-    return charts.lines(losses, "step of the run", "loss of the stage", log_y=True) + selection
+    return charts.lines(losses, "step of the run", "loss of the stage", yscale="log") + selection
 
 
 def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -102,7 +102,7 @@ def _values(argv: list[str], parser: Any, defaults: bool = True) -> dict[str, An
     for place, word in enumerate(argv):
         if word == "--config" and (place + 1 == len(argv) or argv[place + 1].startswith("--")):
             raise ValueError("--config must name a YAML file or a recipe, got nothing")
-        if place and argv[place - 1] == "--config" and not Path(word).exists():
+        if place and argv[place - 1] == "--config" and (not Path(word).exists() or Path(word).is_dir()):
             if word not in names and ":" not in word:  # with a colon it may be YAML text
                 known = ", ".join(sorted(names))
                 raise ValueError(f"--config must be a YAML file or the name of a recipe, got {word}; recipes: {known}")

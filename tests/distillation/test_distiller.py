@@ -373,9 +373,9 @@ def test_the_command_distils_what_is_in_folders(folders, whole, tmp_path, capsys
     flags = ["--config", tmp_path / "run.yaml", "--student_model_name_or_path", student]
     flags += ["--prompts.prompts_file", tmp_path / "captions.txt"]
     assert main(["distill", *map(str, flags)]) == 0
-    assert f"timesteps: [1000.0, 500.0]; saved the distilled pipeline to {tmp_path / 'run' / 'pipeline'}" in (
-        capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "timesteps [1000.0, 500.0]" in said and f"is in {tmp_path / 'run' / 'pipeline'}" in said
+    assert f"{tmp_path / 'run' / 'report.html'}" in said
     assert same(exported(tmp_path / "run"), exported(whole[0]))
 
 

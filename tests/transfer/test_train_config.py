@@ -156,6 +156,16 @@ HOSTILE = [
 ]
 
 
+def test_a_folder_does_not_hide_a_recipe(tmp_path, monkeypatch):
+    """`linvideo demo --output_dir demo` leaves one of that name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert load_config(["--config", "demo", "--output_dir", "run"], TrainConfig).max_train_steps == 300
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="must be a YAML file or the name of a recipe, got run"):
+        load_config(["--config", "run", "--output_dir", "run"], TrainConfig)
+
+
 @pytest.mark.parametrize("line, expected", HOSTILE)
 @pytest.mark.parametrize("place", ["file", "command line"])
 def test_a_config_imports_no_module(tmp_path, monkeypatch, line, expected, place):
