@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("linvideo", "kernels", "benchmarks", "examples", "docs", "tests")
-MOST_WORDS = 1000  # of README.md
+MOST_WORDS = 1000  # of README.md, without the table of speeds that the benchmarks fill in
 # phrase -> what to write
 PHRASES = {
     r"\bbeside\b": "next to, besides",
@@ -67,4 +67,5 @@ def test_phrases_and_descriptions():
 
 
 def test_readme_is_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= MOST_WORDS
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(re.sub("<!-- headline: begin -->.*<!-- headline: end -->", "", text, flags=re.S).split()) <= MOST_WORDS
