@@ -15,5 +15,5 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # of linvideo turn into lines there, see progress.py.
 if sys.stderr is not None and not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")
-# Likewise before transformers is imported, whose notices (of optional packages, say) would be the first thing on screen.
+# Before transformers is imported: its notices of optional packages would be the first thing on the screen.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from linvideo.demo.verdict import MEANINGS, counted, verdict
-from linvideo.evaluation.latency import doubts
+from linvideo.evaluation.latency import doubts, unstable
 from linvideo.reports import charts, films, html_page
 from linvideo.reports.layer_choice import layer_choice
 from linvideo.reports.run_report import training
@@ -141,7 +141,7 @@ def speed(outcome: dict) -> str:
     spread = [[row["tokens"], *(timing(row[name]) for name in ("softmax", "linear"))] for row in rows]
     columns = ["tokens", "softmax, ms (p20 to p80)", "linear, ms (p20 to p80)"]
     note = f"One forward of 4 heads of 24, fp32, on {device}: the median, and the 20th and 80th percentile."
-    if unstable := doubts(rows):
+    if reasons := doubts(rows):
         lengths = [row["tokens"] for row in rows]
         again = (
             'python -c "from linvideo.evaluation.latency import attention_latency;'
@@ -149,7 +149,7 @@ def speed(outcome: dict) -> str:
         )
         return (
             html_page.paragraph(
-                f"Do not trust these timings: the machine was busy. {'; '.join(unstable)}.".replace("..", "."),
+                f"Do not trust these timings: the machine was busy. {'; '.join(reasons)}.".replace("..", "."),
                 "warning",
             )
             + html_page.table(columns, spread)
@@ -169,7 +169,7 @@ def speed(outcome: dict) -> str:
 
 def timing(values: list[float]) -> str:
     median, p20, p80 = (f"{value:.3g}" if value < 100 else f"{value:,.0f}" for value in values)
-    return f"{median} ({p20} to {p80})"
+    return f"{median} ({p20} to {p80}{', unstable' if unstable(values) else ''})"
 
 
 def faster(rows: list[dict]) -> str:

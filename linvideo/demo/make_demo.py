@@ -37,11 +37,11 @@ CONTENT |= {"side_by_side.mp4", "frames.png", "few_steps.png"}
 SHOWN = 4  # videos in the side-by-side film
 # Name in metrics.json's seconds -> what is done, and about how many seconds it takes on two idle cores of an AMD EPYC.
 PARTS = {
-    "training": ("trajectories, warm-up, choice of layers and fine-tuning", 290),
-    "evaluation": ("videos of the teacher and three converted models, and their metrics", 50),
+    "training": ("trajectories, warm-up, choice of layers and fine-tuning", 210),
+    "evaluation": ("videos of the teacher and three converted models, and their metrics", 150),
     "distillation": ("distillation to two steps", 300),
-    "kernel_check": ("a training step through the Triton kernels", 25),
-    "latency": ("timing of softmax and linear attention", 15),
+    "kernel_check": ("a training step through the Triton kernels", 30),
+    "latency": ("timing of softmax and linear attention", 10),
 }
 
 

@@ -1,7 +1,7 @@
 """How long a call takes on this device, and softmax against linear attention over the sequence length."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -96,15 +96,24 @@ def attention_latency(
     return rows
 
 
+def unstable(timing: Sequence[float]) -> bool:
+    """Say whether the spread of a timing (median, p20, p80) is wide."""
+    return timing[2] > WIDE * timing[1]
+
+
 def doubts(rows: list[dict]) -> list[str]:
-    """Say why the rows of `attention_latency` are not to be trusted, [] if they are: a wide spread, or longer sequences
-    that took less time, which both come from other programs on the same machine."""
+    """Say why the rows of `attention_latency` are not to be trusted; [] if they are.
+
+    Other programs on the same machine make longer sequences take less time, or timings so unstable that they do not say
+    which attention is faster.
+    """
     found = []
+    for row in rows:
+        wide = [name for name in ("softmax", "linear") if unstable(row[name])]
+        if wide and max(row["softmax"][1], row["linear"][1]) < min(row["softmax"][2], row["linear"][2]):
+            _, p20, p80 = row[wide[0]]
+            found.append(f"{wide[0]} over {row['tokens']:,} tokens took {p20:.3g} to {p80:.3g} ms (p20 to p80)")
     for name in ("softmax", "linear"):
-        for row in rows:
-            _, p20, p80 = row[name]
-            if p80 > WIDE * p20:
-                found.append(f"{name} over {row['tokens']:,} tokens took {p20:.3g} to {p80:.3g} ms (p20 to p80)")
         for shorter, longer in pairwise(rows):
             if longer[name][0] < 0.9 * shorter[name][0]:
                 found.append(f"{name} was faster over {longer['tokens']:,} tokens than over {shorter['tokens']:,}")

@@ -42,8 +42,9 @@ def lines(
     for name, points in kept.items():
         colour = None if colours is None else colours[name]
         axes.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=1.2, marker="o" if marks else None)
-        if colours is not None:
-            axes.annotate(name, points[-1], (3, 0), textcoords="offset points", va="center", fontsize=8)
+    if colours is not None:
+        for place, names in _ends(kept):
+            axes.annotate(", ".join(names), place, (3, 0), textcoords="offset points", va="center", fontsize=8)
     for a, b, text in notes:
         axes.annotate(text, (a, b), (5, -10), textcoords="offset points", fontsize=9)
     if colours is None and len(series) > 1:
@@ -63,6 +64,18 @@ def bars(
     axes.bar(list(shown), list(shown.values()), color=[CHOSEN if name in chosen else OTHER for name in shown])
     rules = {label: rule for label, rule in (rules or {}).items() if rule[1] > 0}
     return _finished(figure, x, y, rules, {"yscale": "log", "xticks": list(values)})
+
+
+def _ends(series: Mapping[str, Sequence[tuple[float, float]]]) -> list[tuple[tuple[float, float], list[str]]]:
+    """Return (end of a line, names): lines that end close to each other share a label."""
+    heights = [y for points in series.values() for _, y in points]
+    found: list[tuple[tuple[float, float], list[str]]] = []
+    for name, points in sorted(series.items(), key=lambda item: item[1][-1][1]):
+        if found and points[-1][1] - found[-1][0][1] <= 0.04 * (max(heights) - min(heights)):
+            found[-1][1].append(name)
+        else:
+            found.append((points[-1], [name]))
+    return found
 
 
 def _figure(width: float):
