@@ -110,7 +110,7 @@ def doubts(rows: list[dict]) -> list[str]:
     found = []
     for row in rows:
         wide = [name for name in ("softmax", "linear") if unstable(row[name])]
-        if wide and max(row["softmax"][1], row["linear"][1]) < min(row["softmax"][2], row["linear"][2]):
+        if wide and max(row["softmax"][1], row["linear"][1]) <= min(row["softmax"][2], row["linear"][2]):
             _, p20, p80 = row[wide[0]]
             found.append(f"{wide[0]} over {row['tokens']:,} tokens took {p20:.3g} to {p80:.3g} ms (p20 to p80)")
     for name in ("softmax", "linear"):

@@ -101,7 +101,7 @@ def test_an_interval_is_not_empty_at_its_ends():
     assert verdict.counted(1.0, 48) == "48 of 48 (93–100%)" and verdict.counted(0.0, 48) == "0 of 48 (0–7%)"
 
 
-def test_timings_of_a_busy_machine_are_not_shown_as_a_result(short_demo):
+def test_timings_of_a_busy_machine_are_not_shown_as_a_result():
     rows = [row(1024), row(4096)]
 
     def speed(rows: list[dict]) -> str:
