@@ -11,7 +11,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1060px; mar
 h1 { font-size: 1.7em; margin-bottom: .2em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd }
 table { border-collapse: collapse; font-size: .88em } th { background: #f4f4f4 }
 th, td { padding: .3em .6em; border: 1px solid #ddd; text-align: right }
-td { white-space: nowrap }
+td { white-space: nowrap } td:first-child { white-space: normal }
 th:first-child, td:first-child { text-align: left } p.note { color: #555; font-size: .92em }
 p.verdict { font-size: 1.15em; background: #f2f7f2; border-left: 4px solid #2ca02c; padding: .7em 1em }
 p.warning { background: #fff4e5; border-left: 4px solid #ff7f0e; padding: .7em 1em }
