@@ -93,8 +93,7 @@ def distill(
 
     Raises:
         ValueError: The reasons of `train`, or: there is no student, it does not fit the teacher or has mixed layers;
-        the
-            discriminator's layer does not exist; the pipeline has two experts (Wan 2.2).
+            the discriminator's layer does not exist; the pipeline has two experts (Wan 2.2).
         TrainingDiverged: See `train`.
         TrainingStopped: See `train`.
         OSError: See `train`.

@@ -78,8 +78,7 @@ def train(
 
     Raises:
         ValueError: Before anything is written: there is no teacher, the pipeline or settings don't fit, another run
-        uses
-            the folder, or its trajectories or checkpoint belong to another request or config. Later: with
+            uses the folder, or its trajectories or checkpoint belong to another request or config. Later: with
             selection.rounding "threshold", no learned r is below 0.5.
         TrainingDiverged: See config.max_nonfinite_steps.
         TrainingStopped: SIGTERM or Ctrl-C came. If it came during a stage's steps, a checkpoint was saved first.

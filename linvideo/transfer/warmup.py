@@ -109,8 +109,7 @@ def load_feature_maps(model: torch.nn.Module, path: str | Path) -> torch.nn.Modu
 
     Raises:
         ValueError: The file is missing or damaged, or its weights for a linear layer of `model` are missing, have
-        another
-            shape or are not finite.
+            another shape or are not finite.
     """
     _, tensors = read_safetensors(path)
     with torch.no_grad():
