@@ -7,8 +7,8 @@ identity of flow.py,
     s_T - s_S = -((1 - t) / t) (u_T - u_S),
 
 with both velocities evaluated at x_hat_t and without gradient. The student provides its own score, so no fake-score
-network is needed. The paper does not say how x_hat_t is drawn. Two readings are implemented here. A third one, which
-re-noises the student's one-step x_0, is left out because it diverges.
+network is needed. How the paper draws x_hat_t is not known to us. Two readings are implemented here. A third one,
+which re-noises the student's one-step x_0, is left out because it lost variety in our ablations (docs/results.md).
 """
 
 from dataclasses import dataclass
