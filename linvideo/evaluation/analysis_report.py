@@ -1,6 +1,5 @@
 """An analysis as text for the terminal, and as report.html, a single file with its plots inside."""
 
-import html
 import shlex
 from pathlib import Path
 
@@ -35,11 +34,11 @@ def text(analysis: Analysis, folder: str | Path) -> str:
 
 def write_report(analysis: Analysis, folder: str | Path) -> None:
     """Write report.html into the analysis's output_dir."""
-    steps = "".join(
-        f"{html_page.note(what)}<pre>{html.escape(line)}</pre>" for what, line in commands(analysis, folder)
-    )
     sections = [
-        ("Proposal", "".join(map(html_page.note, conclusion(analysis))) + steps),
+        (
+            "Proposal",
+            "".join(map(html_page.note, conclusion(analysis))) + html_page.commands(commands(analysis, folder)),
+        ),
         (
             "Each layer linear by itself",
             draw_layers(analysis)
