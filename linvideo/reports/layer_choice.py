@@ -43,18 +43,18 @@ def reason(linear: Sequence[int], sensitivity: Mapping[int, float], r: Mapping[i
         return (
             f"{how} They are also the least sensitive ones." if len(linear) > 1 else f"{how} It is the least sensitive."
         )
+    how += f" By sensitivity alone {named(passed_over, r)} would have been taken in place of {named(instead, r)}."
     if not r:
-        return f"{how} Less sensitive are {named(passed_over)}, and not {named(instead)}."
+        return how
     return (
-        f"{how} By sensitivity alone {named(passed_over, r)} would have been taken in place of {named(instead, r)}."
-        " Sensitivity measures one layer at a time, and errors of several layers do not add. r is learned while all"
-        " layers are mixed and all weights train, so that it also sees what layers do to each other, and how well the"
-        " rest of the model makes up for a linear layer."
+        f"{how} Sensitivity measures one layer at a time, and errors of several layers do not add. r is learned while"
+        " all layers are mixed and all weights train, so that it also sees what layers do to each other, and how well"
+        " the rest of the model makes up for a linear layer."
     )
 
 
-def named(layers: Sequence[int], r: Mapping[int, float] | None = None) -> str:
-    """Say "layer 3 (r 0.41)" or "layers 3 and 5"."""
-    words = [str(layer) if r is None else f"{layer} (r {r[layer]:.2f})" for layer in layers]
+def named(layers: Sequence[int], r: Mapping[int, float]) -> str:
+    """Say "layer 3 (r 0.41)", or "layers 3 and 5" without a learned r."""
+    words = [str(layer) if not r else f"{layer} (r {r[layer]:.2f})" for layer in layers]
     listed = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
     return f"{'layer' if len(words) == 1 else 'layers'} {listed}"
