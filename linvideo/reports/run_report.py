@@ -99,7 +99,7 @@ def verdict(linear: list[int], rows: list[dict[str, Any]], validations: list[dic
             first, last = mean(losses[:tenth]), mean(losses[-tenth:])
             change = "fell" if last < first else "did not fall: it went"
             change += f" from {first:.4g} to {last:.4g} over {len(losses):,} steps"
-            parts.append(f"the loss of {in_words(stage)} {change}")
+            parts.append(f"the loss of {trained(stage)} {change}")
     if validations:
         last = validations[-1]
         parts.append(
@@ -116,7 +116,7 @@ def training(rows: list[dict[str, Any]], linear: list[int]) -> str:
     """Return the charts of loss and r; rows: of metrics.jsonl."""
     stages = dict.fromkeys(row["stage"] for row in rows)
     losses = {
-        in_words(stage): thinned([(row["step"], row["loss"]) for row in rows if row["stage"] == stage])
+        trained(stage): thinned([(row["step"], row["loss"]) for row in rows if row["stage"] == stage])
         for stage in stages
     }
     learned = [row for row in rows if row.get("r")]
@@ -174,6 +174,11 @@ def costs(summary: dict[str, Any]) -> str:
 
 def in_words(stage: str) -> str:
     return STAGES.get(stage, stage)
+
+
+def trained(stage: str) -> str:
+    """Name a stage whose loss is shown; in distribution matching it is the critic's, in every step."""
+    return f"{in_words(stage)}{' (the critic)' * (stage == 'dmd')}"
 
 
 def duration(seconds: float) -> str:
