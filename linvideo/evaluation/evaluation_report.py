@@ -20,10 +20,12 @@ def write_fidelity_report(folder: Path, student: str, teacher: str) -> None:
     means = summary(rows)
     (psnr, psnr_spread), (ssim, _) = means["psnr"], means["ssim"]
     verdict = (
-        f"Over {len(rows)} prompts the converted model's videos have a PSNR of {psnr:.1f} dB and an SSIM of {ssim:.2f}"
-        f" to its teacher's from the same noise. The mean PSNR is uncertain by {psnr_spread / len(rows) ** 0.5:.2g} dB"
-        " (one standard error)."
+        f"Over {len(rows)} prompt{'s' * (len(rows) > 1)} the converted model's videos have a PSNR of {psnr:.1f} dB and"
+        f" an SSIM of {ssim:.2f} to its teacher's from the same noise."
     )
+    if len(rows) > 1:
+        error = psnr_spread / len(rows) ** 0.5
+        verdict += f" The mean PSNR is uncertain by {error:.2g} dB (one standard error)."
     order = sorted(range(len(rows)), key=lambda number: (not math.isnan(rows[number]["psnr"]), rows[number]["psnr"]))
     chosen = {"lowest PSNR": order[0], "median": order[len(order) // 2], "highest PSNR": order[-1]}
     shown = {number: what for what, number in chosen.items()}
