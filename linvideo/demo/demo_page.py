@@ -148,10 +148,7 @@ def speed(outcome: dict) -> str:
             f" print(*attention_latency('{outcome['device']}', {lengths}), sep='\\n')\""
         )
         return (
-            html_page.paragraph(
-                f"Do not trust these timings: the machine was busy. {'; '.join(reasons)}.".replace("..", "."),
-                "warning",
-            )
+            html_page.paragraph(f"Do not trust these timings: the machine was busy. {'; '.join(reasons)}.", "warning")
             + html_page.table(columns, spread)
             + html_page.note(note)
             + html_page.commands([("Measure again, with nothing else running:", again)])

@@ -158,10 +158,8 @@ def write_demo(folder: Path, device: str, seed: int, videos: int, stages: Sequen
             "python": platform.python_version(),
         },
     }
-    for name in (
-        "training",
-        "distillation",
-    ):  # their commands name a temporary folder, and report.html has what they say
+    # the runs' own reports name a temporary folder in their commands, and the demo's has what they say
+    for name in ("training", "distillation"):
         (folder / name / REPORT).unlink(missing_ok=True)
     film = side_by_side([film[:SHOWN] for film in films.values()])
     save_video(film, folder / "side_by_side.mp4", fps=8, crf=5)

@@ -139,7 +139,7 @@ class TeacherRun:
             self.seconds = before + time.monotonic() - started
             progress.update()
             if self.step % 50 == 0:
-                progress.set_postfix(loss=f"{self.loss.item():.4f}")
+                progress.set_postfix(loss=f"{self.loss.item():.4f}", refresh=False)
             if self.step % checkpointing_steps == 0:
                 self.save_state(state_dir)
         progress.close()

@@ -47,7 +47,7 @@ def lines(
             axes.annotate(", ".join(names), place, (3, 0), textcoords="offset points", va="center", fontsize=8)
     for a, b, text in notes:
         axes.annotate(text, (a, b), (5, -10), textcoords="offset points", fontsize=9)
-    if colours is None and len(series) > 1:
+    if colours is None and len(kept) > 1:
         axes.legend(fontsize=9, frameon=False)
     return _finished(figure, x, y, rules, axes_options)
 
