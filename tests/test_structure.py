@@ -23,8 +23,8 @@ RANK = {
     "linvideo_kernels": 0,
     "linvideo._diffusers_hook": 0,  # standard library only
     "linvideo.packaged": 0,  # the same
-    "linvideo.progress": 0,  # and tqdm
     "linvideo.workspace": 0,  # the same
+    "linvideo.progress": 0,  # and tqdm
     "linvideo.trajectories": 1,  # no model code: it samples the pipeline that it is given
     "linvideo.ops": 1,
     "linvideo.nn": 2,
