@@ -28,6 +28,11 @@ This page is written by `python -m benchmarks.report` from the files in [benchma
 The first two write their results into benchmarks/results and then this page. `make evidence` writes its results into
 runs/evidence; copy them to benchmarks/results and run `python -m benchmarks.report`.
 
+The op is compared with eager and compiled PyTorch, every softmax backend of PyTorch, FlashAttention 2 to 4,
+SageAttention, a block-sparse FlexAttention, SLA, flash-linear-attention (causal) and
+flash-bidirectional-linear-attention, where they are installed; `--peers WORD` runs only some. Where time is short,
+`--part 1/8` to `8/8` divide the work, and `--time_limit SECONDS` starts no new row after that time.
+
 `python -m benchmarks.host` times Python, PyTorch's dispatch and Triton's launches until the last kernel of a call is
 launched, on tensors without memory and with launches that start nothing. A model whose kernels take less time than this
 waits for the host; CUDA graphs help there. `--shape` selects one of the attention shapes, and `--against REV` times
