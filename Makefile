@@ -52,7 +52,7 @@ test-gpu: $(INSTALLED)  ## run the kernels' tests on this machine's GPU (a few m
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 8 --maxschedchunk 1 -m "not full" \
 		tests/kernels/test_many_tiles.py $(filter-out %/test_many_tiles.py,$(wildcard tests/kernels/test_*.py))
 
-attack: $(INSTALLED)  ## damage files, kill, double and misuse the commands on tiny models (half an hour; ARGS="kill --count 3")
+attack: $(INSTALLED)  ## damage files, kill, double and misuse the commands on tiny models (forty minutes; ARGS="kill --count 3")
 	$(PYTHON) -m tests.attack $(ARGS)
 
 evidence: $(INSTALLED)  ## test and time everything that matters on this machine's GPU within ten minutes, into runs/evidence

@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
     from linvideo import models
     from linvideo.evaluation.analysis_report import text, write_report
     from linvideo.evaluation.analyze import analyze
+    from linvideo.reports.html_page import if_possible
     from linvideo.trajectories.collect import TrajectoryConfig
     from linvideo.trajectories.prompts import read_prompts_with_images, some_of
     from linvideo.transfer.sensitivity import SensitivityConfig
@@ -98,5 +99,6 @@ def run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         images=images,
     )
-    write_report(analysis, args.output_dir)
+    with if_possible():
+        write_report(analysis, args.output_dir)
     print(text(analysis, args.output_dir))

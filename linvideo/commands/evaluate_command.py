@@ -88,7 +88,7 @@ def run_fidelity(args: argparse.Namespace) -> None:
     for name, (mean, spread) in summary(rows).items():
         print(f"{name:16} {mean:8.4f} +- {spread:.4f} over {len(rows)} prompts")
     with if_possible():
-        write_fidelity_report(args.output_dir, args.model, args.teacher)
+        write_fidelity_report(args.output_dir, args.model, args.teacher, given(args) | {"dtype": args.dtype})
     print(f"the measurements, videos and report.html are in {args.output_dir}")
 
 

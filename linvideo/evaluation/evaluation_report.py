@@ -2,7 +2,9 @@
 
 import math
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from linvideo.evaluation import vbench
 from linvideo.evaluation.fidelity import summary
@@ -14,8 +16,15 @@ from linvideo.trajectories.atomic_files import read_json, write_text
 SHOWN = 4  # videos of a VBench evaluation
 
 
-def write_fidelity_report(folder: Path, student: str, teacher: str) -> None:
-    """Write report.html next to rows.json; student, teacher: the models as they were named to the command."""
+def write_fidelity_report(folder: Path, student: str, teacher: str, options: Mapping[str, Any]) -> None:
+    """Write report.html next to rows.json.
+
+    Args:
+        folder: The folder of the evaluation.
+        student: The converted model, as it was named to the command.
+        teacher: Its teacher, likewise.
+        options: Options of the command that `linvideo generate` needs to make the same videos: name -> value.
+    """
     rows = read_json(folder / "rows.json")
     means = summary(rows)
     (psnr, psnr_spread), (ssim, _) = means["psnr"], means["ssim"]
@@ -38,6 +47,7 @@ def write_fidelity_report(folder: Path, student: str, teacher: str) -> None:
     details = [[row["prompt"], row["seed"], *(row[name] for name in names)] for row in rows]
     command = f"linvideo generate {shlex.quote(student)} --prompt {shlex.quote(rows[order[0]]['prompt'])}"
     command += f" --seed {rows[order[0]]['seed']} --compare {shlex.quote(teacher)} --output video.mp4"
+    command += "".join(f" --{name} {shlex.quote(str(value))}" for name, value in options.items())
     sections = [
         (
             "Metrics",

@@ -1,4 +1,4 @@
-"""Checks that a requested device exists, before anything slow starts; models that are moved to a device for a while."""
+"""Checks that a requested device exists, before anything slow starts; its name and memory; models moved for a while."""
 
 import platform
 import sys

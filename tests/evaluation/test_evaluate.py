@@ -3,6 +3,8 @@ refused."""
 
 import copy
 import json
+import re
+import shlex
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -174,6 +176,11 @@ def test_the_fidelity_command(folders, tmp_path, capsys):
     assert "[2/2] PSNR" in out and "psnr " in out and "over 2 prompts" in out
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert "Over 2 prompts" in page.text and "structural similarity" in page.text
+    again = re.search("linvideo (generate .*)", page.text)[1].replace("video.mp4", str(tmp_path / "video.mp4"))
+    assert main(shlex.split(again)) == 0  # with the options of this evaluation
+    assert f"PSNR {min(row['psnr'] for row in json.loads((tmp_path / 'out' / 'rows.json').read_text())):.2f} dB" in (
+        capsys.readouterr().out
+    )
     # of two videos the median is also the highest
     assert len(page.images) == 4 and all((tmp_path / "out" / link).is_file() for link in page.links)
 
