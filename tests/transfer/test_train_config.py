@@ -213,7 +213,8 @@ MERGES = "m0: &m0 {x: 1}\n" + "\n".join(f"m{n}: &m{n} {{<<: [*m{n - 1}, *m{n - 1
 )
 def test_a_config_that_would_take_all_memory_is_refused(tmp_path, content):
     (tmp_path / "run.yaml").write_text(content)
-    with pytest.raises(ValueError, match="expected .*at most .*, got") as error:
+    refused = "expected .*at most .*, got|exceeded maximum nesting depth"  # the latter is PyYAML's own, from 6.0.4 on
+    with pytest.raises(ValueError, match=refused) as error:
         load_config([f"--config={tmp_path / 'run.yaml'}"], TrainConfig)
     assert len(str(error.value)) < 500
     with pytest.raises(ValueError, match="a is not accepted|must be|at most"):
