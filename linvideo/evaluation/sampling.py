@@ -21,7 +21,7 @@ from linvideo.models.video_file import check_output, save_video
 from linvideo.progress import show_steps
 from linvideo.run.video_metrics import compare
 from linvideo.trajectories.atomic_files import write_text
-from linvideo.trajectories.devices import process_memory
+from linvideo.trajectories.devices import peak_memory
 from linvideo.trajectories.images import read_image
 from linvideo.trajectories.prompts import Prompt, warn_of_unknown_words
 from linvideo.workspace import in_turn
@@ -190,7 +190,7 @@ def measured(pipeline: Any) -> Iterator[Cost]:
         yield cost
     finally:
         cost.seconds = now() - started
-        cost.peak_memory = torch.cuda.max_memory_allocated(device) if cuda else process_memory()
+        cost.peak_memory = peak_memory(device)
         del scheduler.step
         for handle in handles:
             handle.remove()

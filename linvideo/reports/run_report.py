@@ -5,7 +5,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
 import yaml
 
 from linvideo.models.describe import ranges
@@ -17,7 +16,7 @@ from linvideo.run.export import FOLDER
 from linvideo.run.metrics_log import read_metrics
 from linvideo.run.session import Run
 from linvideo.trajectories.atomic_files import read_json, write_json, write_text
-from linvideo.trajectories.devices import device_name, process_memory
+from linvideo.trajectories.devices import device_name, peak_memory
 from linvideo.trajectories.prompts import spread
 
 STAGES = {"warmup": "warm-up", "finetune": "fine-tuning", "dmd": "distribution matching"}  # in words
@@ -36,17 +35,16 @@ def report(run: Run, data: Data) -> None:
     """Write summary.json and report.html into the folder of a run that is over; a failure is a warning."""
     if not run.ranks.first:
         return
-    config, cuda = run.config, run.device.type == "cuda"
-    captions = config.validation.prompts or data.source.captions
-    peak = torch.cuda.max_memory_allocated(run.device) if cuda else process_memory()
-    summary = {
-        "seconds": run.results["seconds"],
-        "peak_memory_gib": None if peak is None else peak / 2**30,
-        "device": device_name(run.device),
-        "processes": run.ranks.size,
-        "validation_captions": [captions[i] for i in spread(len(captions), config.validation.num_videos)],
-    }
     with html_page.if_possible():
+        config, peak = run.config.validation, peak_memory(run.device)
+        captions = config.prompts or data.source.captions
+        summary = {
+            "seconds": run.results["seconds"],
+            "peak_memory_gib": None if peak is None else peak / 2**30,
+            "device": device_name(run.device),
+            "processes": run.ranks.size,
+            "validation_captions": [captions[i] for i in spread(len(captions), config.num_videos)],
+        }
         write_json(run.output_dir / run_folder.SUMMARY, summary)
         write_report(run.output_dir)
 

@@ -34,8 +34,11 @@ def device_name(device: torch.device | str) -> str:
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def process_memory() -> int | None:
-    """Return the most memory in bytes that this process has had, None where the system does not say."""
+def peak_memory(device: torch.device | str) -> int | None:
+    """Return the peak memory in bytes: on a GPU, of tensors since the last reset of its statistics; elsewhere, of this
+    process since its start, or None if the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:  # Windows
