@@ -121,7 +121,7 @@ def calls(shape, dtype: torch.dtype, feature_map: str, precision: str, device: s
     state, z, _ = passes.state(k, v, *keys, feature_map, precision, False)
     dstate, dz = torch.randn_like(state), torch.randn_like(z)
     rest = (weight, None, None, None, None)
-    _, _, *prepared = passes.apply(q, state, z, *rest, *settings, True)
+    _, _, _, *prepared = passes.apply(q, state, z, *rest, *settings, True)
     return {
         "state": lambda: passes.state(k, v, *keys, feature_map, precision, False),
         "state_backward": lambda: passes.state_backward(dstate, dz, k, v, *keys, state, z, feature_map, precision),

@@ -54,22 +54,70 @@ def state_backward(dstate, dz, k, v, weight, key_mask, cu_seqlens, feature_map: 
     return dk, dv, dweight
 
 
-def apply(q, state, z, weight, cu_seqlens, feature_map: str, scale: float, normalize: bool, eps: float):
-    """Return o in q's dtype."""
+def apply(
+    q, state, z, weight, cu_seqlens, feature_map: str, scale: float, normalize: bool, eps: float,
+    return_normalizer: bool = False,
+):  # fmt: skip
+    """Return o in q's dtype and, with return_normalizer, phi(q) z [B, H, N] in fp32 (else None)."""
     group = q.shape[2] // state.shape[1]
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    den = _numbers(q, cu_seqlens) if return_normalizer else None
     for at, rows in _slices(q, cu_seqlens, feature_map):
         _, phi = _features(q[:, rows], weight, feature_map)
         out = phi @ state[at].repeat_interleave(group, 1)
-        out = out / _denominator(phi, z[at].repeat_interleave(group, 1), eps) if normalize else out * scale
+        if normalize:
+            mass = phi @ z[at].repeat_interleave(group, 1).unsqueeze(-1)
+            out = out / (mass + eps)
+            if den is not None:
+                den[..., rows] = mass.squeeze(-1)
+        else:
+            out = out * scale
         o[:, rows] = out.transpose(1, 2)
-    return o
+    return o, den
 
 
 def apply_backward(
-    do, q, state, z, weight, cu_seqlens, feature_map: str, scale: float, normalize: bool, eps: float
+    do, q, state, z, weight, cu_seqlens, feature_map: str, scale: float, normalize: bool, eps: float, den_grad=None
 ):  # fmt: skip
-    """Return dq in q's dtype, and dstate, dz and dweight in fp32 (dweight is None without a weight)."""
+    """Return dq in q's dtype, and dstate, dz and dweight in fp32 (dweight is None without a weight).
+
+    den_grad [B, H, N] is the gradient of the denominator phi(q) z, if it was returned.
+    """
+
+    def pull(rows, phi, g, dphi, z_rows):
+        if not normalize:
+            return scale * g, scale * dphi, None
+        den = phi @ z_rows.unsqueeze(-1) + eps
+        delta = (phi * dphi).sum(-1, keepdim=True) / den
+        if den_grad is not None:
+            delta = delta - den_grad[..., rows].unsqueeze(-1) * den
+        return g / den, (dphi - delta * z_rows.unsqueeze(-2)) / den, delta / den
+
+    return _queries_backward(do, q, state, z, weight, cu_seqlens, feature_map, pull)
+
+
+def part_backward(do, dot, a, q, state, z, weight, cu_seqlens, feature_map: str):
+    """Return dq, dstate, dz, dweight and the gradients [B, H, N] of log G, if o is one part of a sum.
+
+    As in window attention, o = (G sum_f phi_f S_f + other terms) / total, where `a` is G / total and `dot` is do.o,
+    both [B, H, N].
+    """
+    gains = _numbers(q, cu_seqlens)
+
+    def pull(rows, phi, g, dphi, z_rows):
+        weight, delta = (x[..., rows].unsqueeze(-1) for x in (a, dot))
+        dphi = weight * (dphi - delta * z_rows.unsqueeze(-2))
+        gains[..., rows] = (phi * dphi).sum(-1)
+        return weight * g, dphi, weight * delta
+
+    return *_queries_backward(do, q, state, z, weight, cu_seqlens, feature_map, pull), gains
+
+
+def _queries_backward(do, q, state, z, weight, cu_seqlens, feature_map: str, pull):
+    """Return dq, dstate, dz and dweight.
+
+    pull(rows, phi, g, g S^T, z) returns the rows' gradient of phi S, that of phi, and minus that of phi z (or None).
+    """
     group = q.shape[2] // state.shape[1]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dweight = None if weight is None else torch.zeros(weight.shape, dtype=torch.float32, device=q.device)
@@ -78,22 +126,19 @@ def apply_backward(
         x, phi = _features(q[:, rows], weight, feature_map)
         g = _heads_first(do[:, rows])
         dphi = g @ state[at].repeat_interleave(group, 1).mT
-        if normalize:
-            z_rows = z[at].repeat_interleave(group, 1)
-            den = _denominator(phi, z_rows, eps)
-            g = g / den
-            delta = (phi * dphi).sum(-1, keepdim=True) / den
-            dphi = (dphi - delta * z_rows.unsqueeze(-2)) / den
-            dz[at] -= _over_groups((phi.mT @ (delta / den)).squeeze(-1), group)
-        else:
-            g, dphi = g * scale, dphi * scale
+        g, dphi, mass = pull(rows, phi, g, dphi, z[at].repeat_interleave(group, 1))
+        if mass is not None:
+            dz[at] -= _over_groups((phi.mT @ mass).squeeze(-1), group)
         dstate[at] += _over_groups(phi.mT @ g, group)
         _store_input_grad(dq[:, rows], dweight, _activate_grad(x, phi, dphi, feature_map), q[:, rows], weight)
     return dq, dstate, dz, dweight
 
 
-def _denominator(phi, z, eps: float):
-    return phi @ z.unsqueeze(-1) + eps  # [B, H, n, 1]
+def _numbers(q, cu_seqlens):
+    """Allocate fp32 numbers [B, H, N], one for each row of q [B, N, H, D]; 0 where no sequence may cover a row."""
+    batch, length, heads, _ = q.shape
+    make = torch.empty if cu_seqlens is None else torch.zeros
+    return make(batch, heads, length, dtype=torch.float32, device=q.device)
 
 
 def _over_groups(x, group: int):

@@ -1,8 +1,8 @@
 """The op's two halves in torch.library: four operators that torch.compile does not look into, connected to autograd.
 
-They are `linvideo::linear_attn_state` and `linvideo::linear_attn_apply`, each with its `_backward`. CUDA tensors always
-run the Triton kernels of `linvideo_kernels`. CPU tensors run `chunked`, or the same kernels in Triton's interpreter if
-the environment has TRITON_INTERPRET=1. An operator cannot return None, so an empty tensor stands for it.
+They are `linvideo::linear_attn_state` and `linvideo::linear_attn_apply_v2`, each with its `_backward`. CUDA tensors
+always run the Triton kernels of `linvideo_kernels`. CPU tensors run `chunked`, or the same kernels in Triton's
+interpreter if the environment has TRITON_INTERPRET=1. An operator cannot return None, so an empty tensor stands for it.
 
 The operators are defined and connected to autograd by hand: `torch.library.custom_op` and its `register_autograd` serve
 any operator, but take more of the host's time than the kernels' launches (`python -m benchmarks.host`). Compiled graphs
@@ -129,7 +129,7 @@ def state_backward_op(
     return tensors(k, *grads[:2], _like(grads[2], weight))
 
 
-@operator("linear_attn_apply")
+@operator("linear_attn_apply_v2")
 def apply_op(
     q: Tensor,
     state: Tensor,
@@ -146,21 +146,26 @@ def apply_op(
     eps: float,
     precision: str,
     save_rotated: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return o and, if `save_rotated`, the rotated q for the backward."""
+    return_normalizer: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return o, den if `return_normalizer`, and the rotated q for the backward if `save_rotated`."""
     options = {"cu_seqlens": cu_seqlens, "feature_map": feature_map, "scale": scale, "normalize": normalize, "eps": eps}
     if not uses_kernels(q):
         with torch.autocast(q.device.type, enabled=False):
-            return chunked.apply(q, state, z, weight, **options), q.new_empty(0)
+            o, den = chunked.apply(q, state, z, weight, **options, return_normalizer=return_normalizer)
+        return tensors(q, o, den, None)
     rope = None if cos is None else (cos, sin)
     options |= {"softmax_out": softmax_out, "r": r, "precision": precision, "training": save_rotated}
-    o, rotated, *_ = kernels(q).apply(q, state, z, weight, rope, **options)
-    return tensors(q, o, rotated)
+    o, den, rotated, *_ = kernels(q).apply(
+        q, state, z, weight, rope, **options, return_normalizer=return_normalizer
+    )  # fmt: skip
+    return tensors(q, o, den, rotated)
 
 
-@operator("linear_attn_apply_backward")
+@operator("linear_attn_apply_v2_backward")
 def apply_backward_op(
     do: Tensor,
+    den_grad: Tensor | None,
     q: Tensor,
     state: Tensor,
     z: Tensor,
@@ -180,12 +185,12 @@ def apply_backward_op(
     options = {"cu_seqlens": cu_seqlens, "feature_map": feature_map, "scale": scale, "normalize": normalize, "eps": eps}
     if not uses_kernels(q):
         with torch.autocast(q.device.type, enabled=False):
-            grads = *chunked.apply_backward(do, q, state, z, weight, **options), None, None
+            grads = *chunked.apply_backward(do, q, state, z, weight, **options, den_grad=den_grad), None, None
     else:
         rope = None if cos is None else (cos, sin)
         options |= {"softmax_out": softmax_out, "r": r, "precision": precision}
         prepared = kernels(q).prepare(state.contiguous(), z.contiguous(), q.dtype, normalize)
-        grads = kernels(q).apply_backward(do, q, z, weight, rope, prepared=prepared, **options)
+        grads = kernels(q).apply_backward(do, q, z, weight, rope, prepared=prepared, **options, den_grad=den_grad)
     return tensors(q, *grads[:3], _like(grads[3], weight), grads[4], _like(grads[5], r))
 
 
@@ -206,11 +211,14 @@ def _(dstate, dz, k, v, weight, cos, sin, key_mask, cu_seqlens, state, z, featur
 
 @fake(apply_op)
 def _(q, state, z, weight, cos, sin, softmax_out, r, cu_seqlens, *settings):
-    return q.new_empty(q.shape), q.new_empty(q.shape if settings[-1] else 0)
+    save_rotated, return_normalizer = settings[-2:]
+    batch, length, heads, _ = q.shape
+    den = q.new_empty((batch, heads, length) if return_normalizer else 0, dtype=torch.float32)
+    return q.new_empty(q.shape), den, q.new_empty(q.shape if save_rotated else 0)
 
 
 @fake(apply_backward_op)
-def _(do, q, state, z, weight, cos, sin, softmax_out, r, cu_seqlens, *settings):
+def _(do, den_grad, q, state, z, weight, cos, sin, softmax_out, r, cu_seqlens, *settings):
     return q.new_empty(q.shape), new(q, state), new(q, z), new(q, weight), new(q, softmax_out), new(q, r)
 
 
@@ -241,20 +249,23 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         q, *tensors = inputs[:9]
-        *ctx.settings, save_rotated = inputs[9:]
-        o, rotated = below_autograd(apply_op, *inputs)
+        *ctx.settings, save_rotated, return_normalizer = inputs[9:]
+        o, den, rotated = below_autograd(apply_op, *inputs)
         ctx.save_for_backward(rotated if save_rotated else q, *tensors)
         ctx.set_materialize_grads(False)
-        return o, rotated
+        if not return_normalizer:
+            ctx.mark_non_differentiable(den)
+        return o, den, rotated
 
     @staticmethod
-    def backward(ctx, do, _drotated):
-        if do is None:
-            return (None,) * 15
+    def backward(ctx, do, den_grad, _drotated):
+        if do is None and den_grad is None:
+            return (None,) * 16
         saved = ctx.saved_tensors
-        dq, dstate, dz, dweight, dsoftmax, dr = once(apply_backward_op, do, *saved, *ctx.settings)
+        do = torch.zeros_like(saved[0]) if do is None else do
+        dq, dstate, dz, dweight, dsoftmax, dr = once(apply_backward_op, do, den_grad, *saved, *ctx.settings)
         mixed = given(dsoftmax, saved[6]), given(dr, saved[7])
-        return dq, dstate, dz, given(dweight, saved[3]), None, None, *mixed, *(None,) * 7
+        return dq, dstate, dz, given(dweight, saved[3]), None, None, *mixed, *(None,) * 8
 
 
 differentiate(state_op, _State.apply)

@@ -153,7 +153,8 @@ def linear_attn_apply(
     normalize: bool = True,
     eps: float = 1e-6,
     fp32_precision: str = "ieee",
-) -> Tensor:
+    return_normalizer: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The queries' half of `linear_attn`: o = phi(q) S / (phi(q) z + eps), optionally mixed with softmax attention.
 
     Args:
@@ -161,10 +162,13 @@ def linear_attn_apply(
             z [B, Hk, F], both float32.
         rope: Tables (cos, sin) of these queries, each [Nq, D/2].
         q, feature_map, q_weight, mix, cu_seqlens_q, scale, normalize, eps, fp32_precision: Arguments of `linear_attn`.
+        return_normalizer: Whether to return phi(q) z as well, with which o can be merged with other attention under
+            one normaliser. Not with mix or normalize=False.
 
     Returns:
-        o [B, Nq, H, D] in q's dtype. It is differentiable once, with respect to q, S, z, the weight and mix. With
-        float16 inputs the gradients of S and z are 0 for features that no key has (z = 0).
+        o [B, Nq, H, D] in q's dtype; with return_normalizer the pair (o, den), den [B, H, Nq] in float32 (like the
+        log-sum-exp of FlashAttention) without eps. Both are differentiable once, with respect to q, S, z, the weight
+        and mix. With float16 inputs the gradients of S and z are 0 for features that no key has (z = 0).
 
     Raises:
         ValueError: An argument does not fit this description.
@@ -178,12 +182,17 @@ def linear_attn_apply(
     scaling = {"scale": scale, "normalize": normalize, "eps": eps}
     _check_apply_arguments(q, feature_map, q_weight, rope, mix, cu_seqlens_q, fp32_precision, **scaling)
     checks.check_state(S, z, q, cu_seqlens_q, feature_map)
+    if return_normalizer and (mix is not None or not normalize):
+        found = "a mix" if mix is not None else "normalize=False"
+        raise ValueError(f"expected no mix and normalize=True with return_normalizer=True, got {found}")
     (q,), cos, sin = _rope(rope, q)
     fused = _fused(mix, q)
     save_rotated = cos is not None and _needs_grad(q, S, z, q_weight, *fused)
     settings = feature_map, 1.0 if scale is None else float(scale), normalize, float(eps), fp32_precision, save_rotated
-    out = _mixed(apply_op(q, S, z, q_weight, cos, sin, *fused, cu_seqlens_q, *settings)[0], mix)
-    return out.squeeze(0) if packed else out
+    out, den, _ = apply_op(q, S, z, q_weight, cos, sin, *fused, cu_seqlens_q, *settings, return_normalizer)
+    out = _mixed(out, mix)
+    out, den = (out.squeeze(0), den.squeeze(0)) if packed else (out, den)
+    return (out, den) if return_normalizer else out
 
 
 def _check_state_arguments(k, v, feature_map, k_weight, rope, key_mask, cu_seqlens, precision) -> None:

@@ -54,11 +54,11 @@ def forward_op(
     if not uses_kernels(q):
         with torch.autocast(q.device.type, enabled=False):  # q's dtype is decided; sums stay in fp32
             sums = chunked.state(k, v, k_weight, **of_keys)
-            o = chunked.apply(q, *sums, q_weight, **of_queries)
+            o, _ = chunked.apply(q, *sums, q_weight, **of_queries)
         return o, list(sums) if training else []
     rope, run, common = None if cos is None else (cos, sin), kernels(q), {"precision": precision, "training": training}
     state, z, rotated_k = run.state(k, v, k_weight, rope, **of_keys, **common)
-    o, rotated_q, *prepared = run.apply(
+    o, _, rotated_q, *prepared = run.apply(
         q, state, z, q_weight, rope, softmax_out=softmax_out, r=r, **of_queries, **common
     )  # fmt: skip
     if not training:

@@ -52,6 +52,26 @@ def in_parts(q, k, v, **options):
     return linear_attn_apply(q, *state, **taken(options, APPLY_OPTIONS))
 
 
+def merged_parts(q, k, v, **options):
+    """linear_attn of unpacked rows, merged from two parts of the keys by their normalisers."""
+    total = mass = 0.0
+    eps = options["eps"]
+    for part in (slice(0, 30), slice(30, None)):
+        keys = taken(options, STATE_OPTIONS)
+        if "rope" in keys:
+            keys["rope"] = tuple(table[part] for table in keys["rope"])
+        if "key_mask" in keys:
+            keys["key_mask"] = keys["key_mask"][:, part]
+        state = linear_attn_state(k[:, part], v[:, part], **keys)
+        queries = taken(options, APPLY_OPTIONS)
+        out, den = linear_attn_apply(q, *state, **queries, return_normalizer=True)
+        assert torch.equal(out, linear_attn_apply(q, *state, **queries))
+        assert den.shape == (q.shape[0], q.shape[2], q.shape[1]) and den.dtype == torch.float32
+        den = den.transpose(1, 2).unsqueeze(-1)
+        total, mass = total + (den + eps) * out, mass + den
+    return (total / (mass + eps)).to(q.dtype)
+
+
 def assert_same_bits(first: dict, second: dict) -> None:
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
@@ -68,6 +88,12 @@ def states_of_parts_add_up(case: Case, device: str) -> None:
     """Outputs and gradients computed from summed states are within the bounds of the whole op."""
     inputs, grad = make_inputs(case, device)
     check(case, inputs, grad, run(in_parts, inputs, grad, case.options))
+
+
+def normalizers_merge_parts(case: Case, device: str) -> None:
+    """Outputs and gradients that pass through the normalisers are within the bounds of the whole op."""
+    inputs, grad = make_inputs(case, device)
+    check(case, inputs, grad, run(merged_parts, inputs, grad, case.options))
 
 
 def reruns_are_equal(case: Case, device: str) -> None:
@@ -226,6 +252,7 @@ CLAIMS = [
     (halves_make_the_whole, CASES),
     (reruns_are_equal, CASES),
     (states_of_parts_add_up, UNPACKED),
+    (normalizers_merge_parts, [case for case in UNPACKED if case.map[1] and case.mix is None]),
     (a_mask_of_all_keys_is_none, [case for case in CASES if case.mask == "none"]),
     (one_packed_sequence_is_the_unpacked, [dataclasses.replace(case, batch=1) for case in UNPACKED]),
     (the_ends_of_the_mixture_are_exact, MIXED),

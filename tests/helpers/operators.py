@@ -31,9 +31,10 @@ def operator_arguments(case: Case, device: str) -> dict[str, tuple]:
     rotated_keys = (k if rope[0] is not None else inputs["k"], *keys[1:])
     sums = [x.detach().requires_grad_() for x in (state, z)]
     queries = inputs["q"], *sums, inputs.get("q_weight"), *rope, *mix, options.get("cu_seqlens_q")
-    apply_arguments = *queries, name, *scaling, precision, rope[0] is not None
+    normalizer = case.map[1] and mix[0] is None
+    apply_arguments = *queries, name, *scaling, precision, rope[0] is not None, normalizer
     with torch.no_grad():
-        _, q = OPS.linear_attn_apply(*apply_arguments)
+        _, den, q = OPS.linear_attn_apply_v2(*apply_arguments)
     rotated_queries = (q if rope[0] is not None else inputs["q"], *queries[1:])
     sums_grad = torch.randn_like(state), torch.randn_like(z)
     rows, weights = [inputs[x] for x in "qkv"], [inputs.get(f"{x}_weight") for x in "qk"]
@@ -46,8 +47,10 @@ def operator_arguments(case: Case, device: str) -> dict[str, tuple]:
         "_backward": _detached(grad, *rotated, *tensors, kept[:4], name, *scaling, precision, True),
         "_state": state_arguments,
         "_state_backward": _detached(*sums_grad, *rotated_keys, *ends, state, z, name, precision),
-        "_apply": apply_arguments,
-        "_apply_backward": _detached(grad, *rotated_queries, name, *scaling, precision),
+        "_apply_v2": apply_arguments,
+        "_apply_v2_backward": _detached(
+            grad, torch.randn_like(den) if normalizer else None, *rotated_queries, name, *scaling, precision
+        ),
     }
 
 

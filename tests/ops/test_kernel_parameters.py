@@ -60,7 +60,7 @@ def launches(length: int, sequences: int):
     with recording(Target(90, 132)) as recorded:
         state, z, rotated = package.state(k, v, *keys, "hedgehog", "ieee", True)
         package.state_backward(state, z, rotated, v, *keys, state, z, "hedgehog", "ieee")
-        _, rotated, *prepared = package.apply(q, state, z, *queries, *settings, True)
+        _, _, rotated, *prepared = package.apply(q, state, z, *queries, *settings, True)
         package.apply_backward(q, rotated, z, *queries, prepared, *settings)
     return [(each.kernel.fn.__name__, each.tile, each.constexprs) for each in recorded]
 

@@ -14,7 +14,7 @@ from linvideo_kernels.linear_attn.launch import Launch, Target, recording
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8", torch.int32: "i32"
 }  # fmt: skip
-OPTIONS = ("rope", "mix", "key_mask", "packed", "grouped", "expanded")
+OPTIONS = ("rope", "mix", "key_mask", "packed", "grouped", "expanded", "normalizer")
 
 
 class CompileJob(NamedTuple):
@@ -81,7 +81,8 @@ def compile_jobs(
     Args:
         head_dim, feature_map, dtype, normalize, precision: Arguments of the op.
         capability: 90 for sm_90, 942 for gfx942.
-        options: Names from OPTIONS.
+        options: Names from OPTIONS. "normalizer" has the queries' passes return and take denominators, as window
+            attention does.
     """
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -111,8 +112,12 @@ def compile_jobs(
         state, z, rotated = passes.state(k, v, *keys, feature_map, precision, training)
         passes.state_backward(state, z, rotated if training else k, v, *keys, state, z, feature_map, precision)
         queries = (q_weight, rope, *mix, cu_seqlens)
-        _, rotated, *prepared = passes.apply(q, state, z, *queries, *settings, True)
-        passes.apply_backward(do, rotated if training else q, z, *queries, prepared, *settings)
+        normalizer = "normalizer" in options
+        _, den, rotated, *prepared = passes.apply(q, state, z, *queries, *settings, True, normalizer)
+        rotated = rotated if training else q
+        passes.apply_backward(do, rotated, z, *queries, prepared, *settings, den)
+        if normalizer:
+            passes.part_backward(do, den, den, rotated, state, z, q_weight, cu_seqlens, feature_map, precision)
         if training:  # without gradients the forward runs other kernels: apply_state rotates the queries itself
             passes.state(k, v, *keys, feature_map, precision, False)
             passes.apply(q, state, z, *queries, *settings, False)
@@ -130,7 +135,11 @@ def _use(launch: Launch) -> str:
     flags = [
         name.lower() for name in ("KEYS", "NORMALIZE", "BACKWARD", "CENTER") if launch.constexprs.get(name) is True
     ]
-    flags += [name.removesuffix("_ptr") for name in ("factors_ptr", "cos_ptr", "grad_ptr") if name in given]
+    flags += [
+        name.removesuffix("_ptr")
+        for name in ("factors_ptr", "cos_ptr", "grad_ptr", "den_ptr", "den_grad_ptr", "dot_ptr")
+        if name in given
+    ]
     return "_".join(flags) or "plain"
 
 

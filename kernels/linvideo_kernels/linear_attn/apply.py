@@ -17,14 +17,14 @@ from linvideo_kernels.linear_attn.tiles import head_rows, kept, load_rows, locat
 
 @triton.jit(do_not_specialize=SIZES)
 def apply_state(
-    u_ptr, w_ptr, state_ptr, stats_ptr, cos_ptr, sin_ptr, keep_ptr, mix_ptr, r_ptr, cu_ptr, out_ptr,
+    u_ptr, w_ptr, state_ptr, stats_ptr, cos_ptr, sin_ptr, keep_ptr, mix_ptr, r_ptr, cu_ptr, out_ptr, den_ptr,
     stride_ub, stride_un, stride_uh, stride_mb, stride_mn, stride_mh, stride_ob, stride_on, stride_oh,
     SEQUENCES, HEADS, N, splits, rows, scale, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, SIGNS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     FEATURE_MAP: tl.constexpr, FEATURE_SCALE: tl.constexpr, NORMALIZE: tl.constexpr, KEEP: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the output rows of one item and head.
+    """Write the output rows of one item and head and, with den_ptr [B, H, N], each row's phi z.
 
     W and, with KEEP, both halves of T stay on chip for all tiles of the item. For each tile the loop loads u, rotates
     it if there are angles, computes the logits u W once, and for each half phi, its share of the denominator and phi T.
@@ -80,6 +80,8 @@ def apply_state(
             acc = times(phi.to(u.dtype), state if half == 0 else state2, acc, False, WIDTH, PRECISION)
         if NORMALIZE:
             den *= 1.0 / FEATURE_SCALE
+            if den_ptr is not None:
+                tl.store(den_ptr + (batch * HEADS + head).to(tl.int64) * N + first + n, den, valid)
             a = 1.0 / (den + eps)
             center = tl.load(stats_ptr + 2 * SIGNS * WIDTH + cols)
             # o = c + (phi T - eps c) a, written so that it is exactly 0 if the query shares no feature with any key
@@ -94,20 +96,23 @@ def apply_state(
         store_rows(out_ptr, acc, row, valid, stride_on, D, WIDTH, BLOCK)
 
 
-def apply(side: Side, state, stats, *, normalize, eps=0.0, scale=1.0, softmax_out=None, r=None):
-    """Return the output, like side.u. state and stats come from `prepare`; several heads of u may share a key head."""
+def apply(side: Side, state, stats, *, normalize, eps=0.0, scale=1.0, softmax_out=None, r=None, den=None):
+    """Return the output, like side.u. state and stats come from `prepare`; several heads of u may share a key head.
+
+    If given, den [B, H, N] in fp32 receives the denominator phi z of each row, without eps.
+    """
     u = side.u
     _, length, heads, dim = u.shape
     out = side.new_rows()
     softmax_out = None if softmax_out is None else aligned(softmax_out)
-    tile = side.tile("apply_state", mix=softmax_out is not None, expanded=expanded(u))
+    tile = side.tile("apply_state", mix=softmax_out is not None, expanded=expanded(u), normalizer=den is not None)
     work = side.work(tile)
     width = state.shape[-1]
     launch(
         apply_state, work.items * heads, tile, u.device,
         u_ptr=descriptor(u, tile, width) if tile.tma else u, w_ptr=side.weight, state_ptr=state, stats_ptr=stats,
         cos_ptr=side.cos, sin_ptr=side.sin, keep_ptr=side.keep, mix_ptr=softmax_out, r_ptr=r, cu_ptr=side.cu_seqlens,
-        out_ptr=out, **strides("u", u), **strides("m", softmax_out), **strides("o", out),
+        out_ptr=out, den_ptr=den, **strides("u", u), **strides("m", softmax_out), **strides("o", out),
         SEQUENCES=work.sequences, HEADS=heads, N=length, splits=work.splits, rows=work.rows, scale=scale, eps=eps,
         D=dim, WIDTH=width, SIGNS=side.signs, GROUP=heads // state.shape[1], BLOCK=tile.block,
         FEATURE_MAP=side.feature_map, FEATURE_SCALE=configs.feature_scale(side.feature_map), NORMALIZE=normalize,

@@ -66,8 +66,8 @@ def tile(
         capability: 90 for sm_90, 942 for gfx942, 0 for Triton's interpreter.
         feature_map: Name of the feature map.
         options: Those that apply: "rope", "mix", "key_mask", "packed", "tf32x3", "expanded" (rows with a stride of 0),
-            "factors" (accumulate_state multiplies rows by factors, in the backward of a normalised output) and "keys"
-            (map_grad's rows are the keys).
+            "factors" (accumulate_state multiplies rows by factors, in the backward of a normalised output), "keys"
+            (map_grad's rows are the keys) and "normalizer" (apply_state writes denominators).
     """
     wide = padded(head_dim) == 128
     if kernel in ("prepare_state", "reduce_state", "mix_grad", "rotate_rows"):
@@ -131,8 +131,9 @@ def _hopper(kernel: str, dtype: torch.dtype, feature_map: str, options: frozense
     if kernel == "apply_state":
         if "mix" in options and options & {"rope", "packed"} or joint and "rope" in options:
             return Tile(64, 4, 2, keeps=False)
-        # Reading the rows without descriptors leaves enough registers for the angles and a second program.
-        return Tile(64, 4, 1, resident=2, tma=not options & {"rope", *NO_DESCRIPTOR[kernel]})
+        # Reading the rows without descriptors leaves enough registers for the angles, or for the address of the
+        # denominators, and a second program.
+        return Tile(64, 4, 1, resident=2, tma=not options & {"rope", "normalizer", *NO_DESCRIPTOR[kernel]})
     if kernel == "map_grad":
         return Tile(64, 8, 3) if weighted or "keys" not in options else Tile(64, 4, 1, resident=2)
     return Tile(64, 8, 3) if "rope" in options else Tile(64, 4, 2, resident=2)

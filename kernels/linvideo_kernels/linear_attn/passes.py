@@ -1,10 +1,11 @@
-"""The four functions that the op calls: the state of the keys, the output of the queries, and their backwards.
+"""The functions that the ops call: the state of the keys, the output of the queries, and their backwards.
 
     function        kernels                                                         results
     state           accumulate_state, reduce_state                                  S, z
     apply           prepare_state, apply_state                                      o
     apply_backward  map_grad, project_grad                                          dq, dW; a and delta of each row
                     accumulate_state, reduce_state [, mix_grad]                     dS, dz [, d softmax_out, dr]
+    part_backward   the same, if o is a part of a sum with another normaliser
     state_backward  prepare_state, apply_state                                      dv
                     map_grad, project_grad                                          dk, dW
 
@@ -16,8 +17,6 @@ functions return the rotated rows, and the backward functions take these instead
 apply_state rotates the queries' tiles as it loads them. In training `apply` also returns the prepared state for its
 backward.
 """
-
-import torch
 
 from linvideo_kernels.linear_attn import configs
 from linvideo_kernels.linear_attn.accumulate import accumulate
@@ -50,37 +49,66 @@ def state_backward(
 def apply(
     q, state, z, weight, rope, softmax_out, r, cu_seqlens,
     feature_map: str, scale: float, normalize: bool, eps: float, precision: str, training: bool,
+    return_normalizer: bool = False,
 ):  # fmt: skip
-    """Return o and, in training, the rotated q (None without rope), T and its statistics; otherwise three Nones."""
+    """Return o, den [B, H, N] in fp32 (None without return_normalizer) and, in training, what the backward reads.
+
+    That is the rotated q (None without rope), T and its statistics; they are three Nones without training.
+    """
     side = Side.of(q, weight, feature_map, precision, rope, None, cu_seqlens)
     rotate = training and rope is not None
     side = rotated(side) if rotate else side
     prepared, stats = prepare(state.contiguous(), z.contiguous(), q.dtype, normalize)
-    o = apply_rows(side, prepared, stats, normalize=normalize, eps=eps, scale=scale, softmax_out=softmax_out, r=r)
-    return (o, side.u if rotate else None, prepared, stats) if training else (o, None, None, None)
+    den = side.new_numbers() if return_normalizer else None
+    mix = {"softmax_out": softmax_out, "r": r}
+    o = apply_rows(side, prepared, stats, normalize=normalize, eps=eps, scale=scale, den=den, **mix)
+    return (o, den, side.u if rotate else None, prepared, stats) if training else (o, den, None, None, None)
 
 
 def apply_backward(
     do, q, z, weight, rope, softmax_out, r, cu_seqlens, prepared,
-    feature_map: str, scale: float, normalize: bool, eps: float, precision: str,
+    feature_map: str, scale: float, normalize: bool, eps: float, precision: str, den_grad=None,
 ):  # fmt: skip
     """Return dq, dstate, dz, dweight, dsoftmax_out and dr; the last three are None without a weight or a mixture.
 
-    q is the q that `apply` has rotated, and prepared is (T, statistics) from `apply` or `prepare`.
+    q is the q that `apply` has rotated, prepared is (T, statistics) from `apply` or `prepare`, and den_grad [B, H, N]
+    is the gradient of den.
     """
     prepared, stats = prepared
     do, z = aligned(do), z.contiguous()
     side = Side.of(q, weight, feature_map, precision, None, None, cu_seqlens)
-    factors = None
-    if normalize or r is not None:
-        batch, length, heads, _ = q.shape
-        factors = torch.empty((2, batch, heads, length), dtype=torch.float32, device=q.device)
-    settings = {"normalize": normalize, "rope": rope, "scale": scale, "eps": eps, "r": r, "factors": factors}
-    dq, dweight = row_gradient(side, do, prepared, stats, keys=False, **settings)
+    factors = side.new_numbers(2) if normalize or r is not None else None
+    den_grad = None if den_grad is None else den_grad.contiguous()
+    settings = {"normalize": normalize, "rope": rope, "scale": scale, "eps": eps, "r": r}
+    dq, dweight = row_gradient(
+        side, do, prepared, stats, keys=False, factors=factors, den_grad=den_grad, **settings
+    )  # fmt: skip
     backward = {"factors": factors, "z": z, "stats": stats} if normalize else {"scale": scale}
     dstate, dz = accumulate(side, do, key_heads=prepared.shape[1], backward=True, r=r, **backward)
     mixed = (None, None) if r is None else mix_gradient(side, do, softmax_out, r, stats, factors)
     return dq, dstate, dz, dweight, *mixed
+
+
+def part_backward(do, dot, a, q, state, z, weight, cu_seqlens, feature_map: str, precision: str):
+    """Return dq, dstate, dz, dweight and the gradients [B, H, N] of log G, if o is one part of a sum (row_gradient.py).
+
+    Args:
+        do: Gradient of the whole sum [B, N, H, D].
+        dot: do.o [B, H, N] in fp32 with the whole sum o.
+        a: G / total [B, H, N] in fp32.
+        q: Rotated queries.
+        state, z: State of the keys, as in `apply`.
+    """
+    do, z = aligned(do), z.contiguous()
+    side = Side.of(q, weight, feature_map, precision, None, None, cu_seqlens)
+    prepared, stats = prepare(state.contiguous(), z, q.dtype, True)
+    factors = side.new_numbers(3)
+    factors[0] = a
+    settings = {"keys": False, "normalize": True, "factors": factors, "dot": dot.contiguous()}
+    dq, dweight = row_gradient(side, do, prepared, stats, **settings)
+    backward = {"backward": True, "factors": factors, "z": z, "stats": stats}
+    dstate, dz = accumulate(side, do, key_heads=prepared.shape[1], **backward)
+    return dq, dstate, dz, dweight, factors[2]
 
 
 def prepared_shapes(sequences: int, key_heads: int, head_dim: int, feature_map: str):

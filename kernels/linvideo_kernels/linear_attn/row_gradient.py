@@ -4,6 +4,12 @@ map_grad takes the gradient back through the feature map to the logits x = u W. 
 and c from prepare.py and t_f = T_f.y:
     queries  y = do: a = 1 / den, delta = do.(o - c) = a (sum_f phi_f t_f - eps do.c), dphi_f = a (t_f - delta z_f)
     keys     y = v - c: dphi_f = t_f + dz_f + T_f.c
+A gradient g of den itself adds g z_f to dphi_f, which is the same as subtracting g / a from delta.
+
+The queries' rows may also be one part of a sum with a normaliser of its own, as in window attention (window.py):
+o = (G sum_f phi_f S_f + other terms) / total. Then a = G / total and do.o come from outside, delta = do.o - do.c, and
+the gradient of log G is a (sum_f phi_f t_f - delta den).
+
 The derivative of the map, `pull`, is linear in dphi, so the queries' dx is a (pull(t) - delta pull(z)). One pass over
 the features therefore gives dx and also a and delta, which accumulate_state needs.
 
@@ -23,7 +29,8 @@ from linvideo_kernels.linear_attn.tiles import head_rows, kept, load_rows, locat
 
 @triton.jit(do_not_specialize=SIZES)
 def map_grad(
-    u_ptr, w_ptr, y_ptr, state_ptr, stats_ptr, cos_ptr, sin_ptr, keep_ptr, r_ptr, cu_ptr, factors_ptr, dx_ptr,
+    u_ptr, w_ptr, y_ptr, state_ptr, stats_ptr, cos_ptr, sin_ptr, keep_ptr, r_ptr, cu_ptr, factors_ptr, den_grad_ptr,
+    dot_ptr, dx_ptr,
     stride_ub, stride_un, stride_uh, stride_yb, stride_yn, stride_yh, stride_ob, stride_on, stride_oh,
     SEQUENCES, HEADS, N, splits, rows, factors_plane, scale, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, SIGNS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
@@ -31,6 +38,10 @@ def map_grad(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write dx of one item and head and, for normalised queries, a and delta to factors_ptr.
+
+    den_grad_ptr [B, H, N] holds the gradients of the denominators. With dot_ptr [B, H, N], which holds do.o of each
+    row, the normaliser comes from outside: a is read from factors_ptr, and the gradient of log G goes to its third
+    plane.
 
     W and, with KEEP, both halves of T stay on chip. For each tile the loop loads u and y, computes the logits once, and
     for each half phi and t = y T^T. The row sums <phi, t> and <phi, z> give delta and den only after both halves; so
@@ -93,12 +104,20 @@ def map_grad(
                 dz = dz + z if half == 0 else dz - z
                 den += phi_z
         if NORMALIZE and not KEYS:
-            a = 1.0 / (den + eps)
-            delta = (inner * factor - eps * y_center) * a
-            tl.store(factors_ptr + at + n, a, valid)
+            if dot_ptr is None:
+                a = 1.0 / (den + eps)
+                delta = (inner * factor - eps * y_center) * a
+                if den_grad_ptr is not None:
+                    delta -= tl.load(den_grad_ptr + at + n, valid, 0.0) * (den + eps)
+                tl.store(factors_ptr + at + n, a, valid)
+            else:
+                a = tl.load(factors_ptr + at + n, valid, 0.0)
+                delta = tl.load(dot_ptr + at + n, valid, 0.0) - y_center
             tl.store(factors_ptr + factors_plane + at + n, delta, valid)
             dx = dx * factor - delta[:, None] * dz
             inner = inner * factor - delta * den
+            if dot_ptr is not None:
+                tl.store(factors_ptr + 2 * factors_plane + at + n, a * inner, valid)
             a *= mixed
         else:
             if factors_ptr is not None:  # mix_grad reads do.o here
@@ -163,11 +182,15 @@ def project_grad(
     tl.store(dw_partial_ptr + at, dw, (cols < D)[:, None] & (cols < D)[None, :])
 
 
-def row_gradient(side: Side, y, state, stats, *, keys, normalize, rope=None, scale=1.0, eps=0.0, r=None, factors=None):
+def row_gradient(
+    side: Side, y, state, stats, *,
+    keys, normalize, rope=None, scale=1.0, eps=0.0, r=None, factors=None, den_grad=None, dot=None,
+):  # fmt: skip
     """Return du, like side.u, and the gradient of the weight [H, D, D] in fp32 (None without weights).
 
     side.u has been rotated by rope = (cos, sin), and du is the gradient of the rows before that rotation. If given,
-    factors [2, B, H, N] receives a and delta.
+    factors [2, B, H, N] receives a and delta. With dot [B, H, N], which is do.o, it is [3, B, H, N] and holds a
+    already; delta and the gradient of log G are added. den_grad [B, H, N] is the gradient of den.
     """
     u = side.u
     batch, length, heads, dim = u.shape
@@ -180,8 +203,8 @@ def row_gradient(side: Side, y, state, stats, *, keys, normalize, rope=None, sca
     launch(
         map_grad, work.items * heads, tile, u.device,
         u_ptr=u, w_ptr=side.weight, y_ptr=y, state_ptr=state, stats_ptr=stats, cos_ptr=side.cos, sin_ptr=side.sin,
-        keep_ptr=side.keep, r_ptr=r, cu_ptr=side.cu_seqlens, factors_ptr=factors, dx_ptr=dx,
-        **strides("u", u), **strides("y", y), **strides("o", dx),
+        keep_ptr=side.keep, r_ptr=r, cu_ptr=side.cu_seqlens, factors_ptr=factors, den_grad_ptr=den_grad,
+        dot_ptr=dot, dx_ptr=dx, **strides("u", u), **strides("y", y), **strides("o", dx),
         SEQUENCES=work.sequences, HEADS=heads, N=length, splits=work.splits, rows=work.rows,
         factors_plane=0 if factors is None else factors.stride(0), scale=scale, eps=eps,
         D=dim, WIDTH=width, SIGNS=side.signs, GROUP=heads // state.shape[1], BLOCK=tile.block,

@@ -35,6 +35,12 @@ class Side(NamedTuple):
         make = torch.empty if self.cu_seqlens is None else torch.zeros
         return make(self.u.shape, dtype=self.u.dtype, device=self.u.device)
 
+    def new_numbers(self, *planes: int) -> torch.Tensor:
+        """Allocate fp32 numbers [*planes, B, H, N], one for each row; they start at 0 as in `new_rows`."""
+        batch, length, heads, _ = self.u.shape
+        make = torch.empty if self.cu_seqlens is None else torch.zeros
+        return make((*planes, batch, heads, length), dtype=torch.float32, device=self.u.device)
+
     @property
     def signs(self) -> int:
         return configs.signs(self.feature_map)
