@@ -107,7 +107,12 @@ def faults(job: CompileJob, code: Code) -> dict[str, str]:
     architecture, dtype = ARCHITECTURES[job.capability], job.name.split("-")[3]
     name, amd = job.launch.kernel.__name__, job.capability in AMD
     products = name in ("accumulate_state", "apply_state", "map_grad", "project_grad")
-    moves = name in ("mix_grad", "rotate_rows")  # they have no products and cost only memory traffic
+    moves = name in (
+        "mix_grad",
+        "rotate_rows",
+        "merge_rows",
+        "merge_factors",
+    )  # they have no products and cost only memory traffic
     rows = products or moves
     spilled = f"{code.stack} bytes of stack, {code.local} {'registers spilled' if amd else 'local accesses'}"
     found = {

@@ -60,7 +60,7 @@ def check_features(name: str, weight: Tensor | None, x: Tensor, feature_map: str
         raise ValueError(f"expected {name} of shape {list(shape)}, got {tuple(weight.shape)}")
     if weight.dtype not in DTYPES:
         raise ValueError(f"expected {name} in float32, float16 or bfloat16, got {weight.dtype}")
-    _check_device(name, weight, x)
+    check_device(name, weight, x)
 
 
 def check_rope(rope, x: Tensor) -> None:
@@ -74,7 +74,7 @@ def check_rope(rope, x: Tensor) -> None:
             raise ValueError(f"expected rope's {name} of shape {list(shape)}, [N, D/2], got {tuple(table.shape)}")
         if table.dtype not in DTYPES:
             raise ValueError(f"expected rope's {name} in float32, float16 or bfloat16, got {table.dtype}")
-        _check_device(f"rope's {name}", table, x)
+        check_device(f"rope's {name}", table, x)
 
 
 def check_mix_pair(mix) -> None:
@@ -96,8 +96,8 @@ def check_mix(mix: tuple[Tensor, Tensor] | None, q: Tensor) -> None:
         )
     if r.numel() != 1 or r.dtype not in DTYPES:
         raise ValueError(f"expected r to be one number in float32, float16 or bfloat16, got {tuple(r.shape)} {r.dtype}")
-    _check_device("softmax_out", softmax_out, q)
-    _check_device("r", r, q)
+    check_device("softmax_out", softmax_out, q)
+    check_device("r", r, q)
 
 
 def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
@@ -108,7 +108,7 @@ def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
             f"expected key_mask to be bool of shape {list(k.shape[:2])}, [B, Nk], got {key_mask.dtype}"
             f" {tuple(key_mask.shape)}"
         )
-    _check_device("key_mask", key_mask, k)
+    check_device("key_mask", key_mask, k)
 
 
 def check_packed(name: str, cu_seqlens: Tensor | None, x: Tensor) -> None:
@@ -119,7 +119,7 @@ def check_packed(name: str, cu_seqlens: Tensor | None, x: Tensor) -> None:
         raise ValueError(
             f"expected {name} to be int32 of shape [sequences + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
-    _check_device(name, cu_seqlens, x)
+    check_device(name, cu_seqlens, x)
     if x.shape[0] != 1:
         raise ValueError(f"expected a batch of 1 (or [total, H, D]) with {name}, got a batch of {x.shape[0]}")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -142,7 +142,7 @@ def check_state(state: Tensor, z: Tensor, q: Tensor, cu_seqlens: Tensor | None, 
     for name, x in (("S", state), ("z", z)):
         if x.dtype != torch.float32:
             raise ValueError(f"expected {name} in float32, got {x.dtype}")
-        _check_device(name, x, q)
+        check_device(name, x, q)
 
 
 def check_scaling(feature_map: str, scale: float | None, normalize: bool, eps: float) -> None:
@@ -154,6 +154,6 @@ def check_scaling(feature_map: str, scale: float | None, normalize: bool, eps: f
         raise ValueError(f"expected a finite scale, got {scale}")
 
 
-def _check_device(name: str, x: Tensor, like: Tensor) -> None:
+def check_device(name: str, x: Tensor, like: Tensor) -> None:
     if x.device != like.device:
         raise ValueError(f"expected {name} on the rows' device {like.device}, got {x.device}")

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from linvideo.ops import checks, whole
+from linvideo.ops.inputs import autocast, split_rope
 from linvideo.ops.library import apply_op, state_op, uses_kernels
-from linvideo.ops.reference import rotate
 
 
 def linear_attn(
@@ -92,7 +92,7 @@ def linear_attn(
     _check_apply_arguments(q, feature_map, q_weight, rope, mix, cu_seqlens_q, fp32_precision, **scaling)
     if rope is not None and k.shape[1] != q.shape[1]:
         raise ValueError(f"expected as many keys as queries with rope, got {k.shape[1]} keys, {q.shape[1]} queries")
-    (q, k), cos, sin = _rope(rope, q, k)
+    (q, k), cos, sin = split_rope(rope, q, k)
     fused, ends = _fused(mix, q), (key_mask, cu_seqlens_q, cu_seqlens_k)
     settings = feature_map, 1.0 if scale is None else float(scale), normalize, float(eps), fp32_precision, False
     out = whole.forward_op(q, k, v, q_weight, k_weight, cos, sin, *fused, *ends, *settings)[0]
@@ -133,7 +133,7 @@ def linear_attn_state(
         k, v = _unpacked(k), _unpacked(v)
     checks.check_rows("k", k)
     _check_state_arguments(k, v, feature_map, k_weight, rope, key_mask, cu_seqlens_k, fp32_precision)
-    (k,), cos, sin = _rope(rope, k)
+    (k,), cos, sin = split_rope(rope, k)
     save_rotated = cos is not None and _needs_grad(k, v, k_weight)
     arguments = k_weight, cos, sin, key_mask, cu_seqlens_k, feature_map, fp32_precision, save_rotated
     return state_op(k, v, *arguments)[:2]
@@ -185,7 +185,7 @@ def linear_attn_apply(
     if return_normalizer and (mix is not None or not normalize):
         found = "a mix" if mix is not None else "normalize=False"
         raise ValueError(f"expected no mix and normalize=True with return_normalizer=True, got {found}")
-    (q,), cos, sin = _rope(rope, q)
+    (q,), cos, sin = split_rope(rope, q)
     fused = _fused(mix, q)
     save_rotated = cos is not None and _needs_grad(q, S, z, q_weight, *fused)
     settings = feature_map, 1.0 if scale is None else float(scale), normalize, float(eps), fp32_precision, save_rotated
@@ -213,16 +213,6 @@ def _check_apply_arguments(
     checks.check_scaling(feature_map, scale, normalize, eps)
 
 
-def _rope(rope, *rows: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
-    """Return the rows and the tables for a kernel to rotate; without kernels, the rotated rows and no tables."""
-    if rope is None:
-        return rows, None, None
-    cos, sin = rope[0].detach(), rope[1].detach()
-    if uses_kernels(rows[0]):
-        return rows, cos, sin
-    return tuple(rotate(x, cos.float(), sin.float()) for x in rows), None, None
-
-
 def _fused(mix, q: Tensor):
     """Return (softmax_out, r) if a kernel does the mixing, else (None, None)."""
     return mix if mix is not None and uses_kernels(q) else (None, None)
@@ -240,17 +230,10 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _autocast(a: Tensor, b: Tensor | None = None, c: Tensor | None = None, mix=None):
+def _autocast(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, mix=None):
     """Cast the rows to torch.autocast's dtype if autocast is on."""
-    kind = a.device.type
-    # torch.amp.is_autocast_available would cover meta too, but Dynamo in PyTorch 2.11 cannot trace it.
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return a, b, c, mix
-    dtype = torch.get_autocast_dtype(kind)
-    a, b, c = (x.to(dtype) if x is not None and x.dtype in checks.DTYPES else x for x in (a, b, c))
-    if mix is not None and mix[0].dtype in checks.DTYPES:
-        mix = (mix[0].to(dtype), mix[1])
-    return a, b, c, mix
+    q, k, v, softmax_out = autocast(q, k, v, None if mix is None else mix[0])
+    return q, k, v, None if mix is None else (softmax_out, mix[1])
 
 
 def _unpacked(x):

@@ -225,6 +225,8 @@ APPLY = {
     "eps": (apply(eps=0.0), r"eps > 0, got 0"),
     "eps inf": (apply(eps=float("inf")), r"eps > 0, got inf"),
     "scale": (apply(normalize=False, scale=float("nan")), r"finite scale, got nan"),
+    "normalizer": (apply(normalize=False, return_normalizer=True), r"return_normalizer=True, got normalize=False"),
+    "normalizer mix": (apply(**mixed(), return_normalizer=True), r"no mix .*, got a mix"),
 }
 GROUPS = {
     "rows": (linear_attn, ROWS),

@@ -1,10 +1,12 @@
 """Linear attention: the functions that launch the kernels (passes.py). Importing this package loads Triton."""
 
+from linvideo_kernels.linear_attn.merge import factors, merge
 from linvideo_kernels.linear_attn.passes import (
     apply,
     apply_backward,
     part_backward,
     prepared_shapes,
+    rotate,
     state,
     state_backward,
 )
@@ -14,10 +16,13 @@ from linvideo_kernels.linear_attn.side import operand
 __all__ = [
     "apply",
     "apply_backward",
+    "factors",
+    "merge",
     "operand",
     "part_backward",
     "prepare",
     "prepared_shapes",
+    "rotate",
     "state",
     "state_backward",
 ]

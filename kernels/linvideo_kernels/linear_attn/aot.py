@@ -8,13 +8,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from linvideo_kernels.linear_attn import configs, passes
+from linvideo_kernels.linear_attn import configs, merge, passes
 from linvideo_kernels.linear_attn.launch import Launch, Target, recording
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8", torch.int32: "i32"
 }  # fmt: skip
-OPTIONS = ("rope", "mix", "key_mask", "packed", "grouped", "expanded", "normalizer")
+OPTIONS = ("rope", "mix", "key_mask", "packed", "grouped", "expanded", "window")
 
 
 class CompileJob(NamedTuple):
@@ -81,8 +81,7 @@ def compile_jobs(
     Args:
         head_dim, feature_map, dtype, normalize, precision: Arguments of the op.
         capability: 90 for sm_90, 942 for gfx942.
-        options: Names from OPTIONS. "normalizer" has the queries' passes return and take denominators, as window
-            attention does.
+        options: Names from OPTIONS. "window" adds what window attention needs.
     """
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -112,12 +111,17 @@ def compile_jobs(
         state, z, rotated = passes.state(k, v, *keys, feature_map, precision, training)
         passes.state_backward(state, z, rotated if training else k, v, *keys, state, z, feature_map, precision)
         queries = (q_weight, rope, *mix, cu_seqlens)
-        normalizer = "normalizer" in options
-        _, den, rotated, *prepared = passes.apply(q, state, z, *queries, *settings, True, normalizer)
+        window = "window" in options
+        o, den, rotated, *prepared = passes.apply(q, state, z, *queries, *settings, True, window)
         rotated = rotated if training else q
         passes.apply_backward(do, rotated, z, *queries, prepared, *settings, den)
-        if normalizer:
-            passes.part_backward(do, den, den, rotated, state, z, q_weight, cu_seqlens, feature_map, precision)
+        if window:
+            log_gain = meta(heads, dtype=torch.float32)
+            for common in (None, (o, den)):
+                merge.merge(o, den, common, (o, den), log_gain)
+            dot, share = merge.factors(do, o, den, log_gain)
+            part = do, dot, share, rotated, state, z, q_weight, cu_seqlens
+            passes.part_backward(*part, feature_map, precision)
         if training:  # without gradients the forward runs other kernels: apply_state rotates the queries itself
             passes.state(k, v, *keys, feature_map, precision, False)
             passes.apply(q, state, z, *queries, *settings, False)
@@ -137,7 +141,7 @@ def _use(launch: Launch) -> str:
     ]
     flags += [
         name.removesuffix("_ptr")
-        for name in ("factors_ptr", "cos_ptr", "grad_ptr", "den_ptr", "den_grad_ptr", "dot_ptr")
+        for name in ("factors_ptr", "cos_ptr", "grad_ptr", "den_ptr", "den_grad_ptr", "dot_ptr", "common_ptr")
         if name in given
     ]
     return "_".join(flags) or "plain"

@@ -70,7 +70,7 @@ def tile(
             (map_grad's rows are the keys) and "normalizer" (apply_state writes denominators).
     """
     wide = padded(head_dim) == 128
-    if kernel in ("prepare_state", "reduce_state", "mix_grad", "rotate_rows"):
+    if kernel in ("prepare_state", "reduce_state", "mix_grad", "rotate_rows", "merge_rows", "merge_factors"):
         return _small(kernel)._replace(amd=capability in AMD)
     if capability in AMD:
         return _amd(kernel, wide, dtype, capability, feature_map, options)._replace(amd=True)

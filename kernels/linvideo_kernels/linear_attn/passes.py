@@ -111,6 +111,11 @@ def part_backward(do, dot, a, q, state, z, weight, cu_seqlens, feature_map: str,
     return dq, dstate, dz, dweight, factors[2]
 
 
+def rotate(u, cos, sin):
+    """Return rows [B, N, H, D] rotated by the tables cos, sin [N, D/2]."""
+    return rotated(Side.of(u, None, "identity", "ieee", (cos, sin))).u
+
+
 def prepared_shapes(sequences: int, key_heads: int, head_dim: int, feature_map: str):
     """Return the shapes of T and of its statistics, which `apply` returns in training."""
     return configs.prepared_shapes(sequences, key_heads, head_dim, configs.signs(feature_map))

@@ -1,0 +1,28 @@
+"""What every op does with its inputs first: torch.autocast, and the rotary embedding where no kernel rotates."""
+
+import torch
+from torch import Tensor
+
+from linvideo.ops import checks
+from linvideo.ops.library import uses_kernels
+from linvideo.ops.reference import rotate
+
+
+def autocast(*rows: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the rows in torch.autocast's dtype if autocast is on; other dtypes are left for the checks to refuse."""
+    kind = rows[0].device.type
+    # torch.amp.is_autocast_available would cover meta too, but Dynamo in PyTorch 2.11 cannot trace it.
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return rows
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x is not None and x.dtype in checks.DTYPES else x for x in rows)
+
+
+def split_rope(rope, *rows: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
+    """Return the rows and the tables for a kernel to rotate; without kernels, the rotated rows and no tables."""
+    if rope is None:
+        return rows, None, None
+    cos, sin = rope[0].detach(), rope[1].detach()
+    if uses_kernels(rows[0]):
+        return rows, cos, sin
+    return tuple(rotate(x, cos.float(), sin.float()) for x in rows), None, None

@@ -1,0 +1,136 @@
+"""Window attention: softmax to near frames and linear attention to all other frames, under one normaliser."""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from linvideo.ops import checks, softmax_backends
+from linvideo.ops.inputs import autocast, split_rope
+from linvideo.ops.window_library import forward_op
+
+ANCHORS = ("first", "last")
+
+
+def window_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    frame_tokens: int,
+    log_gain: Tensor,
+    chunk: int = 3,
+    overlap: int = 1,
+    prefix_tokens: int = 0,
+    suffix_tokens: int = 0,
+    anchors: Collection[str] = (),
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    feature_map: str = "hedgehog",
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+    fp32_precision: str = "ieee",
+) -> Tensor:
+    """Attention of a video to itself: softmax within a window of frames, linear outside, O(N) in time and memory.
+
+    The rows are F frames of `frame_tokens` tokens each. The queries of a chunk of `chunk` frames attend with softmax to
+    a window: the chunk and `overlap` frames on either side. They attend linearly to exactly the other frames. One
+    normaliser serves both, so that the content decides how much weight the far frames get:
+
+        o_i = (sum_near exp(s_ij) v_j + g sum_far a_ij v_j) / (sum_near exp(s_ij) + g sum_far a_ij)
+
+    with s_ij = scale q_i.k_j, a_ij = phi(q_i).phi(k_j) and a gain g per head. It goes beyond LinVideo
+    (arXiv 2510.08318), whose layers are softmax or linear as a whole; ReHyAt and ARL2 combine the two similarly.
+
+    Args:
+        q: Queries [B, N, H, D] in float32, float16 or bfloat16; D is a multiple of 8 up to 128. N is prefix_tokens +
+            F frame_tokens + suffix_tokens, for any number of frames F.
+        k, v: Keys and values [B, N, Hk, D] in q's dtype; H is a multiple of Hk.
+        frame_tokens: Number of tokens per (latent) frame.
+        log_gain: Logarithm of the gain g of each query head, [H] in any of the three dtypes.
+        chunk: Number of frames that share a window. The last chunk may be shorter.
+        overlap: Number of frames on either side of a chunk that belong to its window.
+        prefix_tokens, suffix_tokens: Number of tokens before and after the video's, such as a text's. They are keys of
+            every window, and their own queries attend to all tokens with softmax.
+        anchors: Frames that are keys of every window as well: any of "first" and "last".
+        causal: Whether to leave out all frames after the query's chunk, from softmax and linear attention. The frames
+            of one chunk still see each other, and the tokens before and after the video see only themselves.
+        key_mask: Bool [B, prefix_tokens + suffix_tokens], False for those tokens that are not to be keys. What they
+            hold does not matter, even NaN.
+        feature_map, q_weight, k_weight, rope, fp32_precision: Arguments of `linear_attn`. The rotary embedding rotates
+            q and k for both parts.
+        scale: Factor of the logits of the softmax. None means D^-0.5.
+        backend: Name of the library that computes the softmax (see linvideo/ops/softmax_backends.py). None is a choice
+            by device and dtype.
+
+    Returns:
+        o [B, N, H, D] in q's dtype. If the windows cover the whole video, it is what the backend returns for softmax
+        attention over all tokens. It is differentiable once, with respect to q, k, v, the weights and log_gain.
+
+    Raises:
+        ValueError: An argument does not fit this description.
+    """
+    q, k, v = autocast(q, k, v)
+    checks.check_rows("q", q)
+    checks.check_values(k, v)
+    checks.check_rows("k", k, q)
+    checks.check_pair(q, k)
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(f"expected as many keys as queries, got {k.shape[1]} keys, {q.shape[1]} queries")
+    for name, x, weight in (("q_weight", q, q_weight), ("k_weight", k, k_weight)):
+        checks.check_features(name, weight, x, feature_map, fp32_precision)
+    checks.check_scaling(feature_map, scale, True, 1.0)
+    checks.check_rope(rope, q)
+    text = prefix_tokens, suffix_tokens
+    frames = _check_window(q.shape[1], frame_tokens, chunk, overlap, *text, anchors, causal)
+    _check_log_gain(log_gain, q)
+    if key_mask is not None:
+        _check_key_mask(key_mask, q, sum(text))
+    leaves = [q, k, v, log_gain, *(weight for weight in (q_weight, k_weight) if weight is not None)]
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+    softmax_backends.choose(backend, q, masked=key_mask is not None, training=training)  # raises before any work
+    (q, k), cos, sin = split_rope(rope, q, k)
+    rows = q, k, v, log_gain, q_weight, k_weight, cos, sin, key_mask
+    window = frames, frame_tokens, chunk, overlap, *text, "first" in anchors, "last" in anchors, causal
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return forward_op(*rows, *window, feature_map, scale, backend, fp32_precision, False)[0]
+
+
+def _check_window(tokens, frame_tokens, chunk, overlap, prefix_tokens, suffix_tokens, anchors, causal) -> int:
+    """Return the number of frames."""
+    numbers = {"frame_tokens": 1, "chunk": 1, "overlap": 0, "prefix_tokens": 0, "suffix_tokens": 0}
+    given = (frame_tokens, chunk, overlap, prefix_tokens, suffix_tokens)
+    for (name, least), value in zip(numbers.items(), given, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < least:
+            raise ValueError(f"expected {name} to be an integer of at least {least}, got {value!r}")
+    if isinstance(anchors, str) or any(anchor not in ANCHORS for anchor in anchors):
+        raise ValueError(f"expected anchors to be a collection of 'first' and 'last', got {anchors!r}")
+    if causal and "last" in anchors:
+        raise ValueError("expected no anchor 'last' with causal=True, which leaves out later frames, got it")
+    video = tokens - prefix_tokens - suffix_tokens
+    if video < frame_tokens or video % frame_tokens:
+        raise ValueError(
+            f"expected prefix_tokens + F frame_tokens + suffix_tokens = {tokens} tokens for a whole number of frames"
+            f" F > 0, got {prefix_tokens} + F {frame_tokens} + {suffix_tokens}"
+        )
+    return video // frame_tokens
+
+
+def _check_log_gain(log_gain: Tensor, q: Tensor) -> None:
+    if not isinstance(log_gain, Tensor) or log_gain.dtype not in checks.DTYPES or log_gain.shape != (q.shape[2],):
+        found = f"{log_gain.dtype} {list(log_gain.shape)}" if isinstance(log_gain, Tensor) else type(log_gain).__name__
+        raise ValueError(f"expected log_gain in float32, float16 or bfloat16 of shape [{q.shape[2]}], got {found}")
+    checks.check_device("log_gain", log_gain, q)
+
+
+def _check_key_mask(key_mask: Tensor, q: Tensor, tokens: int) -> None:
+    shape = (q.shape[0], tokens)
+    if key_mask.dtype != torch.bool or key_mask.shape != shape:
+        raise ValueError(
+            f"expected key_mask to be bool of shape {list(shape)}, [B, prefix_tokens + suffix_tokens], got"
+            f" {key_mask.dtype} {list(key_mask.shape)}"
+        )
+    checks.check_device("key_mask", key_mask, q)

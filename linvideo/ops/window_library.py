@@ -1,0 +1,306 @@
+"""Window attention in torch.library: `linvideo::window_attn` and its `_backward`.
+
+The near part is softmax by a library (softmax_backends.py), whose calls `Layout` lists. The far part is linear
+attention on states of single frames, summed over the frames outside of each chunk's window. The sums are matrix
+products with a matrix of zeros and ones rather than differences from a total, which would cancel.
+
+The backward calls the library's backward with the merged output and the log of the whole normaliser: the weights that
+it computes again are then those of the whole sum, and do.o is that of the merged output, so its gradients are exact.
+Linear attention gets its gradients as one part of that sum (row_gradient.py in the kernels, chunked.py on the CPU).
+"""
+
+import torch
+from torch import Tensor
+
+from linvideo.ops import chunked, softmax_backends
+from linvideo.ops.library import (
+    below_autograd,
+    differentiate,
+    fake,
+    given,
+    kernels,
+    new,
+    once,
+    operator,
+    tensors,
+    uses_kernels,
+)
+from linvideo.ops.window_layout import Layout, SoftmaxCall
+
+TINY = 1e-30  # instead of eps: the softmax part keeps the whole normaliser from vanishing
+
+
+@operator("window_attn")
+def forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gain: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_mask: Tensor | None,
+    frames: int,
+    frame_tokens: int,
+    chunk: int,
+    overlap: int,
+    prefix_tokens: int,
+    suffix_tokens: int,
+    first_anchor: bool,
+    last_anchor: bool,
+    causal: bool,
+    feature_map: str,
+    scale: float,
+    backend: str | None,
+    precision: str,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return o and, in training, the log of the normaliser [B, H, N] and, with rope, the rotated q and k."""
+    numbers = frames, frame_tokens, chunk, overlap, prefix_tokens, suffix_tokens, first_anchor, last_anchor, causal
+    layout = Layout(*numbers)
+    with torch.autocast(q.device.type, enabled=False):
+        rotated = None, None
+        if cos is not None:
+            q, k = rotated = tuple(kernels(x).rotate(x, cos, sin) for x in (q, k))
+        softmax = _Softmax(q, k, v, key_mask, layout, scale, backend, training)
+        o, lse = softmax.forward(layout.window_calls(q.shape[0]))
+        common = layout.common_call()
+        if common is not None or layout.has_far:
+            far = _Far(q, k, v, q_weight, k_weight, layout, feature_map, precision) if layout.has_far else None
+            _merge(o, lse, softmax.call(common) if common else None, far and far.forward(), log_gain, layout)
+    return tensors(q, o, lse if training else None, *(rotated if training else (None, None)))
+
+
+@operator("window_attn_backward")
+def backward_op(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gain: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_mask: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    frames: int,
+    frame_tokens: int,
+    chunk: int,
+    overlap: int,
+    prefix_tokens: int,
+    suffix_tokens: int,
+    first_anchor: bool,
+    last_anchor: bool,
+    causal: bool,
+    feature_map: str,
+    scale: float,
+    backend: str | None,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv, dlog_gain, dq_weight and dk_weight. q and k are those that the forward has rotated."""
+    numbers = frames, frame_tokens, chunk, overlap, prefix_tokens, suffix_tokens, first_anchor, last_anchor, causal
+    layout = Layout(*numbers)
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dk, dv, *small = (
+            None if x is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+            for x in (q, k, v, log_gain, q_weight, k_weight)
+        )
+        if layout.has_far:
+            far = _Far(q, k, v, q_weight, k_weight, layout, feature_map, precision)
+            rows, small = far.backward(do, o, lse, log_gain)
+            for x, part in zip((dq, dk, dv), rows, strict=True):
+                x[:, layout.video] = part
+        softmax = _Softmax(q, k, v, key_mask, layout, scale, backend, True)
+        common = layout.common_call()
+        for call in [*layout.window_calls(q.shape[0]), *([common] if common else [])]:
+            softmax.backward(call, do, o, lse, (dq, dk, dv))
+        if cos is not None:
+            dq, dk = (kernels(x).rotate(x, cos, -sin) for x in (dq, dk))
+    return tensors(q, dq, dk, dv, *small)
+
+
+class _Softmax:
+    """The near part's softmax over the rows of one sequence."""
+
+    def __init__(self, q, k, v, key_mask, layout: Layout, scale: float, backend: str | None, training: bool):
+        self.q, self.k, self.v, self.scale = q, k, v, scale
+        self.group = q.shape[2] // k.shape[2]
+        self.mask = None
+        if key_mask is not None:
+            self.mask = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
+            self.mask[:, : layout.prefix_tokens] = key_mask[:, : layout.prefix_tokens]
+            self.mask[:, layout.tokens - layout.suffix_tokens :] = key_mask[:, layout.prefix_tokens :]
+        self.backends = [
+            softmax_backends.choose(backend, q, masked=masked, training=training)
+            for masked in (False, self.mask is not None)
+        ]
+
+    def _rows(self, call: SoftmaxCall):
+        """Return the backend, q, k, v and the mask of a call; k and v have q's heads, and masked rows are 0."""
+        k, v = (call.keys.take(x) for x in (self.k, self.v))
+        mask = call.keys.take(self.mask) if call.masked and self.mask is not None else None
+        if mask is not None:  # what masked keys hold must not matter, even NaN
+            k, v = (torch.where(mask[..., None, None], x, 0.0) for x in (k, v))
+        if self.group > 1:
+            k, v = (x.repeat_interleave(self.group, 2) for x in (k, v))
+        return self.backends[mask is not None], call.queries.take(self.q), k, v, mask
+
+    def call(self, call: SoftmaxCall) -> tuple[Tensor, Tensor]:
+        """Return the output and the log-sum-exp [B, H, N] of a call."""
+        backend, *rows, mask = self._rows(call)
+        return backend.forward(*rows, self.scale, mask)
+
+    def forward(self, calls: list[SoftmaxCall]) -> tuple[Tensor, Tensor]:
+        """Return the output of all rows and the log-sum-exps [B, H, N]; a row in no call has 0 and -inf."""
+        if len(calls) == 1 and calls[0].queries.take(self.q).shape == self.q.shape:
+            o, lse = self.call(calls[0])
+            return o.contiguous(), lse.contiguous()
+        batch, length, heads, _ = self.q.shape
+        o = torch.zeros(self.q.shape, dtype=self.q.dtype, device=self.q.device)
+        lse = torch.full((batch, heads, length), float("-inf"), device=self.q.device)
+        for call in calls:
+            out, total = self.call(call)
+            call.queries.put(o, out)
+            call.queries.put(lse.transpose(1, 2), total.transpose(1, 2))
+        return o, lse
+
+    def backward(self, call: SoftmaxCall, do, o, lse, grads) -> None:
+        """Add the gradients of a call to those of q, k and v."""
+        backend, q, k, v, mask = self._rows(call)
+        do, o = (call.queries.take(x) for x in (do, o))
+        lse = call.queries.take(lse.transpose(1, 2)).transpose(1, 2)
+        dq, dk, dv = backend.backward(do, q, k, v, o, lse, self.scale, mask)
+        if self.group > 1:
+            dk, dv = (x.unflatten(2, (-1, self.group)).sum(3) for x in (dk, dv))
+        for rows, x, grad in zip((call.queries, call.keys, call.keys), grads, (dq, dk, dv), strict=True):
+            rows.add(x, grad)
+
+
+class _Far:
+    """Linear attention of each chunk of the video to the frames outside of its window."""
+
+    def __init__(self, q, k, v, q_weight, k_weight, layout: Layout, feature_map: str, precision: str):
+        self.layout, self.feature_map, self.precision = layout, feature_map, precision
+        self.batch, self.shape = q.shape[0], (q.shape[0], layout.frames * layout.frame_tokens)
+        self.q, self.k, self.v = (self._flat(x) for x in (q, k, v))
+        self.q_weight, self.k_weight = q_weight, k_weight
+        self.frame_ends, self.chunk_ends = (
+            ends(self.batch, q.device) for ends in (layout.frame_ends, layout.chunk_ends)
+        )
+        self.far = layout.far(q.device)
+        keys = self.k, self.v, k_weight
+        if uses_kernels(q):
+            self.frame_state = kernels(q).state(*keys, None, None, self.frame_ends, feature_map, precision, False)[:2]
+        else:
+            self.frame_state = chunked.state(*keys, None, self.frame_ends, feature_map)
+        self.chunk_state = [self._sum(self.far, x) for x in self.frame_state]
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """Return the video's rows of x [B, N, H, D] as [1, B F P, H, D]."""
+        return x[:, self.layout.video].reshape(1, -1, *x.shape[2:])
+
+    def _numbers(self, x: Tensor) -> Tensor:
+        """Reorder [B, H, F P] to [1, H, B F P]."""
+        return x.transpose(0, 1).reshape(1, x.shape[1], -1)
+
+    def _sum(self, matrix: Tensor, x: Tensor) -> Tensor:
+        """Return matrix [m, n] times x [B n, ...] in each batch entry, [B m, ...]."""
+        return (matrix @ x.view(self.batch, matrix.shape[1], -1)).view(-1, *x.shape[1:])
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return the output [B, F P, H, D] and the denominators [B, H, F P]."""
+        queries = self.q, *self.chunk_state, self.q_weight
+        scaling = self.feature_map, 1.0, True, TINY
+        if uses_kernels(self.q):
+            run = kernels(self.q).apply
+            out, den, *_ = run(*queries, None, None, None, self.chunk_ends, *scaling, self.precision, False, True)
+        else:
+            out, den = chunked.apply(*queries, self.chunk_ends, *scaling, return_normalizer=True)
+        return out.view(*self.shape, *out.shape[2:]), den.view(den.shape[1], *self.shape).transpose(0, 1).contiguous()
+
+    def backward(self, do, o, lse, log_gain) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        """Return dq, dk, dv of the video's rows, and dlog_gain, dq_weight, dk_weight."""
+        lse = lse[..., self.layout.video].contiguous()
+        do, o = (x[:, self.layout.video] for x in (do, o))
+        if uses_kernels(do):
+            dot, share = kernels(do).factors(do, o, lse, log_gain)
+        else:
+            dot = (do.float() * o.float()).sum(-1).transpose(1, 2)
+            share = (log_gain.float()[:, None] - lse).exp()
+        do = do.reshape(self.q.shape)
+        rows = do, *(self._numbers(x) for x in (dot, share)), self.q, *self.chunk_state, self.q_weight
+        keys = self.k, self.v, self.k_weight
+        if uses_kernels(do):
+            run, last = kernels(do), (self.feature_map, self.precision)
+            dq, *dstates, dq_weight, gains = run.part_backward(*rows, self.chunk_ends, *last)
+            dframes = [self._sum(self.far.T, x) for x in dstates]
+            keys = *keys, None, None, self.frame_ends, *self.frame_state
+            dk, dv, dk_weight = run.state_backward(*dframes, *keys, *last)
+        else:
+            dq, *dstates, dq_weight, gains = chunked.part_backward(*rows, self.chunk_ends, self.feature_map)
+            dframes = [self._sum(self.far.T, x) for x in dstates]
+            dk, dv, dk_weight = chunked.state_backward(*dframes, *keys, None, self.frame_ends, self.feature_map)
+        dweights = [
+            None if w is None else x.to(w.dtype) for x, w in ((dq_weight, self.q_weight), (dk_weight, self.k_weight))
+        ]
+        small = gains.sum((0, 2)).to(log_gain.dtype), *dweights
+        return tuple(x.view(*self.shape, *x.shape[2:]) for x in (dq, dk, dv)), small
+
+
+def _merge(o, lse, common, far, log_gain, layout: Layout) -> None:
+    """Merge the video's rows of o and lse, in place, with the softmax over the common keys and the far part."""
+    rows, numbers = o[:, layout.video], lse[..., layout.video].contiguous()
+    common = None if common is None else (common[0], common[1].contiguous())
+    if uses_kernels(o):
+        kernels(o).merge(rows, numbers, common, far, log_gain.contiguous())
+    else:
+        parts = [(rows, numbers), *([] if common is None else [common])]
+        if far is not None:
+            parts.append((far[0], far[1].log() + log_gain.float()[:, None]))
+        total = torch.stack([x for _, x in parts]).logsumexp(0)
+        merged = sum((x - total).exp().transpose(1, 2).unsqueeze(-1) * out.float() for out, x in parts)
+        rows.copy_(merged)
+        numbers.copy_(total)
+    lse[..., layout.video] = numbers
+
+
+@fake(forward_op)
+def _(q, k, v, log_gain, q_weight, k_weight, cos, *inputs):
+    training = inputs[-1]
+    batch, length, heads, _ = q.shape
+    lse = q.new_empty((batch, heads, length) if training else 0, dtype=torch.float32)
+    rotated = [q.new_empty(x.shape if training and cos is not None else 0) for x in (q, k)]
+    return q.new_empty(q.shape), lse, *rotated
+
+
+@fake(backward_op)
+def _(do, q, k, v, log_gain, q_weight, k_weight, *inputs):
+    return *(x.new_empty(x.shape) for x in (q, k, v, log_gain)), new(q, q_weight), new(q, k_weight)
+
+
+class _WindowAttn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        q, k, *others = inputs[:9]
+        o, lse, *rotated = below_autograd(forward_op, *inputs[:-1], True)
+        q, k = rotated if others[4] is not None else (q, k)
+        ctx.save_for_backward(q, k, *others, o, lse)
+        ctx.settings = inputs[9:-1]
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        saved = ctx.saved_tensors  # read only once: under activation checkpointing a second read raises
+        *grads, dq_weight, dk_weight = once(backward_op, do, *saved, *ctx.settings)
+        return *grads, given(dq_weight, saved[4]), given(dk_weight, saved[5]), *(None,) * 17
+
+
+def _with_gradient(*inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    empty = inputs[0].new_empty(0)
+    return _WindowAttn.apply(*inputs), empty.float(), empty, empty  # autograd keeps what the backward reads
+
+
+differentiate(forward_op, _with_gradient)
