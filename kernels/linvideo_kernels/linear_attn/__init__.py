@@ -1,6 +1,5 @@
 """Linear attention: the functions that launch the kernels (passes.py). Importing this package loads Triton."""
 
-from linvideo_kernels.linear_attn.merge import factors, merge
 from linvideo_kernels.linear_attn.passes import (
     apply,
     apply_backward,
@@ -12,6 +11,7 @@ from linvideo_kernels.linear_attn.passes import (
 )
 from linvideo_kernels.linear_attn.prepare import prepare
 from linvideo_kernels.linear_attn.side import operand
+from linvideo_kernels.linear_attn.window import factors, merge
 
 __all__ = [
     "apply",

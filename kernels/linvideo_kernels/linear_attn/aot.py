@@ -8,7 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from linvideo_kernels.linear_attn import configs, merge, passes
+from linvideo_kernels.linear_attn import configs, passes, window
 from linvideo_kernels.linear_attn.launch import Launch, Target, recording
 
 TYPES = {
@@ -111,15 +111,15 @@ def compile_jobs(
         state, z, rotated = passes.state(k, v, *keys, feature_map, precision, training)
         passes.state_backward(state, z, rotated if training else k, v, *keys, state, z, feature_map, precision)
         queries = (q_weight, rope, *mix, cu_seqlens)
-        window = "window" in options
-        o, den, rotated, *prepared = passes.apply(q, state, z, *queries, *settings, True, window)
+        windowed = "window" in options
+        o, den, rotated, *prepared = passes.apply(q, state, z, *queries, *settings, True, windowed)
         rotated = rotated if training else q
         passes.apply_backward(do, rotated, z, *queries, prepared, *settings, den)
-        if window:
+        if windowed:
             log_gain = meta(heads, dtype=torch.float32)
             for common in (None, (o, den)):
-                merge.merge(o, den, common, (o, den), log_gain)
-            dot, share = merge.factors(do, o, den, log_gain)
+                window.merge(o, den, common, (o, den), log_gain)
+            dot, share = window.factors(do, o, den, log_gain)
             part = do, dot, share, rotated, state, z, q_weight, cu_seqlens
             passes.part_backward(*part, feature_map, precision)
         if training:  # without gradients the forward runs other kernels: apply_state rotates the queries itself
