@@ -151,11 +151,12 @@ class Layout(NamedTuple):
                 calls += [SoftmaxCall(*rows, False) for rows in self._rows(batch, len(chunks), *pairs)]
         return calls
 
-    def common_call(self) -> SoftmaxCall | None:
-        """Return the call of the video's queries with the keys that are in every window, if there are such keys."""
+    @property
+    def common_calls(self) -> list[SoftmaxCall]:
+        """The call of the video's queries with the keys that are in every window, if there are such keys."""
         if not self.common or self.is_plain:
-            return None
-        return SoftmaxCall(Ranges(((self.video.start, self.video.stop),)), Ranges(self.common), bool(self.text))
+            return []
+        return [SoftmaxCall(Ranges(((self.video.start, self.video.stop),)), Ranges(self.common), bool(self.text))]
 
     def _rows(self, batch: int, count: int, *pairs: tuple[int, int]):
         """Yield (queries, keys) of `count` chunks in as few calls as possible, from (first frame, frames) of both."""

@@ -65,10 +65,10 @@ def forward_op(
             q, k = rotated = tuple(kernels(x).rotate(x, cos, sin) for x in (q, k))
         softmax = _Softmax(q, k, v, key_mask, layout, scale, backend, training)
         o, lse = softmax.forward(layout.window_calls(q.shape[0]))
-        common = layout.common_call()
-        if common is not None or layout.has_far:
-            far = _Far(q, k, v, q_weight, k_weight, layout, feature_map, precision) if layout.has_far else None
-            _merge(o, lse, softmax.call(common) if common else None, far and far.forward(), log_gain, layout)
+        common = [softmax.call(call) for call in layout.common_calls]
+        far = _Far(q, k, v, q_weight, k_weight, layout, feature_map, precision).forward() if layout.has_far else None
+        if common or far:
+            _merge(o, lse, common[0] if common else None, far, log_gain, layout)
     return tensors(q, o, lse if training else None, *(rotated if training else (None, None)))
 
 
@@ -99,27 +99,33 @@ def backward_op(
     scale: float,
     backend: str | None,
     precision: str,
+    rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv, dlog_gain, dq_weight and dk_weight. q and k are those that the forward has rotated."""
+    """Return dq, dk, dv, dlog_gain, dq_weight and dk_weight.
+
+    q and k are those that the forward has rotated. Without `rows`, dq, dk and dv are empty: the softmax has no weights,
+    so that fitting the weights needs no backward of it.
+    """
     numbers = frames, frame_tokens, chunk, overlap, prefix_tokens, suffix_tokens, first_anchor, last_anchor, causal
     layout = Layout(*numbers)
     with torch.autocast(q.device.type, enabled=False):
-        dq, dk, dv, *small = (
+        grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)] if rows else []
+        small = [
             None if x is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-            for x in (q, k, v, log_gain, q_weight, k_weight)
-        )
+            for x in (log_gain, q_weight, k_weight)
+        ]
         if layout.has_far:
             far = _Far(q, k, v, q_weight, k_weight, layout, feature_map, precision)
-            rows, small = far.backward(do, o, lse, log_gain)
-            for x, part in zip((dq, dk, dv), rows, strict=True):
+            video, small = far.backward(do, o, lse, log_gain)
+            for x, part in zip(grads, video, strict=False):
                 x[:, layout.video] = part
-        softmax = _Softmax(q, k, v, key_mask, layout, scale, backend, True)
-        common = layout.common_call()
-        for call in [*layout.window_calls(q.shape[0]), *([common] if common else [])]:
-            softmax.backward(call, do, o, lse, (dq, dk, dv))
-        if cos is not None:
-            dq, dk = (kernels(x).rotate(x, cos, -sin) for x in (dq, dk))
-    return tensors(q, dq, dk, dv, *small)
+        if rows:
+            softmax = _Softmax(q, k, v, key_mask, layout, scale, backend, True)
+            for call in [*layout.window_calls(q.shape[0]), *layout.common_calls]:
+                softmax.backward(call, do, o, lse, grads)
+        if rows and cos is not None:
+            grads[:2] = (kernels(x).rotate(x, cos, -sin) for x in grads[:2])
+    return tensors(q, *(grads or (None, None, None)), *small)
 
 
 class _Softmax:
@@ -278,7 +284,8 @@ def _(q, k, v, log_gain, q_weight, k_weight, cos, *inputs):
 
 @fake(backward_op)
 def _(do, q, k, v, log_gain, q_weight, k_weight, *inputs):
-    return *(x.new_empty(x.shape) for x in (q, k, v, log_gain)), new(q, q_weight), new(q, k_weight)
+    rows = [x.new_empty(x.shape if inputs[-1] else 0) for x in (q, k, v)]
+    return *rows, log_gain.new_empty(log_gain.shape), new(q, q_weight), new(q, k_weight)
 
 
 class _WindowAttn(torch.autograd.Function):
@@ -294,8 +301,10 @@ class _WindowAttn(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         saved = ctx.saved_tensors  # read only once: under activation checkpointing a second read raises
-        *grads, dq_weight, dk_weight = once(backward_op, do, *saved, *ctx.settings)
-        return *grads, given(dq_weight, saved[4]), given(dk_weight, saved[5]), *(None,) * 17
+        rows = any(ctx.needs_input_grad[:3])
+        *grads, dlog_gain, dq_weight, dk_weight = once(backward_op, do, *saved, *ctx.settings, rows)
+        grads = grads if rows else (None, None, None)
+        return *grads, dlog_gain, given(dq_weight, saved[4]), given(dk_weight, saved[5]), *(None,) * 17
 
 
 def _with_gradient(*inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -93,6 +93,8 @@ def _small(kernel: str) -> Tile:
         return Tile(64, 8, 1)
     if kernel == "reduce_state":
         return Tile(16, 4, 1)
+    if kernel in ("merge_rows", "merge_factors"):
+        return Tile(32, 4, 1, resident=2)
     return Tile(64, 4, 1, resident=2)
 
 
