@@ -14,9 +14,11 @@ from linvideo.commands.shared import (
     refuse_existing,
 )
 
+ANCHORS = ("first", "last")  # those of linvideo.ops.window_attn, which needs torch
 SUMMARY = "replace softmax attention by linear attention in some layers of a pipeline, without training"
 EXAMPLES = """
 linvideo convert Wan-AI/Wan2.1-T2V-1.3B-Diffusers --layers 0 2 5-7 --output_dir untrained
+linvideo convert untrained --layers 8-29 --mode window --window.chunk 3 --window.overlap 1 --output_dir all-layers
 """
 
 
@@ -26,8 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     conversion = parser.add_argument_group("conversion")
     what = '0-based layer numbers and ranges, such as 0 2 5-7 or 0,2,5-7, or "all"; default: all'
     conversion.add_argument("--layers", nargs="+", type=layer_numbers, metavar="N", default=["all"], help=what)
-    what = 'attention of these layers: linear alone, or "mixed" with softmax attention; default: linear'
-    conversion.add_argument("--mode", choices=["mixed", "linear"], default="linear", help=what)
+    what = (
+        'attention of these layers: linear alone, "mixed" with softmax attention, or "window", which is softmax'
+        " attention to near latent frames and linear attention to all others; default: linear"
+    )
+    conversion.add_argument("--mode", choices=["mixed", "linear", "window"], default="linear", help=what)
+    what = "latent frames per chunk of a window layer, whose tokens share one window; default: 3"
+    conversion.add_argument("--window.chunk", type=int, metavar="N", help=what)
+    what = "latent frames before and after its chunk in a window; default: 1"
+    conversion.add_argument("--window.overlap", type=int, metavar="N", help=what)
+    what = "frames that are in every window; default: none"
+    conversion.add_argument("--window.anchors", nargs="+", choices=ANCHORS, help=what)
+    what = "leave out the frames after a token's own chunk"
+    conversion.add_argument("--window.causal", action="store_const", const=True, help=what)
     what = "feature map of the linear attention; default: hedgehog"
     conversion.add_argument("--feature_map", metavar="NAME", default="hedgehog", help=what)
     what = "fitted weights of the feature maps: the feature_maps.safetensors that analyze and train write"
@@ -61,7 +74,11 @@ def run(args: argparse.Namespace) -> None:
     if "all" in args.layers and len(args.layers) > 1:
         raise ValueError("--layers takes layer numbers or all, but got both")
     layers = "all" if args.layers == ["all"] else [layer for some in args.layers for layer in some]
-    converted = models.convert(pipeline, layers, mode=args.mode, feature_map=args.feature_map, copy=False)
+    options = {name: getattr(args, f"window.{name}") for name in ("chunk", "overlap", "anchors", "causal")}
+    window = {name: value for name, value in options.items() if value is not None} or None
+    converted = models.convert(
+        pipeline, layers, mode=args.mode, feature_map=args.feature_map, copy=False, window=window
+    )
     how, state = models.Training(f"conversion ({args.mode})"), "untrained"
     if args.fitted_maps is not None:
         from linvideo.transfer.warmup import load_feature_maps
@@ -74,4 +91,5 @@ def run(args: argparse.Namespace) -> None:
     models.save_pipeline(converted, args.output_dir, overwrite=args.overwrite, training=how)
     if len(print_transformers(converted)) > 1:
         print("both experts were converted, in the same layers")
-    print(f"saved to {args.output_dir}; its new linear layers are {state}; to train a Wan model, use linvideo train")
+    kind = "window" if args.mode == "window" else "linear"
+    print(f"saved to {args.output_dir}; its new {kind} layers are {state}; to train a Wan model, use linvideo train")

@@ -4,7 +4,7 @@ import argparse
 
 from linvideo.commands.shared import add_dtype, add_model, load, print_transformers
 
-SUMMARY = "show which attention layers of a pipeline are softmax, mixed or linear"
+SUMMARY = "show which attention layers of a pipeline are softmax, mixed, linear or window"
 EXAMPLES = """
 linvideo info run/pipeline
 """

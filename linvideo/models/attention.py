@@ -10,9 +10,20 @@ from diffusers.models.attention_dispatch import AttentionBackendName, attention_
 from diffusers.utils.torch_utils import unwrap_module
 
 from linvideo.models.sampling_settings import stored_settings
-from linvideo.nn import LinearAttentionBranch
+from linvideo.nn import LinearAttentionBranch, Window, WindowAttentionBranch
+from linvideo.ops.softmax_backends import choose
 
-ATTENTION_TYPES = ("softmax", "linear", "mixed")
+ATTENTION_TYPES = ("softmax", "linear", "mixed", "window")
+# diffusers' names of attention backends -> those of linvideo.ops.softmax_backends, for the softmax part of a window
+WINDOW_BACKENDS = {
+    None: None,
+    "native": None,
+    "_native_flash": "flash",
+    "_native_cudnn": "cudnn",
+    "_native_efficient": "efficient",
+    "flash": "flash_attn_2",
+    "_flash_3": "flash_attn_3",
+}
 FAMILIES: dict[type, type] = {}  # diffusers' class -> ours; importing the file of a family adds it (see mixin.py)
 
 
@@ -102,6 +113,9 @@ def attend(
     value: torch.Tensor,
     key_mask: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
+    rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    prefix_tokens: int = 0,
+    suffix_tokens: int = 0,
 ) -> torch.Tensor:
     """Return attention [B, N, H, D] of the layer's `attention_type`.
 
@@ -112,13 +126,22 @@ def attend(
             return fp32, which only some backends cast back. The processor casts them, so that the fp32 tensors are not
             kept during attention.
         value: Values [B, N, H, D].
-        key_mask: Bool [B, N], True for the keys that count, for linear attention.
+        key_mask: Bool [B, N], True for the keys that count, for linear and window attention.
         attention_mask: The same mask for softmax attention, in the form of diffusers' processor of the family.
+        rope: Rotary embedding (cos, sin), each [N, D/2], if a linear or window layer has still to rotate q and k.
+        prefix_tokens, suffix_tokens: Numbers of text tokens before and after those of the video.
     """
     attention_type = getattr(attn, "attention_type", "softmax")
     options = {"key_mask": key_mask, "group": context_group(processor)}
     if attention_type == "linear":
-        return attn.linear_attn(query, key, value, **options)
+        return attn.linear_attn(query, key, value, rope=rope, **options)
+    if attention_type == "window":
+        if key_mask is not None:
+            video_end = key_mask.shape[1] - suffix_tokens
+            options["key_mask"] = torch.cat([key_mask[:, :prefix_tokens], key_mask[:, video_end:]], dim=1)
+        options |= {"prefix_tokens": prefix_tokens, "suffix_tokens": suffix_tokens, "rope": rope}
+        options["backend"] = window_backend(processor._attention_backend, query.device)
+        return attn.linear_attn(query, key, value, _frame_tokens(attn), **options)
     out = dispatch_attention_fn(
         query,
         key,
@@ -159,7 +182,29 @@ def choose_backend(
     except Exception as error:  # the backends' packages may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot use attention_backend {name!r} here: {reason}") from None
+    if stored_window(self_attentions(model)) is not None:
+        choose(window_backend(name, tokens.device), tokens, masked=False, training=False)
     model.set_attention_backend(name)
+
+
+def window_backend(name: str | None, device: torch.device) -> str | None:
+    """Return the backend of a window layer's softmax part, in linvideo.ops.softmax_backends, for diffusers' name.
+
+    Raises:
+        ValueError: Window layers have no such backend.
+    """
+    name = getattr(name, "value", name)
+    if name not in WINDOW_BACKENDS:
+        known = ", ".join(filter(None, WINDOW_BACKENDS))
+        raise ValueError(f"the attention backend of a model with window layers must be one of {known}, got {name!r}")
+    return "cpu" if (name, device.type) == ("_native_flash", "cpu") else WINDOW_BACKENDS[name]
+
+
+def _frame_tokens(attn: torch.nn.Module) -> int:
+    """Return the number of tokens per latent frame that the model's forward has written to a window layer."""
+    if attn.frame_tokens is None:
+        raise ValueError("a window layer expects a call by its model, which tells it the tokens per frame, got another")
+    return attn.frame_tokens
 
 
 def context_group(processor: object) -> torch.distributed.ProcessGroup | None:
@@ -174,15 +219,18 @@ def attach_attention(
     processor_class: type,
     feature_map: str = "hedgehog",
     r_init: float = 0.8,
+    window: Window | None = None,
 ) -> None:
-    """Give a self-attention module its type, the linear branch that the type needs, and our processor."""
+    """Give a self-attention module its type, the branch that the type needs, and our processor."""
     if attention_type not in ATTENTION_TYPES:
         raise ValueError(f"an attention type must be one of {', '.join(ATTENTION_TYPES)}, got {attention_type!r}")
     if attention_type != "softmax":
-        mixed = attention_type == "mixed"
-        branch = LinearAttentionBranch(
-            attn.heads, attn.inner_dim // attn.heads, feature_map=feature_map, mixed=mixed, r_init=r_init
-        )
+        heads, head_dim = attn.heads, attn.inner_dim // attn.heads
+        if attention_type == "window":
+            branch = WindowAttentionBranch(heads, head_dim, feature_map, window)
+            attn.frame_tokens = None  # tokens per latent frame, which the model's forward writes at every call
+        else:
+            branch = LinearAttentionBranch(heads, head_dim, feature_map, attention_type == "mixed", r_init)
         attn.linear_attn = branch.to(attn.to_q.weight.device).train(attn.training)
     attn.attention_type = attention_type
     processor = processor_class()
@@ -193,7 +241,14 @@ def attach_attention(
 def stored_attention_type(attn: torch.nn.Module) -> str:
     """Return a module's type according to its parameters, whatever its runtime `attention_type` is."""
     branch = getattr(attn, "linear_attn", None)
-    return "softmax" if branch is None else "linear" if branch.r is None else "mixed"
+    if branch is None:
+        return "softmax"
+    return "window" if isinstance(branch, WindowAttentionBranch) else "linear" if branch.r is None else "mixed"
+
+
+def stored_window(attentions: list[torch.nn.Module]) -> Window | None:
+    """Return the setting that all window layers of a model share; None if it has no such layer."""
+    return next((attn.linear_attn.window for attn in attentions if stored_attention_type(attn) == "window"), None)
 
 
 def set_attention_types(model: ModelMixin, types: Mapping[int, str]) -> dict[int, str]:
@@ -204,7 +259,7 @@ def set_attention_types(model: ModelMixin, types: Mapping[int, str]) -> dict[int
     Args:
         model: Converted transformer.
         types: Type to run each layer as, by layer number (starting at 0). "softmax" is always possible, "linear" needs
-            a linear branch (a linear or mixed layer), and "mixed" needs r (a mixed layer).
+            a linear branch (a linear or mixed layer), "mixed" needs r (a mixed layer), and "window" a window layer.
 
     Raises:
         ValueError: The model is not converted, a layer or type is unknown, or a layer has no weights for its type.
@@ -213,11 +268,12 @@ def set_attention_types(model: ModelMixin, types: Mapping[int, str]) -> dict[int
     if not is_converted(unwrap_module(model)):
         raise ValueError(f"expected a converted transformer, got {type(model).__name__}")
     attentions = self_attentions(model)
-    possible = {"softmax": ("softmax",), "linear": ("softmax", "linear"), "mixed": ATTENTION_TYPES}
+    possible = {"mixed": ("softmax", "linear", "mixed")}
     for layer, attention_type in types.items():
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < len(attentions):
             raise ValueError(f"a layer must be an integer from 0 to {len(attentions) - 1}, got {layer!r}")
-        allowed = possible[stored_attention_type(attentions[layer])]
+        stored = stored_attention_type(attentions[layer])
+        allowed = possible.get(stored, tuple(dict.fromkeys(("softmax", stored))))
         if attention_type not in allowed:
             raise ValueError(f"layer {layer} can run as {' or '.join(allowed)}, got {attention_type!r}")
     before = {layer: attentions[layer].attention_type for layer in types}

@@ -20,6 +20,10 @@ MARK = (
     "<!-- Written by linvideo and replaced when this is saved again. Delete this line to keep a text of your own. -->"
 )
 TRAINING = "## Training"
+WINDOWS = (
+    "In window layers, a token attends with softmax to the latent frames near it and with linear attention to all"
+    " other frames, under one normaliser."
+)
 NAMES = {"psnr": "PSNR, dB", "ssim": "SSIM", "flicker": "flicker", "teacher_flicker": "flicker of the base model"}
 NAMES |= {"lpips": "LPIPS"}
 
@@ -93,6 +97,7 @@ def card(model: DiffusionPipeline | ModelMixin, training: Training | None = None
         " was made with linvideo, an open implementation of LinVideo"
         " ([arXiv 2510.08318](https://arxiv.org/abs/2510.08318)).",
         "## Layers",
+        *([WINDOWS] if any(describe(part).layers_window for part in _transformers(model).values()) else []),
         *(f"```\n{part}: {describe(transformer)}\n```" for part, transformer in _transformers(model).items()),
         TRAINING,
         "\n".join(f"- {line}" for line in _history(model, training))

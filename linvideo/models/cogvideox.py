@@ -4,6 +4,8 @@ It can be converted but not trained: CogVideoX predicts v of a DDPM, and linvide
 rectified flow.
 """
 
+from typing import Any
+
 import torch
 from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
@@ -51,7 +53,7 @@ class LinVideoCogVideoXAttnProcessor(CogVideoXAttnProcessor2_0):
             query, key = (_rotate_video(x, image_rotary_emb, text_tokens) for x in (query, key))
 
         query, key = query.type_as(value), key.type_as(value)
-        out = attend(self, attn, query, key, value).flatten(2, 3).type_as(value)
+        out = attend(self, attn, query, key, value, prefix_tokens=text_tokens).flatten(2, 3).type_as(value)
         for layer in attn.to_out:  # projection, dropout
             out = layer(out)
         text, video = out.split([text_tokens, hidden_states.shape[1]], dim=1)
@@ -74,6 +76,10 @@ class LinVideoCogVideoXTransformer3DModel(LinearAttentionMixin, CogVideoXTransfo
     @classmethod
     def fps(cls, pipeline: DiffusionPipeline) -> int:
         return 8 if pipeline.transformer.config.patch_size_t is None else 16  # CogVideoX, CogVideoX 1.5
+
+    def tokens_per_frame(self, inputs: dict[str, Any]) -> int:
+        height, width = inputs["hidden_states"].shape[3:]  # after the frames
+        return (height // self.config.patch_size) * (width // self.config.patch_size)
 
     def fuse_qkv_projections(self) -> None:
         """Fuse the projections of q, k and v. diffusers' method would also replace the processors."""

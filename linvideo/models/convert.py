@@ -1,18 +1,26 @@
 """Converting a video transformer to linear self-attention, and finalizing the conversion."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import copy as shallow_copy
 from copy import deepcopy
 from itertools import chain
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils.torch_utils import unwrap_module
 
-from linvideo.models.attention import attach_attention, family, self_attentions, stored_attention_type
+from linvideo.models.attention import (
+    attach_attention,
+    family,
+    self_attentions,
+    stored_attention_type,
+    stored_window,
+)
 from linvideo.models.mixin import LinearAttentionMixin
+from linvideo.nn import Window
 
-MODES = ("mixed", "linear")
+MODES = ("mixed", "linear", "window")
 
 
 def convert(
@@ -22,6 +30,7 @@ def convert(
     feature_map: str = "hedgehog",
     r_init: float = 0.8,
     copy: bool = True,
+    window: Mapping[str, Any] | None = None,
 ) -> LinearAttentionMixin | DiffusionPipeline:
     """Return a converted model, in which self-attention layers of a video transformer have a linear branch.
 
@@ -36,13 +45,17 @@ def convert(
             the model inside is converted; compile the result again.
         layers: Layer numbers to convert, starting at 0, or "all" for all layers that are still softmax. VACE's control
             blocks count after the main ones.
-        mode: Type of the converted layers: "mixed" for r * softmax + (1 - r) * linear with a learnable r per layer, or
-            "linear" for the linear branch alone.
+        mode: Type of the converted layers: "mixed" for r * softmax + (1 - r) * linear with a learnable r per layer,
+            "linear" for the linear branch alone, or "window" for softmax attention to the near latent frames and linear
+            attention to all others, under one normaliser.
         feature_map: Name of the feature map, the same for all layers of a model: "hedgehog", "hedgehog_joint", "elu",
             "relu" or "softmax". See `linvideo.ops.linear_attn`.
         r_init: Initial value of r in [0, 1].
         copy: Whether to copy all weights, so that training the result leaves the original unchanged. False shares them,
             which takes no memory.
+        window: Settings for mode "window", the same for all window layers of a model: {"chunk": 3, "overlap": 1,
+            "anchors": [], "causal": False}, or some of these; see `linvideo.ops.window_attn`. None takes those of the
+            model's window layers, or, if it has none, these defaults.
 
     Returns:
         The converted transformer, or a new pipeline object that has it and shares all other components. The weights
@@ -56,7 +69,12 @@ def convert(
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if window is not None:
+        if mode != "window":
+            raise ValueError(f'window settings go with mode "window" only, got mode {mode!r}')
+        window = Window.of(window)
     arguments = {"layers": layers, "mode": mode, "feature_map": feature_map, "r_init": r_init, "copy": copy}
+    arguments["window"] = window
     if isinstance(transformer_or_pipeline, DiffusionPipeline):
         return _convert_pipeline(transformer_or_pipeline, **arguments)
     return _convert_transformer(transformer_or_pipeline, **arguments)
@@ -64,6 +82,8 @@ def convert(
 
 def finalize(model: LinearAttentionMixin, linear_layers: Iterable[int] | None = None) -> LinearAttentionMixin:
     """Make every mixed layer linear (dropping r) or softmax (dropping the branch), in place.
+
+    Softmax and window layers stay what they are.
 
     Args:
         model: Converted transformer. An optimizer created before still holds the dropped parameters; create a new one.
@@ -87,15 +107,16 @@ def finalize(model: LinearAttentionMixin, linear_layers: Iterable[int] | None = 
         linear |= {i for i, kind in enumerate(stored) if kind == "linear"}
     else:
         linear = set(_check_layers(linear_layers, len(stored)))
-        if lacking := sorted(i for i in linear if stored[i] == "softmax"):
-            raise ValueError(f"linear_layers must name mixed or linear layers, got the softmax layers {lacking}")
+        for kind in ("softmax", "window"):
+            if others := sorted(i for i in linear if stored[i] == kind):
+                raise ValueError(f"linear_layers must name mixed or linear layers, got the {kind} layers {others}")
         if dropped := sorted(i for i, kind in enumerate(stored) if kind == "linear" and i not in linear):
             raise ValueError(f"linear_layers must contain the layers that are already linear, {dropped} are missing")
 
     for i, attn in enumerate(attentions):
         if i in linear:
             attn.linear_attn.drop_r()
-        elif stored[i] != "softmax":
+        elif stored[i] == "mixed":
             del attn.linear_attn
         attn.attention_type = stored_attention_type(attn)
     model.register_attention_config(model.config.linear_attention["feature_map"])
@@ -114,7 +135,7 @@ def _convert_pipeline(pipeline: DiffusionPipeline, **arguments) -> DiffusionPipe
     return result
 
 
-def _convert_transformer(model, layers, mode, feature_map, r_init, copy) -> LinearAttentionMixin:
+def _convert_transformer(model, layers, mode, feature_map, r_init, copy, window) -> LinearAttentionMixin:
     model = unwrap_module(model)
     _check_convertible(model)
     stored = [stored_attention_type(attn) for attn in self_attentions(model)]
@@ -129,6 +150,9 @@ def _convert_transformer(model, layers, mode, feature_map, r_init, copy) -> Line
         raise ValueError(
             f"a model has one feature_map: expected {known!r}, as in its linear layers, got {feature_map!r}"
         )
+    known_window = stored_window(self_attentions(model))
+    if None not in (window, known_window) and window != known_window:
+        raise ValueError(f"a model has one window setting: expected {known_window}, as in its layers, got {window}")
 
     result = copy_module(model, share_tensors=not copy)
     # Only the class changes, which keeps what the user has set on the model (fused projections, adapters, gradient
@@ -136,7 +160,7 @@ def _convert_transformer(model, layers, mode, feature_map, r_init, copy) -> Line
     result.__class__ = kind = family(model)
     for i, attn in enumerate(self_attentions(result)):
         if i in chosen:
-            attach_attention(attn, mode, kind.processor_class, feature_map, r_init)
+            attach_attention(attn, mode, kind.processor_class, feature_map, r_init, window or known_window)
         elif stored[i] == "softmax":
             attach_attention(attn, "softmax", kind.processor_class)
         else:

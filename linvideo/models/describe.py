@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from diffusers import ModelMixin
 from diffusers.utils.torch_utils import unwrap_module
 
-from linvideo.models.attention import self_attentions, stored_attention_type
+from linvideo.models.attention import ATTENTION_TYPES, self_attentions, stored_attention_type, stored_window
+from linvideo.nn import Window
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,10 @@ class Description:
     layers_softmax: list[int]
     layers_linear: list[int]
     layers_mixed: list[int]
+    layers_window: list[int]
     r: dict[int, float]  # mixed layer -> value of its r
     feature_map: str | None  # None if no layer has a linear branch
+    window: Window | None  # None if no layer is a window layer
     heads: int
     head_dim: int
     parameters: int  # number of parameters
@@ -32,6 +35,8 @@ class Description:
             f"  mixed   ({len(self.layers_mixed)}): {ranges(self.layers_mixed)}",
             f"  softmax ({len(self.layers_softmax)}): {ranges(self.layers_softmax)}",
         ]
+        if self.window is not None:
+            lines.append(f"  window  ({len(self.layers_window)}): {ranges(self.layers_window)}; {self.window}")
         if self.r:
             lines.append("  r: " + ", ".join(f"{layer}: {value:.3f}" for layer, value in self.r.items()))
         if self.feature_map is not None:
@@ -56,15 +61,17 @@ def describe(model: ModelMixin) -> Description:
     attentions = self_attentions(model)
     types = [stored_attention_type(attn) for attn in attentions]
     branches = [attn.linear_attn for attn, kind in zip(attentions, types, strict=True) if kind != "softmax"]
-    layers = {kind: [i for i, other in enumerate(types) if other == kind] for kind in ("softmax", "linear", "mixed")}
+    layers = {kind: [i for i, other in enumerate(types) if other == kind] for kind in ATTENTION_TYPES}
     return Description(
         model_class=type(model).__name__,
         num_layers=len(types),
         layers_softmax=layers["softmax"],
         layers_linear=layers["linear"],
         layers_mixed=layers["mixed"],
+        layers_window=layers["window"],
         r={i: attentions[i].linear_attn.r.item() for i in layers["mixed"]},
         feature_map=branches[0].feature_map if branches else None,
+        window=stored_window(attentions),
         heads=attentions[0].heads,
         head_dim=attentions[0].inner_dim // attentions[0].heads,
         parameters=sum(p.numel() for p in model.parameters()),

@@ -1,6 +1,7 @@
 """HunyuanVideo 1.5: video and text attend jointly, text last. The text's padding is masked as keys.
 
-Linear layers also compute the rows of padding tokens, which softmax layers leave out. No other token reads them.
+Linear and window layers also compute the rows of padding tokens, which softmax layers leave out. No other token reads
+them.
 """
 
 import torch
@@ -10,7 +11,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVid
 from torch.nn.functional import pad
 
 from linvideo.models.attention import attend
-from linvideo.models.mixin import LinearAttentionMixin
+from linvideo.models.mixin import LinearAttentionMixin, tokens_of_grid
 
 
 class LinVideoHunyuanVideo15AttnProcessor(HunyuanVideo15AttnProcessor2_0):
@@ -41,9 +42,10 @@ class LinVideoHunyuanVideo15AttnProcessor(HunyuanVideo15AttnProcessor2_0):
 
         key_mask = pad(attention_mask, (query.shape[1] - attention_mask.shape[1], 0), value=True).bool()
         pairs = None
-        if getattr(attn, "attention_type", "softmax") != "linear":  # linear attention needs no N x N mask
+        if getattr(attn, "attention_type", "softmax") not in ("linear", "window"):  # these need no N x N mask
             pairs = key_mask[:, None, :, None] & key_mask[:, None, None, :]
-        out = attend(self, attn, query, key, value, key_mask=key_mask, attention_mask=pairs)
+        masks = {"key_mask": key_mask, "attention_mask": pairs, "suffix_tokens": encoder_hidden_states.shape[1]}
+        out = attend(self, attn, query, key, value, **masks)
 
         out = out.flatten(2, 3).type_as(value)
         video, text = out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
@@ -57,6 +59,7 @@ class LinVideoHunyuanVideo15Transformer3DModel(LinearAttentionMixin, HunyuanVide
 
     attention_paths = (("transformer_blocks", "attn"),)
     processor_class = LinVideoHunyuanVideo15AttnProcessor
+    tokens_per_frame = tokens_of_grid
     stock_processors = (HunyuanVideo15AttnProcessor2_0,)
 
     @classmethod

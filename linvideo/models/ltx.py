@@ -1,10 +1,12 @@
 """LTX-Video: text enters through cross-attention; RoPE rotates q and k before they are split into heads."""
 
+from typing import Any
+
 import torch
 from diffusers import DiffusionPipeline, LTXVideoTransformer3DModel
 from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor, apply_rotary_emb
 
-from linvideo.models.attention import attend
+from linvideo.models.attention import attend, context_group
 from linvideo.models.mixin import LinearAttentionMixin
 
 
@@ -54,3 +56,22 @@ class LinVideoLTXVideoTransformer3DModel(LinearAttentionMixin, LTXVideoTransform
     @classmethod
     def fps(cls, pipeline: DiffusionPipeline) -> int:
         return 25
+
+    def tokens_per_frame(self, inputs: dict[str, Any]) -> int:
+        """Return height x width: the latents come as packed tokens, with their grid as arguments.
+
+        Raises:
+            ValueError: The grid is missing, or the latents hold other tokens than this grid, such as LTX's conditions.
+        """
+        grid = [inputs.get(name) for name in ("num_frames", "height", "width")]
+        if None in grid:
+            raise ValueError(f"expected num_frames, height and width in a model with window layers, got {grid}")
+        frames, height, width = grid
+        group = context_group(self.transformer_blocks[0].attn1.processor)
+        tokens = inputs["hidden_states"].shape[1] * (1 if group is None else group.size())
+        if tokens != frames * height * width:
+            raise ValueError(
+                f"expected {frames} x {height} x {width} = {frames * height * width} tokens in a model with window"
+                f" layers, got {tokens}"
+            )
+        return height * width

@@ -1,4 +1,4 @@
-"""The base of all converted transformers: self-attention layers that are softmax, linear or a learned mixture of both.
+"""The base of all converted transformers: self-attention layers of the types softmax, linear, mixed and window.
 
 The parameters are in a module `linear_attn` of each self-attention module, the attention processor has no state, and
 the config names the type of every layer. So diffusers' own save_pretrained, from_pretrained, offloading, LoRA and
@@ -10,32 +10,46 @@ A family is one file, with a processor that computes q, k and v as diffusers doe
         attention_paths = (("blocks", "attn1"),)
         processor_class = LinVideoXAttnProcessor
         stock_processors = (XAttnProcessor,)
+
+For window layers it also needs `tokens_per_frame`.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from huggingface_hub import file_exists
 
-from linvideo.models.attention import FAMILIES, attach_attention, self_attentions, stored_attention_type
+from linvideo.models.attention import (
+    FAMILIES,
+    attach_attention,
+    self_attentions,
+    stored_attention_type,
+    stored_window,
+)
 from linvideo.models.card import CARD, write_card
-from linvideo.nn import FEATURE_MAPS
+from linvideo.nn import FEATURE_MAPS, Window
 
 
 class LinearAttentionMixin:
     """A diffusers transformer with a type for each self-attention layer, usually made by `linvideo.convert`.
 
     Args (in addition to those of the base model):
-        attention_types: Type of each layer, "softmax", "linear" or "mixed". None makes all layers softmax.
-        linear_attention: Settings {"feature_map": name} of all layers that are not softmax.
+        attention_types: Type of each layer, "softmax", "linear", "mixed" or "window". None makes all layers softmax.
+        linear_attention: Settings {"feature_map": name} of all layers that are not softmax. With window layers there is
+            also "window": {"chunk": 3, "overlap": 1, "anchors": [], "causal": False}; what is missing has its default.
 
     Class attributes:
         attention_paths: Pairs (name of a list of blocks, name of the self-attention in a block). Layers are numbered
             through all of them.
         processor_class: Class of the processors of the self-attentions.
         stock_processors: Classes of diffusers' processors that `processor_class` can replace.
+        tokens_per_frame: Method that returns the number of tokens per latent frame in a call of `forward`, from its
+            arguments {name: value}; `tokens_of_grid` for latents [B, C, F, H, W]. None refuses window layers.
 
     Every self-attention also has a runtime attribute `attention_type`; see `set_attention_types`. The config and saved
     files always follow the weights of a layer, not this attribute.
@@ -47,6 +61,7 @@ class LinearAttentionMixin:
     attention_paths: tuple[tuple[str, str], ...]
     processor_class: type
     stock_processors: tuple[type, ...]
+    tokens_per_frame: Callable[["LinearAttentionMixin", dict[str, Any]], int] | None = None
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -54,6 +69,7 @@ class LinearAttentionMixin:
             return
         base = next(kind for kind in cls.__mro__[1:] if issubclass(kind, ModelMixin))
         cls.__init__ = _init_of(base)
+        cls.forward = _forward_of(base)
         cls._keep_in_fp32_modules = [*(base._keep_in_fp32_modules or []), "linear_attn"]
         cls._skip_layerwise_casting_patterns = [*(base._skip_layerwise_casting_patterns or []), "linear_attn"]
         FAMILIES[base] = cls
@@ -69,9 +85,17 @@ class LinearAttentionMixin:
 
     def register_attention_config(self, feature_map: str) -> None:
         """Write the types of the layers to the config; to be called after any change of structure."""
+        attentions = self_attentions(self)
+        settings: dict[str, Any] = {"feature_map": feature_map}
+        if (window := stored_window(attentions)) is not None:
+            settings["window"] = window.settings()
+            if self.tokens_per_frame is None:
+                raise ValueError(
+                    f"expected a method tokens_per_frame of {type(self).__name__} for its window layers, got none"
+                )
         own = {
-            "attention_types": [stored_attention_type(attn) for attn in self_attentions(self)],
-            "linear_attention": {"feature_map": feature_map},
+            "attention_types": [stored_attention_type(attn) for attn in attentions],
+            "linear_attention": settings,
         }
         # diffusers drops the keys in this list when it builds a model from a config
         defaults = [key for key in self.config.get("_use_default_values", []) if key not in own]
@@ -87,6 +111,15 @@ class LinearAttentionMixin:
         for attn in self_attentions(self):
             if registry := getattr(getattr(attn, "linear_attn", None), "_diffusers_hook", None):
                 registry.remove_hook("taylorseer_cache", recurse=False)
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable:
+        """Diffusers' function for checkpointing a block, which also gives window layers the same grid both times."""
+        return functools.partial(_checkpoint, self.__dict__["_gradient_checkpointing_func"])
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Callable | None) -> None:
+        self.__dict__["_gradient_checkpointing_func"] = function
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -123,6 +156,49 @@ class LinearAttentionMixin:
         return super()._upload_folder(working_dir, repo_id, token=token, subfolder=subfolder, **kwargs)
 
 
+def tokens_of_grid(model: LinearAttentionMixin, inputs: dict[str, Any]) -> int:
+    """Return `tokens_per_frame` of a model with latents [B, C, F, H, W] and a config with patch_size."""
+    patch = model.config.patch_size
+    rows, columns = patch[-2:] if isinstance(patch, list | tuple) else (patch, patch)
+    height, width = inputs["hidden_states"].shape[3:]
+    return (height // rows) * (width // columns)
+
+
+def _forward_of(base: type) -> Callable:
+    """Return the base model's forward, which also tells window layers how many tokens a latent frame has."""
+    names = list(inspect.signature(base.forward).parameters)[1:]
+
+    @functools.wraps(base.forward)  # diffusers' hooks read the signature
+    def forward(self, *args, **kwargs):
+        attentions = [getattr(block, name) for blocks, name in self.attention_paths for block in getattr(self, blocks)]
+        if windows := [attn for attn in attentions if attn.attention_type == "window"]:
+            frame_tokens = self.tokens_per_frame(dict(zip(names, args, strict=False)) | kwargs)
+            for attn in windows:
+                attn.frame_tokens = frame_tokens
+        return base.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _checkpoint(function: Callable, block: torch.nn.Module, *args):
+    """Call diffusers' checkpointing function on a block, which has to see the same grid when it is recomputed."""
+    windows = [module for module in block.modules() if getattr(module, "attention_type", None) == "window"]
+    return function(_WithGrid(block, windows) if windows else block, *args)
+
+
+class _WithGrid:
+    """A block that sets its layers' grid at every call: other forwards may have come before the recomputation."""
+
+    def __init__(self, block: torch.nn.Module, windows: list[torch.nn.Module]):
+        self.block, self.grids = block, [(attn, attn.frame_tokens) for attn in windows]
+
+    def __call__(self, *args):
+        for attn, frame_tokens in self.grids:
+            if attn.frame_tokens != frame_tokens:  # torch.compile allows no change in here, and needs none
+                attn.frame_tokens = frame_tokens
+        return self.block(*args)
+
+
 def _init_of(base: type) -> Callable:
     """Return an __init__ that takes the base model's arguments and two of its own.
 
@@ -139,12 +215,18 @@ def _init_of(base: type) -> Callable:
         if not isinstance(types, list | tuple) or len(types) != len(attentions):
             raise ValueError(f"attention_types must be a list of {len(attentions)} layer types, got {types!r}")
         spec = {"feature_map": "hedgehog"} if linear_attention is None else linear_attention
-        if not isinstance(spec, Mapping) or set(spec) != {"feature_map"} or spec["feature_map"] not in FEATURE_MAPS:
+        known = isinstance(spec, Mapping) and {"feature_map"} <= set(spec) <= {"feature_map", "window"}
+        if not known or spec["feature_map"] not in FEATURE_MAPS:
             raise ValueError(
-                f'linear_attention must be {{"feature_map": one of {", ".join(FEATURE_MAPS)}}}, got {spec!r}'
+                f'linear_attention must be {{"feature_map": one of {", ".join(FEATURE_MAPS)}}}, and for window layers'
+                f' "window": settings, got {spec!r}'
             )
+        try:
+            window = Window.of(spec.get("window", {}))
+        except ValueError as error:
+            raise ValueError(f"linear_attention: {error}") from None
         for attn, attention_type in zip(attentions, types, strict=True):
-            attach_attention(attn, attention_type, self.processor_class, spec["feature_map"])
+            attach_attention(attn, attention_type, self.processor_class, spec["feature_map"], window=window)
         self.register_attention_config(spec["feature_map"])
 
     own = [p for p in inspect.signature(__init__).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]

@@ -11,8 +11,8 @@ from diffusers import (
 from diffusers.models.transformers import transformer_chronoedit, transformer_skyreels_v2
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from linvideo.models.attention import attend, context_group
-from linvideo.models.mixin import LinearAttentionMixin
+from linvideo.models.attention import attend
+from linvideo.models.mixin import LinearAttentionMixin, tokens_of_grid
 from linvideo.ops.reference import rotate
 
 
@@ -46,8 +46,8 @@ class LinVideoWanAttnProcessor(WanAttnProcessor):
 
         query, key, value = _qkv(attn, hidden_states)
         rope = None if rotary_emb is None else _tables(*rotary_emb)
-        if attention_type == "linear":  # the op rotates q and k itself
-            out = attn.linear_attn(query, key, value, rope=rope, group=context_group(self))
+        if attention_type in ("linear", "window"):  # the op rotates q and k itself
+            out = attend(self, attn, query, key, value, rope=rope)
         else:
             if rope is not None:
                 query, key = rotate(query, *rope), rotate(key, *rope)
@@ -81,6 +81,7 @@ class LinVideoWanTransformer3DModel(LinearAttentionMixin, WanTransformer3DModel)
 
     attention_paths = (("blocks", "attn1"),)
     processor_class = LinVideoWanAttnProcessor
+    tokens_per_frame = tokens_of_grid
     stock_processors = (WanAttnProcessor,)
 
     @classmethod
@@ -93,6 +94,7 @@ class LinVideoWanVACETransformer3DModel(LinearAttentionMixin, WanVACETransformer
 
     attention_paths = (("blocks", "attn1"), ("vace_blocks", "attn1"))
     processor_class = LinVideoWanAttnProcessor
+    tokens_per_frame = tokens_of_grid
     stock_processors = (WanAttnProcessor,)
 
 
@@ -101,6 +103,7 @@ class LinVideoSkyReelsV2Transformer3DModel(LinearAttentionMixin, SkyReelsV2Trans
 
     attention_paths = (("blocks", "attn1"),)
     processor_class = LinVideoWanAttnProcessor
+    tokens_per_frame = tokens_of_grid
     stock_processors = (transformer_skyreels_v2.SkyReelsV2AttnProcessor,)
 
     @classmethod
@@ -122,4 +125,5 @@ class LinVideoChronoEditTransformer3DModel(LinearAttentionMixin, ChronoEditTrans
 
     attention_paths = (("blocks", "attn1"),)
     processor_class = LinVideoWanAttnProcessor
+    tokens_per_frame = tokens_of_grid
     stock_processors = (transformer_chronoedit.WanAttnProcessor,)

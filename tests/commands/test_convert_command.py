@@ -17,6 +17,16 @@ def test_convert_then_info(folder, tmp_path, capsys):
     assert "linear  (2): 0, 2" in capsys.readouterr().out
 
 
+def test_window_layers(folder, tmp_path, capsys):
+    target, mode = tmp_path / "converted", ["--layers", "1", "--mode", "window"]
+    options = ["--window.chunk", "1", "--window.overlap", "2", "--window.anchors", "first", "--window.causal"]
+    assert main(["convert", str(folder), "--output_dir", str(target), *mode, *options]) == 0
+    assert "its new window layers are untrained" in capsys.readouterr().out
+    assert main(["info", str(target)]) == 0
+    shown = "window  (1): 1; chunks of 1 latent frame, overlap 2, anchors first, causal"
+    assert shown in capsys.readouterr().out
+
+
 def test_layers_are_named_as_info_names_them():
     parser = make_parser()
     for text in ("0 2 3 4", "0,2-4", "0 2-4", "0, 2-4"):
@@ -50,6 +60,8 @@ def test_two_experts_are_both_converted(tmp_path, capsys):
         (["--layers", "0-1", "1,2"], "duplicates"),
         (["--layers", "all", "1"], "got both"),
         (["--mode", "half"], "half"),
+        (["--window.chunk", "3"], 'go with mode "window" only'),
+        (["--mode", "window", "--window.overlap", "-1"], "overlap must be an integer of at least 0, got -1"),
         (["--feature_map", "identity"], "identity"),
         (["--dtype", "int8"], "int8"),
     ],

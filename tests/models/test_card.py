@@ -64,6 +64,11 @@ def test_kinds_of_pipelines(tmp_path):
         and "mixed   (1): 0" in images.text
         and "r: 0: 0.800" in images.text
     )
+    windows = card(convert(tiny_pipeline(), mode="window", window={"chunk": 2}))
+    assert (
+        "window  (3): 0-2; chunks of 2 latent frames, overlap 1" in windows and "In window layers, a token" in windows
+    )
+    assert "window" not in two
     few = tiny_pipeline()
     few.scheduler = FewStepScheduler([1000.0, 500.0])
     save_pipeline(few, tmp_path / "few")

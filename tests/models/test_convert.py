@@ -180,6 +180,8 @@ def test_layers_may_be_any_iterable():
     [
         ({"mode": "softmax"}, "mode must be one of"),
         ({"mode": None}, "mode must be one of"),
+        ({"window": {"chunk": 3}}, "go with mode \"window\" only, got mode 'mixed'"),
+        ({"mode": "window", "window": {"chunk": 0}}, "chunk must be an integer of at least 1, got 0"),
         ({"feature_map": "identity"}, "feature_map must be one of"),
         ({"r_init": -0.1}, "r_init must lie in"),
     ],

@@ -34,18 +34,20 @@ from linvideo.models import attention as attention_module
 from linvideo.models.attention import self_attentions
 from linvideo.nn import FEATURE_MAPS, LinearAttentionBranch, collectives
 
-KINDS = ("softmax", "linear", "mixed")
+KINDS = ("window", "linear", "mixed", "softmax")  # the softmax part of a mixed layer is a softmax layer's
+WINDOW = {"chunk": 1, "overlap": 0}  # the tiny videos have two or three latent frames
 
 
 def kinds(family: Family) -> list[str]:
-    return [KINDS[i % 3] for i in range(family.num_layers)]
+    return [KINDS[i % 4] for i in range(family.num_layers)]
 
 
 def of_all_kinds(family: Family, base: torch.nn.Module | None = None) -> torch.nn.Module:
-    """Return the tiny model with softmax, linear and mixed layers in turn."""
+    """Return the tiny model with window, linear, mixed and (if it has more than three layers) softmax layers."""
     layers = {kind: [i for i, other in enumerate(kinds(family)) if other == kind] for kind in KINDS}
     model = linvideo.convert(family.transformer() if base is None else base, layers["linear"], mode="linear")
-    return linvideo.convert(model, layers["mixed"], r_init=0.6)
+    model = linvideo.convert(model, layers["mixed"], r_init=0.6)
+    return linvideo.convert(model, layers["window"], mode="window", window=WINDOW)
 
 
 def branches(model: torch.nn.Module) -> list[LinearAttentionBranch]:
@@ -89,6 +91,38 @@ def equals_the_original_at_r_1(family: Family, folder: Path) -> None:
         assert torch.equal(run(family, linvideo.convert(base, r_init=1.0), **inputs), expected)
         linear = run(family, linvideo.convert(base, mode="linear"), **inputs)
         assert torch.isfinite(linear).all() and relative(linear.float(), expected.float()) > 1e-3
+
+
+def equals_the_original_in_its_window(family: Family, folder: Path) -> None:
+    """A window of all frames gives the original, and one without a far part gives its attention under a mask."""
+    base = family.transformer()
+    expected = run(family, base)
+    wide = linvideo.convert(base, mode="window", window={"chunk": 2, "overlap": 2})
+    assert relative(run(family, wide), expected) < 1e-5
+    model, calls = linvideo.convert(base, mode="window", window=WINDOW), []
+    branches(model)[0].register_forward_pre_hook(lambda _, args, options: calls.append(options), with_kwargs=True)
+    both = run(family, model)
+    with torch.no_grad():
+        for branch in branches(model):
+            branch.log_gain.fill_(-100)
+    near = run(family, model)
+    assert relative(both, near) > 1e-3 and relative(near, expected) > 1e-3
+    first, last = calls[0]["prefix_tokens"], calls[0]["suffix_tokens"]
+    frame_tokens = self_attentions(model)[0].frame_tokens
+
+    def in_window(query, key, value, attn_mask=None, **options):
+        position = torch.arange(query.shape[1]) - first
+        text = (position < 0) | (position >= query.shape[1] - first - last)
+        frame = position // frame_tokens
+        mask = (frame == frame[:, None]) | text | text[:, None]
+        mask = mask if attn_mask is None else mask & attn_mask
+        return diffusers.models.attention_dispatch.dispatch_attention_fn(query, key, value, attn_mask=mask, **options)
+
+    with (
+        linvideo.attention_types(model, dict.fromkeys(range(family.num_layers), "softmax")),
+        mock.patch.object(attention_module, "dispatch_attention_fn", in_window),
+    ):
+        assert relative(near, run(family, model)) < 1e-5
 
 
 def trains(family: Family, folder: Path) -> None:
@@ -253,17 +287,22 @@ def takes_an_attention_backend(family: Family, folder: Path) -> None:
     from diffusers.models.attention_dispatch import attention_backend
 
     model = of_all_kinds(family)
-    expected, used = run(family, model), []
+    windows = [i for i, kind in enumerate(kinds(family)) if kind == "window"]
+    used = []
 
     def dispatch(*args, **kwargs):
         used.append(kwargs["backend"])
         return diffusers.models.attention_dispatch.dispatch_attention_fn(*args, **kwargs)
 
     with attention_backend("native"):  # restores the process-wide default that set_attention_backend also sets
-        model.set_attention_backend("_native_math")
-        with mock.patch.object(attention_module, "dispatch_attention_fn", dispatch):
-            assert relative(run(family, model), expected) < 1e-4
-    assert used == ["_native_math"] * sum(kind != "linear" for kind in kinds(family))
+        with linvideo.attention_types(model, dict.fromkeys(windows, "softmax")):
+            expected = run(family, model)
+            model.set_attention_backend("_native_math")
+            with mock.patch.object(attention_module, "dispatch_attention_fn", dispatch):
+                assert relative(run(family, model), expected) < 1e-4
+        assert used == ["_native_math"] * sum(kind != "linear" for kind in kinds(family))
+        with pytest.raises(ValueError, match="with window layers must be one of native, .*, got '_native_math'"):
+            run(family, model)
 
 
 def offloads_groups(family: Family, folder: Path) -> None:
@@ -509,8 +548,8 @@ def context_parallel_outcome(family: Family, split: Callable[[torch.nn.Module], 
 
     with mock.patch.object(linear_attention, "all_reduce_sum", all_reduce_sum):
         model(**inputs)[0].square().mean().backward()
-    if len(sums) != len(branches(model)):
-        return f"{len(sums)} all-reduces in {len(branches(model))} layers"
+    if len(sums) != sum(kind in ("linear", "mixed") for kind in kinds(family)):
+        return f"{len(sums)} all-reduces in layers {kinds(family)}"
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, parameter in single.named_parameters():
         if "linear_attn" in name or "to_q" in name:
@@ -523,6 +562,7 @@ def context_parallel_outcome(family: Family, split: Callable[[torch.nn.Module], 
 FEATURES: dict[str, Callable[[Family, Path], None]] = {
     "converts, any feature map": converts,
     "equal bit for bit at r = 1 (fp32, bf16)": equals_the_original_at_r_1,
+    "equal with a window of all frames": equals_the_original_in_its_window,
     "trains": trains,
     "finalizes": finalizes,
     "saves, loads": saves_and_loads,

@@ -28,6 +28,7 @@ MODELS = {
     "mixed": lambda: convert(tiny_transformer(), layers=[0, 2], r_init=0.7),
     "linear": lambda: convert(tiny_transformer(), mode="linear"),
     "elu": lambda: convert(tiny_transformer(), layers=[1], feature_map="elu"),
+    "window": lambda: convert(tiny_transformer(), layers=[0, 2], mode="window", window={"chunk": 1, "overlap": 0}),
     "finalized": lambda: finalize(convert(tiny_transformer()), linear_layers=[1]),
     "no layer": lambda: finalize(convert(tiny_transformer()), linear_layers=[]),
 }
