@@ -1,7 +1,7 @@
 """Softmax attention that returns its log-sum-exp: the near part of `window_attn`, on each of several libraries.
 
 A backend is a pair of functions on q [B, Nq, H, D] and k, v [B, Nk, H, D], which may be views of any strides, also ones
-whose batch entries overlap, as long as the last stride is 1:
+whose batch entries overlap, as long as each row is as `aligned` makes it:
 
     forward(q, k, v, scale, mask=None) -> o [B, Nq, H, D], lse [B, H, Nq]
     backward(do, q, k, v, o, lse, scale, mask=None) -> dq, dk, dv
@@ -59,7 +59,7 @@ def choose(backend: str | None, q: Tensor, masked: bool, training: bool) -> Back
     if name not in BACKENDS:
         raise ValueError(f"expected a softmax backend of {', '.join(BACKENDS)}, got {backend!r}")
     device = "cpu" if name == "cpu" else "cuda"
-    if q.device.type != device:
+    if q.device.type not in (device, "meta"):
         raise ValueError(f"expected tensors on {device} for the softmax backend {name!r}, got {q.device}")
     if q.dtype == torch.float32 and name not in FLOAT32:
         raise ValueError(f"expected float16 or bfloat16 for the softmax backend {name!r}, got float32")
@@ -68,6 +68,15 @@ def choose(backend: str | None, q: Tensor, masked: bool, training: bool) -> Back
     if masked and device == "cuda":
         name = "efficient"
     return Backend(name, *_FUNCTIONS[name])
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return x, or a copy if its last stride is not 1 or a row does not start at a multiple of 16 bytes.
+
+    The libraries read 16 bytes at a time, and some do not check that they may.
+    """
+    fits = x.stride(-1) == 1 and not any(stride % 8 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _module(name: str, training: bool):

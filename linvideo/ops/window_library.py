@@ -120,7 +120,7 @@ def backward_op(
             for x, part in zip(grads, video, strict=False):
                 x[:, layout.video] = part
         if rows:
-            softmax = _Softmax(q, k, v, key_mask, layout, scale, backend, True)
+            softmax, do = _Softmax(q, k, v, key_mask, layout, scale, backend, True), softmax_backends.aligned(do)
             for call in [*layout.window_calls(q.shape[0]), *layout.common_calls]:
                 softmax.backward(call, do, o, lse, grads)
         if rows and cos is not None:
@@ -132,7 +132,8 @@ class _Softmax:
     """The near part's softmax over the rows of one sequence."""
 
     def __init__(self, q, k, v, key_mask, layout: Layout, scale: float, backend: str | None, training: bool):
-        self.q, self.k, self.v, self.scale = q, k, v, scale
+        self.q, self.k, self.v = (softmax_backends.aligned(x) for x in (q, k, v))
+        self.scale = scale
         self.group = q.shape[2] // k.shape[2]
         self.mask = None
         if key_mask is not None:

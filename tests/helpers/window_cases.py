@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from cases import DTYPES, WEIGHTED
+from cases import DTYPES, WEIGHTED, _place
 from numerics import _features, rotated
 
 from linvideo.ops.window_reference import kept_keys, window_attn_reference, window_weights
@@ -31,7 +31,7 @@ class WindowCase:
     rope: bool = False
     gain: float = 0.0  # the mean of log_gain
     dtype: str = "fp32"
-    packed: bool = False  # whether q, k and v are views of one tensor
+    layout: str = "contiguous"  # one of cases.LAYOUTS
 
     @property
     def tokens(self) -> int:
@@ -61,24 +61,25 @@ class WindowCase:
 
 CASES = [
     WindowCase(),
-    WindowCase(frames=7, chunk=3, packed=True),  # a short last chunk
+    WindowCase(frames=7, chunk=3, layout="packed_qkv"),  # a short last chunk
     WindowCase(chunk=1, overlap=0, feature_map="hedgehog_joint"),
     WindowCase(overlap=3, batch=1, frames=10),  # windows that overlap more than their neighbours
     WindowCase(batch=5, frames=5, frame_tokens=3, rope=True),
-    WindowCase(heads=1, group=3, rope=True, packed=True),
-    WindowCase(prefix=4, feature_map="elu"),
+    WindowCase(heads=1, group=3, rope=True, layout="last_stride_2"),
+    WindowCase(prefix=4, feature_map="elu", layout="guarded"),
     WindowCase(suffix=4, feature_map="relu", heads=1, group=2),
     WindowCase(prefix=3, suffix=4, masked=True, feature_map="softmax"),
     WindowCase(prefix=6, masked=True, rope=True, heads=1, group=2),
-    WindowCase(anchors=("first",)),
+    WindowCase(anchors=("first",), layout="shared_batch"),
     WindowCase(anchors=("last",), suffix=2, masked=True),
     WindowCase(anchors=("first", "last"), prefix=2, frames=9, chunk=3, overlap=0),
     WindowCase(causal=True),
     WindowCase(causal=True, chunk=1, overlap=0, prefix=3, suffix=2, masked=True),
-    WindowCase(causal=True, anchors=("first",), frames=7, chunk=3, overlap=2, batch=1, packed=True),
+    WindowCase(causal=True, anchors=("first",), frames=7, chunk=3, overlap=2, batch=1, layout="heads_first"),
     WindowCase(gain=30.0),
     WindowCase(gain=-30.0, prefix=2),
-    WindowCase(frames=3, chunk=2, overlap=2),  # every window is the whole video
+    WindowCase(anchors=("first", "last"), chunk=1, overlap=0, frames=4),  # chunks that only have common keys
+    WindowCase(frames=3, chunk=2, overlap=2, layout="last_stride_2"),  # every window is the whole video
     WindowCase(frames=3, chunk=2, overlap=2, prefix=3, masked=True, rope=True),
     WindowCase(frames=1, causal=True, prefix=2),
 ]
@@ -97,8 +98,12 @@ def make_window_inputs(case: WindowCase, device: str = "cpu") -> tuple[dict[str,
     if case.masked:
         keep = kept_keys(rows, case.options["key_mask"], case.prefix)
         rows[:, :, heads:][~keep] = float("nan")
+    if case.layout == "shared_batch":
+        rows = rows[:1]
     parts = rows.to(device, dtype).split([heads, key_heads, key_heads], 2)
-    inputs = dict(zip("qkv", parts if case.packed else (x.contiguous() for x in parts), strict=True))
+    if case.layout != "packed_qkv":
+        parts = (_place(part, case.layout) for part in parts)
+    inputs = {name: x.expand(case.batch, -1, -1, -1) for name, x in zip("qkv", parts, strict=True)}
     inputs["log_gain"] = (case.gain + 0.3 * normal(heads)).to(device, torch.float32)
     if case.feature_map in WEIGHTED:
         for name, count in (("q_weight", heads), ("k_weight", key_heads)):
@@ -224,7 +229,7 @@ def check_16_bits(case, inputs: dict, grad: torch.Tensor, actual: dict, softmax:
 
 def softmax_errors(inputs: dict, grad: torch.Tensor, options: dict) -> dict[str, float]:
     """Return the relative errors of o, dq, dk and dv of PyTorch's softmax attention over all tokens, in this dtype."""
-    q, k, v = (inputs[name].detach() for name in "qkv")
+    q, k, v = (inputs[name].detach().contiguous() for name in "qkv")  # else it may be computed in another way
     keep = kept_keys(k, options.get("key_mask"), options["prefix_tokens"]).to(grad.device)
     mask = None if keep.all() else keep[:, None, None]
     rows = q, *(torch.where(keep[..., None, None], x, 0.0) for x in (k, v))

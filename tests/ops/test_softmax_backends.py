@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from cases import LAYOUTS, _place
 from numerics import unit_roundoff
 
 from linvideo.ops import softmax_backends
@@ -345,6 +346,14 @@ def test_defaults(monkeypatch):
     for name in ("flash", "cudnn", "flash_attn_2"):
         assert choose(name, on_cuda(torch.bfloat16), masked=False, training=True).name == name
         assert choose(name, on_cuda(torch.bfloat16), masked=True, training=True).name == "efficient"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_are_aligned(layout):
+    x = _place(rows(2, 5, 3, 16, dtype=torch.bfloat16), layout)
+    y = softmax_backends.aligned(x)
+    assert torch.equal(x, y) and (y is x) == (layout not in ("guarded", "last_stride_2"))
+    assert y.data_ptr() % 16 == 0 and y.stride(-1) == 1 and not any(stride % 8 for stride in y.stride()[:-1])
 
 
 def test_every_backend_has_the_same_arguments():

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from cases import GRAD_LAYOUTS, LAYOUTS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operators import BACKWARD_CHECKS, FORWARD_CHECKS
@@ -65,7 +66,7 @@ def window_cases(draw):
         feature_map=draw(st.sampled_from(FEATURE_MAPS[:-1])),
         rope=draw(st.booleans()),
         gain=draw(st.sampled_from([-4.0, 0.0, 4.0])),
-        packed=draw(st.booleans()),
+        layout=draw(st.sampled_from(LAYOUTS)),
     )
 
 
@@ -178,22 +179,32 @@ def test_reruns_give_the_same_bits(dtype):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_layouts_and_gain_dtypes_change_nothing():
-    case = dataclasses.replace(ALL, packed=True)
-    inputs, grad = make_window_inputs(case)
-    dense, _ = make_window_inputs(dataclasses.replace(case, packed=False))
-    expected = run_window(window_attn, dense, grad, case.options)
-    for spread in (grad, grad.transpose(1, 2).contiguous().transpose(1, 2)):
-        for name, x in run_window(window_attn, inputs, spread, case.options).items():
-            torch.testing.assert_close(x, expected[name], rtol=1e-5, atol=1e-6)
-    heads_first = {
-        n: x.detach().transpose(1, 2).contiguous().transpose(1, 2) if n in "qkv" else x for n, x in dense.items()
-    }
-    torch.testing.assert_close(window_attn(**heads_first, **case.options).double(), expected["o"])
-    gain = dense["log_gain"].detach().bfloat16().requires_grad_()
-    out = window_attn(**dense | {"log_gain": gain}, **case.options)
-    torch.testing.assert_close(out, window_attn(**dense | {"log_gain": gain.float()}, **case.options))
+@pytest.mark.parametrize("layout", GRAD_LAYOUTS[1:])
+def test_layouts_of_the_gradient(layout):
+    inputs, grad = make_window_inputs(ALL)
+    spread = {
+        "sum": lambda: grad.flatten()[0].expand_as(grad),
+        "per_head": lambda: grad[:, :1, :, :1].expand_as(grad),
+        "heads_first": lambda: grad.transpose(1, 2).contiguous().transpose(1, 2),
+    }[layout]()
+    expected = run_window(window_attn, inputs, spread.contiguous(), ALL.options)
+    actual = run_window(window_attn, inputs, spread, ALL.options)
+    for name, x in actual.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_gain_in_16_bits():
+    inputs, grad = make_window_inputs(ALL)
+    gain = inputs["log_gain"].detach().bfloat16().requires_grad_()
+    out = window_attn(**inputs | {"log_gain": gain}, **ALL.options)
+    assert torch.equal(out, window_attn(**inputs | {"log_gain": gain.float()}, **ALL.options))
     assert torch.autograd.grad(out, gain, grad)[0].dtype == torch.bfloat16
+
+
+def test_meta_tensors():
+    inputs, grad = make_window_inputs(ALL)
+    inputs = {name: x.detach().to("meta").requires_grad_() for name, x in inputs.items()}
+    run_window(window_attn, inputs, grad.to("meta"), ALL.options)
 
 
 def good(**changes) -> dict:
