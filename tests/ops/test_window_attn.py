@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from cases import GRAD_LAYOUTS, LAYOUTS
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import BACKWARD_CHECKS, FORWARD_CHECKS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,7 +70,7 @@ def window_cases(draw):
     )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(window_cases())
 def test_any_configuration(case):
     inputs, grad = make_window_inputs(case)
