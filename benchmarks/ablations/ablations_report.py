@@ -27,6 +27,7 @@ FIGURES = (
     ("device_seconds", "device-s", ".0f", 1),
     ("peak_mib", "peak MiB", ".0f", 1),
     ("steps", "steps", ".0f", 1),
+    ("softmax_pairs", "softmax pairs, %", ".0f", 100),
 )
 HEAD = f"""# Ablations
 
@@ -56,6 +57,8 @@ The columns are:
 - **device-s** and **peak MiB**: the time and memory of fine-tuning; on a CPU these are processor time and the memory of
   the process.
 - **steps**: the number of training steps in the fine-tuning.
+- **softmax pairs**: the share of all pairs of tokens for which the model still computes softmax attention: 100% in a
+  softmax layer, none in a linear layer, and those in the window of a window layer.
 - **linear layers**: the layers that became linear, listed once if all seeds agree.
 """
 NOTES = {
@@ -70,6 +73,9 @@ NOTES = {
     "selection": "How the layers are learned: the penalties on r, its start and its learning rate.",
     "target": "The share of the layers that becomes linear. The default's share is 50%.",
     "linear branch": "The feature map of linear attention. The default's is hedgehog with a warm-up.",
+    "window": "Window layers, which attend with softmax to near frames and linearly to the others (docs/window.md). The"
+    " name says which layers, the number of frames in a chunk, and the overlap on either side. All other layers keep"
+    " softmax. A video has 8 frames, so that windows keep more of it than in a real video.",
     "t law": "How much each time t counts in training. The default draws t from the sampler's grid.",
     "weights": "Which weights are trained. The default trains all of them.",
 }
@@ -135,11 +141,12 @@ def table(rows: list[dict]) -> list[str]:
     for row in rows:
         by_setting.setdefault(row["setting"], []).append(row)
     order = ["teacher", *SETTINGS]
-    lines = ["| | " + " | ".join(heading for _, heading, _, _ in FIGURES) + " | linear layers |"]
-    lines.append("|---|" + "---:|" * len(FIGURES) + "---|")
+    figures = [figure for figure in FIGURES if any(row.get(figure[0]) is not None for row in rows)]
+    lines = ["| | " + " | ".join(heading for _, heading, _, _ in figures) + " | linear layers |"]
+    lines.append("|---|" + "---:|" * len(figures) + "---|")
     for name in sorted(by_setting, key=order.index):
         chosen = by_setting[name]
-        cells = [spread([row.get(key) for row in chosen], form, by) for key, _, form, by in FIGURES]
+        cells = [spread([row.get(key) for row in chosen], form, by) for key, _, form, by in figures]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {layers(chosen)} |")
     return lines
 

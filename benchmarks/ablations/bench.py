@@ -62,6 +62,10 @@ class Bench:
         outcome = ablate(config, self.pipeline, self.prompts, setting, self.probe(seed))
         results = outcome.results
         row: dict[str, Any] = {"setting": setting.name, "seed": seed, "layers_linear": results.get("linear_layers")}
+        if "window_layers" in results:
+            row |= {"layers_window": results["window_layers"], "window": config.window.settings()}
+        if results.get("linear_layers") is not None:
+            row["softmax_pairs"] = self.softmax_pairs(config, results)
         if outcome.diverged is None:
             row |= {"seconds": results["seconds"], "r": results.get("r", {})}
             row |= {"sensitivity": results.get("sensitivity", {})}
@@ -112,13 +116,15 @@ class Bench:
         values["sensitivity"]["num_states"] = suite.num_states
         values["optimizer"]["learning_rate"] = suite.learning_rate
         values["selection"] |= {"max_train_steps": suite.selection_steps, "num_linear_layers": count}
-        layers = None
-        if setting.layers == "default":
-            layers = read_json(base / "selection.json")["linear_layers"]
-        elif setting.layers is not None:
-            layers = fixed_layers(setting.layers, count, num_layers, seed)
+        layers = self.layers(setting.layers, count, seed)
+        windows = None
+        if setting.windows is not None:
+            layers = layers or []
+            rest = [layer for layer in range(num_layers) if layer not in layers]
+            windows = rest if setting.windows == "rest" else self.layers(setting.windows, count, seed)
         if layers is not None:
-            values["selection"] |= {"method": "layers", "layers": layers}
+            chosen = {"method": "layers", "layers": layers, "num_linear_layers": None, "window_layers": windows}
+            values["selection"] |= chosen
         for name, value in setting.changes.items():
             section = values
             *path, last = name.split(".")
@@ -136,6 +142,23 @@ class Bench:
         if setting.after != "trajectories":
             return start_after(setting.after, base, config)
         return config
+
+    def softmax_pairs(self, config: TrainConfig, results: dict[str, Any]) -> float:
+        """Return the share of pairs of tokens that softmax attention keeps, over all layers."""
+        layers, windows = len(self.pipeline.transformer.blocks), len(results.get("window_layers", ()))
+        frames = self.world.frames
+        kept = config.window.softmax_pairs(frames) * windows + layers - windows - len(results["linear_layers"])
+        return kept / layers
+
+    def layers(self, rule: str | None, count: int, seed: int) -> list[int] | None:
+        """Return the layers of a setting's rule, None without one. The default run of the seed must be done."""
+        if rule in ("default", "most sensitive"):
+            selection = read_json(self.folder / "runs" / f"{slug(DEFAULT.name)}-{seed}" / "selection.json")
+            if rule == "default":
+                return selection["linear_layers"]
+            alone = {int(layer): error for layer, error in selection["sensitivity"].items()}
+            return [max(alone, key=alone.get)]
+        return None if rule is None else fixed_layers(rule, count, len(self.pipeline.transformer.blocks), seed)
 
     def judge(self, student: torch.nn.Module, seed: int) -> dict[str, Any]:
         """Return all figures of a student."""

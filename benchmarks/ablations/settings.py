@@ -37,9 +37,11 @@ class Setting:
         changes: Dotted names of TrainConfig's fields -> values. The value of objective.mse_steps is a share of the
             budget, and that of optimizer.learning_rate a factor applied to the suite's.
         after: Last stage shared with the default run: "selection", "sensitivity" or "trajectories".
-        layers: Rule of `fixed_layers` for layers that are fixed in place of learned; "default" means the layers of
-            the default run.
-        share: Share of the layers that become linear.
+        layers: Rule of `fixed_layers` for layers that are fixed in place of learned. There are two more: "default"
+            means the layers of the default run, and "most sensitive" the one with the largest error alone.
+        windows: Rule for the layers that become window layers: one of those for `layers`, or "rest". `layers` then says
+            which ones become linear; None means none.
+        share: Share of the layers that become linear or, with `windows`, of either kind if its rule needs a number.
         objective: Objective that exists only in the ablations, see objectives.py.
         sampler_steps: Number of steps of the student's own rollouts. None means the teacher's number.
         variant: Change of the model, see variants.py.
@@ -50,6 +52,7 @@ class Setting:
     changes: dict[str, Any] = field(default_factory=dict)
     after: str = "selection"
     layers: str | None = None
+    windows: str | None = None
     share: float = 0.5
     objective: str | None = None
     sampler_steps: int | None = None
@@ -89,6 +92,13 @@ def _branch(label: str, variant: str | None = None, **changes: Any) -> Setting:
     """Return a setting with another linear branch in the default run's layers, which is warmed up first."""
     changes = {name.replace("__", "."): value for name, value in changes.items()}
     return Setting(label, ("linear branch",), changes, "trajectories", "default", variant=variant)
+
+
+def _window(label: str, windows: str, chunk: int, overlap: int, layers: str | None = None, **more: Any) -> Setting:
+    """Return a setting with window layers, which differ from linear ones from the warm-up on."""
+    changes = {"window.chunk": chunk, "window.overlap": overlap}
+    name = f"{label}, {chunk} + {overlap}"
+    return Setting(name, ("window",), changes, "trajectories", layers, windows, **more)
 
 
 # The rounding is top_k because after few steps it may be that no r is below 0.5.
@@ -151,6 +161,12 @@ SETTINGS = {
         _hybrid("weight (1 - t) / t up to 1", weight="score", weight_clip=1.0),
         _hybrid("ADM step up to 0.01", max_dt=0.01),
         _hybrid("ADM step up to 0.1", max_dt=0.1),
+        *(_window("all window", "all", *window) for window in ((1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (3, 1))),
+        *(_window("first half linear, rest window", "rest", 1, overlap, "first") for overlap in (0, 1)),
+        *(_window("last half window", "last", 1, overlap) for overlap in (0, 1)),
+        *(_window("every second window", "spread", 1, overlap) for overlap in (0, 1)),
+        Setting("most sensitive linear", ("window",), {}, "trajectories", "most sensitive"),
+        *(_window("most sensitive window", "most sensitive", 1, overlap) for overlap in (0, 1)),
         Setting("LoRA of rank 16", ("weights",), {"optimizer.learning_rate": 5.0}, variant="lora"),
     )
 }
@@ -225,6 +241,8 @@ def steps(objective: str, budget: int, mse_steps: int, second: str = "adm") -> i
 
 def fixed_layers(rule: str, count: int, num_layers: int, seed: int) -> list[int]:
     """Choose `count` of `num_layers` layers by a rule; returns them sorted."""
+    if rule == "all":
+        return list(range(num_layers))
     if rule == "first":
         return list(range(count))
     if rule == "last":
@@ -233,4 +251,4 @@ def fixed_layers(rule: str, count: int, num_layers: int, seed: int) -> list[int]
         return [int((i + 0.5) * num_layers / count) for i in range(count)]
     if rule == "random":
         return sorted(torch.randperm(num_layers, generator=generator(seed, "random layers"))[:count].tolist())
-    raise ValueError(f"expected the rule to be first, last, spread or random, got {rule!r}")
+    raise ValueError(f"expected the rule to be all, first, last, spread or random, got {rule!r}")

@@ -32,10 +32,13 @@ def kept_whole(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def feature_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return {name in the state dict: W_q or W_k [H, D, D]}; empty for feature maps without weights."""
+    """Return {name in the state dict: parameter} of what the warm-up fits.
+
+    These are W_q and W_k [H, D, D], except for feature maps without weights, and log_gain [H] of window layers.
+    """
     return {
         f"blocks.{layer}.attn1.linear_attn.{name}": getattr(branch, name)
         for layer, branch in linear_branches(model).items()
-        for name in ("q_weight", "k_weight")
-        if getattr(branch, name) is not None
+        for name in ("q_weight", "k_weight", "log_gain")
+        if getattr(branch, name, None) is not None
     }

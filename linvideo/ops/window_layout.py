@@ -117,6 +117,17 @@ class Layout(NamedTuple):
         return all(self.window(c) == self._free for c in range(self.chunks)) and not (self.causal and text)
 
     @property
+    def softmax_pairs(self) -> float:
+        """The share of all pairs of frames that are within a window."""
+        first, last = self._free
+        anchors = self.frames - (last - first)
+        kept = 0
+        for chunk in range(self.chunks):
+            start, stop = self.window(chunk)
+            kept += min(self.chunk, self.frames - chunk * self.chunk) * (stop - start + anchors)
+        return kept / self.frames**2
+
+    @property
     def text(self) -> tuple[tuple[int, int], ...]:
         """The ranges of the tokens that belong to no frame."""
         ranges = (0, self.prefix_tokens), (self.tokens - self.suffix_tokens, self.tokens)

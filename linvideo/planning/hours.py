@@ -43,11 +43,14 @@ def stage_hours(
         return None
     # every GPU does its share of the states; a step of the warm-up counts as two forwards
     forward, rates = measured["forward"]["seconds"] / 3600 / layout.gpus, steps_per_hour(config, layout, measured)
-    mixed = config.selection.target(sizes.config.num_layers) if config.selection.layers else sizes.config.num_layers
+    given = config.selection.layers
+    measured_alone = (
+        sizes.config.num_layers if given is None else len([*given, *(config.selection.window_layers or ())])
+    )
     found = {
         "trajectories": shared_hours(collection_hours(config, measured), config, layout.gpus),
         "warm-up": 2 * config.warmup.max_train_steps * config.warmup.batch_size * forward,
-        "sensitivity": config.sensitivity.num_states * (mixed + 1) * forward,
+        "sensitivity": config.sensitivity.num_states * (measured_alone + 1) * forward,
     }
     counts = {"mixed stage": config.selection.max_train_steps, "fine-tuning": config.max_train_steps}
     return found | {stage: counts[stage] / rate for stage, rate in rates.items()}

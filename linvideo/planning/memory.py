@@ -68,7 +68,7 @@ def block_activations(
 ) -> int:
     """Return the bytes that one block saves for its backward.
 
-    kind: Kind of its self-attention: "softmax", "linear" or "mixed". weighted: Whether its feature map has weights, and
+    kind: Kind of its self-attention: "softmax", "linear", "mixed" or "window". weighted: Whether its feature map has weights, and
         so 2D features in place of D.
     """
     heads, dim = sizes.config.num_attention_heads, sizes.config.attention_head_dim
@@ -87,12 +87,12 @@ def block_activations(
     total += e * (3 * rows + 2 * batch * tokens * sizes.config.ffn_dim)
     # Self-attention: q, k, v and out, which is to_out's input. The branch of a mixed layer keeps rotated q and k
     # (RMSNorm under autocast returns fp32, and they are cast once for both attentions) and its own out. A linear layer
-    # keeps rotated q and k, v, and out.
-    attention = {"softmax": 4, "linear": 4, "mixed": 5}
+    # and a window layer keep rotated q and k, v, and out.
+    attention = {"softmax": 4, "linear": 4, "mixed": 5, "window": 4}
     total += e * attention[kind] * rows + FP32 * tokens * dim  # the latter for the tables of cos and sin
     if kind != "linear":
         total += log_sum
-    if kind != "softmax":  # S [F, D] and z [F] of each head; r and softmax_out are counted already
+    if kind in ("linear", "mixed"):  # S [F, D] and z [F] of each head; r and softmax_out are counted already
         total += FP32 * batch * heads * (2 if weighted else 1) * dim * (dim + 1)
     # Cross-attention: q, out (and to_out's input), and k and v of the text
     total += e * ((3 if autocast else 2) * rows + 2 * words) + log_sum
@@ -191,12 +191,12 @@ def stages(config: TrainConfig) -> list[str]:
 def layer_kinds(sizes: Sizes, config: TrainConfig, stage: str) -> dict[str, int]:
     """Return, for a stage of TRAINING, the number of layers of each kind of self-attention."""
     layers = sizes.config.num_layers
-    chosen = config.selection.target(layers)
+    chosen, windows = config.selection.target(layers), len(config.selection.window_layers or ())
     if stage == "fine-tuning":
-        kinds = {"linear": chosen, "softmax": layers - chosen}
+        kinds = {"linear": chosen, "window": windows, "softmax": layers - chosen - windows}
     else:
         mixed = layers if config.selection.layers is None else chosen
-        kinds = {"mixed": mixed, "softmax": layers - mixed}
+        kinds = {"mixed": mixed, "window": windows, "softmax": layers - mixed - windows}
     return {kind: count for kind, count in kinds.items() if count}
 
 
@@ -225,8 +225,8 @@ def held(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> tuple
         parts["frozen base, also the teacher"] = base / layout.shard
     elif not layout.offload_teacher:
         parts["frozen teacher"] = base / layout.shard
-    count = sum(n for kind, n in layer_kinds(sizes, config, stage).items() if kind != "softmax")
-    branches = count * sizes.branch(config.feature_map, mixed=not tuning)  # not sharded
+    kinds = layer_kinds(sizes, config, stage).items()
+    branches = sum(count * sizes.branch(config.feature_map, kind) for kind, count in kinds)  # not sharded
     adapters = 0 if layout.lora is None else lora_parameters(sizes, layout.lora, config.lora.target_modules)
     full = sizes.whole + (sizes.parameters - sizes.whole) / layout.shard
     weights = full if layout.lora is None else adapters / layout.shard

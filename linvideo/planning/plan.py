@@ -86,6 +86,7 @@ def make_plan(
         "parameters": sizes.parameters,
         "layers": sizes.config.num_layers,
         "linear_layers": config.selection.target(sizes.config.num_layers),
+        "window_layers": len(config.selection.window_layers or ()),
         "tokens": sizes.tokens,
         "gpus": gpus,
         "gpu_memory": gpu_memory * 1e9,

@@ -10,9 +10,10 @@ def text(plan: dict[str, Any]) -> str:
     """Format what `make_plan` returns: a table per training stage with a column per layout, and lines around them."""
     found = {name: column for name, column in plan["layouts"].items() if column is not None}
     columns = found.values()
+    windows = f" and {plan['window_layers']} window layers" if plan["window_layers"] else ""
     lines = [
         f"{plan['model']}: {plan['parameters'] / 1e9:.3f} billion parameters; {plan['linear_layers']} of"
-        f" {plan['layers']} layers become linear; {plan['tokens']:,} tokens per video; global batch"
+        f" {plan['layers']} layers become linear{windows}; {plan['tokens']:,} tokens per video; global batch"
         f" {plan['global_batch']}",
         f"{plan['gpus']} x {_gb(plan['gpu_memory'])} GB (10^9 bytes), of which the plan uses at most"
         f" {_gb(plan['usable_memory'])} GB each; memory is calculated from sizes, not measured",

@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5Enco
 
 from linvideo.models.branches import kept_whole
 from linvideo.models.pipelines import ONLY_WAN
-from linvideo.nn import LinearAttentionBranch
+from linvideo.nn import LinearAttentionBranch, WindowAttentionBranch
 from linvideo.packaged import packaged
 from linvideo.planning.known import HUB, KNOWN
 from linvideo.trajectories.collect import TrajectoryConfig, latent_shape
@@ -81,11 +81,15 @@ class Sizes:
         """Number of channels that an image-to-video model reads next to the latents; 0 for text-to-video."""
         return self.config.in_channels - self.config.out_channels
 
-    def branch(self, feature_map: str, mixed: bool = True) -> int:
-        """Count the parameters of one layer's linear branch: those of the feature map and, when mixed, r."""
+    def branch(self, feature_map: str, kind: str) -> int:
+        """Count the parameters of the branch of one layer of a kind: of the feature map, and r or the gains."""
+        if kind == "softmax":
+            return 0
+        sizes = self.config.num_attention_heads, self.config.attention_head_dim, feature_map
         with torch.device("meta"):
-            heads, dim = self.config.num_attention_heads, self.config.attention_head_dim
-            return _count(LinearAttentionBranch(heads, dim, feature_map, mixed=mixed))
+            if kind == "window":
+                return _count(WindowAttentionBranch(*sizes))
+            return _count(LinearAttentionBranch(*sizes, mixed=kind == "mixed"))
 
 
 def read_sizes(model: str, video: TrajectoryConfig) -> Sizes:

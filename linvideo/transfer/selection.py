@@ -33,7 +33,9 @@ class SelectionConfig:
             "layers": those given as selection.layers.
         num_linear_layers: Target number of linear layers. None means half of the model's layers, or the number of
             selection.layers.
-        layers: The layers to convert (0-based), for method "layers".
+        layers: The layers to make linear (0-based), for method "layers".
+        window_layers: The layers to make window layers (0-based), for method "layers": softmax attention to near
+            frames and linear attention to the others, as set in `window`. All other layers stay softmax.
         max_train_steps: Number of steps in which r is learned, for method "learned".
         count: Form of L_con, which draws the number of linear layers towards the target:
             "continuous" (ours): (mean r - (1 - target/L))^2, which doesn't grow with the depth L.
@@ -58,6 +60,7 @@ class SelectionConfig:
     method: str = "learned"
     num_linear_layers: int | None = None
     layers: list[int] | None = None
+    window_layers: list[int] | None = None
     max_train_steps: int = 80
     count: str = "continuous"
     rounding: str = "top_k"
@@ -81,13 +84,19 @@ class SelectionConfig:
             raise ValueError(f"selection.rounding threshold needs selection.method learned, got {self.method}")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"selection.objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
-        if (self.layers is not None) != (self.method == "layers"):
+        chosen = [*(self.layers or ()), *(self.window_layers or ())]
+        if (self.layers is not None or self.window_layers is not None) != (self.method == "layers"):
             raise ValueError(
-                "selection.layers and selection.method layers need each other, got"
-                f" method {self.method} and layers {self.layers}"
+                "selection.method layers needs selection.layers or selection.window_layers, and these need it; got"
+                f" method {self.method}, layers {self.layers} and window_layers {self.window_layers}"
             )
-        if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
-            raise ValueError(f"selection.layers must be a list of distinct layers, got {self.layers}")
+        if self.method == "layers" and (not chosen or len(set(chosen)) != len(chosen)):
+            raise ValueError(
+                "selection.layers and selection.window_layers must be lists of distinct layers, at least one in total,"
+                f" got {self.layers} and {self.window_layers}"
+            )
+        if self.method == "layers" and self.layers is None:
+            self.layers = []
         if self.num_linear_layers is not None and self.num_linear_layers < 1:
             raise ValueError(f"selection.num_linear_layers must be at least 1, got {self.num_linear_layers}")
         if self.layers is not None and self.num_linear_layers not in (None, len(self.layers)):
@@ -119,8 +128,9 @@ class SelectionConfig:
             ValueError: The target is larger than the model, or selection.layers are out of range.
         """
         if self.layers is not None:
-            if any(not 0 <= layer < num_layers for layer in self.layers):
-                raise ValueError(f"selection.layers must lie in 0 to {num_layers - 1}, got {self.layers}")
+            for name, layers in (("layers", self.layers), ("window_layers", self.window_layers or [])):
+                if any(not 0 <= layer < num_layers for layer in layers):
+                    raise ValueError(f"selection.{name} must lie in 0 to {num_layers - 1}, got {layers}")
             return len(self.layers)
         target = max(1, num_layers // 2) if self.num_linear_layers is None else self.num_linear_layers
         if target > num_layers:

@@ -1,4 +1,4 @@
-"""The sensitivity of each layer: the velocity error of the model with that layer linear and all others softmax.
+"""The sensitivity of each layer: the velocity error of the model with that layer converted and all others softmax.
 
 It needs no training. We use it as a baseline for the paper's learned selection: at small scale, the layers with the
 lowest errors were as good a choice as any learned one.
@@ -12,6 +12,7 @@ import torch
 
 from linvideo.models import attention_types
 from linvideo.models.branches import linear_branches
+from linvideo.nn import WindowAttentionBranch
 from linvideo.progress import bar
 from linvideo.run.parallel import Ranks
 from linvideo.trajectories.flow import predict_velocity
@@ -20,7 +21,7 @@ from linvideo.trajectories.store import StateBatch
 
 @dataclass
 class SensitivityConfig:
-    """The sensitivity pass, which measures the error with each layer alone made linear.
+    """The sensitivity pass, which measures the error with each layer alone converted.
 
     Args:
         num_states: Number of teacher states that each layer is measured on. 0 skips the pass.
@@ -61,10 +62,12 @@ def layer_sensitivity(
     progress: bool = True,
     ranks: Ranks | None = None,
 ) -> tuple[dict[int, float], float]:
-    """Return layer -> velocity error with that layer alone linear, and the error with no layer linear.
+    """Return layer -> velocity error with that layer alone linear or, for window layers, with that layer as it is.
+
+    The second result is the error with softmax in every layer.
 
     Args:
-        student: Model with mixed or linear layers. Its r and other parameters are not changed.
+        student: Model with mixed, linear or window layers. Its r and other parameters are not changed.
         batches: Function that returns the same teacher states at every call, on each rank its own part.
         progress: Whether to show a progress bar.
         ranks: The ranks of the run. None means this process alone.
@@ -72,16 +75,18 @@ def layer_sensitivity(
     Raises:
         ValueError: An error is not finite.
     """
-    layers = list(linear_branches(student))
+    branches = linear_branches(student)
+    layers = list(branches)
     errors = {}
     with attention_types(student, dict.fromkeys(layers, "softmax")):
         floor = velocity_error(student, batches(), ranks)
         for layer in bar(layers, progress, desc="sensitivity", unit="layer"):
-            with attention_types(student, {layer: "linear"}):
+            kind = "window" if isinstance(branches[layer], WindowAttentionBranch) else "linear"
+            with attention_types(student, {layer: kind}):
                 errors[layer] = velocity_error(student, batches(), ranks)
     for what, error in {"no layer": floor, **{f"layer {layer} alone": x for layer, x in errors.items()}}.items():
         if not math.isfinite(error):
             raise ValueError(
-                f"the velocity error with {what} linear is {error}: the states or the model are not finite"
+                f"the velocity error with {what} converted is {error}: the states or the model are not finite"
             )
     return errors, floor

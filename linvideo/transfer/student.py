@@ -11,17 +11,24 @@ from linvideo.run.trainable import frozen, trainable
 from linvideo.transfer.train_config import TrainConfig
 
 
-def mixed(teacher: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
-    """Return a copy of the teacher, sharing its weights, with mixed layers where layers may become linear."""
+def candidate(teacher: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
+    """Return a copy of the teacher, sharing its weights, with mixed layers where layers may become linear.
+
+    The layers that are to be window layers are so from the beginning.
+    """
     selection = config.selection
     layers = "all" if selection.layers is None else selection.layers
-    settings = {"feature_map": config.feature_map, "r_init": selection.r_init}
-    return convert(teacher, layers, mode="mixed", copy=False, **settings)
+    settings = {"feature_map": config.feature_map, "copy": False}
+    student = convert(teacher, layers, mode="mixed", r_init=selection.r_init, **settings)
+    if selection.window_layers:
+        window = config.window.settings()
+        student = convert(student, selection.window_layers, mode="window", window=window, **settings)
+    return student
 
 
 def make_student(teacher: torch.nn.Module, config: TrainConfig, ranks: Ranks) -> torch.nn.Module:
     """Return the student, sharded over the ranks, with fp32 weights of its own or adapters on the teacher's weights."""
-    student = mixed(teacher, config)
+    student = candidate(teacher, config)
     if config.lora.rank is not None:
         torch.manual_seed(config.seed)  # the initial adapters are random
         add_adapters(student, config.lora)

@@ -12,7 +12,7 @@ objective.name=adm_step.
 
 from dataclasses import dataclass, field
 
-from linvideo.nn import FEATURE_MAPS
+from linvideo.nn import FEATURE_MAPS, Window
 from linvideo.run.adapters import AdapterConfig
 from linvideo.run.run_config import RunConfig
 from linvideo.trajectories.experts import EXPERTS
@@ -36,12 +36,14 @@ class TrainConfig(RunConfig):
             other one is exported as it is. To convert both, use the pipeline of one run as the teacher of a second run.
         feature_map: Name of the linear branches' feature map: "hedgehog", "hedgehog_joint", "elu", "relu" or "softmax".
             Only the hedgehog maps have weights, which the warm-up fits to the teacher.
+        window: The frames to which window layers attend with softmax, if selection.window_layers names any.
     """
 
     command = "train"
 
     expert: str | None = None
     feature_map: str = "hedgehog"
+    window: Window = field(default_factory=Window)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)

@@ -30,9 +30,9 @@ from linvideo.transfer.gradient_step import GradientStep
 from linvideo.transfer.objectives import ObjectiveConfig
 from linvideo.transfer.selection import add_penalties, initial_r, lowest, round_r
 from linvideo.transfer.sensitivity import layer_sensitivity, velocity_error
-from linvideo.transfer.student import make_student, mixed, training_teacher
+from linvideo.transfer.student import candidate, make_student, training_teacher
 from linvideo.transfer.train_config import TrainConfig
-from linvideo.transfer.warmup import attention_output_errors, load_feature_maps
+from linvideo.transfer.warmup import attention_output_errors, load_feature_maps, start_gains
 
 
 @dataclass
@@ -44,15 +44,17 @@ class TrainResult:
             has it, the others have None.
         pipeline_path: Folder in which the pipeline is saved.
         layers_linear: The linear layers (0-based).
+        layers_window: The window layers (0-based).
         r: layer -> learned r before rounding. Empty unless r was learned.
-        sensitivity: layer -> velocity error with that layer alone linear, after warm-up.
-        sensitivity_floor: Velocity error with no layer linear.
+        sensitivity: layer -> velocity error with that layer alone converted, after warm-up.
+        sensitivity_floor: Velocity error with no layer converted.
         seconds: stage -> time spent in it, over all calls of the run.
     """
 
     pipeline: Any
     pipeline_path: Path
     layers_linear: list[int]
+    layers_window: list[int]
     r: dict[int, float]
     sensitivity: dict[int, float]
     sensitivity_floor: float | None
@@ -99,6 +101,7 @@ def train(
         pipeline=pipeline,
         pipeline_path=run.output_dir / FOLDER,
         layers_linear=run.results["linear_layers"],
+        layers_window=run.results.get("window_layers", []),
         r=run.results.get("r", {}),
         sensitivity=run.results.get("sensitivity", {}),
         sensitivity_floor=run.results.get("sensitivity_floor"),
@@ -145,7 +148,7 @@ def prepare(
     choose = partial(choose_expert, name=config.expert, guidance_scale_2=config.trajectories.guidance_scale_2)
     run, source = open_run(config, STAGES, choose, teacher_pipeline, prompts, images)
     config.selection.target(len(source.transformer.blocks))
-    mixed(source.transformer, config)
+    candidate(source.transformer, config)
     config.lora.check(source.transformer)
     return run, source
 
@@ -163,13 +166,16 @@ def make_models(run: Run, source: Source) -> tuple[torch.nn.Module, Callable]:
 
 
 def warm_up(run: Run, data: Data, student: torch.nn.Module, teacher: Callable) -> None:
-    """Fit the feature maps to softmax attention."""
+    """Fit the feature maps, and the gains of window layers, to softmax attention."""
     config, weights = run.config.warmup, feature_weights(student)
     if weights:
         optimizer = torch.optim.Adam(weights.values(), lr=config.learning_rate)
         fill_state(optimizer)
         run.register(optimizer=optimizer)
         positions, counts = run.ranks.part(config.batch_size)
+        if not run.stage_step:
+            with eager(), autocast(run.config, run.device):
+                start_gains(student, draw(run, data, positions, counts, run.stage, "gains"), run.ranks)
         for step in run.steps(config.max_train_steps, config.batch_size):
             batch = draw(run, data, positions, counts, run.stage, step)
             with eager(), autocast(run.config, run.device):
@@ -185,7 +191,7 @@ def warm_up(run: Run, data: Data, student: torch.nn.Module, teacher: Callable) -
 
 
 def measure_sensitivity(run: Run, data: Data, student: torch.nn.Module, teacher: Callable) -> None:
-    """Measure the velocity error with each layer alone linear."""
+    """Measure the velocity error with each layer alone converted."""
     if run.config.sensitivity.num_states:
         show = run.config.progress and run.ranks.first
         with eager(), autocast(run.config, run.device):
@@ -209,6 +215,8 @@ def select_layers(run: Run, data: Data, student: torch.nn.Module, teacher: Calla
     finalize(student, layers)
     summary["error_rounded"] = held_error(run, data, student)
     results["linear_layers"] = layers
+    if config.window_layers:
+        results["window_layers"] = sorted(config.window_layers)
     summary |= {name: value for name, value in results.items() if name != "seconds"}
     content = {"method": config.method, **summary}
     run.ranks.on_first(lambda: write_json(run.output_dir / run_folder.SELECTION, content))
@@ -322,11 +330,22 @@ def how_trained(config: TrainConfig, student: torch.nn.Module) -> Training:
     return Training("selective transfer", steps=steps, settings=settings)
 
 
-def warmed_up(teacher: torch.nn.Module, config: TrainConfig, layers: list[int]) -> torch.nn.Module:
-    """Return a copy of a run's teacher with `layers` linear after warm-up only, the starting point of fine-tuning.
+def warmed_up(
+    teacher: torch.nn.Module, config: TrainConfig, layers: list[int], window_layers: Sequence[int] = ()
+) -> torch.nn.Module:
+    """Return a copy of a run's teacher converted after warm-up only, the starting point of fine-tuning.
+
+    Args:
+        teacher: The stock transformer.
+        config: The options of the run.
+        layers: The linear layers.
+        window_layers: The window layers.
 
     Raises:
         ValueError: There was no warm-up in config.output_dir, or not with these layers.
     """
     model = convert(teacher, layers=layers, mode="linear", feature_map=config.feature_map)
+    if window_layers:
+        window = {"feature_map": config.feature_map, "window": config.window.settings()}
+        model = convert(model, layers=window_layers, mode="window", copy=False, **window)
     return load_feature_maps(model, Path(config.output_dir) / run_folder.FEATURE_MAPS)

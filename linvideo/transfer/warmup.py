@@ -2,11 +2,12 @@
 
 The loss of a layer is the relative error |linear - softmax|^2 / |softmax|^2 of its attention output on teacher states.
 All layers are fitted at once, as LoLCATs does for language models (arXiv 2410.10254); the LinVideo paper has no such
-stage. The layers run as softmax, so each sees the same inputs as in the teacher. The warm-up takes seconds, and the
+stage. Window layers are fitted in the same way, together with their gains. The layers run as softmax, so each sees the same inputs as in the teacher. The warm-up takes seconds, and the
 selection depends on it: without it, layers that are cheap to convert look expensive.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 from linvideo.models import attention_types
 from linvideo.models.branches import feature_weights, linear_branches
+from linvideo.nn import LinearAttentionBranch, WindowAttentionBranch
 from linvideo.run.parallel import Ranks
 from linvideo.trajectories.atomic_files import read_safetensors
 from linvideo.trajectories.flow import predict_velocity
@@ -26,7 +28,8 @@ class WarmupConfig:
 
     Args:
         max_train_steps: Number of warm-up steps. 0 skips the warm-up.
-        learning_rate: Learning rate of Adam for W_q and W_k, the weights of the feature maps.
+        learning_rate: Learning rate of Adam for W_q and W_k, the weights of the feature maps, and the gains of window
+            layers.
         batch_size: Number of teacher states per step, over all ranks.
     """
 
@@ -49,13 +52,55 @@ def square_sums(output: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return torch.stack([(output.float() - reference).square().sum(), reference.square().sum()])
 
 
+def candidates(student: torch.nn.Module) -> dict[int, LinearAttentionBranch]:
+    """Return {layer: branch} for the mixed and the window layers."""
+    branches = linear_branches(student).items()
+    return {
+        layer: branch for layer, branch in branches if branch.r is not None or isinstance(branch, WindowAttentionBranch)
+    }
+
+
+@contextmanager
+def softmax_with_hooks(student: torch.nn.Module, make_hook: Callable[[int], Callable]) -> Iterator[None]:
+    """Context manager in which the candidates run as softmax and a function sees their inputs.
+
+    Args:
+        student: The model.
+        make_hook: Function of a layer that returns a function of (branch, rows, settings, softmax_out): q, k and v
+            [B, N, H, D] without graph, the other arguments of the branch's forward, and the output of softmax attention.
+    """
+
+    def hook(layer: int):
+        function = make_hook(layer)
+
+        def call(branch, args, settings, output):
+            rows = tuple(x.detach() for x in args)
+            softmax_out = settings.pop("softmax_out", None)
+            if softmax_out is None:
+                softmax_out = branch.forward(*rows, **settings, softmax=True)
+            function(branch, rows, settings, softmax_out)
+            return softmax_out  # so that later layers see the teacher's activations
+
+        return call
+
+    branches = candidates(student)
+    types = {layer: "mixed" if branch.r is not None else "window" for layer, branch in branches.items()}
+    hooks = [branch.register_forward_hook(hook(layer), with_kwargs=True) for layer, branch in branches.items()]
+    try:
+        with torch.no_grad(), attention_types(student, types):
+            yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
 def attention_output_errors(
     student: torch.nn.Module, batch: StateBatch, backward: bool = False, ranks: Ranks | None = None
 ) -> dict[int, torch.Tensor]:
-    """Return layer -> relative error of its linear branch against softmax attention, on the teacher's activations.
+    """Return layer -> relative error of its branch against softmax attention, on the teacher's activations.
 
     Args:
-        student: Model with mixed layers. Other layers are ignored.
+        student: Model with mixed or window layers. Other layers are ignored.
         batch: Teacher states.
         backward: Whether to add the gradient of each error to the feature weights. This happens layer by layer, so that
             only one layer's graph exists at a time.
@@ -66,39 +111,62 @@ def attention_output_errors(
     size = 1 if ranks is None else ranks.size
 
     def compare(layer: int):
-        def hook(branch, args, kwargs, output):
-            q, k, v = (x.detach() for x in args)
-            softmax_out = kwargs["softmax_out"]
+        def function(branch, rows, settings, softmax_out):
             with torch.set_grad_enabled(backward):
-                mine = square_sums(branch.forward(q, k, v, group=kwargs.get("group")), softmax_out) * batch.counts
+                mine = square_sums(branch.forward(*rows, **settings), softmax_out) * batch.counts
                 every = mine.detach() if ranks is None else ranks.sum(mine)
                 if backward:
                     (mine[0] / every[1] * size).backward()
             errors[layer] = every[0] / every[1]
-            return softmax_out  # so that later layers see the teacher's activations
 
-        return hook
+        return function
 
-    branches = {layer: branch for layer, branch in linear_branches(student).items() if branch.r is not None}
-    hooks = [branch.register_forward_hook(compare(layer), with_kwargs=True) for layer, branch in branches.items()]
-    try:
-        with torch.no_grad(), attention_types(student, dict.fromkeys(branches, "mixed")):
-            predict_velocity(student, batch.x, batch.timestep, batch.conditions)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with softmax_with_hooks(student, compare):
+        predict_velocity(student, batch.x, batch.timestep, batch.conditions)
     if backward and ranks is not None:
         ranks.average_gradients(feature_weights(student).values())
     return errors
 
 
+def start_gains(student: torch.nn.Module, batch: StateBatch, ranks: Ranks | None = None) -> None:
+    """Set the gains of window layers so that the far frames have, on average, the weight that softmax gives them.
+
+    Args:
+        student: Model whose window layers are set; other layers are ignored.
+        batch: Teacher states.
+        ranks: Ranks that hold other samples; the average is over all of them. None means this process alone.
+    """
+    gains: dict[int, torch.Tensor] = {}
+
+    def measure(layer: int):
+        def function(branch, rows, settings, softmax_out):
+            if isinstance(branch, WindowAttentionBranch):
+                gains[layer] = branch.measured_log_gain(*rows[:2], **settings)
+
+        return function
+
+    if not any(isinstance(branch, WindowAttentionBranch) for branch in candidates(student).values()):
+        return
+    with softmax_with_hooks(student, measure):
+        predict_velocity(student, batch.x, batch.timestep, batch.conditions)
+    with torch.no_grad():
+        for layer, branch in candidates(student).items():
+            if layer in gains:
+                branch.log_gain.copy_(gains[layer] if ranks is None else ranks.mean(gains[layer]))
+
+
 def fit_feature_maps(student: torch.nn.Module, batches: Iterable[StateBatch], learning_rate: float) -> None:
-    """Run the warm-up on one process, outside of a run: one Adam step of W_q and W_k per batch."""
+    """Run the warm-up on one process, outside of a run: one Adam step per batch.
+
+    It fits W_q and W_k and, in window layers, the gains, which start from the first batch.
+    """
     weights = list(feature_weights(student).values())
     if not weights:  # the feature map has none
         return
     optimizer = torch.optim.Adam(weights, lr=learning_rate)
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        if number == 0:
+            start_gains(student, batch)
         attention_output_errors(student, batch, backward=True)
         optimizer.step()
         optimizer.zero_grad()

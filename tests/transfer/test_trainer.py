@@ -41,13 +41,14 @@ def test_the_exported_pipeline_is_the_students(tmp_path):
     assert {"loss_mse", "loss_adm"} <= {key for row in rows[9:] for key in row}
 
 
-def test_training_lowers_the_error_of_the_linear_layers(tmp_path):
+def test_training_lowers_the_error_of_linear_and_window_layers(tmp_path):
     settings = {
         "use_ema": False,
         "max_train_steps": 60,
         "gradient_accumulation_steps": 1,
         "train_batch_size": 8,
-        "selection": {"method": "layers", "layers": [0, 2]},
+        "selection": {"method": "layers", "layers": [0], "window_layers": [2]},
+        "window": {"chunk": 1, "overlap": 0},
         "warmup": {"max_train_steps": 20},
         "objective": {"name": "mse"},
         "optimizer": {"learning_rate": 2e-4},
@@ -62,9 +63,12 @@ def test_training_lowers_the_error_of_the_linear_layers(tmp_path):
             u = predict_velocity(model, batch.x, batch.timestep, batch.conditions)
         return float((u - batch.u).square().mean())
 
-    assert result.layers_linear == [0, 2]
-    raw = error(convert(seen.teacher, layers=[0, 2], mode="linear"))
-    warm = error(warmed_up(seen.teacher, config, [0, 2]))
+    assert (result.layers_linear, result.layers_window) == ([0], [2]) and set(result.sensitivity) == {0, 2}
+    description = describe(load_pipeline(result.pipeline_path).transformer)
+    assert (description.layers_linear, description.layers_window) == ([0], [2])
+    linear = convert(seen.teacher, layers=[0], mode="linear")
+    raw = error(convert(linear, layers=[2], mode="window", window={"chunk": 1, "overlap": 0}))
+    warm = error(warmed_up(seen.teacher, config, [0], [2]))
     assert warm < 0.9 * raw and error(result.pipeline.transformer) < 0.5 * warm
     with pytest.raises(ValueError, match="was not warmed up"):
         warmed_up(seen.teacher, config, [1])

@@ -5,12 +5,13 @@ from tiny import tiny_inputs, tiny_transformer
 
 from linvideo.models import attention_types, convert
 from linvideo.models.branches import feature_weights, linear_branches
+from linvideo.ops.reference import features, rotate
 from linvideo.trajectories.atomic_files import write_cached
 from linvideo.trajectories.conditions import Conditions
 from linvideo.trajectories.flow import predict_velocity
 from linvideo.trajectories.store import StateBatch
 from linvideo.transfer.sensitivity import layer_sensitivity, velocity_error
-from linvideo.transfer.warmup import attention_output_errors, load_feature_maps, square_sums
+from linvideo.transfer.warmup import attention_output_errors, load_feature_maps, square_sums, start_gains
 
 
 def make_batch(teacher, seed=1):
@@ -56,8 +57,15 @@ def test_warmup_errors_are_of_attention_outputs_on_teacher_activations(teacher):
         assert float(errors[layer]) == pytest.approx(float(expected.detach()), rel=1e-3)
 
 
-def test_warmup_trains_the_feature_weights_only_and_lowers_the_error(teacher):
-    student = convert(teacher)
+def windowed(teacher):
+    """Return the teacher with a mixed layer and two window layers."""
+    student = convert(teacher, layers=[0])
+    return convert(student, layers=[1, 2], mode="window", window={"chunk": 1, "overlap": 0})
+
+
+@pytest.mark.parametrize("converted", [convert, windowed])
+def test_warmup_trains_the_feature_weights_only_and_lowers_the_error(teacher, converted):
+    student = converted(teacher)
     optimizer = torch.optim.Adam(feature_weights(student).values(), lr=2e-2)
     before = attention_output_errors(student, make_batch(teacher, seed=9))
     for step in range(25):
@@ -70,8 +78,9 @@ def test_warmup_trains_the_feature_weights_only_and_lowers_the_error(teacher):
     assert all(float(after[layer]) < 0.8 * float(before[layer]) for layer in before)
 
 
-def test_warmup_gradient_is_that_of_the_sum_over_layers(teacher):
-    student, batch = convert(teacher), make_batch(teacher)
+@pytest.mark.parametrize("converted", [convert, windowed])
+def test_warmup_gradient_is_that_of_the_sum_over_layers(teacher, converted):
+    student, batch = converted(teacher), make_batch(teacher)
     attention_output_errors(student, batch, backward=True)
     weight = student.blocks[1].attn1.linear_attn.q_weight
     analytic, step = weight.grad[1, 3, 5].item(), 1e-2
@@ -82,6 +91,25 @@ def test_warmup_gradient_is_that_of_the_sum_over_layers(teacher):
             values.append(float(attention_output_errors(student, batch)[1]))
             weight[1, 3, 5] -= sign * step
     assert analytic == pytest.approx((values[0] - values[1]) / (2 * step), rel=2e-2, abs=1e-6)
+
+
+def test_gains_start_with_the_weight_that_softmax_gives_far_frames(teacher):
+    """Of 3 frames of 16 tokens, each is a chunk. The gain is the mean log ratio of the two sums over far keys."""
+    student, batch = windowed(teacher), make_batch(teacher)
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        branch = linear_branches(student)[1]
+        measured = branch.measured_log_gain
+        patch.setattr(branch, "measured_log_gain", lambda q, k, **more: seen.update(q=q, k=k, **more) or measured(q, k, **more))
+        start_gains(student, batch)
+    q, k = (rotate(seen[name], *seen["rope"]).double() for name in "qk")
+    frame = torch.arange(48) // 16
+    far = frame[:, None] != frame
+    logits = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
+    phi = [features(x, w.detach().double(), None, "hedgehog") for x, w in ((q, branch.q_weight), (k, branch.k_weight))]
+    linear = torch.einsum("bnhf,bmhf->bhnm", *phi)
+    ratio = logits.masked_fill(~far, -torch.inf).logsumexp(-1) - (linear * far).sum(-1).log()
+    torch.testing.assert_close(branch.log_gain.detach().double(), ratio.mean((0, 2)), rtol=1e-4, atol=1e-4)
 
 
 def test_sensitivity_is_the_error_of_one_layer_linear(teacher):
@@ -133,5 +161,5 @@ def test_sensitivities_that_are_not_finite_choose_no_layers(teacher):
     student, batch = convert(teacher), make_batch(teacher)
     with torch.no_grad():
         student.blocks[1].attn1.linear_attn.q_weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="the velocity error with layer 1 alone linear is nan"):
+    with pytest.raises(ValueError, match="the velocity error with layer 1 alone converted is nan"):
         layer_sensitivity(student, lambda: [batch], progress=False)
