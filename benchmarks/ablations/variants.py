@@ -14,10 +14,10 @@ class RopeAfterBranch(LinearAttentionBranch):
     Each half of hedgehog's features is rotated like q itself.
     """
 
-    def forward(self, q, k, v, rope=None, softmax_out=None, group=None):
-        if softmax_out is not None or group is not None:
+    def forward(self, q, k, v, rope=None, softmax_out=None, key_mask=None, group=None):
+        if any(x is not None for x in (softmax_out, key_mask, group)):
             raise ValueError(
-                "expected neither a mixture nor context parallelism, which RoPE after the feature map doesn't support"
+                "expected no mixture, key mask or context parallelism, which RoPE after the feature map doesn't support"
             )
         phi_q, phi_k = (features(x, w, None, self.feature_map) for x, w in ((q, self.q_weight), (k, self.k_weight)))
         rotated_q, rotated_k = (

@@ -141,7 +141,7 @@ def attend(
             options["key_mask"] = torch.cat([key_mask[:, :prefix_tokens], key_mask[:, video_end:]], dim=1)
         options |= {"prefix_tokens": prefix_tokens, "suffix_tokens": suffix_tokens, "rope": rope}
         options["backend"] = window_backend(processor._attention_backend, query.device)
-        return attn.linear_attn(query, key, value, _frame_tokens(attn), **options)
+        return attn.linear_attn(query, key, value, frame_tokens=_frame_tokens(attn), **options)
     out = dispatch_attention_fn(
         query,
         key,

@@ -13,13 +13,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed._functional_collectives as funcol
 from torch import nn
 
 from linvideo.nn.collectives import gather_heads, gather_tokens
 from linvideo.nn.linear_attention import LinearAttentionBranch
 from linvideo.ops import window_attn
-from linvideo.ops.reference import rotate
+from linvideo.ops.reference import features, rotate
 from linvideo.ops.window_attn import ANCHORS
+from linvideo.ops.window_layout import Layout
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,15 @@ class Window:
         if not isinstance(settings, Mapping) or not set(settings) <= set(names):
             raise ValueError(f"window must be a dictionary with any of {', '.join(names)}, got {settings!r}")
         return cls(**settings)
+
+    def layout(self, frames: int) -> Layout:
+        """Return the division of a video of `frames` latent frames, with one token each."""
+        anchors = "first" in self.anchors, "last" in self.anchors
+        return Layout(frames, 1, self.chunk, self.overlap, 0, 0, *anchors, self.causal)
+
+    def softmax_pairs(self, frames: int) -> float:
+        """Return the share of pairs of tokens in a video of `frames` latent frames that softmax keeps."""
+        return self.layout(frames).softmax_pairs
 
     def settings(self) -> dict[str, Any]:
         """Return all settings {name: value}, as a config stores them."""
@@ -106,6 +117,7 @@ class WindowAttentionBranch(LinearAttentionBranch):
         key_mask: torch.Tensor | None = None,
         group: torch.distributed.ProcessGroup | None = None,
         backend: str | None = None,
+        softmax: bool = False,
     ) -> torch.Tensor:
         """Return window attention over q, k, v.
 
@@ -119,6 +131,7 @@ class WindowAttentionBranch(LinearAttentionBranch):
                 tokens for heads, so that each computes all tokens of H / ranks heads, and exchange back.
             backend: Name of the backend of the softmax part, one of `linvideo.ops.softmax_backends.BACKENDS`. None lets
                 the op choose.
+            softmax: Whether to compute softmax attention over all tokens instead, to compare with.
 
         Returns:
             [B, N, H, D] in q's dtype.
@@ -128,8 +141,7 @@ class WindowAttentionBranch(LinearAttentionBranch):
                 argument.
         """
         options = {"frame_tokens": frame_tokens, "backend": backend, "feature_map": self.feature_map}
-        options |= {"chunk": self.window.chunk, "overlap": self.window.overlap}
-        options |= {"anchors": self.window.anchors, "causal": self.window.causal}
+        options |= {"chunk": 1 << 30} if softmax else asdict(self.window)  # a window that covers every video
         own = {"q_weight": self.q_weight, "k_weight": self.k_weight, "log_gain": self.log_gain}
         if group is None:
             options |= {"rope": rope, "key_mask": key_mask}
@@ -152,6 +164,58 @@ class WindowAttentionBranch(LinearAttentionBranch):
         heads = slice(group.rank() * q.shape[2], (group.rank() + 1) * q.shape[2])
         own = {name: None if weight is None else weight[heads] for name, weight in own.items()}
         return gather_heads(window_attn(q, k, v, **own, **options).unsqueeze(0), group).squeeze(0)
+
+    @torch.no_grad()
+    def measured_log_gain(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        frame_tokens: int,
+        rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+        prefix_tokens: int = 0,
+        suffix_tokens: int = 0,
+        group: torch.distributed.ProcessGroup | None = None,
+        queries: int = 64,
+        **_: object,
+    ) -> torch.Tensor:
+        """Return the log_gain [H] with which the far frames get, on average, the weight that softmax gives them.
+
+        For each head it is the mean of log sum_far exp(s_ij) - log sum_far a_ij over some queries. If no query has far
+        frames, it is the present log_gain.
+
+        Args:
+            q, k, frame_tokens, rope, prefix_tokens, suffix_tokens, group: Arguments of `forward`, whose others are
+                ignored.
+            queries: Number of evenly spaced queries of each sample to average over.
+        """
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        heads = slice(None)
+        if group is not None:
+            q, k = gather_tokens(torch.stack([q.type_as(k), k]), group).unbind()
+            heads = slice(group.rank() * q.shape[2], (group.rank() + 1) * q.shape[2])
+        weights = [None if weight is None else weight[heads] for weight in (self.q_weight, self.k_weight)]
+        video = slice(prefix_tokens, q.shape[1] - suffix_tokens)
+        q, k = q[:, video], k[:, video]
+        rows = torch.linspace(0, q.shape[1] - 1, min(queries, q.shape[1]), device=q.device).round().long()
+        layout = self.window.layout(q.shape[1] // frame_tokens)
+        far = layout.far(q.device)[rows // frame_tokens // self.window.chunk] > 0  # [queries, F]
+        rows, far = rows[far.any(1)], far[far.any(1)].repeat_interleave(frame_tokens, 1)
+        if not len(rows):
+            return self.log_gain.detach().clone()
+        ratios = []
+        for head in range(q.shape[2]):  # one head at a time, to hold few rows of N logits
+            pair = [x[:, :, head : head + 1].float() for x in (q[:, rows], k)]
+            maps = [None if weight is None else weight[head : head + 1].float() for weight in weights]
+            phi = [features(x, w, None, self.feature_map)[:, :, 0] for x, w in zip(pair, maps, strict=True)]
+            logits = pair[0][:, :, 0] @ pair[1][:, :, 0].mT / self.head_dim**0.5
+            near = ~far
+            mass = logits.masked_fill(near, -torch.inf).logsumexp(-1)
+            ratios.append((mass - (phi[0] @ phi[1].mT).masked_fill(near, 0.0).sum(-1).log()).mean())
+        ratios = torch.stack(ratios)
+        if group is None:
+            return ratios
+        return funcol.wait_tensor(funcol.all_gather_tensor(ratios, 0, group))
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, head_dim={self.head_dim}, feature_map={self.feature_map}, window={self.window}"

@@ -68,8 +68,8 @@ def block_activations(
 ) -> int:
     """Return the bytes that one block saves for its backward.
 
-    kind: Kind of its self-attention: "softmax", "linear", "mixed" or "window". weighted: Whether its feature map has weights, and
-        so 2D features in place of D.
+    kind: Kind of its self-attention: "softmax", "linear", "mixed" or "window".
+    weighted: Whether its feature map has weights, and so 2D features in place of D.
     """
     heads, dim = sizes.config.num_attention_heads, sizes.config.attention_head_dim
     e = BF16 if autocast else FP32  # bytes of a number in Linear and attention; norms, gates and RMSNorm are fp32

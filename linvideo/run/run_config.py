@@ -259,6 +259,8 @@ class RunConfig:
             free: Names of further options that may differ.
         """
         may_differ = {*FREE, *free}
+        # an earlier version may have lacked options, which then had no effect: their defaults
+        earlier = {**type(self)(self.output_dir).to_dict(), **earlier}
         layout = ParallelConfig(**earlier["parallel"])
         before = earlier["train_batch_size"] * earlier["gradient_accumulation_steps"]
         before, now = before * (earlier_processes // layout.context_degree), self.global_batch(processes)

@@ -2,8 +2,9 @@
 
 The loss of a layer is the relative error |linear - softmax|^2 / |softmax|^2 of its attention output on teacher states.
 All layers are fitted at once, as LoLCATs does for language models (arXiv 2410.10254); the LinVideo paper has no such
-stage. Window layers are fitted in the same way, together with their gains. The layers run as softmax, so each sees the same inputs as in the teacher. The warm-up takes seconds, and the
-selection depends on it: without it, layers that are cheap to convert look expensive.
+stage. Window layers are fitted in the same way, together with their gains. The layers run as softmax, so each sees the
+same inputs as in the teacher. The warm-up takes seconds, and the selection depends on it: without it, layers that are
+cheap to convert look expensive.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -67,7 +68,7 @@ def softmax_with_hooks(student: torch.nn.Module, make_hook: Callable[[int], Call
     Args:
         student: The model.
         make_hook: Function of a layer that returns a function of (branch, rows, settings, softmax_out): q, k and v
-            [B, N, H, D] without graph, the other arguments of the branch's forward, and the output of softmax attention.
+            [B, N, H, D] without graph, the other arguments of the branch's forward, and softmax attention's output.
     """
 
     def hook(layer: int):

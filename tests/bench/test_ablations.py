@@ -40,7 +40,8 @@ def test_suites_name_settings_and_begin_with_the_default():
 def test_only_the_default_changes_nothing():
     def content(setting: Setting) -> tuple:
         changes = tuple(sorted(setting.changes.items()))
-        return changes, setting.layers, setting.share, setting.objective, setting.sampler_steps, setting.variant
+        rules = setting.layers, setting.windows, setting.share
+        return changes, *rules, setting.objective, setting.sampler_steps, setting.variant
 
     assert len({content(setting) for setting in SETTINGS.values()}) == len(SETTINGS)
 
@@ -260,12 +261,15 @@ def test_the_teachers_row(bench):
         *("lowest sensitivity", "no L_reg", "100.0% linear", "t uniform in the MSE", "LoRA of rank 16", "elu"),
         "hybrid, ADM in the last fifth",
         "hedgehog, no warm-up, RoPE after the map",
+        "first half linear, rest window, 1 + 1",
     ],
 )
 def test_settings_run(bench, name):
     setting = SETTINGS[name]
     row = bench.row(setting, 0)
     assert row["setting"] == name and len(row["layers_linear"]) == round(4 * setting.share)
+    if setting.windows is not None:
+        assert row["layers_window"] == [2, 3] and 0 < row["softmax_pairs"] < 0.5
     assert 0 <= row["good"] <= 1 and row["own_state_error"] > 0
     if setting.layers == "default" or setting.after == "selection":
         assert row["layers_linear"] == bench.rows[1]["layers_linear"]

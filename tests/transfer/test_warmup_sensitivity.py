@@ -100,7 +100,9 @@ def test_gains_start_with_the_weight_that_softmax_gives_far_frames(teacher):
     with pytest.MonkeyPatch.context() as patch:
         branch = linear_branches(student)[1]
         measured = branch.measured_log_gain
-        patch.setattr(branch, "measured_log_gain", lambda q, k, **more: seen.update(q=q, k=k, **more) or measured(q, k, **more))
+        patch.setattr(
+            branch, "measured_log_gain", lambda q, k, **more: seen.update(q=q, k=k, **more) or measured(q, k, **more)
+        )
         start_gains(student, batch)
     q, k = (rotate(seen[name], *seen["rope"]).double() for name in "qk")
     frame = torch.arange(48) // 16
