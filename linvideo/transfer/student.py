@@ -16,10 +16,11 @@ def candidate(teacher: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
 
     The layers that are to be window layers are so from the beginning.
     """
-    selection = config.selection
-    layers = "all" if selection.layers is None else selection.layers
-    settings = {"feature_map": config.feature_map, "copy": False}
-    student = convert(teacher, layers, mode="mixed", r_init=selection.r_init, **settings)
+    selection, settings = config.selection, {"feature_map": config.feature_map, "copy": False}
+    student = teacher
+    if selection.layers != []:
+        layers = "all" if selection.layers is None else selection.layers
+        student = convert(student, layers, mode="mixed", r_init=selection.r_init, **settings)
     if selection.window_layers:
         window = config.window.settings()
         student = convert(student, selection.window_layers, mode="window", window=window, **settings)

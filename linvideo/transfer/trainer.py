@@ -344,8 +344,10 @@ def warmed_up(
     Raises:
         ValueError: There was no warm-up in config.output_dir, or not with these layers.
     """
-    model = convert(teacher, layers=layers, mode="linear", feature_map=config.feature_map)
+    model = teacher
+    if layers:
+        model = convert(model, layers=layers, mode="linear", feature_map=config.feature_map)
     if window_layers:
         window = {"feature_map": config.feature_map, "window": config.window.settings()}
-        model = convert(model, layers=window_layers, mode="window", copy=False, **window)
+        model = convert(model, layers=window_layers, mode="window", **window)
     return load_feature_maps(model, Path(config.output_dir) / run_folder.FEATURE_MAPS)
