@@ -158,6 +158,8 @@ def _convert_transformer(model, layers, mode, feature_map, r_init, copy, window)
     # Only the class changes, which keeps what the user has set on the model (fused projections, adapters, gradient
     # checkpointing, attention backend). A new model built from the config would lose it.
     result.__class__ = kind = family(model)
+    if type(model) is not kind and model.is_gradient_checkpointing:
+        result._set_gradient_checkpointing(True, model._gradient_checkpointing_func)
     for i, attn in enumerate(self_attentions(result)):
         if i in chosen:
             attach_attention(attn, mode, kind.processor_class, feature_map, r_init, window or known_window)

@@ -112,14 +112,11 @@ class LinearAttentionMixin:
             if registry := getattr(getattr(attn, "linear_attn", None), "_diffusers_hook", None):
                 registry.remove_hook("taylorseer_cache", recurse=False)
 
-    @property
-    def _gradient_checkpointing_func(self) -> Callable:
-        """Diffusers' function for checkpointing a block, which also gives window layers the same grid both times."""
-        return functools.partial(_checkpoint, self.__dict__["_gradient_checkpointing_func"])
-
-    @_gradient_checkpointing_func.setter
-    def _gradient_checkpointing_func(self, function: Callable | None) -> None:
-        self.__dict__["_gradient_checkpointing_func"] = function
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = torch.utils.checkpoint.checkpoint
+    ) -> None:
+        """Set checkpointing, as in diffusers, with a wrapper that window layers need."""
+        super()._set_gradient_checkpointing(enable, functools.partial(_checkpoint, gradient_checkpointing_func))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):

@@ -77,6 +77,7 @@ def test_checkpointing_recomputes_with_the_grid_of_its_forward(compiled):
     base.enable_gradient_checkpointing()
     for checkpointing in (False, True):
         model = convert(base, mode="window", window=WINDOW).train()
+        assert model.is_gradient_checkpointing
         if not checkpointing:
             model.disable_gradient_checkpointing()
         call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled and checkpointing else model
