@@ -26,5 +26,6 @@ def run(args: argparse.Namespace) -> None:
     result = train(config)
     disconnect()  # not after an error: the other ranks may wait in a collective that this one will never join
     if result.pipeline is not None:  # only the first rank has it
-        print(f"linear layers: {result.layers_linear}; the converted pipeline is in {result.pipeline_path}")
+        windows = f"window layers: {result.layers_window}; " if result.layers_window else ""
+        print(f"linear layers: {result.layers_linear}; {windows}the converted pipeline is in {result.pipeline_path}")
         print_report(config.output_dir)

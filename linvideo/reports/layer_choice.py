@@ -5,30 +5,38 @@ from collections.abc import Mapping, Sequence
 from linvideo.reports import charts, html_page
 
 MEANING = (
-    "Sensitivity: the velocity error with that layer alone linear, after the warm-up. r: the learned share of softmax"
-    " attention in a layer's output while all layers are mixed, before it was rounded to softmax (1) or linear (0)."
+    "Sensitivity: the velocity error with that layer alone converted, after the warm-up. r: the learned share of"
+    " softmax attention in a layer's output while all layers are mixed, before it was rounded to softmax (1) or linear"
+    " (0)."
 )
 
 
-def layer_choice(linear: Sequence[int], sensitivity: Mapping[int, float], r: Mapping[int, float]) -> str:
+def layer_choice(
+    linear: Sequence[int], sensitivity: Mapping[int, float], r: Mapping[int, float], windows: Sequence[int] = ()
+) -> str:
     """Return the section as HTML.
 
     Args:
         linear: The linear layers.
-        sensitivity: Layer -> velocity error with it alone linear; empty in a run without that pass.
+        sensitivity: Layer -> velocity error with it alone converted; empty in a run without that pass.
         r: Layer -> its value before rounding; empty where r was not learned.
+        windows: The window layers.
     """
     columns = {"sensitivity": sensitivity, "r before rounding": r}
     columns = {name: values for name, values in columns.items() if values}
-    layers = sorted({*linear, *sensitivity, *r})
-    became = ["linear" if layer in linear else "softmax" for layer in layers]
+    layers = sorted({*linear, *windows, *sensitivity, *r})
+    became = ["linear" if layer in linear else "window" if layer in windows else "softmax" for layer in layers]
     rows = [
         [layer, *(values.get(layer, "") for values in columns.values()), kind]
         for layer, kind in zip(layers, became, strict=True)
     ]
-    chart = charts.bars(sensitivity, "layer (green: became linear)", "velocity error, that layer linear", linear)
+    chart = charts.bars(sensitivity, "layer (green: became linear)", "velocity error, that layer converted", linear)
     table = html_page.table(["layer", *columns, "became"], rows)
-    return html_page.note(MEANING) + chart + table + html_page.note(reason(linear, sensitivity, r))
+    if windows:
+        why = "The layers were given, so that nothing was chosen."
+    else:
+        why = reason(linear, sensitivity, r)
+    return html_page.note(MEANING) + chart + table + html_page.note(why)
 
 
 def reason(linear: Sequence[int], sensitivity: Mapping[int, float], r: Mapping[int, float]) -> str:

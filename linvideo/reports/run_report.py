@@ -63,13 +63,13 @@ def write_report(folder: str | Path) -> None:
     rows, validations = (_rows(folder / name) for name in ("metrics.jsonl", run_folder.VALIDATION_ROWS))
     rows = [row for row in rows if "loss" in row]  # a step that was skipped has none
     selection, summary = (_values(folder / name) for name in (run_folder.SELECTION, run_folder.SUMMARY))
-    linear = selection.get("linear_layers", [])
+    linear, windows = (selection.get(name, []) for name in ("linear_layers", "window_layers"))
     sections = []
     if validations:
         sections.append(("Validation", validation(folder, validations, summary.get("validation_captions", []))))
-    if linear:
+    if linear or windows:
         by_layer = ({int(layer): x for layer, x in selection.get(name, {}).items()} for name in ("sensitivity", "r"))
-        sections.append(("Which layers became linear", layer_choice(linear, *by_layer)))
+        sections.append(("Which layers were converted", layer_choice(linear, *by_layer, windows)))
     sections.append(("Training", training(rows, linear)))
     if summary:
         sections.append(("Memory and time", costs(summary)))
@@ -80,15 +80,19 @@ def write_report(folder: str | Path) -> None:
         f"{config['pretrained_model_name_or_path'] or 'A model in memory'}, videos of {video['height']} x"
         f" {video['width']} with {video['num_frames']} frames. Folder: {folder}"
     )
-    document = html_page.page(title, about, sections, verdict(linear, rows, validations))
+    document = html_page.page(title, about, sections, verdict(linear, windows, rows, validations))
     write_text(folder / run_folder.REPORT, document)
 
 
-def verdict(linear: list[int], rows: list[dict[str, Any]], validations: list[dict[str, Any]]) -> str:
+def verdict(
+    linear: list[int], windows: list[int], rows: list[dict[str, Any]], validations: list[dict[str, Any]]
+) -> str:
     """Say what the run has reached."""
     parts = []
     if linear:
         parts.append(f"{len(linear)} layers are linear ({ranges(linear)})")
+    if windows:
+        parts.append(f"{len(windows)} layers are window layers ({ranges(windows)})")
     if rows:
         stage = rows[-1]["stage"]
         losses = [row["loss"] for row in rows if row["stage"] == stage]

@@ -77,8 +77,11 @@ def test_a_run_with_few_results_has_a_report(folder):
 
 def test_a_loss_that_rises_is_called_that():
     rows = [{"step": i, "stage": "dmd", "loss": float(i)} for i in (1, 2)]
-    said = run_report.verdict([], rows, [])
-    assert "The loss of distribution matching (the critic) did not fall: it went from 1 to 2" in said
+    said = run_report.verdict([], [4], rows, [])
+    assert said.startswith(
+        "1 layers are window layers (4); the loss of distribution matching (the critic) did not fall"
+    )
+    assert "it went from 1 to 2" in said
 
 
 @pytest.mark.parametrize("first", [True, False])
