@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks import marked, results, tables
 from benchmarks.peers import OURS, is_exact_softmax
-from benchmarks.shapes import WAN
+from benchmarks.shapes import WAN, WINDOW
 
 BEGIN, END = "<!-- headline: begin -->", "<!-- headline: end -->"
 SIZES = {"1.3b-480p": "Wan 1.3B at 480p", "14b-720p": "Wan 14B at 720p"}
@@ -67,19 +67,29 @@ def _rows(pairs: Pairs) -> list[tuple]:
             if ours and theirs:
                 name = theirs[0]["name"].removeprefix("softmax ")
                 made.append((f"attention of {label}, {which}", ours, theirs, name))
-    return made + [row for size, label in SIZES.items() if (row := _model_row(pairs, size, label))]
+    kinds = [(size, windows) for size in SIZES for windows in (False, True)]
+    return made + [row for size, windows in kinds if (row := _model_row(pairs, size, windows))]
 
 
-def _model_row(pairs: Pairs, size: str, label: str) -> tuple | None:
-    """Return the row of a model's forward, in the first of four modes that has both the stock and the converted one."""
+def _model_row(pairs: Pairs, size: str, windows: bool) -> tuple | None:
+    """Return the row of a model's forward, in the first of four modes that has both the stock and the converted one.
+
+    windows: whether the layers that aren't linear are window layers.
+    """
     count = WAN[size].linear_layers[1]
+
+    def fastest(pairs: Pairs, linear: int, windows: bool):
+        chosen = [p for p in pairs if p[0]["linear_layers"] == linear]
+        return _fastest([p for p in chosen if p[0]["backend"].startswith(WINDOW) == windows])
+
     for how in ("whole", "composed"):
         for compiled in (True, False):
             here = [p for p in pairs if p[0]["suite"] == "model" and p[0]["model"] == size and p[0]["how"] == how]
             here = [p for p in here if p[0]["compiled"] == compiled and p[0]["backend"] != "sage"]
-            ours, theirs = (_fastest([p for p in here if p[0]["linear_layers"] == n]) for n in (count, 0))
+            ours, theirs = fastest(here, count, windows), fastest(here, 0, False)
             if ours and theirs:
-                label = f"forward of {label}, {count} of {WAN[size].layers} layers linear"
+                label = f"forward of {SIZES[size]}, {count} of {WAN[size].layers} layers linear"
+                label += ", the others window" * windows
                 label += f"{', compiled' * compiled}{', the sum of its parts' * (how == 'composed')}"
                 return label, ours, theirs, tables.BACKENDS[theirs[0]["backend"]].partition(" (")[0]
     return None

@@ -105,7 +105,7 @@ def load():
 
 def cases(linear_attn, shape: tuple[int, int, int, int]) -> dict:
     """Return name -> call without arguments. Rows are in bfloat16, weights and tables in float32."""
-    batch, length, heads, dim = shape
+    batch, length, heads, dim, *_ = shape
 
     def meta(*size: int, dtype=torch.float32, **options) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta", **options)

@@ -1,5 +1,6 @@
 """What is timed at op level: linear_attn and everything that it can be compared with, where it is installed."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,15 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import windows
 from benchmarks.shapes import Shape
-from linvideo.ops import linear_attn
+from linvideo.ops import linear_attn, window_attn
 from linvideo.ops.reference import linear_attn_reference
+from linvideo.ops.softmax_backends import BACKENDS
 
 SPARSITY = 0.85  # share of blocks that the block-sparse peers leave out
 BLOCK = 128  # tokens per block
 
 
 class Inputs(NamedTuple):
+    shape: Shape
     q: torch.Tensor  # [B, N, H, D], as k, v, gradient and softmax_out
     k: torch.Tensor
     v: torch.Tensor
@@ -23,27 +27,31 @@ class Inputs(NamedTuple):
     k_weight: torch.Tensor
     softmax_out: torch.Tensor
     r: torch.Tensor
+    log_gain: torch.Tensor  # [H]
     rope: tuple[torch.Tensor, torch.Tensor]
     gradient: torch.Tensor
     heads_first: tuple[torch.Tensor, ...]  # q, k, v as [B, H, N, D], for peers that need this memory layout
 
     @classmethod
     def random(cls, shape: Shape, dtype: torch.dtype, device: str) -> "Inputs":
-        batch, tokens, heads, dim = shape
+        batch, tokens, heads, dim, *_ = shape
         torch.manual_seed(0)
         rows = [torch.randn(batch, tokens, heads, dim, device=device, dtype=dtype) for _ in range(5)]
         weights = [torch.eye(dim, device=device) + 0.02 * torch.randn(heads, dim, dim, device=device) for _ in "qk"]
         angles = torch.outer(torch.arange(tokens, device=device), 100.0 ** -torch.linspace(0, 1, dim // 2).to(device))
-        learned = [*rows[:4], *(weight.to(dtype) for weight in weights), torch.full((1,), 0.5, device=device)]
-        q, k, v, softmax_out, q_weight, k_weight, r = (x.requires_grad_() for x in learned)
+        gains = torch.full((1,), 0.5, device=device), torch.full((heads,), math.log(dim / 2), device=device)
+        learned = [*rows[:4], *(weight.to(dtype) for weight in weights), *gains]
+        q, k, v, softmax_out, *small = (x.requires_grad_() for x in learned)
         heads_first = tuple(x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v))
         rope = (angles.cos(), angles.sin())
-        return cls(q, k, v, q_weight, k_weight, softmax_out, r, rope=rope, gradient=rows[4], heads_first=heads_first)
+        given = dict(zip(("q_weight", "k_weight", "r", "log_gain"), small, strict=True))
+        given |= {"rope": rope, "gradient": rows[4], "heads_first": heads_first}
+        return cls(shape, q, k, v, softmax_out=softmax_out, **given)
 
     def first_head(self) -> "Inputs":
         """Return the inputs of the first head alone, in fp32 and without gradients."""
         rows = {name: getattr(self, name)[:, :, :1] for name in ("q", "k", "v", "softmax_out", "gradient")}
-        weights = {name: getattr(self, name)[:1] for name in ("q_weight", "k_weight")}
+        weights = {name: getattr(self, name)[:1] for name in ("q_weight", "k_weight", "log_gain")}
         return self._replace(**{name: x.detach().float() for name, x in (rows | weights).items()})
 
 
@@ -54,38 +62,49 @@ class Peer(NamedTuple):
     cuda_only: bool = False
     heads_first: bool = False  # whether it reads Inputs.heads_first
     most_tokens: int | None = None  # largest length to time, where longer ones would take minutes
-    options: Callable[[Inputs], dict] | None = None  # arguments of linear_attn; None for all other peers
+    # From the inputs of one head in fp32, what the output must be and in which rows; None for other people's peers.
+    expected: Callable[[Inputs], tuple[torch.Tensor | slice, torch.Tensor]] | None = None
 
     def leaves(self, x: Inputs) -> list[torch.Tensor]:
         return list(x.heads_first) if self.heads_first else [getattr(x, name) for name in self.learned]
 
 
 HEDGEHOG = ("q", "k", "v", "q_weight", "k_weight")
-# Useful flops per row and head in a forward and in a backward, in units of D^2 (linear) or N D (softmax), then the rows
-# of D elements that each must read or write. What a backward has to compute again (logits, softmax's scores) counts as
-# useful, as in FlashAttention's own figures.
+# Useful flops per row and head in a forward and in a backward, in units of D^2 (linear attention), then in units of N D
+# (softmax over all pairs), then the rows of D elements that each must read or write. What a backward has to compute
+# again (logits, softmax's scores) counts as useful, as in FlashAttention's own figures.
 COSTS = {
-    "hedgehog": (12, 28, 4, 7),
-    "plain": (4, 8, 4, 7),
-    "mix": (12, 28, 5, 9),
-    "softmax": (4, 10, 4, 7),
-    "sparse": (4 * (1 - SPARSITY), 10 * (1 - SPARSITY), 4, 7),
+    "hedgehog": ((12, 28), (0, 0), (4, 7)),
+    "plain": ((4, 8), (0, 0), (4, 7)),
+    "mix": ((12, 28), (0, 0), (5, 9)),
+    "softmax": ((0, 0), (4, 10), (4, 7)),
+    "sparse": ((0, 0), (4, 10), (4, 7)),
+    "window": ((12, 28), (4, 10), (4, 7)),
+    "near": ((0, 0), (4, 10), (4, 7)),
 }
+
+
+def kept(shape: Shape, cost: str) -> float | None:
+    """Return the share of the pairs that softmax is computed for, if that is neither all nor none."""
+    return 1 - SPARSITY if cost == "sparse" else windows.kept(shape) if cost in ("window", "near") else None
 
 
 def gbytes(shape: Shape, cost: str, which: str, element_size: int) -> float:
     """Return the GB that must be read or written."""
-    forward, backward = COSTS[cost][2:]
-    rows = {"forward": forward, "backward": backward, "forward+backward": forward + backward}[which]
+    rows = _of_pass(COSTS[cost][2], which)
     return rows * shape.batch * shape.tokens * shape.heads * shape.head_dim * element_size / 1e9
 
 
 def tflops(shape: Shape, cost: str, which: str) -> float:
     """Return the useful floating-point operations, in 1e12."""
-    forward, backward = COSTS[cost][:2]
-    factor = {"forward": forward, "backward": backward, "forward+backward": forward + backward}[which]
-    inner = shape.tokens if cost in ("softmax", "sparse") else shape.head_dim
-    return factor * shape.batch * shape.tokens * shape.heads * shape.head_dim * inner / 1e12
+    linear, softmax = (_of_pass(flops, which) for flops in COSTS[cost][:2])
+    inner = linear * shape.head_dim + softmax * (kept(shape, cost) or 1) * shape.tokens
+    return shape.batch * shape.tokens * shape.heads * shape.head_dim * inner / 1e12
+
+
+def _of_pass(amounts: tuple[int, int], which: str) -> int:
+    forward, backward = amounts
+    return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[which]
 
 
 def _ours(feature_map: str, rope: bool = False, mix: bool = False) -> Peer:
@@ -101,8 +120,23 @@ def _ours(feature_map: str, rope: bool = False, mix: bool = False) -> Peer:
         given = options(x)
         return lambda: linear_attn(x.q, x.k, x.v, **given)
 
+    def expected(x: Inputs):
+        return slice(None), linear_attn_reference(x.q, x.k, x.v, **options(x))
+
     learned = (HEDGEHOG if weighted else HEDGEHOG[:3]) + (("softmax_out", "r") if mix else ())
-    return Peer(build, "mix" if mix else "hedgehog" if weighted else "plain", learned, options=options)
+    return Peer(build, "mix" if mix else "hedgehog" if weighted else "plain", learned, expected=expected)
+
+
+def _window(backend: str | None = None) -> Peer:
+    """Return window attention as models call it, with the softmax of one library; None is the default one."""
+
+    def build(x: Inputs):
+        weights = {"q_weight": x.q_weight, "k_weight": x.k_weight, "log_gain": x.log_gain}
+        given = weights | {"rope": x.rope, "backend": backend} | windows.options(x.shape)
+        return lambda: window_attn(x.q, x.k, x.v, **given)
+
+    learned = (*HEDGEHOG, "log_gain")
+    return Peer(build, "window", learned, cuda_only=backend is not None, expected=windows.expected)
 
 
 def _eager(compiled: bool) -> Callable:
@@ -197,7 +231,12 @@ def _first(out):
     return out[0] if isinstance(out, tuple) else out
 
 
-OURS, EAGER, COMPILED = "linvideo hedgehog", "eager hedgehog", "compiled hedgehog"
+OURS, WINDOW, EAGER, COMPILED = (
+    "linvideo hedgehog",
+    "linvideo window, RoPE",
+    "eager hedgehog",
+    "compiled hedgehog",
+)
 PEERS = {
     OURS: _ours("hedgehog"),
     "linvideo hedgehog, RoPE": _ours("hedgehog", rope=True),
@@ -207,6 +246,8 @@ PEERS = {
     "linvideo relu": _ours("relu"),
     "linvideo softmax map": _ours("softmax"),
     "linvideo identity": _ours("identity"),
+    WINDOW: _window(),
+    **{f"{WINDOW}, {backend}": _window(backend) for backend in BACKENDS if backend not in ("cpu", "flash")},
     EAGER: Peer(_eager(compiled=False), "hedgehog", HEDGEHOG),
     COMPILED: Peer(_eager(compiled=True), "hedgehog", HEDGEHOG),
     "flash_bla linear_attention (no map)": Peer(_flash_bla, "plain", cuda_only=True, heads_first=True),
@@ -221,6 +262,7 @@ PEERS = {
     "softmax flash-attn 4": Peer(_flash_attn_4, "softmax", cuda_only=True),
     "softmax SageAttention (8 bit, forward)": Peer(_sage, "softmax", (), cuda_only=True),
     f"FlexAttention, {SPARSITY:.0%} of blocks left out": Peer(_flex_sparse, "sparse", cuda_only=True, heads_first=True),
+    "FlexAttention, the windows alone": Peer(windows.flex, "near", cuda_only=True, heads_first=True),
     f"SLA, {SPARSITY:.0%} of blocks linear": Peer(_sla, "sparse", cuda_only=True, heads_first=True),
     # Comes last because it first tries 159 configurations, which takes minutes.
     "fla chunk_linear_attn (causal, no map)": Peer(_fla, "plain", cuda_only=True),
@@ -240,6 +282,7 @@ def named(words: list[str] | None) -> list[str]:
 # The peers in sweeps over the number of tokens; the others are measured only at the shapes of models.
 SWEEP = (
     OURS,
+    WINDOW,
     "linvideo elu",
     EAGER,
     COMPILED,

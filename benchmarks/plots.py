@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.peers import OURS, SWEEP
 from benchmarks.results import slug
-from benchmarks.shapes import CPU, TOKENS
+from benchmarks.shapes import CPU, TOKENS, WINDOW
 from benchmarks.tables import BACKENDS
 
 
@@ -77,7 +77,8 @@ def _over_layers(device: str, dtype: str, rows: list[dict], folder: Path) -> lis
         for (backend, compiled), times in lines.items():
             counts = sorted(times)
             label = f"{BACKENDS.get(backend, backend)}, {'compiled' if compiled else 'eager'}"
-            speed = [times[counts[0]] / times[n] for n in counts]
+            dense = lines[backend.removeprefix(WINDOW), compiled][0]
+            speed = [dense / times[n] for n in counts]
             style = {"color": f"C{list(BACKENDS).index(backend)}", "linestyle": "-" if compiled else "--"}
             (found[label],) = axis.plot(counts, speed, marker="o", markersize=3, **style)
         axis.set(xlabel="linear layers", ylabel="speed-up of one forward", title=f"Wan {name}", ylim=(0, None))

@@ -20,7 +20,7 @@ This page is written by `python -m benchmarks.report` from the files in [benchma
 
 | command | what it measures | what it needs |
 | --- | --- | --- |
-| `make bench` | `linear_attn` and what it can be compared with, over the number of tokens | a CPU or a CUDA GPU |
+| `make bench` | the ops and what they can be compared with, over the number of tokens | a CPU or a CUDA GPU |
 | `make bench ARGS="--suite op,block,model,train"` | also blocks, models and training steps | a CUDA GPU, an hour |
 | `make evidence` | the kernels' tests and the most important figures | a CUDA GPU, ten minutes |
 | `python -m benchmarks.host` | how long the CPU works to launch one call of `linear_attn` | Triton, no GPU |
@@ -28,10 +28,17 @@ This page is written by `python -m benchmarks.report` from the files in [benchma
 The first two write their results into benchmarks/results and then this page. `make evidence` writes its results into
 runs/evidence; copy them to benchmarks/results and run `python -m benchmarks.report`.
 
-The op is compared with eager and compiled PyTorch, every softmax backend of PyTorch, FlashAttention 2 to 4,
-SageAttention, a block-sparse FlexAttention, SLA, flash-linear-attention (causal) and
-flash-bidirectional-linear-attention, where they are installed; `--peers WORD` runs only some. Where time is short,
+The ops are compared with eager and compiled PyTorch, every softmax backend of PyTorch, FlashAttention 2 to 4,
+SageAttention, a block-sparse FlexAttention, FlexAttention over the windows alone, SLA, flash-linear-attention (causal)
+and flash-bidirectional-linear-attention, where they are installed; `--peers WORD` runs only some. Where time is short,
 `--part 1/8` to `8/8` divide the work, and `--time_limit SECONDS` starts no new row after that time.
+
+Window attention has a row for each softmax backend that can compute its near part; the row without a backend's name is
+the default one. `--peers window` runs these rows and FlexAttention over the same windows, which leaves the far frames
+out, and `--peers window SDPA --shapes cpu-wan-n4095 cpu-wan-n8190` is a comparison for a CPU, with Wan's 21 frames and
+heads of 128. All rows use the default window of converted models, chunks of 3 latent frames with an overlap of 1.
+Shapes that are no model's are divided into 16 frames. The block and model suites also have rows in which all layers, or
+all that are not linear, are window layers.
 
 `python -m benchmarks.host` times Python, PyTorch's dispatch and Triton's launches until the last kernel of a call is
 launched, on tensors without memory and with launches that start nothing. A model whose kernels take less time than this
@@ -48,8 +55,11 @@ N is the number of tokens and D the size of a head.
   on the device, with the L2 cache flushed before each run.
 - **GB/s** counts the bytes that must be read or written: the rows of q, k, v and the output in a forward, and seven
   rows in a backward. The percentage in brackets is relative to a plain copy on the same device.
+- **% of pairs** is the share of all pairs of tokens for which a row computes softmax: 22% for windows in the 21 latent
+  frames of a Wan video. The fewer frames, the larger it is. Window attention covers the other pairs, too, but linearly.
 - **TFLOP/s** counts the useful operations. Per row and head these are 12 D² in a forward and 28 D² in a backward for
-  hedgehog, and 4 N D and 10 N D for softmax. The percentage is relative to a plain matrix product on the same device.
+  hedgehog, and 4 N D and 10 N D for softmax. Windows count both, with softmax for the pairs that they keep. The
+  percentage is relative to a plain matrix product on the same device.
 - **MiB** is the peak memory on top of the inputs and, in a backward, of what the forward saved. For blocks, models and
   training steps it is written as held + peak, where the weights and the optimizer's state are held.
 - **host** is how long the CPU takes to launch the kernels of a call. In a model the CPU runs ahead of the GPU, so that

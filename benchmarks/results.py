@@ -28,7 +28,7 @@ ENVIRONMENT = ("device", "driver", "cuda", "python", "packages", "commit", "time
 _CUDA = ("host_ms", "held_mib", "peak_mib")
 # suite -> the keys that identify a row, and the other keys
 COLUMNS = {
-    "op": (("shape", "dtype", "name", "pass"), ("sizes", "gbytes", "tflops", *_CUDA)),
+    "op": (("shape", "dtype", "name", "pass"), ("sizes", "kept", "gbytes", "tflops", *_CUDA)),
     "block": (("model", "dtype", "attention", "compiled"), ("tokens", "layers", *_CUDA)),
     "model": (("model", "dtype", "backend", "linear_layers", "compiled", "how"), ("tokens", "layers", *_CUDA)),
     "train": (("model", "dtype", "step", "attention"), ("tokens", "layers", "planned_mib", *_CUDA)),

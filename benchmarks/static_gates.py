@@ -191,7 +191,8 @@ def sample(arches) -> list[CompileJob]:
     if 86 in arches:
         chosen += [job for job in jobs([86], [128], ["hedgehog"], [bf16]) if job.name.startswith(("map_", "project_"))]
     if 90 in arches:
-        every = [*((option,) for option in OPTIONS), ("rope", "mix", "key_mask", "packed")]
+        every = [*((option,) for option in OPTIONS if option != "window"), ("window", "packed")]
+        every += [("rope", "mix", "key_mask", "packed")]
         chosen += [
             *jobs([90], [128], ["hedgehog"], [bf16], options=every),
             *jobs([90], [128], ["hedgehog_joint", "softmax"], [bf16]),
@@ -208,6 +209,7 @@ def everything(arches) -> list[CompileJob]:
     """Return what `make gates` compiles."""
     sixteen, dims = [torch.bfloat16, torch.float16], [16, 24, 32, 64, 96, 128]
     pairs = [("rope", "mix"), ("mix", "packed"), ("mix", "expanded"), ("rope", "packed"), ("rope", "expanded")]
+    pairs += [("window", "packed")]
     every = [(), *((option,) for option in OPTIONS), *pairs, ("rope", "mix", "key_mask", "packed", "grouped")]
     chosen = [
         *jobs(arches, dims, MAPS, sixteen, normalize=[True, False]),

@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 from benchmarks.peers import COMPILED, EAGER, is_exact_softmax
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import SHAPES, WINDOW, Shape
 
 # From arXiv 2510.08318: seconds of the dense model, number of linear layers, seconds with these, seconds in 4 steps.
 PAPER = {
@@ -15,23 +15,27 @@ BACKENDS = {
     "_native_cudnn": "SDPA cuDNN",
     "_flash_3": "flash-attn 3",
     "sage": "SageAttention (8 bit)",
-    "rest": "everything else, once per forward",
 }
+BACKENDS |= {f"{WINDOW}{name}": f"window, {label}" for name, label in BACKENDS.items()}
+PARTS = BACKENDS | {"rest": "everything else, once per forward"}
 OP_NOTE = """\
-Each table compares one call of `linear_attn` ("linvideo", with each feature map) with other implementations of
-attention, for one size of q, k and v. "Both" is a forward and a backward together. The last three columns are
-ratios, forward / both: the time of the fastest exact softmax attention, of hedgehog in PyTorch's eager operations
-and of the same compiled by PyTorch, each divided by the time of the row. Above 1, the row is faster. GB/s and
-TFLOP/s are of the forward."""
+Each table compares one call of `linear_attn` ("linvideo", with each feature map) and of `window_attn` ("linvideo
+window", with the default window) with other implementations of attention, for one size of q, k and v. "% of pairs" is
+the share of all pairs of tokens for which softmax is computed. "Both" is a forward and a backward together. The last
+three columns are ratios, forward / both: the time of the fastest exact softmax attention, of hedgehog in PyTorch's
+eager operations and of the same compiled by PyTorch, each divided by the time of the row. Above 1, the row is faster.
+GB/s and TFLOP/s are of the forward."""
 MODEL_NOTE = """\
 Each table shows the forward of one Wan model with random weights, on which the time doesn't depend: with no linear
-layer, with some, and with all. "One forward" is the sum of parts that were timed alone (see Blocks), and "whole" a
-forward that was timed as it is. The speed-up is over the same model without linear layers. The seconds are for
-denoising one video, calculated from one forward: 50 or 4 steps, each with two forwards (guidance) or one, without
-the text encoder and the VAE."""
+layer, with some, and with all. The other layers are softmax layers or, where it says "window", window layers with the
+default window, whose near part uses the named softmax. "One forward" is the sum of parts that were timed alone (see
+Blocks), and "whole" a forward that was timed as it is. The speed-up is over the same model with softmax in all layers.
+The seconds are for denoising one video, calculated from one forward: 50 or 4 steps, each with two forwards (guidance)
+or one, without the text encoder and the VAE."""
 BLOCK_NOTE = """\
-The time of one transformer block of each model, with each softmax attention and with linear attention, and of
-everything outside the blocks. The forwards under Whole models are composed of these."""
+The time of one transformer block of each model, with each softmax attention over all tokens and in the default window
+("window"), and with linear attention, and of everything outside the blocks. The forwards under Whole models are
+composed of these."""
 TRAIN_NOTE = """\
 The time of one optimizer step with each objective, with the fused kernels and with linear attention in PyTorch's
 eager operations, at batch size 1 with gradient checkpointing and AdamW over all weights. "MiB planned" is what
@@ -86,7 +90,8 @@ def _op_table(pairs: list) -> list[str]:
     lines = table_head([*columns, "fastest softmax", "eager", "compiled"], texts=1)
     for name, passes in peers.items():
         forward = passes.get("forward")
-        cells = [name, _ms(forward), _ms(passes.get("backward")), _ms(passes.get("forward+backward"))]
+        share = next((f" ({row['kept']:.0%} of pairs)" for row in passes.values() if "kept" in row), "")
+        cells = [name + share, _ms(forward), _ms(passes.get("backward")), _ms(passes.get("forward+backward"))]
         cells += [_rate(forward, "gbytes", "copy_gb_s"), _rate(forward, "tflops", "matmul_tflop_s")]
         if memory:
             shown = [passes[w] for w in FORWARD_AND_BOTH if w in passes]
@@ -137,7 +142,8 @@ def _model_rows(rows: list[dict]) -> list[str]:
     lines = []
     for setting in sorted({*composed, *whole}):
         compiled, backend, count = setting
-        row, dense = (composed.get(s) or whole.get(s) for s in (setting, (compiled, backend, 0)))
+        softmax = compiled, backend.removeprefix(WINDOW), 0
+        row, dense = (composed.get(s) or whole.get(s) for s in (setting, softmax))
         cells = [BACKENDS.get(backend, backend), "compiled" if compiled else "eager", str(count), _ms(row)]
         cells += [_ms(whole.get(setting)), f"{dense['ms'][0] / row['ms'][0]:.2f}x" if dense else ""]
         lines.append(table_line(cells + [three_digits(forwards * row["ms"][0] / 1000) for forwards in (100, 8, 4)]))
@@ -164,7 +170,7 @@ def _paper_rows(dense: float, count: int, linear: float, four_steps: float) -> l
 def _block(pairs: list) -> list[str]:
     lines = ["### Blocks", "", BLOCK_NOTE, "", *table_head(["model", "attention", "", "one block, ms", "MiB"], texts=3)]
     for row, _ in pairs:
-        what, mode = BACKENDS.get(row["attention"], row["attention"]), "compiled" if row["compiled"] else "eager"
+        what, mode = PARTS.get(row["attention"], row["attention"]), "compiled" if row["compiled"] else "eager"
         lines.append(table_line([row["model"], what, mode, _ms(row), _memory(row)]))
     return [*lines, ""]
 

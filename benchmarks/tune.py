@@ -111,7 +111,7 @@ def compiled(use: Use, tiles, compile_options: dict) -> list[tuple[configs.Tile,
 
 def calls(shape, dtype: torch.dtype, feature_map: str, precision: str, device: str = "cuda") -> dict:
     """Return the four passes at a shape, on random rows, without rope and mix, for which there are only the gates."""
-    batch, length, heads, dim = shape
+    batch, length, heads, dim, *_ = shape
     torch.manual_seed(0)
     q, k, v, do = (torch.randn(batch, length, heads, dim, device=device, dtype=dtype) for _ in range(4))
     weight = None
@@ -224,7 +224,7 @@ def search(name: str, args: argparse.Namespace, dtype: torch.dtype, capability: 
         print(f"  {cost:6.1f}  {tile}{mark}")
     if not timed:
         return
-    batch, length, heads, _ = SHAPES[args.shape]
+    batch, length, heads, *_ = SHAPES[args.shape]
     made = calls((batch, length, heads, args.head_dim), dtype, args.feature_map, args.fp32_precision)
     expected = made[use.ran_by]()
     print(f"milliseconds of passes.{use.ran_by} at {args.shape} (median), difference from shipped")

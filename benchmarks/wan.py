@@ -1,22 +1,25 @@
-"""The block and model suites: Wan transformers with random weights, dense and partly linear.
+"""The block and model suites: Wan transformers with random weights and layers of the types softmax, linear and window.
 
-All layers of the model are built linear and can run as softmax (set_attention_types), so that one model serves every
-count of linear layers. The time of a forward is composed of its parts, rest + softmax blocks + linear blocks, each
-timed alone. Some counts are also timed whole, which shows how far the sum can be trusted.
+One model serves every choice of layers: the first layers are linear, and the others softmax or window, as `Parts.use`
+sets them. The time of a forward is composed of its parts, rest + softmax or window blocks + linear blocks, each timed
+alone. Some counts are also timed whole, which shows how far the sum can be trusted.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 import torch._dynamo
 from diffusers.models.attention_dispatch import attention_backend
 
 from benchmarks.measure import attempt, dtype_name, timed
-from benchmarks.shapes import LINEAR_COUNTS, WanModel
-from linvideo.models import LinVideoWanTransformer3DModel, set_attention_types
+from benchmarks.shapes import LINEAR_COUNTS, WINDOW, WanModel
+from linvideo.models import LinVideoWanTransformer3DModel
+from linvideo.models.attention import attach_attention, stored_attention_type
 
 # The paper compares with FlashAttention-2, which PyTorch includes; the others are the fastest available ones.
 BACKENDS = ("_native_flash", "_native_cudnn", "_flash_3", "sage")
+NOT_EXACT = ("sage",)  # rounds to 8 bits and returns no log-sum-exp, so it has no part in windows
 
 
 def build(
@@ -58,11 +61,12 @@ class Parts:
         self.model = build(self.wan, device, dtype)
         self.arguments = latents(self.wan, device, dtype)
         self.backends = [b for b in BACKENDS if device == "cuda" or b == "_native_flash"]
+        self.backends += [f"{WINDOW}{b}" for b in self.backends if b not in NOT_EXACT]
         self.base = {"model": name, "dtype": dtype_name(dtype), "tokens": wan.tokens, "layers": wan.layers}
         self.block_arguments = self._block_arguments()
 
     def block_rows(self, compiled: bool) -> Iterator[dict]:
-        """Time a block with each softmax backend, a linear block, and the model without blocks.
+        """Time a block with each softmax backend, also as a window, a linear block, and the model without blocks.
 
         The cross-attention of the linear block uses the first backend.
         """
@@ -84,7 +88,7 @@ class Parts:
         counts = sorted({n for n in LINEAR_COUNTS if n < layers} | {*self.wan.linear_layers, layers})
         for backend in (b for b in self.backends if b in parts):
             triples = list(zip(parts["rest"], parts[backend], parts["linear"], strict=True))
-            for count in counts:
+            for count in counts[: -1 if backend.startswith(WINDOW) else None]:  # all linear is the same for both
                 ms = [rest + (layers - count) * softmax + count * linear for rest, softmax, linear in triples]
                 rows.append(self._model_row(backend, count, compiled, "composed") | {"ms": ms})
         return rows
@@ -97,10 +101,24 @@ class Parts:
         if attention == "rest":
             return self._without_blocks()
         block = self.model.blocks[0]
-        set_attention_types(self.model, {0: "linear" if attention == "linear" else "softmax"})
-        call = torch.compile(block, fullgraph=True) if compiled else block
-        with attention_backend(BACKENDS[0] if attention == "linear" else attention):
+        with self.use(1, BACKENDS[0]) if attention == "linear" else self.use(0, attention):
+            call = torch.compile(block, fullgraph=True) if compiled else block
             return timed(lambda: _no_grad(call, *self.block_arguments), self.device)
+
+    def use(self, linear_layers: int, backend: str) -> AbstractContextManager:
+        """Make the first layers linear and the others softmax with a backend, over all tokens or in windows.
+
+        The context that is returned selects this backend for softmax layers and cross-attention.
+        """
+        name, rest = backend.removeprefix(WINDOW), "window" if backend.startswith(WINDOW) else "softmax"
+        for layer, block in enumerate(self.model.blocks):
+            attn, kind = block.attn1, "linear" if layer < linear_layers else rest
+            if kind != "softmax" and stored_attention_type(attn) != kind:
+                attach_attention(attn, kind, type(attn.processor))
+            attn.attention_type = kind
+            attn.frame_tokens = self.wan.frame_tokens  # which the model sets, but not for a block that is called alone
+            attn.processor._attention_backend = name  # window layers don't read the context's
+        return attention_backend(name)
 
     def _without_blocks(self) -> dict:
         blocks, self.model.blocks = self.model.blocks, torch.nn.ModuleList()
@@ -110,13 +128,11 @@ class Parts:
             self.model.blocks = blocks
 
     def _time_whole(self, backend: str, linear_layers: int, compiled: bool) -> dict:
-        layers = range(self.wan.layers)
-        set_attention_types(self.model, {i: "linear" if i < linear_layers else "softmax" for i in layers})
         blocks = self.model.blocks
         if compiled:  # block by block, as diffusers' compile_repeated_blocks does
             self.model.blocks = torch.nn.ModuleList(torch.compile(block, fullgraph=True) for block in blocks)
         try:
-            with attention_backend(backend):
+            with self.use(linear_layers, backend):
                 return timed(lambda: _no_grad(self.model, **self.arguments), self.device)
         finally:
             self.model.blocks = blocks
@@ -161,10 +177,12 @@ def rows_of(
         fastest = _fastest(blocks)
         for count in parts.wan.linear_layers if fastest else ():
             yield parts.whole_row(fastest, count, compiled)
+            if count < wan.layers:
+                yield parts.whole_row(f"{WINDOW}{fastest}", count, compiled)
 
 
 def _fastest(block_rows: list[dict]) -> str | None:
-    """Return the fastest exact softmax backend; SageAttention, which rounds to 8 bits, doesn't count."""
+    """Return the fastest exact softmax backend."""
     times = {row["attention"]: row["ms"][0] for row in block_rows if "ms" in row}
-    exact = [backend for backend in BACKENDS if backend in times and backend != "sage"]
+    exact = [backend for backend in BACKENDS if backend in times and backend not in NOT_EXACT]
     return min(exact, key=times.get) if exact else None

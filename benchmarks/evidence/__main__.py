@@ -31,9 +31,13 @@ from benchmarks.evidence.rows import LOST, TILES
 
 ROOT = Path(__file__).parents[2]
 KERNEL_TESTS = ROOT / "tests" / "kernels"
-FIRST_TESTS = ("test_many_tiles.py", "test_options.py", "test_edges.py")  # run before all others
-DRY_TESTS = ("test_many_tiles.py::test_both_orders_of_the_state_product",)
+FIRST_TESTS = ("test_many_tiles.py", "test_options.py", "test_kernel_window.py", "test_edges.py")  # before all others
+DRY_TESTS = (
+    "test_many_tiles.py::test_both_orders_of_the_state_product",
+    "test_kernel_window.py::test_against_float64[frames_5-frame_tokens_3-batch_1-fp32]",
+)
 COMPILE_SECONDS, TEST_SECONDS = 60, 150
+KERNELS = "_state|_grad|merge_"  # regular expression of their names
 METRICS = ("gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum", "sm__cycles_elapsed.max",
            "sm__inst_executed_pipe_tensor.sum", "sm__throughput.avg.pct_of_peak_sustained_elapsed")  # fmt: skip
 
@@ -128,7 +132,7 @@ class Drill:
     def look_closer(self) -> None:
         """Read the kernels' hardware counters and check their memory, if NVIDIA's tools are installed; run the demo."""
         call = [sys.executable, "-m", "benchmarks.evidence.call", *(["--dry_run"] if self.dry_run else [])]
-        ncu = ["ncu", "--clock-control", "none", "--csv", "--metrics", ",".join(METRICS), "-k", "regex:_state|_grad"]
+        ncu = ["ncu", "--clock-control", "none", "--csv", "--metrics", ",".join(METRICS), "-k", f"regex:{KERNELS}"]
         check = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
         if self.dry_run:
             self.command(call, 60)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import launches, measure, op, results
-from benchmarks.peers import OURS
+from benchmarks.peers import OURS, WINDOW
 from benchmarks.shapes import INTERPRETED_SHAPE, TINY, TINY_SHAPE, TOKENS, WAN
 from linvideo.ops.library import uses_kernels
 
@@ -23,7 +23,7 @@ TILES = "tiles"
 LOST = 3  # exit status of a process that can't use the GPU any more
 SMALL, LARGE = "wan2.1-1.3b-480p", "wan2.1-14b-720p"
 ROPE = f"{OURS}, RoPE"
-HEADLINE = ["linvideo hedgehog", "linvideo elu", "SDPA flash", "SDPA cuDNN", "flash-attn"]
+HEADLINE = ["linvideo hedgehog", "linvideo window", "linvideo elu", "SDPA flash", "SDPA cuDNN", "flash-attn"]
 REST = ["relu", "softmax map", "identity", "Flex", "SLA", "Sage", "flash_bla"]
 
 
@@ -63,13 +63,13 @@ def parts(device: str, dtype: torch.dtype, dry_run: bool, attempt: Callable = me
 
     runs_kernels = uses_kernels(torch.empty(0, device=device))  # true on a CPU only in Triton's interpreter
     return [
-        Part("headline", 100, lambda: ops([small, large], HEADLINE)),
-        Part("kernel by kernel", 20, lambda: launches.rows_of(small, dtype, device, (OURS, ROPE))),
+        Part("headline", 120, lambda: ops([small, large], HEADLINE)),
+        Part("kernel by kernel", 30, lambda: launches.rows_of(small, dtype, device, (OURS, ROPE, WINDOW))),
         Part("eager and compiled", 60, lambda: ops([small, large], ["eager", "compiled"])),
         *([Part(TILES, 90, tiles)] if runs_kernels else []),
         Part("blocks and models", 150, models),
         Part("training", 90, training),
-        Part("over the number of tokens", 60, lambda: ops(sweep, [OURS, "SDPA"])),
+        Part("over the number of tokens", 60, lambda: ops(sweep, [OURS, WINDOW, "SDPA"])),
         Part("other maps and peers", 60, lambda: ops([small], REST)),
         Part("fla", 120, lambda: ops([small], ["fla "])),
     ]

@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks import headline, report, results
 from benchmarks.peers import COMPILED, EAGER, OURS
+from benchmarks.peers import WINDOW as WINDOW_OP
+from benchmarks.shapes import WINDOW
 
 ENVIRONMENT = {
     "device": "NVIDIA H200",
@@ -33,12 +35,12 @@ def op_row(name: str, ms: float, which: str = "forward", shape: str = "n1k", tok
     }
 
 
-def model_row(count: int, ms: float, how: str = "composed") -> dict:
+def model_row(count: int, ms: float, how: str = "composed", backend: str = "_native_flash") -> dict:
     row = {
         "suite": "model",
         "model": "1.3b-480p",
         "dtype": "bfloat16",
-        "backend": "_native_flash",
+        "backend": backend,
         "linear_layers": count,
         "how": how,
     }
@@ -56,6 +58,9 @@ ROWS = [
     model_row(0, 900.0),
     model_row(16, 600.0),
     model_row(16, 610.0, "whole"),
+    model_row(0, 500.0, backend=f"{WINDOW}_native_flash"),
+    model_row(16, 450.0, backend=f"{WINDOW}_native_flash"),
+    op_row(WINDOW_OP, 4.0) | {"kept": 0.2245},
 ]
 
 
@@ -136,6 +141,9 @@ def test_tables_hold_the_figures(tmp_path):
     assert "absent: softmax flash-attn 3, forward (ModuleNotFoundError: x)" in text
     linear = line_of(text, "SDPA flash (FlashAttention-2)", "eager", "16")
     assert "1.50x" in linear and "610.0" in linear and "| 60 |" in linear
+    for count, speed_up in (("0", "1.80x"), ("16", "2.00x")):  # over softmax in all layers
+        assert speed_up in line_of(text, "window, SDPA flash (FlashAttention-2)", "eager", count)
+    assert line_of(text, f"{WINDOW_OP} (22% of pairs)").endswith("| 1.25 | 0.75 | 0.50 |")
     assert "paper" in text and "1.43x" in text
     assert "commit 0123456789ab, driver 1.2: torch 2.13.0, triton 3.7.1" in text
 
@@ -208,7 +216,8 @@ def test_the_headline_compares_with_the_fastest_exact_softmax(readme, tmp_path):
     ]
     rows += [op_row("softmax flash-attn 3", 7.0, shape=shape), op_row(OURS, 1.0), op_row("softmax flash-attn 3", 2.0)]
     rows += [model_row(0, 900.0), model_row(16, 600.0), model_row(0, 910.0, "whole"), model_row(16, 650.0, "whole")]
-    rows += [model_row(16, 1.0, "whole") | {"backend": "sage"}]
+    rows += [model_row(16, 1.0, "whole", "sage"), model_row(16, 500.0, "whole", f"{WINDOW}_native_flash")]
+    rows += [model_row(0, 550.0, "whole", f"{WINDOW}_native_flash")]
     save(rows, ENVIRONMENT, tmp_path / "results")
     older = ENVIRONMENT | {"device": "NVIDIA H100", "time": "2026-01-01T00:00:00Z"}
     save([op_row(OURS, 0.5, shape=shape), op_row("softmax SDPA flash", 9.0, shape=shape)], older, tmp_path / "results")
@@ -218,6 +227,7 @@ def test_the_headline_compares_with_the_fastest_exact_softmax(readme, tmp_path):
         "| attention of Wan 1.3B at 480p, forward | 0.25 | 7 (flash-attn 3) | 28x |",
         "| attention of Wan 1.3B at 480p, forward+backward | 1 | 30 (SDPA flash) | 30x |",
         "| forward of Wan 1.3B at 480p, 16 of 30 layers linear | 650 | 910 (SDPA flash) | 1.4x |",
+        "| forward of Wan 1.3B at 480p, 16 of 30 layers linear, the others window | 500 | 910 (SDPA flash) | 1.82x |",
     ]
     assert "one NVIDIA H200 in bfloat16" in lines[-1] and "driver 1.2: torch 2.13.0, triton 3.7.1" in lines[-1]
     assert "H100" not in block_of(readme)

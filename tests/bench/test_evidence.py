@@ -14,6 +14,8 @@ from benchmarks import results  # noqa: E402
 from benchmarks.evidence import __main__ as evidence  # noqa: E402
 from benchmarks.evidence import rows, summary  # noqa: E402
 from benchmarks.peers import OURS  # noqa: E402
+from benchmarks.peers import WINDOW as WINDOW_OP  # noqa: E402
+from benchmarks.shapes import WINDOW  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = dict.fromkeys(results.ENVIRONMENT) | {
@@ -71,7 +73,7 @@ def test_every_step_runs_without_a_gpu(dry_run):
     assert not [line for line in log.splitlines() if line.startswith("exit status") and "status 0," not in line]
     assert all(f"{part.name}:" in log for part in rows.parts("cpu", None, True))
     found = summary.outcomes(dry_run)
-    assert len(found) == 2 and set(found.values()) == {summary.PASSED}
+    assert len(found) == 3 and set(found.values()) == {summary.PASSED}
 
 
 def test_few_small_files(dry_run):
@@ -83,11 +85,13 @@ def test_the_summary_is_a_screen_with_all_parts(dry_run):
     text = (dry_run / summary.FILE).read_text()
     assert len(text.splitlines()) < 90
     for part in (
-        "**Tests**: 2 passed, 0 failed",
+        "**Tests**: 3 passed, 0 failed",
         f"{OURS}: ",
         "Launches of",
         "tiles of map_grad",
         "3 of 3 linear",
+        "2 of 3 linear, the others window",
+        f"{WINDOW_OP} (52% of pairs): ",
         "ADM",
     ):
         assert part in text
@@ -165,6 +169,7 @@ def test_the_summary_says_what_failed_and_which_targets_were_met(tmp_path):
     made = [op_row(OURS, 0.19), op_row("softmax SDPA flash", 15.0), op_row("softmax SDPA cuDNN", 7.0)]
     made += [op_row("softmax flash-attn 4", None), model_row(0, 600.0, "_native_flash"), model_row(0, 500.0, "cudnn")]
     made += [model_row(16, 450.0, "_native_flash"), model_row(16, 390.0, "cudnn")]
+    made += [model_row(0, 350.0, f"{WINDOW}_native_flash"), model_row(16, 300.0, f"{WINDOW}_native_flash")]
     save(tmp_path, made)
     text = summary.write(tmp_path).read_text()
     for line in (
@@ -172,6 +177,8 @@ def test_the_summary_says_what_failed_and_which_targets_were_met(tmp_path):
         "- met: op forward, Wan 1.3B 480p 0.190 ms (target <= 0.2 ms)",
         "- MISSED: op over the fastest softmax, wan2.1-1.3b-480p 36.8x (target >= 40x)",
         "- met: Wan 1.3b-480p, 16 linear layers, composed, eager 1.28x (target >= 1.28x)",
+        "- MISSED: Wan 1.3b-480p, 0 linear layers, the others window, composed, eager 1.43x (target >= 1.5x)",
+        "- met: Wan 1.3b-480p, 16 linear layers, the others window, composed, eager 1.67x (target >= 1.61x)",
         "- absent: wan2.1-1.3b-480p bfloat16 softmax flash-attn 4 forward: RuntimeError: no",
     ):
         assert line in text.splitlines(), text

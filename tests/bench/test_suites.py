@@ -1,5 +1,6 @@
 """Every suite runs end to end at a tiny shape, so that the first run on a GPU needs no debugging."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks import __main__ as bench
-from benchmarks import op, peers, results, train_steps, wan
+from benchmarks import op, peers, results, train_steps, wan, windows
 from benchmarks.measure import PASSES, attempt
-from benchmarks.shapes import SHAPES, TINY, WAN
+from benchmarks.shapes import SHAPES, TINY, WAN, WINDOW, Shape
 from linvideo.transfer.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -54,19 +55,38 @@ def test_only_the_peers_that_are_asked_for():
 
 def test_composed_and_whole_models_have_the_same_counts(measured):
     rows = measured[0]["model"]
-    settings = [(row["how"], row["compiled"], row["linear_layers"]) for row in rows]
-    expected = [(how, c, n) for how in ("composed", "whole") for c in (False, True) for n in (0, 2, 3)]
+    settings = [(row["how"], row["compiled"], row["backend"], row["linear_layers"]) for row in rows]
+    kinds = [*(("_native_flash", n) for n in (0, 2, 3)), *((f"{WINDOW}_native_flash", n) for n in (0, 2))]
+    expected = [(how, c, *kind) for how in ("composed", "whole") for c in (False, True) for kind in kinds]
     assert sorted(settings) == sorted(expected)
 
 
 def test_a_composed_forward_is_the_sum_of_its_blocks():
     parts = wan.Parts("tiny", "cpu", torch.float32, TINY)
     times = {"rest": [10.0, 9.0, 12.0], "_native_flash": [5.0, 4.0, 6.0], "linear": [1.0, 0.5, 2.0]}
+    times |= {f"{WINDOW}_native_flash": [3.0, 2.0, 4.0]}
     blocks = [{"attention": name, "compiled": True, "ms": ms} for name, ms in times.items()]
-    composed = {row["linear_layers"]: row["ms"] for row in parts.composed_rows(blocks)}
-    assert composed == {0: [25.0, 21.0, 30.0], 2: [17.0, 14.0, 22.0], 3: [13.0, 10.5, 18.0]}
-    parts.whole_row("_native_flash", 2, compiled=False)
-    assert [block.attn1.attention_type for block in parts.model.blocks] == ["linear", "linear", "softmax"]
+    composed = {(row["backend"], row["linear_layers"]): row["ms"] for row in parts.composed_rows(blocks)}
+    softmax = {0: [25.0, 21.0, 30.0], 2: [17.0, 14.0, 22.0], 3: [13.0, 10.5, 18.0]}
+    windows = {0: [19.0, 15.0, 24.0], 2: [15.0, 12.0, 20.0]}
+    expected = {("_native_flash", n): ms for n, ms in softmax.items()}
+    assert composed == expected | {(f"{WINDOW}_native_flash", n): ms for n, ms in windows.items()}
+
+
+def test_models_run_the_layers_that_their_rows_name():
+    parts = wan.Parts("tiny", "cpu", torch.float32, TINY)
+    outputs = []
+    for backend, count, kinds in (
+        ("_native_flash", 2, ["linear", "linear", "softmax"]),
+        (f"{WINDOW}_native_flash", 0, ["window"] * 3),
+        (f"{WINDOW}_native_flash", 2, ["linear", "linear", "window"]),
+        ("_native_flash", 3, ["linear"] * 3),
+    ):
+        assert "ms" in parts.whole_row(backend, count, compiled=False)
+        attentions = [block.attn1 for block in parts.model.blocks]
+        assert [attn.attention_type for attn in attentions] == kinds
+        outputs.append(parts.model(**parts.arguments)[0])
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(outputs, 2))
 
 
 def test_the_eager_training_step_has_the_same_loss(tmp_path):
@@ -148,10 +168,11 @@ def test_a_wrong_result_is_not_timed():
     for name, peer in peers.PEERS.items():
         if not peer.cuda_only:
             op.verify(name, peer.build(x), x)
-    right = peers.PEERS["linvideo hedgehog, RoPE"].build(x)()
-    for wrong in (1.1 * right, right * float("nan")):
-        with pytest.raises(ArithmeticError):
-            op.verify("linvideo hedgehog, RoPE", lambda wrong=wrong: wrong, x)
+    for name in ("linvideo hedgehog, RoPE", peers.WINDOW):
+        right = peers.PEERS[name].build(x)()
+        for wrong in (1.1 * right, right * float("nan")):
+            with pytest.raises(ArithmeticError):
+                op.verify(name, lambda wrong=wrong: wrong, x)
     (row,) = op._peer_rows("tiny", "linvideo elu", peers.Peer(lambda x: lambda: x.q, "plain"), x)
     assert "relative error" in row["absent"]
 
@@ -188,9 +209,23 @@ def test_costs():
     assert peers.tflops(shape, "hedgehog", "forward") == pytest.approx(rows * products * (2 + 2 + 2) / 1e12)
     assert peers.tflops(shape, "softmax", "forward") == pytest.approx(rows * 2 * 2 * 32760 * 128 / 1e12)
     assert peers.gbytes(shape, "hedgehog", "forward", 2) == pytest.approx(4 * rows * 128 * 2 / 1e9)
+    # 7 chunks of 3 of the 21 frames; the first and the last window are clipped to 4 frames
+    share = (2 * 3 * 4 + 5 * 3 * 5) / 21**2
+    assert peers.kept(shape, "window") == pytest.approx(share) and peers.kept(shape, "softmax") is None
+    softmax, hedgehog, window = (peers.tflops(shape, cost, "backward") for cost in ("softmax", "hedgehog", "window"))
+    assert window == pytest.approx(hedgehog + share * softmax)
     for cost in peers.COSTS:
         both = peers.tflops(shape, cost, "forward") + peers.tflops(shape, cost, "backward")
         assert peers.tflops(shape, cost, "forward+backward") == pytest.approx(both)
+
+
+@pytest.mark.parametrize("shape", [SHAPES["tiny"], Shape(1, 75, 2, 16, frames=7, text=5)])
+def test_windows_keep_the_pairs_that_are_counted(shape):
+    tokens = torch.arange(shape.tokens)
+    near = windows.near(tokens[:, None], tokens, shape)
+    assert near.float().mean().item() == pytest.approx(windows.kept(shape))
+    x = peers.Inputs.random(shape, torch.float32, "cpu")
+    op.verify(peers.WINDOW, peers.PEERS[peers.WINDOW].build(x), x)
 
 
 def test_the_plan_next_to_a_training_step(tmp_path):

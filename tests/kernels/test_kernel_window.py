@@ -13,6 +13,10 @@ SMALL = WindowCase(frames=5, frame_tokens=3, batch=1)
 EVERYTHING = dataclasses.replace(
     SMALL, prefix=3, suffix=2, masked=True, batch=2, heads=1, group=2, rope=True, anchors=("first",), head_dim=24
 )
+LENGTHS = [  # one token per frame, and thousands in total
+    dataclasses.replace(SMALL, frame_tokens=1),
+    dataclasses.replace(SMALL, frame_tokens=300, frames=7, chunk=3, prefix=77, rope=True),
+]
 INTERPRETED = [
     (SMALL, "fp32"),
     (EVERYTHING, "fp32"),
@@ -42,14 +46,14 @@ def test_against_float64(case, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", [None, *softmax_backends.BACKENDS])
 def test_every_backend(backend, dtype, gpu):
-    """All cases on a GPU, also with head dimension 64, which every library has kernels for."""
+    """All cases on a GPU, with the head dimension of Wan, which every library has kernels for, and one feature map."""
     q = torch.zeros(1, dtype=DTYPES[dtype], device=gpu)
     try:
         softmax_backends.choose(backend, q, masked=False, training=True)
     except ValueError as error:
         pytest.skip(str(error))
-    for case in CASES:
-        check(dataclasses.replace(case, dtype=dtype, head_dim=64), gpu, backend)
+    for case in CASES + LENGTHS:
+        check(dataclasses.replace(case, dtype=dtype, head_dim=128, feature_map="hedgehog"), gpu, backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
