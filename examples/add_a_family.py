@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import AllegroAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb_allegro
 
 import linvideo
-from linvideo.models import LinearAttentionMixin, attend
+from linvideo.models import LinearAttentionMixin, attend, tokens_of_grid
 
 
 class LinearAllegroProcessor(AllegroAttnProcessor2_0):
@@ -20,13 +20,14 @@ class LinearAllegroProcessor(AllegroAttnProcessor2_0):
         q, k, v = (layer(x).unflatten(2, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         if image_rotary_emb is not None:
             q, k = (apply_rotary_emb_allegro(y.transpose(1, 2), *image_rotary_emb).transpose(1, 2) for y in (q, k))
-        return attn.to_out[0](attend(self, attn, q, k, v).flatten(2))  # softmax, linear or mixed, as the layer says
+        return attn.to_out[0](attend(self, attn, q, k, v).flatten(2))  # of the layer's type
 
 
 class LinearAllegro(LinearAttentionMixin, AllegroTransformer3DModel):  # defining it makes the family known
     attention_paths = (("transformer_blocks", "attn1"),)  # where the self-attention layers are
     processor_class = LinearAllegroProcessor
     stock_processors = (AllegroAttnProcessor2_0,)
+    tokens_per_frame = tokens_of_grid  # for window layers: the latents are [B, C, F, H, W]
 
 
 stock = AllegroTransformer3DModel(num_attention_heads=2, num_layers=4, cross_attention_dim=192)  # random weights

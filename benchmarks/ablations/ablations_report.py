@@ -73,9 +73,10 @@ NOTES = {
     "selection": "How the layers are learned: the penalties on r, its start and its learning rate.",
     "target": "The share of the layers that becomes linear. The default's share is 50%.",
     "linear branch": "The feature map of linear attention. The default's is hedgehog with a warm-up.",
-    "window": "Window layers, which attend with softmax to near frames and linearly to the others (docs/window.md). The"
-    " name says which layers, the number of frames in a chunk, and the overlap on either side. All other layers keep"
-    " softmax. A video has 8 frames, so that windows keep more of it than in a real video.",
+    "window": "Window layers, which attend with softmax to near frames and linearly to the others (docs/window.md),"
+    " and the same layers as linear ones. The name says which layers, the number of frames in a chunk, and the overlap"
+    " on either side. All other layers keep softmax. A video has 8 frames, so that a window covers more of it than of a"
+    " real video.",
     "t law": "How much each time t counts in training. The default draws t from the sampler's grid.",
     "weights": "Which weights are trained. The default trains all of them.",
 }
@@ -139,9 +140,10 @@ def section(document: dict) -> list[str]:
 def table(rows: list[dict]) -> list[str]:
     by_setting: dict[str, list[dict]] = {}
     for row in rows:
-        by_setting.setdefault(row["setting"], []).append(row)
+        by_setting.setdefault(row["setting"], []).append(row | {"softmax_pairs": softmax_pairs(row)})
     order = ["teacher", *SETTINGS]
-    figures = [figure for figure in FIGURES if any(row.get(figure[0]) is not None for row in rows)]
+    windows = any(row.get("layers_window") for row in rows)
+    figures = [figure for figure in FIGURES if windows or figure[0] != "softmax_pairs"]
     lines = ["| | " + " | ".join(heading for _, heading, _, _ in figures) + " | linear layers |"]
     lines.append("|---|" + "---:|" * len(figures) + "---|")
     for name in sorted(by_setting, key=order.index):
@@ -149,6 +151,13 @@ def table(rows: list[dict]) -> list[str]:
         cells = [spread([row.get(key) for row in chosen], form, by) for key, _, form, by in figures]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {layers(chosen)} |")
     return lines
+
+
+def softmax_pairs(row: dict) -> float | None:
+    """Return the share of softmax pairs; rows from before window layers have only linear and softmax ones."""
+    if "softmax_pairs" in row or not row.get("sensitivity"):
+        return row.get("softmax_pairs")
+    return 1 - len(row["layers_linear"]) / len(row["sensitivity"])
 
 
 def spread(values: list[float | None], form: str, by: float) -> str:

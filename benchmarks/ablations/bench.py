@@ -25,6 +25,7 @@ from linvideo.trajectories.seeding import draw_noise
 from linvideo.transfer import TrainConfig
 
 PROBED = 4  # videos for each point of the curve
+FILMED = 4  # videos that are kept of each student, for pictures
 
 
 class Bench:
@@ -74,7 +75,7 @@ class Bench:
         else:
             row["diverged"] = outcome.diverged
         row |= {"steps": config.max_train_steps, "curve": outcome.curve, **outcome.cost}
-        row |= self.judge(outcome.student, seed)
+        row |= self.judge(outcome.student, seed, setting.name)
         if setting != DEFAULT:
             shutil.rmtree(config.output_dir)
         del outcome
@@ -85,6 +86,7 @@ class Bench:
         """Judge the teacher itself, and keep its videos for the PSNR of the others."""
         _, videos = self.sample(self.pipeline.transformer, seed, self.suite.videos)
         write_safetensors(self.teacher_videos(seed), {"videos": videos})
+        write_safetensors(film(self.folder, "teacher", seed), {"videos": videos[:FILMED]})
         return {"setting": "teacher", "seed": seed, **self.figures(videos, seed)}
 
     def config(self, setting: Setting, seed: int) -> TrainConfig:
@@ -160,9 +162,10 @@ class Bench:
             return [max(alone, key=alone.get)]
         return None if rule is None else fixed_layers(rule, count, len(self.pipeline.transformer.blocks), seed)
 
-    def judge(self, student: torch.nn.Module, seed: int) -> dict[str, Any]:
-        """Return all figures of a student."""
+    def judge(self, student: torch.nn.Module, seed: int, name: str) -> dict[str, Any]:
+        """Return all figures of a student, and keep some of its videos under `name`."""
         error, videos = self.sample(student, seed, self.suite.videos)
+        write_safetensors(film(self.folder, name, seed), {"videos": videos[:FILMED]})
         if not videos.isfinite().all():
             return {"good": 0.0}
         reference = load_file(self.teacher_videos(seed))["videos"]
@@ -204,3 +207,9 @@ class Bench:
 
     def teacher_videos(self, seed: int) -> Path:
         return self.folder / f"teacher-{seed}.safetensors"
+
+
+def film(folder: Path, name: str, seed: int) -> Path:
+    """Return the file of the videos that were kept of a setting."""
+    (folder / "films").mkdir(parents=True, exist_ok=True)
+    return folder / "films" / f"{slug(name)}-{seed}.safetensors"

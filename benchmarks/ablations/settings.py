@@ -121,7 +121,9 @@ SETTINGS = {
         _objective("hybrid, ADM in the last fifth", "hybrid", {"objective.mse_steps": 0.8}),
         _objective("hybrid, own-state MSE for ADM", "hybrid", objective="own_mse_for_adm"),
         _objective("ADM, small step, full learning rate", "adm"),
-        Setting("every second", ("objective, every second layer", "layers"), after="sensitivity", layers="spread"),
+        Setting(
+            "every second", ("objective, every second layer", "layers", "window"), after="sensitivity", layers="spread"
+        ),
         _second("no fine-tuning", {"max_train_steps": 0}),
         _second("MSE, own states", {"objective.name": "own_mse"} | SLOW),
         _second("ADM, small step", {"objective.name": "adm"} | SLOW),
@@ -131,7 +133,7 @@ SETTINGS = {
         _second("hybrid, own-state MSE for ADM", {"objective.name": "hybrid"}, objective="own_mse_for_adm"),
         Setting("lowest sensitivity", ("layers",), {"selection.method": "sensitivity"}, "sensitivity"),
         Setting("first half", ("layers",), after="sensitivity", layers="first"),
-        Setting("last half", ("layers",), after="sensitivity", layers="last"),
+        Setting("last half", ("layers", "window"), after="sensitivity", layers="last"),
         Setting("random", ("layers",), after="sensitivity", layers="random"),
         _selection("no L_reg", lambda_reg=0.0),
         _selection("rounded count, the paper's weights", **PAPER),
@@ -147,7 +149,9 @@ SETTINGS = {
         _selection("lambda_con x 10", lambda_con=2.0),
         _selection("lambda_reg x 10", lambda_reg=0.15),
         *(
-            Setting(f"{share:.1%} linear", ("target",), {}, "sensitivity", share=share)
+            Setting(
+                f"{share:.1%} linear", ("target", *(["window"] if share == 1 else [])), {}, "sensitivity", share=share
+            )
             for share in (0.125, 0.25, 0.375, 0.625, 0.75, 0.875, 1.0)
         ),
         _branch("hedgehog_joint", feature_map="hedgehog_joint"),

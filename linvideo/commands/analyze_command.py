@@ -10,6 +10,7 @@ from linvideo.commands.shared import (
     add_output_dir,
     add_prompts_file,
     add_settings,
+    add_window,
     announce,
     extent,
     given,
@@ -17,11 +18,13 @@ from linvideo.commands.shared import (
     natural,
     number,
     positive,
+    window_settings,
 )
 
 SUMMARY = "find out, without training, which layers can become linear and how much time that saves"
 EXAMPLES = """
 linvideo analyze Wan-AI/Wan2.1-T2V-1.3B-Diffusers --speedup 1.3 --output_dir analysis
+linvideo analyze Wan-AI/Wan2.1-T2V-1.3B-Diffusers --kinds linear window --window.chunk 3 --output_dir analysis
 """
 
 
@@ -35,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     proposal.add_argument("--speedup", type=speedup, metavar="FACTOR", default=1.3, help=what)
     size, what = ("HEIGHT", "WIDTH", "NUM_FRAMES"), "size of the timed video; default: the size of the sampled videos"
     proposal.add_argument("--timed_size", type=extent, nargs=3, metavar=size, help=what)
+    layers = parser.add_argument_group("kinds of layers")
+    what = (
+        "what layers may become: linear, window (softmax attention to near latent frames and linear attention to all"
+        " others) or both; default: linear"
+    )
+    layers.add_argument("--kinds", nargs="+", choices=["linear", "window"], default=["linear"], help=what)
+    add_window(layers)
     video = parser.add_argument_group("sampled videos")
     add_prompts_file(video, "; default: linvideo's own captions")
     what = "the negative prompt that you generate with; default: empty"
@@ -63,7 +73,7 @@ def speedup(text: str) -> float | None:
 def run(args: argparse.Namespace) -> None:
     from linvideo import models
     from linvideo.evaluation.analysis_report import text, write_report
-    from linvideo.evaluation.analyze import analyze
+    from linvideo.evaluation.analyze import analyze, check_kinds
     from linvideo.reports.html_page import if_possible
     from linvideo.trajectories.collect import TrajectoryConfig
     from linvideo.trajectories.prompts import read_prompts_with_images, some_of
@@ -76,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
         return TrajectoryConfig(**settings, batch_size=args.batch_size, shard_size=args.batch_size)
 
     trajectories_of(given(args))  # refuses bad values before a long load
+    kinds, window = check_kinds(args.kinds, window_settings(args))
     warmup = WarmupConfig(max_train_steps=args.warmup_steps, batch_size=args.batch_size)
     sensitivity = SensitivityConfig(num_states=args.num_states, batch_size=args.batch_size)
     prompts = some_of(read_prompts_with_images(args.prompts_file), args.num_trajectories)
@@ -98,6 +109,8 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         overwrite=args.overwrite,
         images=images,
+        kinds=kinds,
+        window=window,
     )
     with if_possible():
         write_report(analysis, args.output_dir)

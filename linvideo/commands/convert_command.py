@@ -9,12 +9,13 @@ from linvideo.commands.shared import (
     add_dtype,
     add_model,
     add_output_dir,
+    add_window,
     load,
     print_transformers,
     refuse_existing,
+    window_settings,
 )
 
-ANCHORS = ("first", "last")  # those of linvideo.ops.window_attn, which needs torch
 SUMMARY = "replace softmax attention by linear attention in some layers of a pipeline, without training"
 EXAMPLES = """
 linvideo convert Wan-AI/Wan2.1-T2V-1.3B-Diffusers --layers 0 2 5-7 --output_dir untrained
@@ -33,17 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " attention to near latent frames and linear attention to all others; default: linear"
     )
     conversion.add_argument("--mode", choices=["mixed", "linear", "window"], default="linear", help=what)
-    what = "latent frames per chunk of a window layer, whose tokens share one window; default: 3"
-    conversion.add_argument("--window.chunk", type=int, metavar="N", help=what)
-    what = "latent frames before and after its chunk in a window; default: 1"
-    conversion.add_argument("--window.overlap", type=int, metavar="N", help=what)
-    what = "frames that are in every window; default: none"
-    conversion.add_argument("--window.anchors", nargs="+", choices=ANCHORS, help=what)
-    what = "leave out the frames after a token's own chunk"
-    conversion.add_argument("--window.causal", action="store_const", const=True, help=what)
+    add_window(conversion)
     what = "feature map of the linear attention; default: hedgehog"
     conversion.add_argument("--feature_map", metavar="NAME", default="hedgehog", help=what)
-    what = "fitted weights of the feature maps: the feature_maps.safetensors that analyze and train write"
+    what = (
+        "fitted weights of the feature maps: the feature_maps.safetensors that analyze and train write or, for window"
+        " layers, analyze's window_maps.safetensors"
+    )
     conversion.add_argument("--fitted_maps", type=Path, metavar="FILE", help=what)
     add_output_dir(parser.add_argument_group("output"))
 
@@ -74,18 +71,18 @@ def run(args: argparse.Namespace) -> None:
     if "all" in args.layers and len(args.layers) > 1:
         raise ValueError("--layers takes layer numbers or all, but got both")
     layers = "all" if args.layers == ["all"] else [layer for some in args.layers for layer in some]
-    options = {name: getattr(args, f"window.{name}") for name in ("chunk", "overlap", "anchors", "causal")}
-    window = {name: value for name, value in options.items() if value is not None} or None
     converted = models.convert(
-        pipeline, layers, mode=args.mode, feature_map=args.feature_map, copy=False, window=window
+        pipeline, layers, mode=args.mode, feature_map=args.feature_map, copy=False, window=window_settings(args)
     )
     how, state = models.Training(f"conversion ({args.mode})"), "untrained"
     if args.fitted_maps is not None:
+        from linvideo.models.branches import linear_branches
         from linvideo.transfer.warmup import load_feature_maps
 
         if getattr(pipeline, "transformer_2", None) is not None:
             raise ValueError("--fitted_maps holds the maps of one transformer, but this pipeline has two")
-        load_feature_maps(models.wan_transformer(converted), args.fitted_maps)
+        old, new = (linear_branches(models.wan_transformer(one)) for one in (pipeline, converted))
+        load_feature_maps(models.wan_transformer(converted), args.fitted_maps, new.keys() - old.keys())
         how = replace(how, untrained="only the feature maps are fitted")
         state = "fitted, but all other weights are unchanged"
     models.save_pipeline(converted, args.output_dir, overwrite=args.overwrite, training=how)

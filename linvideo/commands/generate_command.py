@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loading = parser.add_argument_group("loading and computation")
     add_dtype(loading)
     add_device(loading)
-    what = "attention backend of the softmax layers, a name that diffusers' set_attention_backend knows"
+    what = "attention backend of softmax and window layers, a name that diffusers' set_attention_backend knows"
     loading.add_argument("--attention_backend", metavar="NAME", help=what)
     what = "keep weights in CPU memory, and move them to the GPU only for their computation: model by model, or layer"
     loading.add_argument("--cpu_offload", choices=["model", "sequential"], help=f"{what} by layer (sequential)")

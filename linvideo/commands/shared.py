@@ -17,6 +17,7 @@ SETTINGS = {  # of a video: the metavar of its option, and what it is
 }
 # MODEL of the commands that read a config
 TEACHER = "folder or Hub id of the teacher, a stock pipeline; default: the config's pretrained_model_name_or_path"
+ANCHORS = ("first", "last")  # those of linvideo.ops.window_attn, which needs torch
 LARGEST = 100_000  # the same as linvideo.trajectories.collect.LARGEST, but without its imports
 
 
@@ -103,6 +104,23 @@ def add_settings(parser, values: dict[str, int | float], default: str) -> None:
         parser.add_argument(
             f"--{name}", type=number if isinstance(value, float) else extent, metavar=metavar, help=what
         )
+
+
+def add_window(parser) -> None:
+    """Add the settings of window layers; `window_settings` returns those that are given."""
+    what = "latent frames per chunk of a window layer, whose tokens share one window; default: 3"
+    parser.add_argument("--window.chunk", type=int, metavar="N", help=what)
+    what = "latent frames before and after its chunk in a window; default: 1"
+    parser.add_argument("--window.overlap", type=int, metavar="N", help=what)
+    what = "frames that are in every window; default: none"
+    parser.add_argument("--window.anchors", nargs="+", choices=ANCHORS, help=what)
+    what = "leave out the frames after a token's own chunk"
+    parser.add_argument("--window.causal", action="store_const", const=True, help=what)
+
+
+def window_settings(args: argparse.Namespace) -> dict | None:
+    options = {name: getattr(args, f"window.{name}") for name in ("chunk", "overlap", "anchors", "causal")}
+    return {name: value for name, value in options.items() if value is not None} or None
 
 
 def add_config_options(parser, what: str) -> None:

@@ -20,7 +20,7 @@ from linvideo.models.generate import generate_video
 from linvideo.models.hub import push_to_hub
 from linvideo.models.hunyuan_video15 import LinVideoHunyuanVideo15Transformer3DModel
 from linvideo.models.ltx import LinVideoLTXVideoTransformer3DModel
-from linvideo.models.mixin import LinearAttentionMixin
+from linvideo.models.mixin import LinearAttentionMixin, tokens_of_grid
 from linvideo.models.pipelines import load_pipeline, new_folder, save_pipeline, wan_transformer
 from linvideo.models.sampling_settings import sampling_settings
 from linvideo.models.video_file import save_video
@@ -64,6 +64,7 @@ __all__ = [
     "save_pipeline",
     "save_video",
     "set_attention_types",
+    "tokens_of_grid",
     "video_transformers",
     "wan_transformer",
 ]

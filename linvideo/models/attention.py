@@ -136,6 +136,7 @@ def attend(
     if attention_type == "linear":
         return attn.linear_attn(query, key, value, rope=rope, **options)
     if attention_type == "window":
+        _check_even(processor)
         if key_mask is not None:
             video_end = key_mask.shape[1] - suffix_tokens
             options["key_mask"] = torch.cat([key_mask[:, :prefix_tokens], key_mask[:, video_end:]], dim=1)
@@ -205,6 +206,14 @@ def _frame_tokens(attn: torch.nn.Module) -> int:
     if attn.frame_tokens is None:
         raise ValueError("a window layer expects a call by its model, which tells it the tokens per frame, got another")
     return attn.frame_tokens
+
+
+def _check_even(processor: object) -> None:
+    """Refuse context parallelism with unequal numbers of tokens per rank: window layers exchange equal parts."""
+    config = getattr(processor._parallel_config, "context_parallel_config", None)
+    for name in ("ulysses_anything", "ring_anything"):
+        if getattr(config, name, False):
+            raise ValueError(f"expected context parallelism without {name} in a model with window layers, got it")
 
 
 def context_group(processor: object) -> torch.distributed.ProcessGroup | None:

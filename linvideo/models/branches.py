@@ -1,5 +1,7 @@
 """The linear branches of a converted model and their mixing scalars r."""
 
+from collections.abc import Collection
+
 import torch
 
 from linvideo.nn import LinearAttentionBranch
@@ -31,14 +33,15 @@ def kept_whole(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def feature_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return {name in the state dict: parameter} of what the warm-up fits.
+def feature_weights(model: torch.nn.Module, layers: Collection[int] | None = None) -> dict[str, torch.nn.Parameter]:
+    """Return {name in the state dict: parameter} of what the warm-up fits, in these layers (default: all).
 
     These are W_q and W_k [H, D, D], except for feature maps without weights, and log_gain [H] of window layers.
     """
     return {
         f"blocks.{layer}.attn1.linear_attn.{name}": getattr(branch, name)
         for layer, branch in linear_branches(model).items()
+        if layers is None or layer in layers
         for name in ("q_weight", "k_weight", "log_gain")
         if getattr(branch, name, None) is not None
     }

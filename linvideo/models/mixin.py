@@ -10,8 +10,7 @@ A family is one file, with a processor that computes q, k and v as diffusers doe
         attention_paths = (("blocks", "attn1"),)
         processor_class = LinVideoXAttnProcessor
         stock_processors = (XAttnProcessor,)
-
-For window layers it also needs `tokens_per_frame`.
+        tokens_per_frame = tokens_of_grid  # window layers need it
 """
 
 import functools

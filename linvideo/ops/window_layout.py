@@ -111,6 +111,11 @@ class Layout(NamedTuple):
         )
 
     @property
+    def has_empty_window(self) -> bool:
+        """Whether some chunk has no frame in its window, because all of them are anchors."""
+        return any(start == stop for start, stop in map(self.window, range(self.chunks)))
+
+    @property
     def is_plain(self) -> bool:
         """Whether every token attends to every token with softmax."""
         text = self.prefix_tokens + self.suffix_tokens

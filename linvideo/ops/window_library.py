@@ -109,23 +109,23 @@ def backward_op(
     numbers = frames, frame_tokens, chunk, overlap, prefix_tokens, suffix_tokens, first_anchor, last_anchor, causal
     layout = Layout(*numbers)
     with torch.autocast(q.device.type, enabled=False):
-        grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)] if rows else []
-        small = [
-            None if x is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-            for x in (log_gain, q_weight, k_weight)
-        ]
         if layout.has_far:
             far = _Far(q, k, v, q_weight, k_weight, layout, feature_map, precision)
-            video, small = far.backward(do, o, lse, log_gain)
-            for x, part in zip(grads, video, strict=False):
-                x[:, layout.video] = part
+            grads, small = far.backward(do, o, lse, log_gain)
+            if layout.text:
+                text = 0, 0, 0, 0, layout.prefix_tokens, layout.suffix_tokens
+                grads = [torch.nn.functional.pad(x, text) for x in grads]
+        else:
+            grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+            small = [None if x is None else torch.zeros_like(x) for x in (log_gain, q_weight, k_weight)]
         if rows:
             softmax, do = _Softmax(q, k, v, key_mask, layout, scale, backend, True), softmax_backends.aligned(do)
             for call in [*layout.window_calls(q.shape[0]), *layout.common_calls]:
                 softmax.backward(call, do, o, lse, grads)
         if rows and cos is not None:
             grads[:2] = (kernels(x).rotate(x, cos, -sin) for x in grads[:2])
-    return tensors(q, *(grads or (None, None, None)), *small)
+    small = [None if x is None else x.contiguous() for x in small]
+    return tensors(q, *(grads if rows else (None, None, None)), *small)
 
 
 class _Softmax:
@@ -133,7 +133,7 @@ class _Softmax:
 
     def __init__(self, q, k, v, key_mask, layout: Layout, scale: float, backend: str | None, training: bool):
         self.q, self.k, self.v = (softmax_backends.aligned(x) for x in (q, k, v))
-        self.scale = scale
+        self.layout, self.scale = layout, scale
         self.group = q.shape[2] // k.shape[2]
         self.mask = None
         if key_mask is not None:
@@ -166,7 +166,8 @@ class _Softmax:
             o, lse = self.call(calls[0])
             return o.contiguous(), lse.contiguous()
         batch, length, heads, _ = self.q.shape
-        o = torch.zeros(self.q.shape, dtype=self.q.dtype, device=self.q.device)
+        make = torch.zeros if self.layout.has_empty_window else torch.empty
+        o = make(self.q.shape, dtype=self.q.dtype, device=self.q.device)
         lse = torch.full((batch, heads, length), float("-inf"), device=self.q.device)
         for call in calls:
             out, total = self.call(call)
@@ -228,7 +229,7 @@ class _Far:
             out, den = chunked.apply(*queries, self.chunk_ends, *scaling, return_normalizer=True)
         return out.view(*self.shape, *out.shape[2:]), den.view(den.shape[1], *self.shape).transpose(0, 1).contiguous()
 
-    def backward(self, do, o, lse, log_gain) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    def backward(self, do, o, lse, log_gain) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
         """Return dq, dk, dv of the video's rows, and dlog_gain, dq_weight, dk_weight."""
         lse = lse[..., self.layout.video].contiguous()
         do, o = (x[:, self.layout.video] for x in (do, o))
@@ -254,7 +255,7 @@ class _Far:
             None if w is None else x.to(w.dtype) for x, w in ((dq_weight, self.q_weight), (dk_weight, self.k_weight))
         ]
         small = gains.sum((0, 2)).to(log_gain.dtype), *dweights
-        return tuple(x.view(*self.shape, *x.shape[2:]) for x in (dq, dk, dv)), small
+        return [x.view(*self.shape, *x.shape[2:]) for x in (dq, dk, dv)], small
 
 
 def _merge(o, lse, common, far, log_gain, layout: Layout) -> None:

@@ -7,7 +7,7 @@ same inputs as in the teacher. The warm-up takes seconds, and the selection depe
 cheap to convert look expensive.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,16 +173,23 @@ def fit_feature_maps(student: torch.nn.Module, batches: Iterable[StateBatch], le
         optimizer.zero_grad()
 
 
-def load_feature_maps(model: torch.nn.Module, path: str | Path) -> torch.nn.Module:
-    """Load the warmed-up W_q and W_k from a run's feature_maps.safetensors into the linear layers of `model`, in place.
+def load_feature_maps(
+    model: torch.nn.Module, path: str | Path, layers: Collection[int] | None = None
+) -> torch.nn.Module:
+    """Load what the warm-up has fitted, from a run's feature_maps.safetensors, into the layers of `model`, in place.
+
+    Args:
+        model: Model with linear, mixed or window layers.
+        path: File of the fitted maps: W_q and W_k and, of window layers, the gains.
+        layers: Numbers of the layers to load. None means all that have a linear branch.
 
     Raises:
-        ValueError: The file is missing or damaged, or its weights for a linear layer of `model` are missing, have
-            another shape or are not finite.
+        ValueError: The file is missing or damaged, or its weights for one of these layers are missing, have another
+            shape or are not finite.
     """
     _, tensors = read_safetensors(path)
     with torch.no_grad():
-        for name, weight in feature_weights(model).items():
+        for name, weight in feature_weights(model, layers).items():
             if name not in tensors:
                 raise ValueError(f"{path} has no {name}: that layer was not warmed up")
             if tensors[name].shape != weight.shape:

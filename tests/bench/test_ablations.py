@@ -8,7 +8,7 @@ import torch
 from tiny_run import PROMPTS, tiny_config, tiny_teacher
 from toy import AffineFlow, toy_prompts, toy_store
 
-from benchmarks.ablations import ablations_report, suite
+from benchmarks.ablations import ablations_report, films, suite
 from benchmarks.ablations.__main__ import main
 from benchmarks.ablations.ablate import ablate, start_after
 from benchmarks.ablations.bench import Bench
@@ -280,6 +280,14 @@ def test_settings_run(bench, name):
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != DEFAULT.name])
 def test_every_setting_runs(bench, name):
     assert bench.row(SETTINGS[name], 0)["setting"] == name
+
+
+def test_pictures_of_kept_videos(bench, tmp_path):
+    picture = tmp_path / "films.png"
+    films.main([str(bench.folder), str(picture), "teacher", DEFAULT.name])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        films.main([str(bench.folder), str(picture), "teacher"])
 
 
 def test_lora_trains_low_rank_updates_only(bench):

@@ -18,9 +18,10 @@ from linvideo.commands.main import main
 from linvideo.commands.shared import read_config
 from linvideo.evaluation import analyze as module
 from linvideo.evaluation.analysis_report import commands, conclusion, text, write_report
-from linvideo.evaluation.analyze import LayerSet, analyze, propose, set_sizes, smallest_number
+from linvideo.evaluation.analyze import LayerSet, analyze, path, propose, set_sizes, smallest_number
 from linvideo.evaluation.latency import Timing
 from linvideo.models.describe import ranges
+from linvideo.nn import Window
 from linvideo.trajectories import TrajectoryStore, encode_prompts
 from linvideo.trajectories.images import digest
 from linvideo.trajectories.prompts import PromptConfig
@@ -38,6 +39,18 @@ OPTIONS = {"captions": PROMPTS, **MEASURED, "negative_prompt": "dull", "progress
 def synthetic_times(monkeypatch, milliseconds):
     """Replace the times of a forward by ones that depend on the number of linear layers."""
     monkeypatch.setattr(module._Measurements, "timing", lambda _, layers: Timing(*[milliseconds[len(layers)]] * 3))
+
+
+WINDOW = {"chunk": 1, "overlap": 0}  # the tiny videos have two latent frames
+
+
+def times_by_kind(monkeypatch, **saved):
+    """Replace the times of a forward by 10 ms less what each layer of a kind saves."""
+    monkeypatch.setattr(
+        module._Measurements,
+        "timing",
+        lambda _, kinds: Timing(*[10.0 - sum(saved[kind] for kind in kinds.values())] * 3),
+    )
 
 
 def run(folder, teacher=None, **options):
@@ -111,6 +124,31 @@ def test_propose_takes_the_smallest_error_that_is_fast_enough():
     assert propose(sets, 2.1) is None and propose(sets, None) is None
 
 
+def test_the_path_of_one_kind_is_the_order_of_sensitivity():
+    errors = {0: 3.0, 1: 0.5, 2: 2.0, 3: 0.5, 4: 1e-9, 5: 2e-9}
+    for saved in (1e-3, 7.0, 0.0, -2.0):  # also if the kind is not faster
+        sets = path({"linear": errors}, {"linear": saved}, floor=1.0)
+        assert [sorted(kinds) for kinds in sets] == [lowest(errors, number) for number in range(1, 7)]
+        assert set(sets[-1].values()) == {"linear"}
+
+
+def test_the_path_of_two_kinds_takes_what_costs_least_per_time_saved():
+    errors = {"linear": {0: 0.1, 1: 5.0, 2: 1.0}, "window": {0: 0.09, 1: 0.4, 2: 2.0}}
+    sets = path(errors, {"linear": 2.0, "window": 1.0}, floor=0.0)
+    # layer 0 linear costs 0.05 per ms, layer 1 window 0.4 and then linear 4.6, layer 2 linear 0.5
+    linear, window = "linear", "window"
+    assert sets == [
+        {0: linear},
+        {0: linear, 1: window},
+        {0: linear, 1: window, 2: linear},
+        {0: linear, 1: linear, 2: linear},
+    ]
+    assert path(errors, {"linear": 2.0, "window": -1.0}, 0.0)[-1] == dict.fromkeys(range(3), linear)
+    assert all(window not in kinds.values() for kinds in path(errors, {"linear": 2.0, "window": -1.0}, 0.0))
+    slow = path(errors, {"linear": -1.0, "window": -2.0}, 0.0)  # nothing is faster: by error alone
+    assert slow == [{0: window}, {0: window, 1: window}, {0: window, 1: window, 2: linear}]
+
+
 def test_which_numbers_of_layers_are_measured():
     assert set_sizes(3) == [1, 2, 3] and set_sizes(40) == [5, 10, 15, 20, 25, 30, 35, 40]
     assert set_sizes(30) == [4, 8, 11, 15, 19, 22, 26, 30]
@@ -180,6 +218,113 @@ def test_times_are_of_whole_forwards_on_this_device(tmp_path, monkeypatch):
     stored = json.loads((tmp_path / "new" / "analysis.json").read_text())
     assert stored["environment"]["dtype"] == "float32" and stored["environment"]["device"].startswith("CPU")
     assert stored["milliseconds_saved_per_layer"] == analysis.milliseconds_saved
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The folder and the analysis of linear and window layers."""
+    with pytest.MonkeyPatch.context() as patch:
+        times_by_kind(patch, linear=2.0, window=1.5)
+        folder = tmp_path_factory.mktemp("analyze") / "kinds"
+        return folder, run(folder, kinds=["window", "linear"], window=WINDOW)
+
+
+def mixed_set(analysis):
+    return next(chosen for chosen in analysis.sets if chosen.layers and chosen.window_layers)
+
+
+def test_linear_figures_do_not_depend_on_window_layers(both, analysis, folder):
+    own, measured = both
+    assert measured.sensitivity == analysis.sensitivity and measured.floor == analysis.floor
+    assert measured.attention_output_errors == analysis.attention_output_errors
+    maps = "feature_maps.safetensors"
+    assert (own / maps).read_bytes() == (folder / maps).read_bytes()
+    assert measured.saved("linear") == 2 and measured.saved("window") == 1.5 and measured.softmax_pairs == 0.5
+
+
+def test_errors_of_window_layers_and_of_sets_of_both_kinds(both):
+    folder, analysis = both
+    states, base = held_states(folder), tiny_teacher().transformer
+    windows = convert(base, mode="window", window=WINDOW)
+    before = attention_output_errors(windows, states[0])
+    load_feature_maps(windows, folder / "window_maps.safetensors")
+    for layer, error in attention_output_errors(windows, states[0]).items():
+        assert analysis.window_attention_output_errors[layer] == pytest.approx(error.item(), rel=0.05)
+        assert error < before[layer]
+    whole = [chosen.velocity_error for chosen in analysis.sets if chosen.window_layers == [0, 1, 2]]
+    assert whole == [pytest.approx(velocity_error(windows, states), rel=1e-5)]
+
+    chosen = mixed_set(analysis)
+    model = convert(base, chosen.layers, mode="linear")
+    load_feature_maps(model, folder / "feature_maps.safetensors")
+    model = convert(model, chosen.window_layers, mode="window", window=WINDOW)
+    load_feature_maps(model, folder / "window_maps.safetensors", chosen.window_layers)
+    assert chosen.velocity_error == pytest.approx(velocity_error(model, states), rel=1e-5)
+    assert chosen.milliseconds.median == 10 - 2 * len(chosen.layers) - 1.5 * len(chosen.window_layers)
+
+
+def test_an_analysis_of_window_layers_continues_with_the_same_ones_only(both, monkeypatch):
+    folder, analysis = both
+    times_by_kind(monkeypatch, linear=2.0, window=1.5)
+    monkeypatch.setattr(module, "velocity_error", lambda *_: pytest.fail("measured again"))
+    kinds = ["linear", "window"]
+    assert run(folder, kinds=kinds, window=WINDOW) == analysis
+    with pytest.raises(ValueError, match="another request: window"):
+        run(folder, kinds=kinds, window={**WINDOW, "overlap": 1})
+    with pytest.raises(ValueError, match="another request: kinds .*, window"):
+        run(folder)
+
+
+def test_the_report_shows_all_kinds(both, tmp_path):
+    analysis = both[1]
+    chosen = mixed_set(analysis)
+    analysis = replace(analysis, proposal=chosen)
+    shown = text(analysis, tmp_path)
+    assert "each linear layer saves 2 ms and each window layer saves 1.5 ms; window layers have chunks of 1" in shown
+    listed = f"{ranges(chosen.layers)} linear and {ranges(chosen.window_layers)} window"
+    assert f"speedup of 1.3: layers {listed}, with a measured" in shown and f"  {listed}\n" in shown
+    write_report(analysis, tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("data:image/svg") == 3 and "velocity error with this layer window" in html
+    slower = [replace(one, milliseconds=Timing(11, 11, 11), speedup=0.9) for one in analysis.sets if not one.layers]
+    slower = replace(analysis, sets=[*(one for one in analysis.sets if one.layers), *slower])
+    assert conclusion(slower)[1:] == [
+        "Window layers are slower than softmax layers at this size on this device: with all layers window, the speedup"
+        " is 0.90."
+    ]
+
+
+def test_the_commands_of_a_proposal_with_both_kinds(both, tmp_path):
+    folder, analysis = both
+    stock, chosen = tmp_path / "stock model", mixed_set(analysis)
+    tiny_teacher().save_pretrained(stock)
+    proposed = replace(analysis, model=str(stock), proposal=chosen)
+    *conversions, (_, train_line) = commands(proposed, folder)
+    for _, line in conversions:
+        words = [str(tmp_path / word) if word.startswith("converted") else word for word in shlex.split(line)]
+        assert main(words[1:]) == 0
+    made = load_pipeline(tmp_path / "converted").transformer
+    for kind, layers, maps in (
+        ("linear", chosen.layers, "feature_maps"),
+        ("window", chosen.window_layers, "window_maps"),
+    ):
+        model = convert(
+            tiny_teacher().transformer, layers, mode=kind, **({"window": WINDOW} if kind == "window" else {})
+        )
+        expected = load_feature_maps(model, folder / f"{maps}.safetensors").state_dict()
+        weights = [name for name in expected if "linear_attn" in name]
+        assert weights and all(torch.equal(expected[name], made.state_dict()[name]) for name in weights)
+
+    windows = replace(chosen, layers=[])
+    settings = {"chunk": 2, "overlap": 1, "anchors": ["first"], "causal": True}
+    for line, layers, window in (
+        (train_line, chosen.layers, WINDOW),
+        (commands(replace(proposed, proposal=windows, window=settings), folder)[-1][1], [], settings),
+    ):
+        words = shlex.split(line.replace("RECIPE", "wan2.1-1.3b-480p-1gpu"))
+        config = read_config(argparse.Namespace(config_options=words[2:], help_texts=()), TrainConfig)
+        assert (config.selection.layers, config.selection.window_layers) == (layers, chosen.window_layers)
+        assert config.window == Window.of(window)
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +403,9 @@ def test_the_pipeline_is_not_changed(tmp_path, monkeypatch):
         (tiny_teacher, {"speedup": float("nan")}, "speedup must be more than 1"),
         (tiny_teacher, {"timed_size": (32, 32, 6)}, "num_frames must be 1 more than a multiple of 4, got 6"),
         (tiny_teacher, {"captions": []}, "at least one prompt"),
+        (tiny_teacher, {"kinds": ["linear", "sparse"]}, "kinds must be a list of linear and window, got"),
+        (tiny_teacher, {"window": WINDOW}, 'go with the kind "window" only, got kinds linear'),
+        (tiny_teacher, {"kinds": ["window"], "window": {"chunk": 0}}, "chunk must be an integer of at least 1, got 0"),
         (tiny_teacher, {"sensitivity": replace(CONFIG.sensitivity, num_states=0)}, "num_states must be at least 1"),
     ],
 )

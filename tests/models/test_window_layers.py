@@ -1,6 +1,8 @@
 """Window layers of a model: their settings, and the latent grid. test_families.py has them in every family."""
 
 import json
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -106,6 +108,15 @@ def test_a_family_that_cannot_say_its_grid_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="expected a method tokens_per_frame of LinVideoLTXVideo.*, got none"):
         convert(base, mode="window")
     assert convert(base, mode="linear").config.linear_attention == {"feature_map": "hedgehog"}
+
+
+def test_uneven_context_parallelism_is_refused():
+    model = windows()
+    parallel = SimpleNamespace(ulysses_anything=True, _flattened_mesh=MagicMock())
+    config = SimpleNamespace(context_parallel_config=parallel)
+    model.blocks[1].attn1.processor._parallel_config = config
+    with pytest.raises(ValueError, match="without ulysses_anything in a model with window layers"):
+        model(**tiny_inputs())
 
 
 def test_softmax_backends_have_two_names():

@@ -140,6 +140,7 @@ def like_cuda():
         mock.patch("torch.nn.functional.rms_norm", rms_norm),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
         mock.patch("linvideo.ops.linear_attn.uses_kernels", lambda _: True),
+        mock.patch("linvideo.ops.inputs.uses_kernels", lambda _: True),
     ):
         yield
 
@@ -197,7 +198,7 @@ def velocity(model, sizes: Sizes, batch: int = 1, text: int = TEXT):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "window"])
 @pytest.mark.parametrize(
     "name, batch", [("wan2.1-1.3b", 1), ("wan2.1-i2v-14b", 1), ("wan2.1-i2v-14b", 2), ("wan2.2-i2v-a14b", 2)]
 )
@@ -245,7 +246,7 @@ def test_activations_on_this_cpu(folders, name, text, kind, checkpointing):
     assert saved == pytest.approx(expected, rel=0.03)  # the time embedding is 2% of so small a model
 
 
-@pytest.mark.parametrize("kinds", [["mixed"] * 3, ["linear", "linear", "softmax"]])
+@pytest.mark.parametrize("kinds", [["mixed"] * 3, ["linear", "linear", "softmax"], ["linear", "linear", "window"]])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.1-i2v-14b"])
@@ -254,7 +255,10 @@ def test_largest_moment_of_a_step_on_cuda(name, kinds, checkpointing, precision)
     more."""
     sizes, model = known(name, 3), meta_model(KNOWN[name] | {"num_layers": 3}, kinds)
     stage = "mixed stage" if "mixed" in kinds else "fine-tuning"
-    config = from_dict({"output_dir": "run", "selection": {"num_linear_layers": 2}}, TrainConfig)
+    selection = {"num_linear_layers": 2}
+    if "window" in kinds:
+        selection = {"method": "layers", "layers": [0, 1], "window_layers": [2]}
+    config = from_dict({"output_dir": "run", "selection": selection}, TrainConfig)
     layout = Layout(gradient_checkpointing=checkpointing, autocast=precision == "bf16")
     with like_cuda():
         model = without_data(model)

@@ -30,6 +30,10 @@ LAYOUTS = {
 }
 BF16 = {"mixed_precision": "bf16", "like_cuda": True, "objective": {"name": "adm"}, "gradient_checkpointing": True}
 LORA = {"lora": {"rank": 4}, "objective": {"name": "adm"}}
+WINDOWS = {
+    "selection": {"method": "layers", "layers": [0], "window_layers": [2]},
+    "window": {"chunk": 1, "overlap": 0},
+}
 OBJECTIVES = {
     "own_mse": {"objective": {"name": "own_mse"}, "selection": {"max_train_steps": 2, "objective": "own_mse"}},
     "adm_step": {"objective": {"name": "adm_step"}, "selection": {"max_train_steps": 2, "objective": "adm_step"}},
@@ -79,7 +83,7 @@ def two(tmp_path_factory, alone) -> Path:
     begun = folder / "begun by one"
     shutil.copytree(alone, begun)
     resumed = {"resume_from_checkpoint": str(checkpoint_in(begun, "selection")), "gradient_accumulation_steps": 1}
-    lora = {"lora": LORA | LAYOUTS["context and sharded"]}
+    lora = {"lora": LORA | WINDOWS | LAYOUTS["context and sharded"]}
     bf16 = {name: BF16 | LAYOUTS["context and sharded"] | more for name, more in (("bf16", {}), ("bf16 lora", LORA))}
     done = torchrun(2, folder, LAYOUTS | lora | {"begun by one": resumed} | bf16)
     assert done.returncode == 0, done.stderr
@@ -97,8 +101,8 @@ def test_two_processes_train_as_one(layout, two, alone):
     assert_same(two / layout, alone)
 
 
-def test_adapters_train_alike_on_two_processes(two, tmp_path):
-    run(tmp_path, **SLOW | LORA)
+def test_adapters_and_window_layers_train_alike_on_two_processes(two, tmp_path):
+    run(tmp_path, **SLOW | LORA | WINDOWS)
     assert_same(two / "lora", tmp_path)
 
 

@@ -1,0 +1,42 @@
+"""Draw videos of several settings next to each other, one row each, from the same noise and captions.
+
+`python -m benchmarks.ablations.films runs/ablations-small docs/window.png teacher "default" "every second"`
+"""
+
+import argparse
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from benchmarks.ablations.bench import film
+from benchmarks.ablations.settings import SETTINGS
+from benchmarks.ablations.suite import TEACHER
+from linvideo.demo.world import WORLDS
+from linvideo.reports.films import film_picture
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.ablations.films",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="folder of a suite's work, see python -m benchmarks.ablations")
+    parser.add_argument("picture", type=Path, help="new PNG file")
+    parser.add_argument(
+        "settings", nargs="+", choices=[TEACHER, *SETTINGS], metavar="SETTING", help="names of settings"
+    )
+    parser.add_argument("--world", choices=WORLDS, default="small", help="world of the suite (default: small)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the runs (default: 0)")
+    parser.add_argument("--video", type=int, default=0, help="number of the video among those kept (default: 0)")
+    args = parser.parse_args(arguments)
+    if args.picture.exists():
+        parser.error(f"expected a new file for the picture, but {args.picture} exists")
+    captions = WORLDS[args.world].evaluation_captions(args.video + 1, seed=901 + args.seed)
+    shown = slice(args.video, args.video + 1)
+    films = {name: load_file(film(args.folder, name, args.seed))["videos"][shown] for name in args.settings}
+    args.picture.write_bytes(film_picture(films, captions[shown]))
+
+
+if __name__ == "__main__":
+    main()
