@@ -188,23 +188,12 @@ class Layout(NamedTuple):
             rows = zip(starts, lengths, strict=True)
             yield tuple(Ranges(((start + i * step, start + i * step + length),)) for start, length in rows)
 
-    def frame_ends(self, batch: int, device: torch.device) -> Tensor:
-        """Return cu_seqlens of the frames of the video rows [B F P]."""
-        return self.frame_tokens * torch.arange(batch * self.frames + 1, dtype=torch.int32, device=device)
-
-    def chunk_ends(self, batch: int, device: torch.device) -> Tensor:
-        """Return cu_seqlens of the chunks of the video rows [B F P]."""
-        starts = self.chunk * torch.arange(self.chunks, dtype=torch.int32, device=device)
-        entries = self.frames * torch.arange(batch + 1, dtype=torch.int32, device=device)
-        return self.frame_tokens * (entries[:, None] + starts).flatten()[: batch * self.chunks + 1].contiguous()
-
     def far(self, device: torch.device) -> Tensor:
-        """Return 1.0 where a frame is outside of a chunk's window, else 0, [chunks, F] in fp32."""
+        """Return 1.0 where linear attention leads from a query's frame to a key's frame, else 0, [F, F] in fp32."""
         first, last = self._free
-        ahead = 0 if self.causal else self.overlap
-        chunk = torch.arange(self.chunks, device=device)[:, None] * self.chunk
         frame = torch.arange(self.frames, device=device)
+        chunk = frame[:, None] // self.chunk * self.chunk
         far = frame < chunk - self.overlap
         if not self.causal:
-            far = far | (frame >= chunk + self.chunk + ahead)
+            far = far | (frame >= chunk + self.chunk + self.overlap)
         return (far & (frame >= first) & (frame < last)).float()

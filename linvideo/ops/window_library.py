@@ -1,8 +1,8 @@
 """Window attention in torch.library: `linvideo::window_attn` and its `_backward`.
 
 The near part is softmax by a library (softmax_backends.py), whose calls `Layout` lists. The far part is linear
-attention on states of single frames, summed over the frames outside of each chunk's window. The sums are matrix
-products with a matrix of zeros and ones rather than differences from a total, which would cancel.
+attention on states of single frames, summed for each frame over those outside of its window. The sums are a product
+with a matrix of zeros and ones rather than differences from a total, which would cancel.
 
 The backward calls the library's backward with the merged output and the log of the whole normaliser: the weights that
 it computes again are then those of the whole sum, and do.o is that of the merged output, so its gradients are exact.
@@ -188,46 +188,45 @@ class _Softmax:
 
 
 class _Far:
-    """Linear attention of each chunk of the video to the frames outside of its window."""
+    """Linear attention of each frame of the video to the frames outside of its window.
+
+    The frames are a batch of B F sequences of P tokens, on either side.
+    """
 
     def __init__(self, q, k, v, q_weight, k_weight, layout: Layout, feature_map: str, precision: str):
         self.layout, self.feature_map, self.precision = layout, feature_map, precision
-        self.batch, self.shape = q.shape[0], (q.shape[0], layout.frames * layout.frame_tokens)
-        self.q, self.k, self.v = (self._flat(x) for x in (q, k, v))
+        self.batch, self.far = q.shape[0], layout.far(q.device)
+        self.q, self.k, self.v = (self._frames(x[:, layout.video]) for x in (q, k, v))
         self.q_weight, self.k_weight = q_weight, k_weight
-        self.frame_ends, self.chunk_ends = (
-            ends(self.batch, q.device) for ends in (layout.frame_ends, layout.chunk_ends)
-        )
-        self.far = layout.far(q.device)
         keys = self.k, self.v, k_weight
         if uses_kernels(q):
-            self.frame_state = kernels(q).state(*keys, None, None, self.frame_ends, feature_map, precision, False)[:2]
+            self.own_state = kernels(q).state(*keys, None, None, None, feature_map, precision, False)[:2]
         else:
-            self.frame_state = chunked.state(*keys, None, self.frame_ends, feature_map)
-        self.chunk_state = [self._sum(self.far, x) for x in self.frame_state]
+            self.own_state = chunked.state(*keys, None, None, feature_map)
+        self.far_state = [self._sum(self.far, x) for x in self.own_state]
 
-    def _flat(self, x: Tensor) -> Tensor:
-        """Return the video's rows of x [B, N, H, D] as [1, B F P, H, D]."""
-        return x[:, self.layout.video].reshape(1, -1, *x.shape[2:])
+    def _frames(self, x: Tensor) -> Tensor:
+        """Return rows [B, F P, ...] as [B F, P, ...]."""
+        return x.unflatten(1, (self.layout.frames, -1)).flatten(0, 1)
 
-    def _numbers(self, x: Tensor) -> Tensor:
-        """Reorder [B, H, F P] to [1, H, B F P]."""
-        return x.transpose(0, 1).reshape(1, x.shape[1], -1)
+    def _rows(self, x: Tensor) -> Tensor:
+        """Undo `_frames`."""
+        return x.unflatten(0, (self.batch, -1)).flatten(1, 2)
 
     def _sum(self, matrix: Tensor, x: Tensor) -> Tensor:
-        """Return matrix [m, n] times x [B n, ...] in each batch entry, [B m, ...]."""
-        return (matrix @ x.view(self.batch, matrix.shape[1], -1)).view(-1, *x.shape[1:])
+        """Return matrix [F, F] times x [B F, ...] in each batch entry."""
+        return (matrix @ x.view(self.batch, len(matrix), -1)).view(x.shape)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return the output [B, F P, H, D] and the denominators [B, H, F P]."""
-        queries = self.q, *self.chunk_state, self.q_weight
+        queries = self.q, *self.far_state, self.q_weight
         scaling = self.feature_map, 1.0, True, TINY
         if uses_kernels(self.q):
             run = kernels(self.q).apply
-            out, den, *_ = run(*queries, None, None, None, self.chunk_ends, *scaling, self.precision, False, True)
+            out, den, *_ = run(*queries, None, None, None, None, *scaling, self.precision, False, True)
         else:
-            out, den = chunked.apply(*queries, self.chunk_ends, *scaling, return_normalizer=True)
-        return out.view(*self.shape, *out.shape[2:]), den.view(den.shape[1], *self.shape).transpose(0, 1).contiguous()
+            out, den = chunked.apply(*queries, None, *scaling, return_normalizer=True)
+        return self._rows(out), self._rows(den.transpose(1, 2)).transpose(1, 2).contiguous()
 
     def backward(self, do, o, lse, log_gain) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
         """Return dq, dk, dv of the video's rows, and dlog_gain, dq_weight, dk_weight."""
@@ -238,24 +237,24 @@ class _Far:
         else:
             dot = (do.float() * o.float()).sum(-1).transpose(1, 2)
             share = (log_gain.float()[:, None] - lse).exp()
-        do = do.reshape(self.q.shape)
-        rows = do, *(self._numbers(x) for x in (dot, share)), self.q, *self.chunk_state, self.q_weight
+        numbers = (self._frames(x.transpose(1, 2)).transpose(1, 2) for x in (dot, share))
+        rows = self._frames(do), *numbers, self.q, *self.far_state, self.q_weight, None
         keys = self.k, self.v, self.k_weight
         if uses_kernels(do):
             run, last = kernels(do), (self.feature_map, self.precision)
-            dq, *dstates, dq_weight, gains = run.part_backward(*rows, self.chunk_ends, *last)
-            dframes = [self._sum(self.far.T, x) for x in dstates]
-            keys = *keys, None, None, self.frame_ends, *self.frame_state
-            dk, dv, dk_weight = run.state_backward(*dframes, *keys, *last)
+            dq, *dstates, dq_weight, gains = run.part_backward(*rows, *last)
+            dstates = [self._sum(self.far.T, x) for x in dstates]
+            keys = *keys, None, None, None, *self.own_state
+            dk, dv, dk_weight = run.state_backward(*dstates, *keys, *last)
         else:
-            dq, *dstates, dq_weight, gains = chunked.part_backward(*rows, self.chunk_ends, self.feature_map)
-            dframes = [self._sum(self.far.T, x) for x in dstates]
-            dk, dv, dk_weight = chunked.state_backward(*dframes, *keys, None, self.frame_ends, self.feature_map)
+            dq, *dstates, dq_weight, gains = chunked.part_backward(*rows, self.feature_map)
+            dstates = [self._sum(self.far.T, x) for x in dstates]
+            dk, dv, dk_weight = chunked.state_backward(*dstates, *keys, None, None, self.feature_map)
         dweights = [
             None if w is None else x.to(w.dtype) for x, w in ((dq_weight, self.q_weight), (dk_weight, self.k_weight))
         ]
         small = gains.sum((0, 2)).to(log_gain.dtype), *dweights
-        return [x.view(*self.shape, *x.shape[2:]) for x in (dq, dk, dv)], small
+        return [self._rows(x) for x in (dq, dk, dv)], small
 
 
 def _merge(o, lse, common, far, log_gain, layout: Layout) -> None:
