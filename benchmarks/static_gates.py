@@ -196,8 +196,7 @@ def sample(arches) -> list[CompileJob]:
     if 86 in arches:
         chosen += [job for job in jobs([86], [128], ["hedgehog"], [bf16]) if job.name.startswith(("map_", "project_"))]
     if 90 in arches:
-        every = [*((option,) for option in OPTIONS if option != "window"), ("window", "packed")]
-        every += [("rope", "mix", "key_mask", "packed")]
+        every = [*((option,) for option in OPTIONS), ("rope", "mix", "key_mask", "packed")]
         chosen += [
             *jobs([90], [128], ["hedgehog"], [bf16], options=every),
             *jobs([90], [128], ["hedgehog_joint", "softmax"], [bf16]),
