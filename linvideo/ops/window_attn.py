@@ -94,9 +94,10 @@ def window_attn(
     softmax_backends.choose(backend, q, masked=key_mask is not None, training=training)  # raises before any work
     (q, k), cos, sin = split_rope(rope, q, k)
     rows = q, k, v, log_gain, q_weight, k_weight, cos, sin, key_mask
-    window = frames, frame_tokens, chunk, overlap, *text, "first" in anchors, "last" in anchors, causal
+    flags = int("first" in anchors), int("last" in anchors), int(causal)  # Dynamo takes no bool among symbolic numbers
+    window = [frames, frame_tokens, chunk, overlap, *text, *flags]
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return forward_op(*rows, *window, feature_map, scale, backend, fp32_precision, False)[0]
+    return forward_op(*rows, window, feature_map, scale, backend, fp32_precision, False)[0]
 
 
 def _check_window(tokens, frame_tokens, chunk, overlap, prefix_tokens, suffix_tokens, anchors, causal) -> int:

@@ -41,24 +41,18 @@ def forward_op(
     cos: Tensor | None,
     sin: Tensor | None,
     key_mask: Tensor | None,
-    frames: int,
-    frame_tokens: int,
-    chunk: int,
-    overlap: int,
-    prefix_tokens: int,
-    suffix_tokens: int,
-    first_anchor: bool,
-    last_anchor: bool,
-    causal: bool,
+    window: list[int],
     feature_map: str,
     scale: float,
     backend: str | None,
     precision: str,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return o and, in training, the log of the normaliser [B, H, N] and, with rope, the rotated q and k."""
-    numbers = frames, frame_tokens, chunk, overlap, prefix_tokens, suffix_tokens, first_anchor, last_anchor, causal
-    layout = Layout(*numbers)
+    """Return o and, in training, the log of the normaliser [B, H, N] and, with rope, the rotated q and k.
+
+    `window` holds the fields of a `Layout`.
+    """
+    layout = Layout(*window)
     with torch.autocast(q.device.type, enabled=False):
         rotated = None, None
         if cos is not None:
@@ -86,15 +80,7 @@ def backward_op(
     key_mask: Tensor | None,
     o: Tensor,
     lse: Tensor,
-    frames: int,
-    frame_tokens: int,
-    chunk: int,
-    overlap: int,
-    prefix_tokens: int,
-    suffix_tokens: int,
-    first_anchor: bool,
-    last_anchor: bool,
-    causal: bool,
+    window: list[int],
     feature_map: str,
     scale: float,
     backend: str | None,
@@ -106,8 +92,7 @@ def backward_op(
     q and k are those that the forward has rotated. Without `rows`, dq, dk and dv are empty: the softmax has no weights,
     so that fitting the weights needs no backward of it.
     """
-    numbers = frames, frame_tokens, chunk, overlap, prefix_tokens, suffix_tokens, first_anchor, last_anchor, causal
-    layout = Layout(*numbers)
+    layout = Layout(*window)
     with torch.autocast(q.device.type, enabled=False):
         if layout.has_far:
             far = _Far(q, k, v, q_weight, k_weight, layout, feature_map, precision)
@@ -305,7 +290,7 @@ class _WindowAttn(torch.autograd.Function):
         rows = any(ctx.needs_input_grad[:3])
         *grads, dlog_gain, dq_weight, dk_weight = once(backward_op, do, *saved, *ctx.settings, rows)
         grads = grads if rows else (None, None, None)
-        return *grads, dlog_gain, given(dq_weight, saved[4]), given(dk_weight, saved[5]), *(None,) * 17
+        return *grads, dlog_gain, given(dq_weight, saved[4]), given(dk_weight, saved[5]), *(None,) * 9
 
 
 def _with_gradient(*inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
