@@ -88,9 +88,10 @@ def test_kernels_use_no_atomics():
         source = inspect.getsource(function.fn)
         assert "atomic" not in source and "autotune" not in source, function.__name__
     compiled = set()
-    for job in compile_jobs(128, "hedgehog", torch.bfloat16, 90, options=("rope", "mix")):
-        assert not re.search(ATOMICS, job.compile().asm["ptx"]), job.name
-        compiled.add(job.launch.kernel.__name__)
+    for options in (("rope", "mix"), ("window",)):
+        for job in compile_jobs(128, "hedgehog", torch.bfloat16, 90, options=options):
+            assert not re.search(ATOMICS, job.compile().asm["ptx"]), job.name
+            compiled.add(job.launch.kernel.__name__)
     assert compiled == {job.launch.kernel.__name__ for job in SAMPLE}
 
 
