@@ -47,7 +47,7 @@ class Training:
     settings: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, Any] | None = None
     earlier: str | os.PathLike | None = None
-    untrained: str = "no training, its new linear layers are **untrained**"
+    untrained: str = "no training, its new layers are **untrained**"
 
     def __str__(self) -> str:
         stages = ", ".join(f"{stage} {count}" for stage, count in self.steps.items() if count)

@@ -98,8 +98,8 @@ class RunConfig:
         gradient_checkpointing: Whether to recompute the activations of the trained model's blocks in the backward pass,
             which saves memory and costs about one more forward.
         compile: Whether to apply torch.compile to the blocks of the trained model.
-        attention_backend: Attention backend of the softmax layers, a name for diffusers' set_attention_backend such as
-            "flash" or "_flash_3_hub". None means PyTorch's own choice.
+        attention_backend: Attention backend of softmax and window layers, a name for diffusers' set_attention_backend
+            such as "flash" or "_flash_3_hub" (window layers take some of them only). None means PyTorch's own choice.
         offload_teacher: Whether to keep the teacher's weights in CPU memory and copy each block to the GPU when it
             runs.
         train_batch_size: Number of samples per forward on each data rank. A data rank is one GPU, or a group of GPUs
