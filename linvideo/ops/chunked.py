@@ -1,12 +1,13 @@
 """Linear attention in plain PyTorch, for CPU tensors. It works in fp32 on one slice of rows at a time, so that nothing
 of size N F is ever in memory.
 
-These are the four functions of the kernels (linvideo_kernels/linear_attn/passes.py) without the rotary embedding and
+These are the functions of the kernels (linvideo_kernels/linear_attn/passes.py) without the rotary embedding and
 the mixture, which linear_attn.py computes with plain operations when no kernel runs:
     state           S = sum_m phi(k_m)^T v_m [B, Hk, F, D], z = sum_m phi(k_m) [B, Hk, F]
     apply           o = phi(q) S / (phi(q) z + eps)
     apply_backward  with a = 1 / den, delta = do.o: dphi(q) = a (do S^T - delta z), dS = sum a phi(q)^T do,
                     dz = -sum a delta phi(q)
+    part_backward   the same with a and do.o from outside: o is one part of a sum with another normaliser
     state_backward  dv = phi(k) dS, dphi(k) = v dS^T + dz
 The backward functions compute phi again instead of keeping it.
 """
@@ -96,13 +97,13 @@ def apply_backward(
     return _queries_backward(do, q, state, z, weight, cu_seqlens, feature_map, pull)
 
 
-def part_backward(do, dot, a, q, state, z, weight, cu_seqlens, feature_map: str):
+def part_backward(do, dot, a, q, state, z, weight, feature_map: str):
     """Return dq, dstate, dz, dweight and the gradients [B, H, N] of log G, if o is one part of a sum.
 
     As in window attention, o = (G sum_f phi_f S_f + other terms) / total, where `a` is G / total and `dot` is do.o,
     both [B, H, N].
     """
-    gains = _numbers(q, cu_seqlens)
+    gains = _numbers(q, None)
 
     def pull(rows, phi, g, dphi, z_rows):
         weight, delta = (x[..., rows].unsqueeze(-1) for x in (a, dot))
@@ -110,7 +111,7 @@ def part_backward(do, dot, a, q, state, z, weight, cu_seqlens, feature_map: str)
         gains[..., rows] = (phi * dphi).sum(-1)
         return weight * g, dphi, weight * delta
 
-    return *_queries_backward(do, q, state, z, weight, cu_seqlens, feature_map, pull), gains
+    return *_queries_backward(do, q, state, z, weight, None, feature_map, pull), gains
 
 
 def _queries_backward(do, q, state, z, weight, cu_seqlens, feature_map: str, pull):

@@ -223,7 +223,7 @@ class _Far:
             dot = (do.float() * o.float()).sum(-1).transpose(1, 2)
             share = (log_gain.float()[:, None] - lse).exp()
         numbers = (self._frames(x.transpose(1, 2)).transpose(1, 2) for x in (dot, share))
-        rows = self._frames(do), *numbers, self.q, *self.far_state, self.q_weight, None
+        rows = self._frames(do), *numbers, self.q, *self.far_state, self.q_weight
         keys = self.k, self.v, self.k_weight
         if uses_kernels(do):
             run, last = kernels(do), (self.feature_map, self.precision)

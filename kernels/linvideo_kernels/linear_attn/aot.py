@@ -120,8 +120,8 @@ def compile_jobs(
             for common in (None, (o, den)):
                 window.merge(o, den, common, (o, den), log_gain)
             dot, share = window.factors(do, o, den, log_gain)
-            part = do, dot, share, rotated, state, z, q_weight, cu_seqlens
-            passes.part_backward(*part, feature_map, precision)
+            sums = state[:1], z[:1]  # no packed sequences here: each frame is a sequence of the batch
+            passes.part_backward(do, dot, share, rotated, *sums, q_weight, feature_map, precision)
         if training:  # without gradients the forward runs other kernels: apply_state rotates the queries itself
             passes.state(k, v, *keys, feature_map, precision, False)
             passes.apply(q, state, z, *queries, *settings, False)

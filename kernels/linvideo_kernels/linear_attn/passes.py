@@ -89,7 +89,7 @@ def apply_backward(
     return dq, dstate, dz, dweight, *mixed
 
 
-def part_backward(do, dot, a, q, state, z, weight, cu_seqlens, feature_map: str, precision: str):
+def part_backward(do, dot, a, q, state, z, weight, feature_map: str, precision: str):
     """Return dq, dstate, dz, dweight and the gradients [B, H, N] of log G, if o is one part of a sum (row_gradient.py).
 
     Args:
@@ -100,7 +100,7 @@ def part_backward(do, dot, a, q, state, z, weight, cu_seqlens, feature_map: str,
         state, z: State of the keys, as in `apply`.
     """
     do, z = aligned(do), z.contiguous()
-    side = Side.of(q, weight, feature_map, precision, None, None, cu_seqlens)
+    side = Side.of(q, weight, feature_map, precision)
     prepared, stats = prepare(state.contiguous(), z, q.dtype, True)
     factors = side.new_numbers(3)
     factors[0] = a
