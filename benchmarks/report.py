@@ -24,6 +24,7 @@ This page is written by `python -m benchmarks.report` from the files in [benchma
 | `make bench ARGS="--suite op,block,model,train"` | also blocks, models and training steps | a CUDA GPU, an hour |
 | `make evidence` | the kernels' tests and the most important figures | a CUDA GPU, ten minutes |
 | `python -m benchmarks.host` | how long the CPU works to launch one call of `linear_attn` | Triton, no GPU |
+| `python -m benchmarks.attention_distance MODEL` | how far the softmax attention of each layer reaches | the model |
 
 The first two write their results into benchmarks/results and then this page. `make evidence` writes its results into
 runs/evidence; copy them to benchmarks/results and run `python -m benchmarks.report`.

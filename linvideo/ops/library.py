@@ -68,7 +68,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError("linear_attn is differentiable once: its gradients have no gradient")
+        raise RuntimeError("linear_attn and window_attn are differentiable once: their gradients have no gradient")
 
 
 def once(op: torch._ops.OpOverload, *inputs) -> tuple[Tensor | None, ...]:

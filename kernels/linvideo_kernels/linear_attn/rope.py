@@ -11,7 +11,7 @@ import triton.language as tl
 
 from linvideo_kernels.linear_attn.launch import SIZES, launch
 from linvideo_kernels.linear_attn.side import Side, strides
-from linvideo_kernels.linear_attn.tiles import head_rows, load_rows, rotate, store_rows
+from linvideo_kernels.linear_attn.tiles import head_rows, load_rows, rotate, store_rows, tile_of_program
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -21,17 +21,12 @@ def rotate_rows(
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rotate one tile of one head. Limited by memory: it reads and writes each row once and forms no product."""
-    pid = tl.program_id(0)  # the heads of a block of rows run next to each other, so the angles come from L2
-    head = pid % HEADS
-    batch = pid // HEADS // splits
-    row = pid // HEADS % splits * BLOCK
-    n = row + tl.arange(0, BLOCK)
-    first = tl.full([], 0, tl.int32)
+    batch, first, head, row, n, valid = tile_of_program(HEADS, splits, N, BLOCK)
     u_ptr = head_rows(u_ptr, batch, first, head, stride_ub, stride_un, stride_uh, False)
     out_ptr = head_rows(out_ptr, batch, first, head, stride_ob, stride_on, stride_oh, False)
     u = load_rows(u_ptr, batch, head, row, N, None, stride_un, D, WIDTH, BLOCK, False)
-    u = rotate(u, cos_ptr, sin_ptr, row, n < N, 1.0, D, WIDTH)
-    store_rows(out_ptr, u, row, n < N, stride_on, D, WIDTH, BLOCK)
+    u = rotate(u, cos_ptr, sin_ptr, row, valid, 1.0, D, WIDTH)
+    store_rows(out_ptr, u, row, valid, stride_on, D, WIDTH, BLOCK)
 
 
 def rotated(side: Side) -> Side:

@@ -14,7 +14,7 @@ import triton.language as tl
 from linvideo_kernels.linear_attn import configs
 from linvideo_kernels.linear_attn.launch import SIZES, launch, target_of
 from linvideo_kernels.linear_attn.side import aligned, strides
-from linvideo_kernels.linear_attn.tiles import head_rows, load_rows, store_rows
+from linvideo_kernels.linear_attn.tiles import head_rows, load_rows, store_rows, tile_of_program
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -28,13 +28,7 @@ def merge_rows(
 
     Limited by memory: it reads each part and writes the result once.
     """
-    pid = tl.program_id(0)
-    head = pid % HEADS
-    batch = pid // HEADS // splits
-    row = pid // HEADS % splits * BLOCK
-    n = row + tl.arange(0, BLOCK)
-    valid = n < N
-    first = tl.full([], 0, tl.int32)
+    batch, first, head, row, n, valid = tile_of_program(HEADS, splits, N, BLOCK)
     at = (batch * HEADS + head).to(tl.int64) * N
     out_ptr = head_rows(out_ptr, batch, first, head, stride_ob, stride_on, stride_oh, False)
     near = tl.load(lse_ptr + at + n, valid, 0.0)
@@ -73,13 +67,7 @@ def merge_factors(
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write do.o and g / T of one tile of one head. Limited by memory: it reads do and o once."""
-    pid = tl.program_id(0)
-    head = pid % HEADS
-    batch = pid // HEADS // splits
-    row = pid // HEADS % splits * BLOCK
-    n = row + tl.arange(0, BLOCK)
-    valid = n < N
-    first = tl.full([], 0, tl.int32)
+    batch, first, head, row, n, valid = tile_of_program(HEADS, splits, N, BLOCK)
     at = (batch * HEADS + head).to(tl.int64) * N
     do_ptr = head_rows(do_ptr, batch, first, head, stride_gb, stride_gn, stride_gh, False)
     out_ptr = head_rows(out_ptr, batch, first, head, stride_ob, stride_on, stride_oh, False)
