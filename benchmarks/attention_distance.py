@@ -5,13 +5,14 @@ at most 1, 2, ... away, and the effective number of keys of a query, exp(entropy
 little of its linear part as a window layer; a layer that attends uniformly is cheap to make linear. The first row is
 attention that is uniform over the video.
 
-The model makes one video for each caption. Every forward counts equally, those of guidance's negative prompt too.
-Attention to text tokens is left out.
+MODEL is a Wan pipeline with one transformer. It makes one video for each caption; every forward counts equally, those
+of guidance's negative prompt too.
 """
 
 import argparse
 
 import torch
+from diffusers import WanTransformer3DModel
 
 from linvideo.demo.teacher import FOLDER
 from linvideo.demo.world import WORLDS
@@ -54,19 +55,25 @@ def measure(pipeline, captions: list[str], **settings) -> tuple[dict[int, tuple]
     """Return {layer: result of `by_distance`} over the sampling of videos, and that of uniform attention.
 
     Args:
-        pipeline: Stock pipeline of a family that has window layers.
+        pipeline: Stock Wan pipeline with one transformer.
         captions: Captions of the videos.
         settings: Arguments of `linvideo.generate_video`.
+
+    Raises:
+        ValueError: The pipeline is of another kind.
     """
-    stock, sums, calls, uniform = pipeline.transformer, {}, {}, []
+    stock = pipeline.transformer
+    found = [part for part in (stock, getattr(pipeline, "transformer_2", None)) if part is not None]
+    if [type(part) for part in found] != [WanTransformer3DModel]:
+        names = " and ".join(type(part).__name__ for part in found)
+        raise ValueError(f"expected a stock pipeline with one WanTransformer3DModel, got one with {names}")
+    sums, calls, uniform = {}, {}, []
 
     def see(layer: int):
         def function(branch, rows, options, softmax_out):
             q, k = rows[:2]
-            if (rope := options.get("rope")) is not None:
+            if (rope := options["rope"]) is not None:
                 q, k = rotate(q, *rope), rotate(k, *rope)
-            video = slice(options.get("prefix_tokens", 0), q.shape[1] - options.get("suffix_tokens", 0))
-            q, k = q[:, video], k[:, video]
             seen = by_distance(q, k, options["frame_tokens"])
             sums[layer] = [a + b for a, b in zip(sums.get(layer, (0, 0)), seen, strict=True)]
             calls[layer] = calls.get(layer, 0) + 1

@@ -6,7 +6,12 @@ from contextlib import contextmanager
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    attention_backend,
+    dispatch_attention_fn,
+)
 from diffusers.utils.torch_utils import unwrap_module
 
 from linvideo.models.sampling_settings import stored_settings
@@ -16,7 +21,6 @@ from linvideo.ops.softmax_backends import choose
 ATTENTION_TYPES = ("softmax", "linear", "mixed", "window")
 # diffusers' names of attention backends -> those of linvideo.ops.softmax_backends, for the softmax part of a window
 WINDOW_BACKENDS = {
-    None: None,
     "native": None,
     "_native_flash": "flash",
     "_native_cudnn": "cudnn",
@@ -191,12 +195,16 @@ def choose_backend(
 def window_backend(name: str | None, device: torch.device) -> str | None:
     """Return the backend of a window layer's softmax part, in linvideo.ops.softmax_backends, for diffusers' name.
 
+    None means diffusers' default, which an environment variable, `attention_backend` or another model may have set.
+
     Raises:
         ValueError: Window layers have no such backend.
     """
+    if name is None:
+        name = _AttentionBackendRegistry.get_active_backend()[0]
     name = getattr(name, "value", name)
     if name not in WINDOW_BACKENDS:
-        known = ", ".join(filter(None, WINDOW_BACKENDS))
+        known = ", ".join(WINDOW_BACKENDS)
         raise ValueError(f"the attention backend of a model with window layers must be one of {known}, got {name!r}")
     return "cpu" if (name, device.type) == ("_native_flash", "cpu") else WINDOW_BACKENDS[name]
 

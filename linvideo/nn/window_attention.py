@@ -180,8 +180,8 @@ class WindowAttentionBranch(LinearAttentionBranch):
     ) -> torch.Tensor:
         """Return the log_gain [H] with which the far frames get, on average, the weight that softmax gives them.
 
-        For each head it is the mean of log sum_far exp(s_ij) - log sum_far a_ij over some queries. If no query has far
-        frames, it is the present log_gain.
+        For each head it is the mean of log sum_far exp(s_ij) - log sum_far a_ij over some queries, without those whose
+        second sum is 0. If no query is left, it is the present log_gain.
 
         Args:
             q, k, frame_tokens, rope, prefix_tokens, suffix_tokens, group: Arguments of `forward`, whose others are
@@ -199,10 +199,10 @@ class WindowAttentionBranch(LinearAttentionBranch):
         q, k = q[:, video], k[:, video]
         rows = torch.linspace(0, q.shape[1] - 1, min(queries, q.shape[1]), device=q.device).round().long()
         layout = self.window.layout(q.shape[1] // frame_tokens)
-        far = layout.far(q.device)[rows // frame_tokens // self.window.chunk] > 0  # [queries, F]
+        far = layout.far(q.device)[rows // frame_tokens] > 0  # [queries, F]
         rows, far = rows[far.any(1)], far[far.any(1)].repeat_interleave(frame_tokens, 1)
         if not len(rows):
-            return self.log_gain.detach().clone()
+            return self.log_gain.clone()
         ratios = []
         for head in range(q.shape[2]):  # one head at a time, to hold few rows of N logits
             pair = [x[:, :, head : head + 1].float() for x in (q[:, rows], k)]
@@ -211,8 +211,10 @@ class WindowAttentionBranch(LinearAttentionBranch):
             logits = pair[0][:, :, 0] @ pair[1][:, :, 0].mT / self.head_dim**0.5
             near = ~far
             mass = logits.masked_fill(near, -torch.inf).logsumexp(-1)
-            ratios.append((mass - (phi[0] @ phi[1].mT).masked_fill(near, 0.0).sum(-1).log()).mean())
+            linear = (phi[0] @ phi[1].mT).masked_fill(near, 0.0).sum(-1)
+            ratios.append((mass - linear.log())[linear > 0].mean())
         ratios = torch.stack(ratios)
+        ratios = torch.where(ratios.isnan(), self.log_gain[heads], ratios)
         if group is None:
             return ratios
         return funcol.wait_tensor(funcol.all_gather_tensor(ratios, 0, group))

@@ -185,8 +185,8 @@ def _deterministic() -> dict:
     return {"deterministic": torch.are_deterministic_algorithms_enabled()}
 
 
-def _flash_attn_2_forward(q, k, v, scale, mask=None):
-    module = _module("flash_attn_2", training=False)
+def _flash_attn_forward(name, q, k, v, scale, mask=None):
+    module = _module(name, training=False)
     return module.flash_attn_func(q, k, v, softmax_scale=scale, return_attn_probs=True)[:2]
 
 
@@ -215,11 +215,6 @@ def _flash_attn_2_backward(do, q, k, v, o, lse, scale, mask=None):
     return dq, dk, dv
 
 
-def _flash_attn_3_forward(q, k, v, scale, mask=None):
-    module = _module("flash_attn_3", training=False)
-    return module.flash_attn_func(q, k, v, softmax_scale=scale, return_attn_probs=True)[:2]
-
-
 def _flash_attn_3_backward(do, q, k, v, o, lse, scale, mask=None):
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     module = _module("flash_attn_3", training=True)
@@ -245,7 +240,7 @@ _FUNCTIONS = {
     "flash": (_flash_forward, _flash_backward),
     "cudnn": (_cudnn_forward, _cudnn_backward),
     "efficient": (_efficient_forward, _efficient_backward),
-    "flash_attn_2": (_flash_attn_2_forward, _flash_attn_2_backward),
-    "flash_attn_3": (_flash_attn_3_forward, _flash_attn_3_backward),
+    "flash_attn_2": (functools.partial(_flash_attn_forward, "flash_attn_2"), _flash_attn_2_backward),
+    "flash_attn_3": (functools.partial(_flash_attn_forward, "flash_attn_3"), _flash_attn_3_backward),
     "flash_attn_4": (_flash_attn_4_forward, _flash_attn_4_backward),
 }

@@ -34,7 +34,7 @@ def window_attn(
     backend: str | None = None,
     fp32_precision: str = "ieee",
 ) -> Tensor:
-    """Attention of a video to itself: softmax within a window of frames, linear outside, O(N) in time and memory.
+    """Attention of a video to itself: softmax within a window of frames, linear outside.
 
     The rows are F frames of `frame_tokens` tokens each. The queries of a chunk of `chunk` frames attend with softmax to
     a window: the chunk and `overlap` frames on either side. They attend linearly to exactly the other frames. One
@@ -44,6 +44,9 @@ def window_attn(
 
     with s_ij = scale q_i.k_j, a_ij = phi(q_i).phi(k_j) and a gain g per head. It goes beyond LinVideo
     (arXiv 2510.08318), whose layers are softmax or linear as a whole; ReHyAt and ARL2 combine the two similarly.
+
+    Time and memory are O(N), but for F^2 additions of states, of [H, features, D] each, which are few next to the rest
+    if frames have hundreds of tokens.
 
     Args:
         q: Queries [B, N, H, D] in float32, float16 or bfloat16; D is a multiple of 8 up to 128. N is prefix_tokens +
@@ -107,8 +110,10 @@ def _check_window(tokens, frame_tokens, chunk, overlap, prefix_tokens, suffix_to
     for (name, least), value in zip(numbers.items(), given, strict=True):
         if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < least:
             raise ValueError(f"expected {name} to be an integer of at least {least}, got {value!r}")
-    if isinstance(anchors, str) or any(anchor not in ANCHORS for anchor in anchors):
+    if isinstance(anchors, str) or not isinstance(anchors, Collection) or any(name not in ANCHORS for name in anchors):
         raise ValueError(f"expected anchors to be a collection of 'first' and 'last', got {anchors!r}")
+    if not isinstance(causal, bool):
+        raise ValueError(f"expected causal to be True or False, got {causal!r}")
     if causal and "last" in anchors:
         raise ValueError("expected no anchor 'last' with causal=True, which leaves out later frames, got it")
     video = tokens - prefix_tokens - suffix_tokens
@@ -122,16 +127,21 @@ def _check_window(tokens, frame_tokens, chunk, overlap, prefix_tokens, suffix_to
 
 def _check_log_gain(log_gain: Tensor, q: Tensor) -> None:
     if not isinstance(log_gain, Tensor) or log_gain.dtype not in checks.DTYPES or log_gain.shape != (q.shape[2],):
-        found = f"{log_gain.dtype} {list(log_gain.shape)}" if isinstance(log_gain, Tensor) else type(log_gain).__name__
-        raise ValueError(f"expected log_gain in float32, float16 or bfloat16 of shape [{q.shape[2]}], got {found}")
+        raise ValueError(
+            f"expected log_gain in float32, float16 or bfloat16 of shape [{q.shape[2]}], got {_described(log_gain)}"
+        )
     checks.check_device("log_gain", log_gain, q)
 
 
 def _check_key_mask(key_mask: Tensor, q: Tensor, tokens: int) -> None:
     shape = (q.shape[0], tokens)
-    if key_mask.dtype != torch.bool or key_mask.shape != shape:
+    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool or key_mask.shape != shape:
         raise ValueError(
             f"expected key_mask to be bool of shape {list(shape)}, [B, prefix_tokens + suffix_tokens], got"
-            f" {key_mask.dtype} {list(key_mask.shape)}"
+            f" {_described(key_mask)}"
         )
     checks.check_device("key_mask", key_mask, q)
+
+
+def _described(x: object) -> str:
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -1,7 +1,7 @@
 """Which rows window attention reads together: the windows of all chunks, the keys in every window, and the text.
 
 Everything here is arithmetic with frame and row numbers, without tensors' values. Softmax runs once per `SoftmaxCall`.
-Chunks with equally placed windows share a call: their keys are one overlapping view of k, without a copy.
+In one batch entry, chunks with equally placed windows share a call: their keys are one overlapping view of k.
 """
 
 from itertools import groupby

@@ -28,6 +28,9 @@ from linvideo.ops.library import (
 from linvideo.ops.window_layout import Layout, SoftmaxCall
 
 TINY = 1e-30  # instead of eps: the softmax part keeps the whole normaliser from vanishing
+# Limit of log(g / T), as in the kernels. Where the far part has any weight, T > g den keeps g / T below it; elsewhere
+# it is multiplied by 0, and must be finite.
+MAX_LOG_SHARE = 60.0
 
 
 @operator("window_attn")
@@ -199,8 +202,14 @@ class _Far:
         return x.unflatten(0, (self.batch, -1)).flatten(1, 2)
 
     def _sum(self, matrix: Tensor, x: Tensor) -> Tensor:
-        """Return matrix [F, F] times x [B F, ...] in each batch entry."""
-        return (matrix @ x.view(self.batch, len(matrix), -1)).view(x.shape)
+        """Return matrix [F, F] times x [B F, ...] in each batch entry.
+
+        For fp32 rows the product is taken in float64: PyTorch's fp32 products may use TF32, whatever `precision` says.
+        """
+        frames = x.view(self.batch, len(matrix), -1)
+        if self.q.dtype == torch.float32:
+            frames = frames.double()
+        return (matrix.type_as(frames) @ frames).type_as(x).view(x.shape)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return the output [B, F P, H, D] and the denominators [B, H, F P]."""
@@ -218,10 +227,10 @@ class _Far:
         lse = lse[..., self.layout.video].contiguous()
         do, o = (x[:, self.layout.video] for x in (do, o))
         if uses_kernels(do):
-            dot, share = kernels(do).factors(do, o, lse, log_gain)
+            dot, share = kernels(do).factors(do, o, lse, log_gain.contiguous())
         else:
             dot = (do.float() * o.float()).sum(-1).transpose(1, 2)
-            share = (log_gain.float()[:, None] - lse).exp()
+            share = (log_gain.float()[:, None] - lse).clamp(max=MAX_LOG_SHARE).exp()
         numbers = (self._frames(x.transpose(1, 2)).transpose(1, 2) for x in (dot, share))
         rows = self._frames(do), *numbers, self.q, *self.far_state, self.q_weight
         keys = self.k, self.v, self.k_weight

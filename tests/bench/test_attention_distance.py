@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import attention_distance
 from linvideo.demo.teacher import FOLDER
-from linvideo.models import load_pipeline, sampling_settings
+from linvideo.models import convert, load_pipeline, sampling_settings
 
 FRAMES, PER_FRAME, HEADS, DIM = 5, 3, 2, 8
 
@@ -33,6 +33,11 @@ def test_a_layer_without_queries_is_uniform():
     settings = sampling_settings(pipeline) | {"num_inference_steps": 2}
     layers, uniform = attention_distance.measure(pipeline, ["a red disc moving left"], **settings)
     assert pipeline.transformer is stock
+    pipeline.transformer = convert(stock)
+    with pytest.raises(
+        ValueError, match="expected a stock pipeline with one WanTransformer3DModel, got one with LinVideoWan"
+    ):
+        attention_distance.measure(pipeline, ["a red disc moving left"], **settings)
     assert list(layers) == list(range(len(stock.blocks)))
     for layer, seen in layers.items():
         weights, keys = seen

@@ -30,8 +30,9 @@ class WindowCase:
     feature_map: str = "hedgehog"
     rope: bool = False
     gain: float = 0.0  # the mean of log_gain
+    far_apart: float = 0.0  # the first channel of all queries, and minus that of all keys: the logits are low
     dtype: str = "fp32"
-    layout: str = "contiguous"  # one of cases.LAYOUTS
+    layout: str = "contiguous"  # one of cases.LAYOUTS; other than contiguous, log_gain has a stride, too
 
     @property
     def tokens(self) -> int:
@@ -82,6 +83,10 @@ CASES = [
     WindowCase(frames=3, chunk=2, overlap=2, layout="last_stride_2"),  # every window is the whole video
     WindowCase(frames=3, chunk=2, overlap=2, prefix=3, masked=True, rope=True),
     WindowCase(frames=1, causal=True, prefix=2),
+    # g / T is beyond fp32, and multiplied by 0: in rows without far frames, and in those without features
+    WindowCase(frames=3, chunk=1, gain=2.0, far_apart=21.0),
+    WindowCase(causal=True, chunk=1, overlap=0, gain=2.0, far_apart=21.0),
+    WindowCase(frames=4, chunk=1, overlap=0, gain=2.0, far_apart=21.0, feature_map="relu"),
 ]
 
 
@@ -95,6 +100,13 @@ def make_window_inputs(case: WindowCase, device: str = "cpu") -> tuple[dict[str,
         return torch.randn(*shape, generator=rng, dtype=torch.float64)
 
     rows = normal(case.batch, case.tokens, heads + 2 * key_heads, dim)
+    if case.far_apart:
+        rows[:, :, : heads + key_heads, 0] = case.far_apart
+        rows[:, :, heads : heads + key_heads, 0] *= -1
+        if case.feature_map == "relu":  # then no query has a feature
+            rows[:, :, :heads, 0] *= -1
+            rows[:, :, heads : heads + key_heads, 0] *= -1
+            rows[:, :, :heads] = -rows[:, :, :heads].abs()
     if case.masked:
         keep = kept_keys(rows, case.options["key_mask"], case.prefix)
         rows[:, :, heads:][~keep] = float("nan")
@@ -104,7 +116,8 @@ def make_window_inputs(case: WindowCase, device: str = "cpu") -> tuple[dict[str,
     if case.layout != "packed_qkv":
         parts = (_place(part, case.layout) for part in parts)
     inputs = {name: x.expand(case.batch, -1, -1, -1) for name, x in zip("qkv", parts, strict=True)}
-    inputs["log_gain"] = (case.gain + 0.3 * normal(heads)).to(device, torch.float32)
+    log_gain = (case.gain + 0.3 * normal(heads)).to(device, torch.float32)
+    inputs["log_gain"] = log_gain if case.layout == "contiguous" else log_gain.repeat_interleave(2)[::2]
     if case.feature_map in WEIGHTED:
         for name, count in (("q_weight", heads), ("k_weight", key_heads)):
             weight = torch.eye(dim, dtype=torch.float64) + 0.5 * dim**-0.5 * normal(count, dim, dim)

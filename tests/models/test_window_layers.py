@@ -6,6 +6,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from families import FAMILIES, randn, run
 from tiny import tiny_inputs, tiny_transformer
 
@@ -130,3 +131,7 @@ def test_softmax_backends_have_two_names():
     with pytest.raises(ValueError, match="got '_native_math'"):
         linvideo.models.choose_backend(model, "_native_math")
     assert {attn.processor._attention_backend for attn in self_attentions(model)} == {None}
+    with attention_backend("_native_math"), pytest.raises(ValueError, match="got '_native_math'"):
+        model(**tiny_inputs())  # diffusers' softmax layers take this backend too
+    with attention_backend("_native_flash"):
+        assert window_backend(None, cuda) == "flash"

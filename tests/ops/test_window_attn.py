@@ -231,6 +231,9 @@ BAD = {
     "suffix_tokens -1": ({"suffix_tokens": -1}, "expected suffix_tokens to be an integer of at least 0, got -1"),
     "anchor middle": ({"anchors": ("middle",)}, "expected anchors to be .*'first' and 'last', got .*middle"),
     "anchors as text": ({"anchors": "first"}, "expected anchors to be .*'first' and 'last', got 'first'"),
+    "anchors None": ({"anchors": None}, "expected anchors to be a collection of .*, got None"),
+    "anchors that can be read once": ({"anchors": (x for x in ["first"])}, "expected anchors to be .*, got <gener"),
+    "causal as text": ({"causal": "no"}, "expected causal to be True or False, got 'no'"),
     "causal with last": ({"anchors": ("last",), "causal": True}, "expected no anchor 'last' with causal=True.*, got"),
     "log_gain of one": ({"log_gain": torch.zeros(1)}, r"expected log_gain .* of shape \[2\], got torch.float32 \[1\]"),
     "log_gain float64": ({"log_gain": torch.zeros(2).double()}, "expected log_gain in float32.*, got torch.float64"),
@@ -238,6 +241,7 @@ BAD = {
     "log_gain device": ({"log_gain": torch.zeros(2, device="meta")}, "expected log_gain on .* cpu, got meta"),
     "key_mask of N": ({"key_mask": torch.ones(2, 25).bool()}, r"bool of shape \[2, 5\].*, got torch.bool \[2, 25\]"),
     "key_mask int": ({"key_mask": torch.ones(2, 5).int()}, r"expected key_mask to be bool .*, got torch.int32"),
+    "key_mask as list": ({"key_mask": [[True] * 5] * 2}, "expected key_mask to be bool .*, got list"),
     "key_mask device": ({"key_mask": torch.ones(2, 5, device="meta").bool()}, "expected key_mask on .* cpu, got meta"),
     "more keys": (
         {"k": torch.ones(2, 30, 2, 16), "v": torch.ones(2, 30, 2, 16)},

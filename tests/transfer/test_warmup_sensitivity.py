@@ -57,10 +57,10 @@ def test_warmup_errors_are_of_attention_outputs_on_teacher_activations(teacher):
         assert float(errors[layer]) == pytest.approx(float(expected.detach()), rel=1e-3)
 
 
-def windowed(teacher):
+def windowed(teacher, chunk=1):
     """Return the teacher with a mixed layer and two window layers."""
     student = convert(teacher, layers=[0])
-    return convert(student, layers=[1, 2], mode="window", window={"chunk": 1, "overlap": 0})
+    return convert(student, layers=[1, 2], mode="window", window={"chunk": chunk, "overlap": 0})
 
 
 @pytest.mark.parametrize("converted", [convert, windowed])
@@ -93,9 +93,10 @@ def test_warmup_gradient_is_that_of_the_sum_over_layers(teacher, converted):
     assert analytic == pytest.approx((values[0] - values[1]) / (2 * step), rel=2e-2, abs=1e-6)
 
 
-def test_gains_start_with_the_weight_that_softmax_gives_far_frames(teacher):
-    """Of 3 frames of 16 tokens, each is a chunk. The gain is the mean log ratio of the two sums over far keys."""
-    student, batch = windowed(teacher), make_batch(teacher)
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_gains_start_with_the_weight_that_softmax_gives_far_frames(teacher, chunk):
+    """The gain is the mean log ratio of the two sums over far keys, of 3 frames of 16 tokens."""
+    student, batch = windowed(teacher, chunk), make_batch(teacher)
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
         branch = linear_branches(student)[1]
@@ -105,8 +106,8 @@ def test_gains_start_with_the_weight_that_softmax_gives_far_frames(teacher):
         )
         start_gains(student, batch)
     q, k = (rotate(seen[name], *seen["rope"]).double() for name in "qk")
-    frame = torch.arange(48) // 16
-    far = frame[:, None] != frame
+    of_chunk = torch.arange(48) // 16 // chunk
+    far = of_chunk[:, None] != of_chunk
     logits = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
     phi = [features(x, w.detach().double(), None, "hedgehog") for x, w in ((q, branch.q_weight), (k, branch.k_weight))]
     linear = torch.einsum("bnhf,bmhf->bhnm", *phi)

@@ -75,7 +75,9 @@ def merge_factors(
     out = load_rows(out_ptr, batch, head, row, N, None, stride_on, D, WIDTH, BLOCK, False).to(tl.float32)
     tl.store(dot_ptr + at + n, tl.sum(do * out, axis=1), valid)
     lse = tl.load(lse_ptr + at + n, valid, 0.0)
-    tl.store(share_ptr + at + n, tl.exp(tl.load(log_gain_ptr + head).to(tl.float32) - lse), valid)
+    # Where the far part has any weight, T > g den keeps g / T below e^60. Elsewhere it is multiplied by 0.
+    share = tl.minimum(tl.load(log_gain_ptr + head).to(tl.float32) - lse, 60.0)
+    tl.store(share_ptr + at + n, tl.exp(share), valid)
 
 
 def merge(out, lse, common=None, far=None, log_gain=None) -> None:
