@@ -62,17 +62,20 @@ def layer_numbers(text: str) -> list[int] | str:
 
 def run(args: argparse.Namespace) -> None:
     from linvideo import models
+    from linvideo.models.convert import check_window
     from linvideo.workspace import remove_dead
 
     # a killed call may have moved the old folder into a workspace next to it: put it back before looking
     remove_dead(args.output_dir.resolve().parent)
     refuse_existing(args)
+    window = window_settings(args)
+    check_window(args.mode, window)  # before minutes of loading
     pipeline = load(args.model, args.dtype)
     if "all" in args.layers and len(args.layers) > 1:
         raise ValueError("--layers takes layer numbers or all, but got both")
     layers = "all" if args.layers == ["all"] else [layer for some in args.layers for layer in some]
     converted = models.convert(
-        pipeline, layers, mode=args.mode, feature_map=args.feature_map, copy=False, window=window_settings(args)
+        pipeline, layers, mode=args.mode, feature_map=args.feature_map, copy=False, window=window
     )
     how, state = models.Training(f"conversion ({args.mode})"), "untrained"
     if args.fitted_maps is not None:

@@ -21,7 +21,7 @@ from linvideo.models.attention import attach_attention, self_attentions, stored_
 from linvideo.models.convert import copy_module
 from linvideo.models.wan import LinVideoWanAttnProcessor
 from linvideo.reports.run_report import report
-from linvideo.run.data import Data, Source, open_data, open_run
+from linvideo.run.data import Data, Source, check_windows, open_data, open_run
 from linvideo.run.export import FOLDER, export
 from linvideo.run.gradient import accumulate
 from linvideo.run.optimizer import StudentOptimizer
@@ -132,6 +132,7 @@ def prepare(
     run, source = open_run(config, STAGES, only_transformer, teacher_pipeline, prompts, images)
     converted = load_student(config) if student is None else student
     check_student(converted, source.transformer)
+    check_windows(run, converted)
     if config.dmd.adversarial_weight:
         feature_layer(source.transformer, config.dmd.adversarial_layer)
     return run, source, converted
@@ -279,7 +280,7 @@ def check_student(student: WanTransformer3DModel, teacher: WanTransformer3DModel
         raise ValueError(f"expected a Wan transformer as the student, got {type(student).__name__}")
     mixed = [i for i, kind in enumerate(student.config.get("attention_types") or ()) if kind == "mixed"]
     if mixed:
-        raise ValueError(f"expected a student whose layers are softmax or linear, got mixed layers {mixed}")
+        raise ValueError(f"expected a student of softmax, linear and window layers, got mixed layers {mixed}")
     for name in SHARED:
         of_student, of_teacher = getattr(student.config, name), getattr(teacher.config, name)
         if of_student != of_teacher:

@@ -35,7 +35,13 @@ from linvideo.trajectories.images import add_images, check_images, digest, takes
 from linvideo.trajectories.prompts import PromptConfig, choose_prompts, encode_prompts
 from linvideo.trajectories.store import StateBatch
 from linvideo.transfer.sensitivity import SensitivityConfig, velocity_error
-from linvideo.transfer.warmup import WarmupConfig, attention_output_errors, fit_feature_maps, load_feature_maps
+from linvideo.transfer.warmup import (
+    WarmupConfig,
+    attention_output_errors,
+    fit_feature_maps,
+    load_feature_maps,
+    start_gains,
+)
 from linvideo.workspace import locked
 
 SUITE = "analyze"  # in request.json
@@ -124,11 +130,6 @@ class Analysis:
     @property
     def num_layers(self) -> int:
         return len(next(iter(self.kinds.values()))[0])
-
-    @property
-    def milliseconds_saved(self) -> float | None:
-        """Milliseconds that each linear layer saves; see `saved`."""
-        return self.saved("linear")
 
     def whole(self, kind: str) -> LayerSet | None:
         """Return the set in which all layers are of this kind, or None if the kind was not measured."""
@@ -242,6 +243,7 @@ def analyze(
             else:
                 steps = bar(range(warmup.max_train_steps), progress, desc=_titled("warm-up", kind, kinds))
                 batches = (draw(range(warmup.batch_size), "warmup", step) for step in steps)
+                start_gains(student, draw(range(warmup.batch_size), "warmup", "gains"))
                 fit_feature_maps(student, batches, warmup.learning_rate)
                 write_cached(maps, feature_weights(student), "maps")
 

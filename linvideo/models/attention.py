@@ -187,9 +187,21 @@ def choose_backend(
     except Exception as error:  # the backends' packages may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot use attention_backend {name!r} here: {reason}") from None
-    if stored_window(self_attentions(model)) is not None:
-        choose(window_backend(name, tokens.device), tokens, masked=False, training=False)
+    check_window_backend(model, name, tokens, training=False)
     model.set_attention_backend(name)
+
+
+def check_window_backend(model: ModelMixin, name: str | None, tokens: torch.Tensor, training: bool) -> None:
+    """Raise ValueError if the model has window layers and no such softmax for them.
+
+    Args:
+        model: Transformer, stock or converted.
+        name: Name of one of diffusers' attention backends. None is diffusers' default.
+        tokens: Tensor of the device and dtype that attention will run with.
+        training: Whether a backward is needed.
+    """
+    if stored_window(self_attentions(model)) is not None:
+        choose(window_backend(name, tokens.device), tokens, masked=False, training=training)
 
 
 def window_backend(name: str | None, device: torch.device) -> str | None:

@@ -69,15 +69,20 @@ def convert(
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if window is not None:
-        if mode != "window":
-            raise ValueError(f'window settings go with mode "window" only, got mode {mode!r}')
-        window = Window.of(window)
     arguments = {"layers": layers, "mode": mode, "feature_map": feature_map, "r_init": r_init, "copy": copy}
-    arguments["window"] = window
+    arguments["window"] = check_window(mode, window)
     if isinstance(transformer_or_pipeline, DiffusionPipeline):
         return _convert_pipeline(transformer_or_pipeline, **arguments)
     return _convert_transformer(transformer_or_pipeline, **arguments)
+
+
+def check_window(mode: str, window: Mapping[str, Any] | None) -> Window | None:
+    """Return the window of `convert`'s arguments, or raise ValueError if they do not fit together."""
+    if window is None:
+        return None
+    if mode != "window":
+        raise ValueError(f'window settings go with mode "window" only, got mode {mode!r}')
+    return Window.of(window)
 
 
 def finalize(model: LinearAttentionMixin, linear_layers: Iterable[int] | None = None) -> LinearAttentionMixin:

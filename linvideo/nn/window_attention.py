@@ -203,15 +203,15 @@ class WindowAttentionBranch(LinearAttentionBranch):
         rows, far = rows[far.any(1)], far[far.any(1)].repeat_interleave(frame_tokens, 1)
         if not len(rows):
             return self.log_gain.clone()
-        ratios = []
+        ratios, near = [], ~far
         for head in range(q.shape[2]):  # one head at a time, to hold few rows of N logits
             pair = [x[:, :, head : head + 1].float() for x in (q[:, rows], k)]
             maps = [None if weight is None else weight[head : head + 1].float() for weight in weights]
-            phi = [features(x, w, None, self.feature_map)[:, :, 0] for x, w in zip(pair, maps, strict=True)]
-            logits = pair[0][:, :, 0] @ pair[1][:, :, 0].mT / self.head_dim**0.5
-            near = ~far
+            with torch.autocast(q.device.type, enabled=False):
+                phi = [features(x, w, None, self.feature_map)[:, :, 0] for x, w in zip(pair, maps, strict=True)]
+                logits = pair[0][:, :, 0] @ pair[1][:, :, 0].mT / self.head_dim**0.5
+                linear = (phi[0] @ phi[1].mT).masked_fill(near, 0.0).sum(-1)
             mass = logits.masked_fill(near, -torch.inf).logsumexp(-1)
-            linear = (phi[0] @ phi[1].mT).masked_fill(near, 0.0).sum(-1)
             ratios.append((mass - linear.log())[linear > 0].mean())
         ratios = torch.stack(ratios)
         ratios = torch.where(ratios.isnan(), self.log_gain[heads], ratios)

@@ -132,11 +132,16 @@ def forward_working(sizes: Sizes, batch: int, tokens: int, e: int) -> int:
     return max(e * (2 * inner + 4 * rows), (5 * FP32 + 3 * e) * rows) + _angles(sizes, tokens)
 
 
-def fitting_working(sizes: Sizes, batch: int, tokens: int, e: int) -> int:
+def fitting_working(sizes: Sizes, batch: int, tokens: int, e: int, windows: bool) -> int:
     """Return the same for a step of the warm-up, where the gradient of a layer's error takes four fp32 rows in addition
-    to q, k, v, both outputs and two more rows."""
+    to q, k, v, both outputs and two more rows.
+
+    With `windows`, for window layers: q and k are still in fp32, since the branch takes them before they are cast and
+    rotates them itself, and the output of the layer's own forward, which is not used here, is alive, too.
+    """
     rows = batch * tokens * sizes.width
-    return max(forward_working(sizes, batch, tokens, e), (4 * FP32 + 7 * e) * rows + _angles(sizes, tokens))
+    held = 6 * FP32 + 8 * e if windows else 4 * FP32 + 7 * e
+    return max(forward_working(sizes, batch, tokens, e), held * rows + _angles(sizes, tokens))
 
 
 def _angles(sizes: Sizes, tokens: int) -> int:
@@ -257,7 +262,9 @@ def moments(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> li
     copies = block_copies = (2 * e * (2 + layout.critic) + FP32) * sizes.block if several else 0
     if not several and layout.autocast and layout.lora is None and stage != "trajectories":
         copies, block_copies = BF16 * sizes.cast, BF16 * sizes.block_cast
-    forward = (fitting_working if stage == "warm-up" else forward_working)(sizes, batch, tokens, e)
+    forward = forward_working(sizes, batch, tokens, e)
+    if stage == "warm-up":
+        forward = fitting_working(sizes, batch, tokens, e, windows=bool(config.selection.window_layers))
     if not training:
         encoding = _encoding(sizes, config, text, e) if stage == "trajectories" else []
         return [{COPIES: copies, WORKING: forward}, *encoding]

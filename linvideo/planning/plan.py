@@ -9,7 +9,7 @@ from typing import Any
 from linvideo.planning.hours import collection_hours, measured_here, shared_hours, stage_hours, steps_per_hour
 from linvideo.planning.memory import TRAINING, Layout, condition_bytes, saved, stage_memory, stages, store_bytes
 from linvideo.planning.sizes import TEXT_TOKENS, Sizes
-from linvideo.run.parallel import check_divisible
+from linvideo.run.parallel import check_divisible, check_window_heads
 from linvideo.trajectories.prompts import check_length
 from linvideo.transfer.train_config import TrainConfig
 
@@ -51,6 +51,8 @@ def make_plan(
             raise ValueError(f"{name} must be a positive number, got {value}")
     shard = config.parallel.check(gpus)
     check_divisible(sizes.config, sizes.latents, config.parallel)
+    if config.selection.window_layers:
+        check_window_heads(sizes.config.num_attention_heads, config.parallel)
     check_length(config.prompts.max_sequence_length or TEXT_TOKENS, sizes.config)
     given = {"forward": {"seconds": forward_seconds, "source": "as given by the user"}}
     measured = measured_here(sizes, config) if forward_seconds is None else given

@@ -72,7 +72,7 @@ def adapters(model: torch.nn.Module) -> dict[str, BaseTunerLayer]:
 class FrozenBase:
     """The model under the adapters of `student`, called like any transformer, without gradients only.
 
-    Layers that are linear or mixed in the student run as softmax here.
+    All layers run as softmax here.
     """
 
     def __init__(self, student: torch.nn.Module):

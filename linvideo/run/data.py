@@ -10,8 +10,9 @@ from diffusers import WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 
 from linvideo.models import FewStepScheduler, choose_backend, video_transformers, wan_transformer
+from linvideo.models.attention import check_window_backend, self_attentions, stored_window
 from linvideo.run import run_folder
-from linvideo.run.parallel import check_divisible
+from linvideo.run.parallel import check_divisible, check_window_heads
 from linvideo.run.run_config import RunConfig
 from linvideo.run.session import Run
 from linvideo.run.validation import Validator
@@ -90,6 +91,16 @@ def open_run(
     grid = sampler_grid(pipeline.scheduler, config.trajectories.num_inference_steps)
     kept_steps(grid[0], config.trajectories, expert)
     return run, Source(pipeline, expert, captions, images, shape, grid)
+
+
+def check_windows(run: Run, student: torch.nn.Module) -> None:
+    """Raise ValueError, before hours are spent on sampling, if the student's window layers cannot run as configured."""
+    config = run.config
+    if stored_window(self_attentions(student)) is not None:
+        check_window_heads(student.config.num_attention_heads, config.parallel)
+        dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+        tokens = torch.empty(0, dtype=dtype, device=run.device)
+        check_window_backend(student, config.attention_backend, tokens, training=True)
 
 
 @dataclass(frozen=True)

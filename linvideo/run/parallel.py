@@ -35,7 +35,8 @@ class ParallelConfig:
         shard_degree: Number of ranks that share one copy of the weights, gradients, optimizer state and teacher
             (FSDP2). None means all ranks. A smaller number is HSDP, 1 gives every rank a whole copy (data parallelism).
         ulysses_degree: Number of ranks that share the tokens of a sample by exchanging heads in softmax layers
-            (Ulysses). Linear layers exchange their state, whose size doesn't depend on the number of tokens.
+            (Ulysses). Linear layers exchange their state, whose size doesn't depend on the number of tokens. Window
+            layers exchange heads as well, over all ranks that share a sample.
         ring_degree: Number of ranks that share the tokens of a sample by passing keys and values around (ring
             attention), which needs an attention_backend that supports it. The product of ulysses_degree and ring_degree
             is the context-parallel degree; groups of that size work on different samples.
@@ -205,6 +206,15 @@ def check_divisible(model: Any, latents: tuple[int, int, int, int], parallel: Pa
     if model.num_attention_heads % parallel.ulysses_degree:
         raise ValueError(
             f"parallel.ulysses_degree must divide the {model.num_attention_heads} heads, got {parallel.ulysses_degree}"
+        )
+
+
+def check_window_heads(heads: int, parallel: ParallelConfig) -> None:
+    """Raise ValueError when context parallelism cannot divide the heads of window layers."""
+    if heads % parallel.context_degree:
+        raise ValueError(
+            f"parallel.ulysses_degree * ring_degree must divide the {heads} heads of window layers, got"
+            f" {parallel.context_degree}"
         )
 
 

@@ -97,13 +97,13 @@ class SelectionConfig:
             )
         if self.method == "layers" and self.layers is None:
             self.layers = []
-        if self.num_linear_layers is not None and self.num_linear_layers < 1:
-            raise ValueError(f"selection.num_linear_layers must be at least 1, got {self.num_linear_layers}")
         if self.layers is not None and self.num_linear_layers not in (None, len(self.layers)):
             raise ValueError(
-                f"selection.num_linear_layers must agree with selection.layers, got {self.num_linear_layers} and"
-                f" {len(self.layers)} layers"
+                f"selection.num_linear_layers must be null or the number of selection.layers, {len(self.layers)}, got"
+                f" {self.num_linear_layers}"
             )
+        if self.layers is None and self.num_linear_layers is not None and self.num_linear_layers < 1:
+            raise ValueError(f"selection.num_linear_layers must be at least 1, got {self.num_linear_layers}")
         if self.max_train_steps < 0:
             raise ValueError(f"selection.max_train_steps must not be negative, got {self.max_train_steps}")
         if self.method == "learned" and not self.max_train_steps and not self.r_from_sensitivity:

@@ -54,6 +54,8 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         self.check_choice("expert", (None, *EXPERTS))
         self.check_choice("feature_map", FEATURE_MAPS)
+        if self.window != Window() and not self.selection.window_layers:
+            raise ValueError(f"window settings need selection.window_layers, got none, and {self.window}")
         if self.offload_teacher and self.lora.rank is not None:
             raise ValueError(
                 "offload_teacher and lora.rank exclude each other: with lora the teacher is in the student"

@@ -17,7 +17,7 @@ from linvideo.models import Training, convert, finalize
 from linvideo.models.branches import feature_weights, gates
 from linvideo.reports.run_report import report
 from linvideo.run import run_folder
-from linvideo.run.data import Data, Source, collect_part, open_data, open_run
+from linvideo.run.data import Data, Source, check_windows, collect_part, open_data, open_run
 from linvideo.run.export import FOLDER, export
 from linvideo.run.gradient import autocast
 from linvideo.run.optimizer import StudentOptimizer, clip_gradients, fill_state
@@ -148,7 +148,7 @@ def prepare(
     choose = partial(choose_expert, name=config.expert, guidance_scale_2=config.trajectories.guidance_scale_2)
     run, source = open_run(config, STAGES, choose, teacher_pipeline, prompts, images)
     config.selection.target(len(source.transformer.blocks))
-    candidate(source.transformer, config)
+    check_windows(run, candidate(source.transformer, config))
     config.lora.check(source.transformer)
     return run, source
 

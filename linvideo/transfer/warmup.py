@@ -116,7 +116,7 @@ def attention_output_errors(
             with torch.set_grad_enabled(backward):
                 mine = square_sums(branch.forward(*rows, **settings), softmax_out) * batch.counts
                 every = mine.detach() if ranks is None else ranks.sum(mine)
-                if backward:
+                if backward and mine.requires_grad:  # a map may have no weights
                     (mine[0] / every[1] * size).backward()
             errors[layer] = every[0] / every[1]
 
@@ -135,9 +135,10 @@ def start_gains(student: torch.nn.Module, batch: StateBatch, ranks: Ranks | None
     Args:
         student: Model whose window layers are set; other layers are ignored.
         batch: Teacher states.
-        ranks: Ranks that hold other samples; the average is over all of them. None means this process alone.
+        ranks: Ranks that hold other samples; the average is over all samples. None means this process alone.
     """
     gains: dict[int, torch.Tensor] = {}
+    samples = len(batch.x) * batch.counts
 
     def measure(layer: int):
         def function(branch, rows, settings, softmax_out):
@@ -153,21 +154,21 @@ def start_gains(student: torch.nn.Module, batch: StateBatch, ranks: Ranks | None
     with torch.no_grad():
         for layer, branch in candidates(student).items():
             if layer in gains:
-                branch.log_gain.copy_(gains[layer] if ranks is None else ranks.mean(gains[layer]))
+                mine = torch.cat([gains[layer] * samples, gains[layer].new_tensor([samples])])
+                every = mine if ranks is None else ranks.sum(mine)
+                branch.log_gain.copy_(every[:-1] / every[-1])
 
 
 def fit_feature_maps(student: torch.nn.Module, batches: Iterable[StateBatch], learning_rate: float) -> None:
     """Run the warm-up on one process, outside of a run: one Adam step per batch.
 
-    It fits W_q and W_k and, in window layers, the gains, which start from the first batch.
+    It fits W_q and W_k and, in window layers, the gains, which `start_gains` sets before.
     """
     weights = list(feature_weights(student).values())
     if not weights:  # the feature map has none
         return
     optimizer = torch.optim.Adam(weights, lr=learning_rate)
-    for number, batch in enumerate(batches):
-        if number == 0:
-            start_gains(student, batch)
+    for batch in batches:
         attention_output_errors(student, batch, backward=True)
         optimizer.step()
         optimizer.zero_grad()
@@ -184,12 +185,17 @@ def load_feature_maps(
         layers: Numbers of the layers to load. None means all that have a linear branch.
 
     Raises:
-        ValueError: The file is missing or damaged, or its weights for one of these layers are missing, have another
-            shape or are not finite.
+        ValueError: The file is missing or damaged, or its weights for one of these layers are missing, of another kind
+            of layer, of another shape or not finite.
     """
     _, tensors = read_safetensors(path)
+    weights = feature_weights(model, layers)
     with torch.no_grad():
-        for name, weight in feature_weights(model, layers).items():
+        for name, weight in weights.items():
+            layer = name.rpartition(".")[0]
+            kinds = ["window" if f"{layer}.log_gain" in found else "linear" for found in (weights, tensors)]
+            if any(other.startswith(f"{layer}.") for other in tensors) and kinds[0] != kinds[1]:
+                raise ValueError(f"expected {layer} of a {kinds[0]} layer in {path}, got that of a {kinds[1]} layer")
             if name not in tensors:
                 raise ValueError(f"{path} has no {name}: that layer was not warmed up")
             if tensors[name].shape != weight.shape:

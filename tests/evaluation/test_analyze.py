@@ -26,7 +26,7 @@ from linvideo.trajectories import TrajectoryStore, encode_prompts
 from linvideo.trajectories.images import digest
 from linvideo.trajectories.prompts import PromptConfig
 from linvideo.transfer import TrainConfig, train
-from linvideo.transfer.selection import lowest
+from linvideo.transfer.selection import SelectionConfig, lowest
 from linvideo.transfer.sensitivity import velocity_error
 from linvideo.transfer.warmup import attention_output_errors, load_feature_maps
 
@@ -110,7 +110,7 @@ def test_attention_output_errors_are_after_the_fit(analysis, folder):
 def test_the_proposal_by_hand(analysis):
     assert [chosen.speedup for chosen in analysis.sets] == [1.25, pytest.approx(10 / 6), 2.5]
     assert analysis.proposal == analysis.sets[1]
-    assert analysis.milliseconds_saved == 2
+    assert analysis.saved("linear") == 2
     assert analysis.tokens == 2 * 2 * 2 and analysis.size == [32, 32, 5]
 
 
@@ -217,7 +217,7 @@ def test_times_are_of_whole_forwards_on_this_device(tmp_path, monkeypatch):
     assert all(x.shape == (1, 16, 3, 8, 6) for _, (x, *_) in models)
     stored = json.loads((tmp_path / "new" / "analysis.json").read_text())
     assert stored["environment"]["dtype"] == "float32" and stored["environment"]["device"].startswith("CPU")
-    assert stored["milliseconds_saved_per_layer"] == analysis.milliseconds_saved
+    assert stored["milliseconds_saved_per_layer"] == analysis.saved("linear")
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +261,14 @@ def test_errors_of_window_layers_and_of_sets_of_both_kinds(both):
     load_feature_maps(model, folder / "window_maps.safetensors", chosen.window_layers)
     assert chosen.velocity_error == pytest.approx(velocity_error(model, states), rel=1e-5)
     assert chosen.milliseconds.median == 10 - 2 * len(chosen.layers) - 1.5 * len(chosen.window_layers)
+
+
+def test_window_maps_are_those_of_a_training_run(both, tmp_path):
+    selection = SelectionConfig(method="layers", window_layers=[0, 1, 2])
+    options = {"selection": selection, "window": Window(**WINDOW), "max_train_steps": 0}
+    config = replace(CONFIG, output_dir=str(tmp_path), prompts=PromptConfig(negative_prompt="dull"), **options)
+    train(config, tiny_teacher(), prompts=PROMPTS)
+    assert (both[0] / "window_maps.safetensors").read_bytes() == (tmp_path / "feature_maps.safetensors").read_bytes()
 
 
 def test_an_analysis_of_window_layers_continues_with_the_same_ones_only(both, monkeypatch):

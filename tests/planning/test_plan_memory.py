@@ -45,6 +45,7 @@ from linvideo.trajectories.flow import predict_velocity
 from linvideo.trajectories.images import encode_images
 from linvideo.trajectories.prompts import encode_prompts
 from linvideo.trajectories.store import StateBatch
+from linvideo.transfer.selection import SelectionConfig
 from linvideo.transfer.train_config import TrainConfig
 from linvideo.transfer.warmup import attention_output_errors
 
@@ -285,10 +286,12 @@ def moments_of(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("stage", memory.STAGES[:3])
+@pytest.mark.parametrize(
+    "stage, kind",
+    [*zip(memory.STAGES[:3], ("softmax", "mixed", "linear"), strict=True), ("warm-up", "window")],
+)
 @pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.1-14b", "wan2.1-i2v-14b"])
-def test_largest_moment_before_training_on_cuda(name, stage, autocast):
-    kind = {"trajectories": "softmax", "sensitivity": "linear"}.get(stage, "mixed")
+def test_largest_moment_before_training_on_cuda(name, stage, kind, autocast):
     sizes, model = known(name, 3), meta_model(KNOWN[name] | {"num_layers": 3}, [kind] * 3)
     with like_cuda():
         model = without_data(model)
@@ -302,7 +305,9 @@ def test_largest_moment_before_training_on_cuda(name, stage, autocast):
             else:
                 with torch.no_grad():
                     velocity(model, sizes)
-    largest = memory.moments(sizes, TrainConfig("run"), Layout(autocast=autocast), stage)[0]
+    selection = SelectionConfig(method="layers", window_layers=[0, 1, 2]) if kind == "window" else SelectionConfig()
+    config = TrainConfig("run", selection=selection)
+    largest = memory.moments(sizes, config, Layout(autocast=autocast), stage)[0]
     # a bf16 teacher needs no copies of its weights, but the fp32 model that stands for it here does
     copies = 2 * sizes.cast if autocast and stage == "trajectories" else 0
     # the plan leaves out the video's conditions

@@ -151,5 +151,10 @@ def test_attention_backend_reaches_student_and_teacher(tmp_path):
             train(config, tiny_teacher(), prompts=PROMPTS)
         for model in (seen.student, seen.teacher):
             assert {block.attn1.processor._attention_backend for block in model.blocks} == {"_native_math"}
+        windows = {"method": "layers", "window_layers": [2]}
+        config = tiny_config(tmp_path / "windows", attention_backend="_native_math", selection=windows)
+        with pytest.raises(ValueError, match="with window layers must be one of native, .*, got '_native_math'"):
+            train(config, tiny_teacher(), prompts=PROMPTS)
+        assert not list((tmp_path / "windows").rglob("*.safetensors"))  # nothing is sampled before
     with pytest.raises(ValueError, match="must be one of the following"):
         train(tiny_config(tmp_path / "other", attention_backend="fast"), tiny_teacher(), prompts=PROMPTS)

@@ -276,10 +276,14 @@ def test_settings_that_contradict_each_other():
         from_dict(
             {"output_dir": "a", "selection": {"method": "sensitivity"}, "sensitivity": {"num_states": 0}}, TrainConfig
         )
-    with pytest.raises(ValueError, match="num_linear_layers must agree with selection.layers, got 3 and 2 layers"):
+    with pytest.raises(ValueError, match="num_linear_layers must be null or the number of selection.layers, 2, got 3"):
         from_dict(
             {"output_dir": "a", "selection": {"method": "layers", "layers": [0, 1], "num_linear_layers": 3}},
             TrainConfig,
         )
+    windows = {"method": "layers", "window_layers": [1], "num_linear_layers": 0}
+    assert from_dict({"output_dir": "a", "selection": windows}, TrainConfig).selection.layers == []
+    with pytest.raises(ValueError, match="need selection.window_layers, got none, and chunks of 5 latent frames"):
+        from_dict({"output_dir": "a", "window": {"chunk": 5}}, TrainConfig)
     with pytest.raises(ValueError, match="distinct"):
         from_dict({"output_dir": "a", "selection": {"method": "layers", "layers": [1, 1]}}, TrainConfig)

@@ -1,3 +1,6 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -115,6 +118,24 @@ def test_gains_start_with_the_weight_that_softmax_gives_far_frames(teacher, chun
     torch.testing.assert_close(branch.log_gain.detach().double(), ratio.mean((0, 2)), rtol=1e-4, atol=1e-4)
 
 
+def test_gains_are_means_over_the_samples_of_all_ranks(teacher):
+    """Of three ranks one has two samples, one has one, and one has a substitute that does not count."""
+    both, seen = make_batch(teacher), []
+    names = ("x", "u", "timestep", "conditions", "prompt", "negative")
+    one, other = (StateBatch(*(getattr(both, name)[i : i + 1] for name in names)) for i in range(2))
+
+    def gains(batch, total=None):
+        student = windowed(teacher)
+        start_gains(student, batch, total and SimpleNamespace(sum=total))
+        return torch.stack([linear_branches(student)[layer].log_gain for layer in (1, 2)])
+
+    for batch in (both, one, replace(other, counts=False)):
+        gains(batch, lambda x: seen.append(x) or x)
+    totals = [sum(seen[layer::2]) for layer in range(2)]
+    found = gains(both, lambda x: totals.pop(0))
+    torch.testing.assert_close(found, (2 * gains(both) + gains(one)) / 3)
+
+
 def test_sensitivity_is_the_error_of_one_layer_linear(teacher):
     student, batch = convert(teacher, r_init=0.3), make_batch(teacher)
     errors, floor = layer_sensitivity(student, lambda: [batch], progress=False)
@@ -136,6 +157,10 @@ def test_velocity_error_weighs_every_element_alike(teacher):
 
 def test_feature_maps_without_weights_have_nothing_to_warm_up(teacher):
     assert feature_weights(convert(teacher, feature_map="elu")) == {}
+    student = convert(convert(teacher, layers=[0], feature_map="elu"), layers=[1], mode="window", feature_map="elu")
+    attention_output_errors(student, make_batch(teacher), backward=True)
+    assert [name for name, p in student.named_parameters() if p.grad is not None] == [*feature_weights(student)]
+    assert [*feature_weights(student)] == ["blocks.1.attn1.linear_attn.log_gain"]
 
 
 def test_load_feature_maps_refuses_other_files(teacher, tmp_path):
@@ -150,6 +175,14 @@ def test_load_feature_maps_refuses_other_files(teacher, tmp_path):
         save_file(weights | {name: change.contiguous()}, tmp_path / "feature_maps.safetensors")
         with pytest.raises(ValueError, match=message):
             load_feature_maps(convert(teacher), tmp_path / "feature_maps.safetensors")
+    linear, windows = convert(teacher, layers=[1]), convert(teacher, layers=[1], mode="window")
+    for own, other, kinds in ((linear, windows, ("linear", "window")), (windows, linear, ("window", "linear"))):
+        file = tmp_path / f"{kinds[1]}.safetensors"
+        save_file({name: x.detach().clone() for name, x in feature_weights(other).items()}, file)
+        with pytest.raises(
+            ValueError, match="blocks.1.attn1.linear_attn of a {} layer in .*, got that of a {}".format(*kinds)
+        ):
+            load_feature_maps(own, file)
     file = tmp_path / "maps.safetensors"
     write_cached(file, weights, "maps")
     load_feature_maps(convert(teacher), file)
