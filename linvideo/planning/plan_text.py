@@ -10,7 +10,8 @@ def text(plan: dict[str, Any]) -> str:
     """Format what `make_plan` returns: a table per training stage with a column per layout, and lines around them."""
     found = {name: column for name, column in plan["layouts"].items() if column is not None}
     columns = found.values()
-    windows = f" and {plan['window_layers']} window layers" if plan["window_layers"] else ""
+    count = plan["window_layers"]
+    windows = f" and {count} window layer{'s'[: count != 1]}" if count else ""
     lines = [
         f"{plan['model']}: {plan['parameters'] / 1e9:.3f} billion parameters; {plan['linear_layers']} of"
         f" {plan['layers']} layers become linear{windows}; {plan['tokens']:,} tokens per video; global batch"

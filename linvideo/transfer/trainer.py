@@ -325,7 +325,8 @@ def how_trained(config: TrainConfig, student: torch.nn.Module) -> Training:
         "selection": config.selection.max_train_steps if config.selection.method == "learned" else 0,
         "fine-tuning": config.max_train_steps,
     }
-    settings = {"layers": config.selection.method, "objective": config.objective.name}
+    chosen = {"learned": "learned", "sensitivity": "by sensitivity", "layers": "given"}[config.selection.method]
+    settings = {"layers": chosen, "objective": config.objective.name}
     settings |= {"expert": config.expert, "LoRA rank": config.lora.rank}
     return Training("selective transfer", steps=steps, settings=settings)
 

@@ -219,8 +219,8 @@ def test_the_command(folder, tmp_path, capsys):
         ("--gpus 3 --parallel.ulysses_degree 2", "must divide the number of processes, got 2 with 3"),
         ("--gpus 8 --parallel.ulysses_degree 8", "must divide the 12 heads, got 8"),
         (
-            "--gpus 8 --parallel.ulysses_degree 4 --parallel.ring_degree 2 --attention_backend flash --selection.method layers"
-            " --selection.num_linear_layers 0 --selection.window_layers [2]",
+            "--gpus 8 --parallel.ulysses_degree 4 --parallel.ring_degree 2 --attention_backend flash"
+            " --selection.method layers --selection.num_linear_layers 0 --selection.window_layers [2]",
             "ulysses_degree * ring_degree must divide the 12 heads of window layers, got 8",
         ),
         ("--forward_seconds nan", "forward_seconds: must be finite and not negative, got nan"),
