@@ -21,7 +21,7 @@ def rotate_rows(
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rotate one tile of one head. Limited by memory: it reads and writes each row once and forms no product."""
-    batch, first, head, row, n, valid = tile_of_program(HEADS, splits, N, BLOCK)
+    batch, first, head, row, n, valid = tile_of_program(tl.program_id(0), HEADS, splits, N, BLOCK)
     u_ptr = head_rows(u_ptr, batch, first, head, stride_ub, stride_un, stride_uh, False)
     out_ptr = head_rows(out_ptr, batch, first, head, stride_ob, stride_on, stride_oh, False)
     u = load_rows(u_ptr, batch, head, row, N, None, stride_un, D, WIDTH, BLOCK, False)

@@ -39,13 +39,12 @@ def locate(item, cu_ptr, SEQUENCES, N, splits, rows):
 
 
 @triton.jit
-def tile_of_program(HEADS, splits, N, BLOCK: tl.constexpr):
+def tile_of_program(pid, HEADS, splits, N, BLOCK: tl.constexpr):
     """Find the tile of a kernel that works on each tile of rows alone, without packed sequences.
 
     Returns (batch, first, head, row, n, valid): the tile's rows are n = row, ..., row + BLOCK - 1, and `valid` says
     which of them exist; `first` is 0. The heads of a tile run next to each other, so what they share comes from L2.
     """
-    pid = tl.program_id(0)
     row = pid // HEADS % splits * BLOCK
     n = row + tl.arange(0, BLOCK)
     return pid // HEADS // splits, tl.full([], 0, tl.int32), pid % HEADS, row, n, n < N

@@ -28,7 +28,7 @@ def merge_rows(
 
     Limited by memory: it reads each part and writes the result once.
     """
-    batch, first, head, row, n, valid = tile_of_program(HEADS, splits, N, BLOCK)
+    batch, first, head, row, n, valid = tile_of_program(tl.program_id(0), HEADS, splits, N, BLOCK)
     at = (batch * HEADS + head).to(tl.int64) * N
     out_ptr = head_rows(out_ptr, batch, first, head, stride_ob, stride_on, stride_oh, False)
     near = tl.load(lse_ptr + at + n, valid, 0.0)
@@ -67,7 +67,7 @@ def merge_factors(
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write do.o and g / T of one tile of one head. Limited by memory: it reads do and o once."""
-    batch, first, head, row, n, valid = tile_of_program(HEADS, splits, N, BLOCK)
+    batch, first, head, row, n, valid = tile_of_program(tl.program_id(0), HEADS, splits, N, BLOCK)
     at = (batch * HEADS + head).to(tl.int64) * N
     do_ptr = head_rows(do_ptr, batch, first, head, stride_gb, stride_gn, stride_gh, False)
     out_ptr = head_rows(out_ptr, batch, first, head, stride_ob, stride_on, stride_oh, False)
