@@ -5,8 +5,8 @@ at most 1, 2, ... away, and the effective number of keys of a query, exp(entropy
 little of its linear part as a window layer; a layer that attends uniformly is cheap to make linear. The first row is
 attention that is uniform over the video.
 
-MODEL is a Wan pipeline with one transformer. It makes one video for each caption; every forward counts equally, those
-of guidance's negative prompt too.
+MODEL is a Wan pipeline with one transformer. It makes one video for each caption, in bf16 on a GPU if there is one;
+every forward counts equally, those of guidance's negative prompt too.
 """
 
 import argparse
@@ -113,7 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--captions", nargs="+", metavar="TEXT", help="captions of the videos (default: 8 of the small world)"
     )
     args = parser.parse_args(arguments)
-    pipeline = load_pipeline(args.model)
+    cuda = torch.cuda.is_available()
+    pipeline = load_pipeline(args.model, dtype=torch.bfloat16 if cuda else torch.float32).to("cuda" if cuda else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     captions = args.captions or WORLDS["small"].evaluation_captions(8)
     layers, uniform = measure(pipeline, captions, **sampling_settings(pipeline))
