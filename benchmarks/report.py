@@ -37,8 +37,7 @@ and flash-bidirectional-linear-attention, where they are installed; `--peers WOR
 Window attention has a row for each softmax backend that can compute its near part; the row without a backend's name is
 the default one. `--peers window` runs these rows and FlexAttention over the same windows, which leaves the far frames
 out, and `--peers window SDPA --shapes cpu-wan-n4095 cpu-wan-n8190` is a comparison for a CPU, with Wan's 21 frames and
-heads of 128. Its rows of 1 thread were measured next to other work on the same two cores: their ratios count, not their
-times. All rows use the default window of converted models, chunks of 3 latent frames with an overlap of 1.
+heads of 128. All rows use the default window of converted models, chunks of 3 latent frames with an overlap of 1.
 Shapes that are no model's are divided into 16 frames. The block and model suites also have rows in which all layers, or
 all that are not linear, are window layers.
 
