@@ -14,6 +14,7 @@ import argparse
 import torch
 from diffusers import WanTransformer3DModel
 
+from benchmarks.tables import table_line
 from linvideo.demo.teacher import FOLDER
 from linvideo.demo.world import WORLDS
 from linvideo.models import convert, generate_video, load_pipeline, sampling_settings
@@ -63,20 +64,19 @@ def measure(pipeline, captions: list[str], **settings) -> tuple[dict[int, tuple]
         ValueError: The pipeline is of another kind.
     """
     stock = pipeline.transformer
-    found = [part for part in (stock, getattr(pipeline, "transformer_2", None)) if part is not None]
-    if [type(part) for part in found] != [WanTransformer3DModel]:
-        names = " and ".join(type(part).__name__ for part in found)
+    parts = [part for part in (stock, getattr(pipeline, "transformer_2", None)) if part is not None]
+    if [type(part) for part in parts] != [WanTransformer3DModel]:
+        names = " and ".join(type(part).__name__ for part in parts)
         raise ValueError(f"expected a stock pipeline with one WanTransformer3DModel, got one with {names}")
-    sums, calls, uniform = {}, {}, []
+    found: dict[int, list] = {}
+    uniform = []
 
     def see(layer: int):
         def function(branch, rows, options, softmax_out):
             q, k = rows[:2]
             if (rope := options["rope"]) is not None:
                 q, k = rotate(q, *rope), rotate(k, *rope)
-            seen = by_distance(q, k, options["frame_tokens"])
-            sums[layer] = [a + b for a, b in zip(sums.get(layer, (0, 0)), seen, strict=True)]
-            calls[layer] = calls.get(layer, 0) + 1
+            found.setdefault(layer, []).append(by_distance(q, k, options["frame_tokens"]))
             if not uniform:
                 uniform.append(by_distance(torch.zeros_like(q), k, options["frame_tokens"]))
 
@@ -90,7 +90,8 @@ def measure(pipeline, captions: list[str], **settings) -> tuple[dict[int, tuple]
                 generate_video(pipeline, caption, output_type="latent", generator=generator, **settings)
     finally:
         pipeline.transformer = stock
-    return {layer: tuple(x / calls[layer] for x in sums[layer]) for layer in sorted(sums)}, uniform[0]
+    means = {layer: tuple(torch.stack(x).mean(0) for x in zip(*seen, strict=True)) for layer, seen in found.items()}
+    return means, uniform[0]
 
 
 def line(name: str | int, weights: torch.Tensor, keys: torch.Tensor) -> str:
@@ -99,7 +100,7 @@ def line(name: str | int, weights: torch.Tensor, keys: torch.Tensor) -> str:
     at_most = [within[:, min(d, within.shape[-1] - 1)] for d in range(3)]
     cells = [f"{share.mean():.0f}" for share in at_most]
     cells += [f"{at_most[1].min():.0f}, {at_most[1].max():.0f}", f"{keys.mean():.0f}"]
-    return f"| {name} | {' | '.join(cells)} |"
+    return table_line([str(name), *cells])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -119,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     captions = args.captions or WORLDS["small"].evaluation_captions(8)
     layers, uniform = measure(pipeline, captions, **sampling_settings(pipeline))
     print(f"Share of the attention weight in %, {len(captions)} videos\n")
-    print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}")
+    print(f"{table_line(HEADINGS)}\n|{'---|' * len(HEADINGS)}")
     print(line("uniform", *uniform))
     for layer, seen in layers.items():
         print(line(layer, *seen))

@@ -243,7 +243,8 @@ def analyze(
             else:
                 steps = bar(range(warmup.max_train_steps), progress, desc=_titled("warm-up", kind, kinds))
                 batches = (draw(range(warmup.batch_size), "warmup", step) for step in steps)
-                start_gains(student, draw(range(warmup.batch_size), "warmup", "gains"))
+                if kind == "window":
+                    start_gains(student, draw(range(warmup.batch_size), "warmup", "gains"))
                 fit_feature_maps(student, batches, warmup.learning_rate)
                 write_cached(maps, feature_weights(student), "maps")
 

@@ -133,15 +133,15 @@ def forward_working(sizes: Sizes, batch: int, tokens: int, e: int) -> int:
 
 
 def fitting_working(sizes: Sizes, batch: int, tokens: int, e: int, windows: bool) -> int:
-    """Return the same for a step of the warm-up, where the gradient of a layer's error takes four fp32 rows in addition
-    to q, k, v, both outputs and two more rows.
+    """Return the same for the backward of a layer's error in the warm-up, which takes four fp32 rows in addition to q,
+    k, v, both outputs and two more rows.
 
     With `windows`, for window layers: q and k are still in fp32, since the branch takes them before they are cast and
     rotates them itself, and the output of the layer's own forward, which is not used here, is alive, too.
     """
     rows = batch * tokens * sizes.width
     held = 6 * FP32 + 8 * e if windows else 4 * FP32 + 7 * e
-    return max(forward_working(sizes, batch, tokens, e), held * rows + _angles(sizes, tokens))
+    return held * rows + _angles(sizes, tokens)
 
 
 def _angles(sizes: Sizes, tokens: int) -> int:
@@ -264,7 +264,8 @@ def moments(sizes: Sizes, config: TrainConfig, layout: Layout, stage: str) -> li
         copies, block_copies = BF16 * sizes.cast, BF16 * sizes.block_cast
     forward = forward_working(sizes, batch, tokens, e)
     if stage == "warm-up":
-        forward = fitting_working(sizes, batch, tokens, e, windows=bool(config.selection.window_layers))
+        windows = bool(config.selection.window_layers)
+        forward = max(forward, fitting_working(sizes, batch, tokens, e, windows))
     if not training:
         encoding = _encoding(sizes, config, text, e) if stage == "trajectories" else []
         return [{COPIES: copies, WORKING: forward}, *encoding]

@@ -173,7 +173,7 @@ def warm_up(run: Run, data: Data, student: torch.nn.Module, teacher: Callable) -
         fill_state(optimizer)
         run.register(optimizer=optimizer)
         positions, counts = run.ranks.part(config.batch_size)
-        if not run.stage_step:
+        if run.config.selection.window_layers and not run.stage_step:
             with eager(), autocast(run.config, run.device):
                 start_gains(student, draw(run, data, positions, counts, run.stage, "gains"), run.ranks)
         for step in run.steps(config.max_train_steps, config.batch_size):

@@ -133,7 +133,7 @@ def start_gains(student: torch.nn.Module, batch: StateBatch, ranks: Ranks | None
     """Set the gains of window layers so that the far frames have, on average, the weight that softmax gives them.
 
     Args:
-        student: Model whose window layers are set; other layers are ignored.
+        student: Model with window layers, which are set; other layers are ignored.
         batch: Teacher states.
         ranks: Ranks that hold other samples; the average is over all samples. None means this process alone.
     """
@@ -147,8 +147,6 @@ def start_gains(student: torch.nn.Module, batch: StateBatch, ranks: Ranks | None
 
         return function
 
-    if not any(isinstance(branch, WindowAttentionBranch) for branch in candidates(student).values()):
-        return
     with softmax_with_hooks(student, measure):
         predict_velocity(student, batch.x, batch.timestep, batch.conditions)
     with torch.no_grad():
@@ -190,12 +188,13 @@ def load_feature_maps(
     """
     _, tensors = read_safetensors(path)
     weights = feature_weights(model, layers)
+    wanted, fitted = ({name.rpartition(".")[0] for name in found} for found in (weights, tensors))
+    for layer in sorted(wanted & fitted):
+        kind, got = ("window" if f"{layer}.log_gain" in found else "linear" for found in (weights, tensors))
+        if kind != got:
+            raise ValueError(f"expected {layer} of a {kind} layer in {path}, got that of a {got} layer")
     with torch.no_grad():
         for name, weight in weights.items():
-            layer = name.rpartition(".")[0]
-            kinds = ["window" if f"{layer}.log_gain" in found else "linear" for found in (weights, tensors)]
-            if any(other.startswith(f"{layer}.") for other in tensors) and kinds[0] != kinds[1]:
-                raise ValueError(f"expected {layer} of a {kinds[0]} layer in {path}, got that of a {kinds[1]} layer")
             if name not in tensors:
                 raise ValueError(f"{path} has no {name}: that layer was not warmed up")
             if tensors[name].shape != weight.shape:
