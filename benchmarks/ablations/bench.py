@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,24 @@ from safetensors.torch import load_file
 
 from benchmarks.ablations.ablate import ablate, start_after
 from benchmarks.ablations.distance import WorldDistance
-from benchmarks.ablations.settings import COST, DEFAULT, Setting, Suite, fixed_layers, steps
+from benchmarks.ablations.settings import COST, DEFAULT, TUNING_SEED, Setting, Suite, fixed_layers, steps
 from benchmarks.results import slug
 from linvideo.demo import teacher
-from linvideo.demo.judge import judge, psnr
+from linvideo.demo.judge import coverage, fit, judge, psnr
 from linvideo.demo.world import WORLDS
 from linvideo.evaluation.velocity import trajectory_error
 from linvideo.models import load_pipeline
 from linvideo.run.read_config import from_dict
 from linvideo.trajectories import encode_prompts
 from linvideo.trajectories.atomic_files import read_json, write_safetensors
-from linvideo.trajectories.seeding import draw_noise
+from linvideo.trajectories.conditions import Conditions
+from linvideo.trajectories.flow import sample_steps
+from linvideo.trajectories.seeding import draw_noise, generator
 from linvideo.transfer import TrainConfig
 
 PROBED = 4  # videos for each point of the curve
 FILMED = 4  # videos that are kept of each student, for pictures
+AT_ONCE = 16  # videos in a batch
 
 
 class Bench:
@@ -51,12 +55,19 @@ class Bench:
     def distance(self) -> WorldDistance:
         return WorldDistance(self.folder / "video_net.safetensors", self.world, self.device)
 
-    def row(self, setting: Setting, seed: int) -> dict[str, Any]:
+    def row(self, setting: Setting, seed: int, rate_factor: float | None = None) -> dict[str, Any]:
         """Train and judge a student.
 
         The default run of the seed must be done before the other settings. Its folder is kept; those of other settings
         are deleted after judging.
+
+        Args:
+            setting: Setting to run.
+            seed: Seed of all random draws.
+            rate_factor: Learning rate, divided by the suite's. None means the setting's own.
         """
+        if rate_factor is not None:
+            setting = replace(setting, changes=setting.changes | {"optimizer.learning_rate": rate_factor})
         config = self.config(setting, seed)
         if setting.after == "trajectories":
             shutil.rmtree(config.output_dir, ignore_errors=True)
@@ -74,6 +85,9 @@ class Bench:
                 row |= {k: v for k, v in read_json(chosen).items() if k in ("error_mixed", "error_rounded")}
         else:
             row["diverged"] = outcome.diverged
+        if rate_factor is not None:
+            row["rate_factor"] = rate_factor
+        row |= {"learning_rate": config.optimizer.learning_rate}
         row |= {"steps": config.max_train_steps, "curve": outcome.curve, **outcome.cost}
         row |= self.judge(outcome.student, seed, setting.name)
         if setting != DEFAULT:
@@ -83,16 +97,28 @@ class Bench:
         return row
 
     def teacher_row(self, seed: int) -> dict[str, Any]:
-        """Judge the teacher itself, and keep its videos for the PSNR of the others."""
-        _, videos = self.sample(self.pipeline.transformer, seed, self.suite.videos)
-        write_safetensors(self.teacher_videos(seed), {"videos": videos})
+        """Judge the teacher itself. Its videos are kept for the PSNR of the others, and as many from other noise for
+        their distance to its distribution."""
+        _, embeds, negative, captions = self.start(seed)
+        _, videos = self.sample(self.pipeline.transformer, seed, len(captions))
+        shape = (3, self.world.frames, self.world.size, self.world.size)
+        noise = torch.stack([draw_noise(shape, "teacher", seed, i) for i in range(len(captions))])
+        _, others = self.sample_from(self.pipeline.transformer, noise.to(self.device), embeds, negative)
+        write_safetensors(self.teacher_videos(seed), {"videos": videos, "others": others})
         write_safetensors(film(self.folder, "teacher", seed), {"videos": videos[:FILMED]})
         return {"setting": "teacher", "seed": seed, **self.figures(videos, seed)}
+
+    def world_row(self, seed: int) -> dict[str, Any]:
+        """Judge videos of the world itself, under the same captions."""
+        *_, captions = self.start(seed)
+        scenes = self.world.scenes_from_captions(captions, generator(seed, "world"))
+        return {"setting": "world", "seed": seed, **self.figures(self.world.render(scenes), seed)}
 
     def config(self, setting: Setting, seed: int) -> TrainConfig:
         """Return the run's config. If it shares stages with the default run, its folder starts at the end of these."""
         suite, folder = self.suite, self.folder / "runs"
-        output_dir = folder / f"{slug(setting.name)}-{seed}"
+        tried = f"-{slug(str(setting.changes['optimizer.learning_rate']))}" if setting.tuned else ""
+        output_dir = folder / f"{slug(setting.name)}-{seed}{tried}"
         base = folder / f"{slug(DEFAULT.name)}-{seed}"
         num_layers = len(self.pipeline.transformer.blocks)
         count = max(1, round(setting.share * num_layers))
@@ -105,7 +131,7 @@ class Bench:
             progress=False,
         ).to_dict()
         values["trajectories"] |= {
-            "path": str(self.folder / f"trajectories-{seed}"),
+            "path": str(self.trajectories(setting, seed)),
             "num_trajectories": suite.num_trajectories,
             "num_inference_steps": self.sampler.num_inference_steps,
             "guidance_scale": self.sampler.guidance_scale,
@@ -139,7 +165,8 @@ class Bench:
         if "max_train_steps" not in setting.changes:
             name = setting.objective if setting.objective in COST else objective["name"]
             second = "own_mse" if setting.objective == "own_mse_for_adm" else "adm"
-            values["max_train_steps"] = steps(name, suite.budget, objective["mse_steps"], second)
+            budget = round(setting.length * suite.budget)
+            values["max_train_steps"] = steps(name, budget, objective["mse_steps"], second)
         config = from_dict(values, TrainConfig)
         if setting.after != "trajectories":
             return start_after(setting.after, base, config)
@@ -164,7 +191,7 @@ class Bench:
 
     def judge(self, student: torch.nn.Module, seed: int, name: str) -> dict[str, Any]:
         """Return all figures of a student, and keep some of its videos under `name`."""
-        error, videos = self.sample(student, seed, self.suite.videos)
+        error, videos = self.sample(student, seed, len(self.start(seed)[-1]))
         write_safetensors(film(self.folder, name, seed), {"videos": videos[:FILMED]})
         if not videos.isfinite().all():
             return {"good": 0.0}
@@ -172,9 +199,18 @@ class Bench:
         return self.figures(videos, seed) | {"own_state_error": error, "psnr_to_teacher": psnr(videos, reference)}
 
     def figures(self, videos: torch.Tensor, seed: int) -> dict[str, float]:
-        """Return the figures that need only the videos."""
+        """Return the figures that need only the videos, those of the teacher included."""
         *_, captions = self.start(seed)
-        return judge(videos, captions, self.world) | {"distance": self.distance(videos.float().clamp(-1, 1))}
+        videos, others = videos.float().clamp(-1, 1), load_file(self.teacher_videos(seed))["others"].clamp(-1, 1)
+        numbers = self.world.caption_numbers(captions)
+        order = self.world.scenes_from_numbers(numbers, generator("order")).colour
+        scenes, others_scenes = (fit(each, self.world, order).scenes for each in (videos, others))
+        found = judge(videos, captions, self.world) | {"distance": self.distance(videos)}
+        found |= {"teacher_distance": self.distance.between(videos, others)}
+        found |= {"teacher_coverage": coverage(scenes, others_scenes)}
+        if self.suite.noises > 1:
+            found["diversity"] = diversity(videos, self.suite.noises)
+        return found
 
     def probe(self, seed: int):
         """Return the measure for the curve: the velocity error on the student's own states over a few videos."""
@@ -183,21 +219,36 @@ class Bench:
     def sample(self, student: torch.nn.Module, seed: int, count: int) -> tuple[float, torch.Tensor]:
         """Sample from the first `count` starts of the seed; returns the velocity error and the videos, on the CPU."""
         noise, embeds, negative, _ = self.start(seed)
-        error, videos = trajectory_error(
-            student,
-            self.pipeline.transformer,
-            noise[:count],
-            embeds[:count],
-            self.pipeline.scheduler,
-            self.sampler.num_inference_steps,
-            negative,
-            self.sampler.guidance_scale,
-        )
-        return error, videos.cpu()
+        return self.sample_from(student, noise[:count], embeds[:count], negative)
+
+    def sample_from(
+        self, student: torch.nn.Module, noise: torch.Tensor, embeds: torch.Tensor, negative: torch.Tensor
+    ) -> tuple[float, torch.Tensor]:
+        """Sample from this noise, with these prompts; returns the velocity error and the videos, on the CPU."""
+        steps, guidance = self.sampler.num_inference_steps, self.sampler.guidance_scale
+        first = slice(self.suite.compared)
+        models = student, self.pipeline.transformer
+        settings = self.pipeline.scheduler, steps, negative, guidance
+        error, videos = trajectory_error(*models, noise[first], embeds[first], *settings)
+        parts = [videos]
+        for start in range(len(videos), len(noise), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            under, without = Conditions(embeds[part]), Conditions(negative.expand_as(embeds[part]))
+            with torch.no_grad():
+                for step in sample_steps(
+                    student, self.pipeline.scheduler, steps, noise[part], under, without, guidance
+                ):
+                    pass
+            parts.append(step.x_next)
+        return error, torch.cat(parts).cpu()
 
     def _start(self, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
         """Return the noise, prompt embeddings, negative embedding and captions that all models of the seed share."""
-        captions = self.world.evaluation_captions(self.suite.videos, seed=901 + seed)  # other captions than the demo's
+        count = self.suite.videos // self.suite.noises
+        if seed == TUNING_SEED:
+            count = max(1, count // 2)
+        captions = self.world.evaluation_captions(count, seed=901 + seed)  # other captions than the demo's
+        captions = [caption for caption in captions for _ in range(self.suite.noises)]
         embeddings = encode_prompts(self.pipeline, captions)
         number = torch.arange(len(captions))
         shape = (3, self.world.frames, self.world.size, self.world.size)
@@ -205,8 +256,18 @@ class Bench:
         negative = embeddings.take(number[:1], torch.ones(1, dtype=torch.bool), self.device)
         return noise.to(self.device), embeddings.take(number, device=self.device), negative, captions
 
+    def trajectories(self, setting: Setting, seed: int) -> Path:
+        """Return the folder of the trajectories, which a setting shares with the default run unless it changes them."""
+        changed = [f"{name}-{value}" for name, value in setting.changes.items() if name.startswith("trajectories.")]
+        return self.folder / "-".join(["trajectories", *map(slug, changed), str(seed)])
+
     def teacher_videos(self, seed: int) -> Path:
         return self.folder / f"teacher-{seed}.safetensors"
+
+
+def diversity(videos: torch.Tensor, noises: int) -> float:
+    """Return the mean squared difference between two videos with the same caption; `noises` of them follow each other."""
+    return 2 * videos.unflatten(0, (-1, noises)).var(1).mean().item()
 
 
 def film(folder: Path, name: str, seed: int) -> Path:

@@ -93,6 +93,10 @@ class WorldDistance:
     def __call__(self, videos: torch.Tensor) -> float:
         return kernel_distance(self._standard(self._features(videos)), self.truth)
 
+    def between(self, videos: torch.Tensor, others: torch.Tensor) -> float:
+        """Return the kernel distance of two sets of videos."""
+        return kernel_distance(*(self._standard(self._features(each)) for each in (videos, others)))
+
     def _standard(self, features: torch.Tensor) -> torch.Tensor:
         return (features - self.mean) / self.deviation
 

@@ -24,6 +24,7 @@ COST = {
 }
 
 
+TUNING_SEED = 1000  # seed on which learning rates are tuned; it gives no figure of its own
 SLOW = {"optimizer.learning_rate": 0.25}
 
 
@@ -45,6 +46,9 @@ class Setting:
         objective: Objective that exists only in the ablations, see objectives.py.
         sampler_steps: Number of steps of the student's own rollouts. None means the teacher's number.
         variant: Change of the model, see variants.py.
+        tuned: Name of the setting with whose learning rate this one trains; the setting's own if it is tuned itself, on
+            a seed that doesn't count (see tuning.py). None means the suite's rate.
+        length: Length of fine-tuning relative to the suite's budget.
     """
 
     name: str
@@ -57,6 +61,8 @@ class Setting:
     objective: str | None = None
     sampler_steps: int | None = None
     variant: str | None = None
+    tuned: str | None = None
+    length: float = 1.0
 
 
 def _objective(label: str, name: str, changes: dict[str, Any] | None = None, **more: Any) -> Setting:
@@ -77,6 +83,43 @@ def _second(label: str, changes: dict[str, Any], **more: Any) -> Setting:
     return Setting(
         f"every second, {label}", ("objective, every second layer",), changes, "sensitivity", "spread", **more
     )
+
+
+def _tuned(label: str, objective: str) -> list[Setting]:
+    """Return settings with an objective at its best learning rate, on layers chosen well and badly.
+
+    They share the stages up to the sensitivity pass, so that all training of the weights is by the objective.
+    """
+    well, badly = (f"{label}, {layers} layers" for layers in ("well-chosen", "badly chosen"))
+    changes = {"objective.name": objective}
+    first = changes | {"selection.method": "sensitivity"}
+    return [
+        Setting(well, ("tuned objective, well-chosen layers",), first, "sensitivity", tuned=well),
+        Setting(badly, ("tuned objective, badly chosen layers",), changes, "sensitivity", "spread", tuned=badly),
+    ]
+
+
+def _longer(label: str, objective: str) -> Setting:
+    """Return a setting with an objective on badly chosen layers for four times as long."""
+    changes, tuned = {"objective.name": objective}, f"{label}, badly chosen layers"
+    return Setting(f"{label}, four times as long", ("longer",), changes, "sensitivity", "spread", tuned=tuned, length=4.0)
+
+
+def _trajectories(label: str, **changes: Any) -> list[Setting]:
+    """Return settings with other teacher trajectories, for MSE and ADM on badly chosen layers."""
+    changes = {f"trajectories.{name}": value for name, value in changes.items()}
+    names = {"MSE": "mse", "ADM, small step": "adm"}
+    return [
+        Setting(
+            f"{objective}, {label}",
+            ("guidance",),
+            {"objective.name": name} | changes,
+            "trajectories",
+            "spread",
+            tuned=f"{objective}, badly chosen layers",
+        )
+        for objective, name in names.items()
+    ]
 
 
 def _hybrid(label: str, **changes: Any) -> Setting:
@@ -172,6 +215,27 @@ SETTINGS = {
         Setting("most sensitive linear", ("window",), {}, "trajectories", "most sensitive"),
         *(_window("most sensitive window", "most sensitive", 1, overlap) for overlap in (0, 1)),
         Setting("LoRA of rank 16", ("weights",), {"optimizer.learning_rate": 5.0}, variant="lora"),
+        *_tuned("MSE", "mse"),
+        *_tuned("MSE, own states", "own_mse"),
+        *_tuned("ADM, small step", "adm"),
+        *_tuned("ADM, one sampler step", "adm_step"),
+        *_tuned("hybrid", "hybrid"),
+        *(
+            Setting(
+                f"no fine-tuning, {layers} layers",
+                (f"tuned objective, {layers} layers",),
+                {"max_train_steps": 0} | ({} if rule else {"selection.method": "sensitivity"}),
+                "sensitivity",
+                rule,
+            )
+            for layers, rule in (("well-chosen", None), ("badly chosen", "spread"))
+        ),
+        *(_longer(*pair) for pair in (("MSE", "mse"), ("ADM, small step", "adm"), ("ADM, one sampler step", "adm_step"))),
+        *_trajectories("no negative prompts", negative_probability=0.0),
+        *_trajectories("half negative prompts", negative_probability=0.5),
+        *_trajectories("states without guidance", guidance_scale=1.0),
+        Setting("75.0% linear, lowest sensitivity", ("layers",), {"selection.method": "sensitivity"}, "sensitivity", share=0.75),
+        Setting("75.0% linear, first layers", ("layers",), {}, "sensitivity", "first", share=0.75),
     )
 }
 GROUPS = tuple(dict.fromkeys(group for setting in SETTINGS.values() for group in setting.groups))
@@ -184,6 +248,16 @@ CORE = (
     *("every second, hybrid, own-state MSE for ADM", "no L_reg", "rounded count, the paper's weights", "elu"),
     *("75.0% linear", "100.0% linear"),
 )
+
+
+# Teachers that leave something to gain, each of which takes about an hour on two CPU cores.
+HEADROOM = (
+    DEFAULT.name,
+    *(name for name, setting in SETTINGS.items() if any("tuned objective" in group for group in setting.groups)),
+    *("lowest sensitivity", "first half", "r from 0.5", "learning rate of r x 3"),
+    *("75.0% linear", "75.0% linear, lowest sensitivity", "75.0% linear, first layers"),
+)
+MORE = tuple(name for name, setting in SETTINGS.items() if {"guidance", "longer"} & set(setting.groups))
 
 
 @dataclass(frozen=True)
@@ -202,6 +276,8 @@ class Suite:
         learning_rate: Learning rate of the default setting.
         mixed_precision: Autocast precision as in TrainConfig: "no" or "bf16".
         videos: Number of videos to judge per seed.
+        noises: Number of videos with the same caption; above 1, the variety among them is measured.
+        compared: Number of videos per seed on whose states the velocity error is measured. None means all.
     """
 
     world: str
@@ -215,6 +291,8 @@ class Suite:
     learning_rate: float = 1e-3
     mixed_precision: str = "no"
     videos: int = 168
+    noises: int = 1
+    compared: int | None = None
 
     @property
     def scale(self) -> dict[str, Any]:
@@ -227,6 +305,8 @@ _GPU |= {"learning_rate": 5e-4, "mixed_precision": "bf16"}
 SUITES = {
     "small": Suite("small", CORE, 200),
     "small-all": Suite("small", tuple(SETTINGS), 200),
+    "headroom": Suite("small", HEADROOM, 200, noises=3, compared=48),
+    "headroom-all": Suite("small", (*HEADROOM, *MORE), 200, noises=3, compared=48),
     "middle": Suite("middle", tuple(SETTINGS), **_GPU),
     "large": Suite("large", CORE, **_GPU),
 }

@@ -295,22 +295,22 @@ def judge(videos: torch.Tensor, captions: list[str], world: World) -> dict[str, 
         "straightness_px": mean(found.straightness),
         "flicker": mean(found.flicker),
         "rerender_error": mean(found.rerender_error),
-        "coverage": coverage(found.scenes, numbers),
+        "coverage": coverage(found.scenes, world.scenes_from_numbers(numbers.repeat(50), torch.Generator().manual_seed(1))),
     }
 
 
-def coverage(scenes: Scenes, numbers: torch.Tensor, draws: int = 50) -> float:
-    """Return the sum of the Wasserstein-1 distances of start x, start y and speed, over all shapes, to `draws` samples
-    of the world per caption number."""
-    truth = scenes.world.scenes_from_numbers(numbers.repeat(draws), torch.Generator().manual_seed(1))
+def coverage(scenes: Scenes, truth: Scenes) -> float:
+    """Return the sum of the Wasserstein-1 distances of start x, start y and speed, over all shapes, to other scenes with
+    the same captions. Of these there is a multiple of the number of `scenes`."""
     pairs = [
         (scenes.start[..., 0], truth.start[..., 0]),
         (scenes.start[..., 1], truth.start[..., 1]),
         (scenes.speed, truth.speed),
     ]
-    # Both are sorted and compared quantile by quantile; the truth has `draws` values for each one of the sample.
+    # Both are sorted and compared quantile by quantile; the truth has the same number of values for each one of the
+    # sample.
     return sum(
-        (a.flatten().sort().values[:, None] - b.flatten().sort().values.view(-1, draws)).abs().mean().item()
+        (a.flatten().sort().values[:, None] - b.flatten().sort().values.view(a.numel(), -1)).abs().mean().item()
         for a, b in pairs
     )
 

@@ -8,7 +8,7 @@ that are set by hand, so that it is the identity between pixels and latents: the
 The package includes the teacher of the small world, in FOLDER.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -90,9 +90,21 @@ def tokens(world: World) -> int:
     return world.frames * (world.size // PATCH[1]) ** 2
 
 
-def build_pipeline(world: World, seed: int = 0) -> WanPipeline:
-    """Build the pipeline with an untrained transformer."""
-    settings = SETTINGS[world.name]
+def resized(settings: Settings, layers: int | None, heads: int | None) -> Settings:
+    """Return settings with another number of layers and heads, where these aren't None. The width grows with the heads.
+
+    Raises:
+        ValueError: A number is below 1.
+    """
+    layers, heads = settings.layers if layers is None else layers, settings.heads if heads is None else heads
+    if min(layers, heads) < 1:
+        raise ValueError(f"expected at least one layer and one head, got {layers} layers and {heads} heads")
+    return replace(settings, layers=layers, heads=heads, ffn_dim=settings.ffn_dim * heads // settings.heads)
+
+
+def build_pipeline(world: World, seed: int = 0, settings: Settings | None = None) -> WanPipeline:
+    """Build the pipeline with an untrained transformer. Without settings it has the world's own."""
+    settings = settings or SETTINGS[world.name]
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(world)
     text_encoder = UMT5EncoderModel(
@@ -109,15 +121,14 @@ def build_pipeline(world: World, seed: int = 0) -> WanPipeline:
     ).eval()
     if world.objects > 1:
         bind_words(text_encoder)
-    transformer = build_transformer(world)
+    transformer = build_transformer(settings)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=settings.flow_shift)
     return WanPipeline(tokenizer, text_encoder, identity_vae(), scheduler, transformer)
 
 
-def build_transformer(world: World) -> WanTransformer3DModel:
+def build_transformer(settings: Settings) -> WanTransformer3DModel:
     """Build an untrained transformer. It has 1.1 million parameters and 128 tokens for the small world, 6.3 million and
     1,024 for the middle one, and 61 million and 4,096 for the large one."""
-    settings = SETTINGS[world.name]
     return WanTransformer3DModel(
         patch_size=PATCH,
         num_attention_heads=settings.heads,

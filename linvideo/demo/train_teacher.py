@@ -35,7 +35,7 @@ import json
 import math
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,8 +43,8 @@ from diffusers.training_utils import EMAModel
 
 from linvideo.demo import judge
 from linvideo.demo.evaluate import sample_videos, start_noise
-from linvideo.demo.teacher import SETTINGS, build_pipeline
-from linvideo.demo.world import WORLDS, World
+from linvideo.demo.teacher import SETTINGS, build_pipeline, resized
+from linvideo.demo.world import COLOURS, DIRECTIONS, SHAPES, WORLDS, Scenes, World
 from linvideo.models import load_pipeline, new_folder
 from linvideo.progress import bar
 from linvideo.run.checkpoint import list_checkpoints, load_checkpoint, remove_newer, save_checkpoint
@@ -84,6 +84,18 @@ def shifted_logit_normal(batch: int, shift: float, generator: torch.Generator) -
     return shift * s / (1 + (shift - 1) * s)
 
 
+def noisy(scenes: Scenes, probability: float, generator: torch.Generator) -> Scenes:
+    """Return scenes in which each colour, shape and direction is drawn anew with a probability, for their captions."""
+    words = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS}
+    changed = {}
+    for name, choices in words.items():
+        value = getattr(scenes, name)
+        drawn = torch.randint(len(choices), value.shape, generator=generator)
+        wrong = torch.rand(value.shape, generator=generator) < probability
+        changed[name] = torch.where(wrong, drawn, value)
+    return replace(scenes, **changed)
+
+
 def make_optimizers(transformer: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in transformer.named_parameters() if n.startswith("blocks.") and p.dim() == 2]
     chosen = {id(p) for p in matrices}
@@ -103,18 +115,39 @@ class TeacherRun:
         batch: Videos per step.
         seed: Seed of all random draws.
         device: Device for rendering and training.
-        init_from: Folder of a teacher of the same world to start from; None starts from random weights.
+        init_from: Folder of a teacher of the same world and size to start from; None starts from random weights.
+        caption_noise: Probability that a word of a caption is drawn anew, each by itself.
+        layers, heads: Size of the transformer; None means the world's.
 
     Raises:
-        ValueError: init_from holds a teacher of another world.
+        ValueError: init_from holds a teacher of another world or size.
     """
 
-    def __init__(self, world: World, steps: int, batch: int, seed: int, device: str, init_from: Path | None = None):
+    def __init__(
+        self,
+        world: World,
+        steps: int,
+        batch: int,
+        seed: int,
+        device: str,
+        init_from: Path | None = None,
+        caption_noise: float = 0.0,
+        layers: int | None = None,
+        heads: int | None = None,
+    ):
         self.world, self.steps, self.batch, self.device = world, steps, batch, torch.device(device)
+        self.caption_noise = caption_noise
         self.identity = {"world": world.name, "steps": steps, "batch": batch, "seed": seed}
-        self.pipeline = load_pipeline(init_from) if init_from else build_pipeline(world, seed)
-        if self.pipeline.transformer.config.num_layers != SETTINGS[world.name].layers:
-            raise ValueError(f"{init_from} is not a teacher of the {world.name} world")
+        changed = {"caption_noise": caption_noise or None, "layers": layers, "heads": heads}
+        self.identity |= {name: value for name, value in changed.items() if value is not None}
+        size = resized(SETTINGS[world.name], layers, heads)
+        self.pipeline = load_pipeline(init_from) if init_from else build_pipeline(world, seed, size)
+        config = self.pipeline.transformer.config
+        if (config.num_layers, config.num_attention_heads) != (size.layers, size.heads):
+            raise ValueError(
+                f"expected {init_from} to hold a teacher of the {world.name} world with {size.layers} layers and"
+                f" {size.heads} heads, got {config.num_layers} layers and {config.num_attention_heads} heads"
+            )
         self.pipeline.to(self.device).set_progress_bar_config(disable=True)
         self.transformer = self.pipeline.transformer.train()
         self.ema = EMAModel(self.transformer.parameters(), decay=0.995, use_ema_warmup=True, foreach=True)
@@ -151,7 +184,8 @@ class TeacherRun:
         scenes = self.world.sample_scenes(self.batch, self.generator)
         clean = self.world.render(scenes.to(self.device))
         dropped = (torch.rand(self.batch, generator=self.generator) < 0.1).tolist()
-        captions = ["" if drop else caption for drop, caption in zip(dropped, scenes.captions(), strict=True)]
+        described = noisy(scenes, self.caption_noise, self.generator) if self.caption_noise else scenes
+        captions = ["" if drop else caption for drop, caption in zip(dropped, described.captions(), strict=True)]
         with torch.no_grad():
             condition, _ = self.pipeline.encode_prompt(
                 captions,
@@ -247,6 +281,10 @@ def main(argv: list[str] | None = None) -> None:
     what = "number of videos on which the finished teacher is judged; default: 200"
     parser.add_argument("--num_videos", type=int, default=200, help=what)
     parser.add_argument("--seed", type=int, default=0, help="seed of all random draws; default: 0")
+    what = "probability that a word of a caption is replaced by a random one, for a teacher that errs; default: 0"
+    parser.add_argument("--caption_noise", type=float, default=0.0, help=what)
+    parser.add_argument("--layers", type=int, help="number of layers; default: the world's")
+    parser.add_argument("--heads", type=int, help="number of heads, and with them the width; default: the world's")
     what = "folder of a teacher to start from, with a new cycle of the learning rate"
     parser.add_argument("--init_from", type=Path, help=what)
     parser.add_argument("--compile", action="store_true", help="compile the blocks (on a CPU, needs a C++ compiler)")
@@ -267,7 +305,8 @@ def main(argv: list[str] | None = None) -> None:
     with ExitStack() as stack:
         try:
             check_device(args.device)
-            run = TeacherRun(WORLDS[args.world], steps, batch, args.seed, args.device, args.init_from)
+            changes = args.init_from, args.caption_noise, args.layers, args.heads
+            run = TeacherRun(WORLDS[args.world], steps, batch, args.seed, args.device, *changes)
             stack.callback(_remove_if_empty, state_dir)
             stack.enter_context(locked(state_dir))
             if resumed:
