@@ -76,7 +76,7 @@ class Flow:
         self.knots = torch.linspace(-REACH, REACH, KNOTS).double()
 
     def basis(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the basis functions [n, KNOTS + 2] at x [n]: a hat on each knot, and the slopes beyond the last ones."""
+        """Return the basis functions [n, KNOTS + 2] at x [n]: a hat on each knot, and a slope beyond either end."""
         hats = (1 - (x[:, None] - self.knots).abs() / (self.knots[1] - self.knots[0])).clamp(min=0)
         return torch.cat([hats, (x - REACH).clamp(min=0)[:, None], (x + REACH).clamp(max=0)[:, None]], 1)
 

@@ -4,15 +4,19 @@ Every run adds a row to OUTPUT_DIR/rows.json, so that an interrupted suite conti
 continues small. At the end the rows are copied to benchmarks/results/ablations, and docs/results/ablations.md is
 written from all results.
 
-small takes about an hour on two CPU cores; middle and large need a GPU and a teacher from
+small takes about an hour on two CPU cores. headroom takes as long for each teacher that leaves something to gain; the
+commands that make them are in docs/demo.md. middle and large need a GPU and a teacher from
 `python -m linvideo.demo.train_teacher --world middle`.
 """
 
 import argparse
+from pathlib import Path
 
 from benchmarks import worlds
-from benchmarks.ablations import ablations_report, suite
+from benchmarks.ablations import ablations_report, headroom_report, suite
 from benchmarks.ablations.settings import GROUPS, SETTINGS, SUITES
+from linvideo.models import load_pipeline
+from linvideo.trajectories.atomic_files import read_json
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,6 +34,9 @@ def main(arguments: list[str] | None = None) -> None:
     worlds.add_options(parser, "ablations", "a result file, tables and plots")
     args = parser.parse_args(arguments)
     scale = SUITES[args.suite]
+    described = describe_teacher(args.teacher) if args.suite.startswith("headroom") and args.teacher else None
+    if described and args.output_dir is None:
+        args.output_dir = Path("runs") / f"ablations-headroom-{described['name']}"
     worlds.check_options(parser, args, "ablations", scale.world)
     settings = [name for name in scale.settings if not args.groups or set(args.groups) & set(SETTINGS[name].groups)]
     try:
@@ -37,12 +44,17 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     if not args.no_report:
-        path = ablations_report.save(rows, args.suite, scale)
-        print(
-            "\n".join(
-                f"wrote {x}" for x in [path, *ablations_report.write(ablations_report.FOLDER, ablations_report.DOCS)]
-            )
-        )
+        written = [ablations_report.save(rows, args.suite, scale, described)]
+        for report in (ablations_report, headroom_report):
+            written += report.write(ablations_report.FOLDER, ablations_report.DOCS)
+        print("\n".join(f"wrote {path}" for path in written))
+
+
+def describe_teacher(folder: Path) -> dict:
+    """Return what the results say of a teacher: its name, size and the metrics from its training."""
+    transformer = load_pipeline(folder, text_encoder=None, vae=None).transformer
+    size = sum(parameter.numel() for parameter in transformer.parameters())
+    return {"name": folder.resolve().name, "parameters": size, **read_json(folder / "teacher.json")}
 
 
 if __name__ == "__main__":

@@ -90,25 +90,39 @@ def one_line(row: dict) -> str:
     return f"{row['setting']}, seed {row['seed']}: {', '.join(shown)}{', DIVERGED' if 'diverged' in row else ''}"
 
 
-def save(rows: list[dict], name: str, suite: Suite) -> Path:
-    """Write a new file to benchmarks/results/ablations, unless one has the same rows; returns the file."""
-    scale = {"name": name, **asdict(suite)}
-    document = {"format": 1, "environment": results.environment({}), "suite": scale, "rows": rows}
-    return results.keep(document, FOLDER, name)
+def save(rows: list[dict], name: str, suite: Suite, teacher: dict | None = None) -> Path:
+    """Write a new file to benchmarks/results/ablations, unless one has the same rows; returns the file.
+
+    Args:
+        rows: Rows of the suite.
+        name: Name of the suite.
+        suite: The suite.
+        teacher: Description of a teacher that isn't part of linvideo.
+    """
+    document = {"format": 1, "environment": results.environment({}), "suite": {"name": name, **asdict(suite)}}
+    if teacher is not None:
+        document["teacher"] = teacher
+        name = f"{name}-{teacher['name']}"
+    return results.keep(document | {"rows": rows}, FOLDER, name)
 
 
 def load(folder: Path) -> list[dict]:
-    """Return the newest result of each world and device."""
+    """Return the newest result of each world, teacher and device."""
     documents = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     documents.sort(key=lambda document: document["environment"]["time"])
-    newest = {(d["suite"]["world"], d["environment"]["device"]): d for d in documents}
-    return list(newest.values())
+
+    def key(document: dict) -> tuple:
+        return document["suite"]["world"], document.get("teacher", {}).get("name"), document["environment"]["device"]
+
+    return list({key(document): document for document in documents}.values())
 
 
 def write(folder: Path, docs: Path) -> list[Path]:
     """Write ablations.md and its plots, in ablations/, to the folder `docs`; returns the files."""
     lines, files = [HEAD], []
     for document in load(folder):
+        if "teacher" in document:  # see headroom_report
+            continue
         made = ablations_plots.draw(document, docs / "ablations")
         files += [path for path, _ in made]
         lines += section(document)
@@ -124,9 +138,8 @@ def section(document: dict) -> list[str]:
     lines = [
         f"## World {suite['world']}: {environment['device']}\n",
         f"These are {len(seeds)} seeds with {suite['videos']} videos each. Selection takes {suite['selection_steps']}"
-        f" steps, and fine-tuning the time of {suite['budget']} MSE steps at batch size {suite['batch_size']}. Measured"
-        f" {environment['time'][:10]}, commit {(environment['commit'] or 'unknown')[:12]}:"
-        f" {results.versions(environment)}.\n",
+        f" steps, and fine-tuning the time of {suite['budget']} MSE steps at batch size {suite['batch_size']}."
+        f" {measured(environment)}\n",
     ]
     always = [row for row in rows if row["setting"] in ("teacher", DEFAULT.name)]
     for group in GROUPS:
@@ -137,13 +150,19 @@ def section(document: dict) -> list[str]:
     return lines
 
 
-def table(rows: list[dict]) -> list[str]:
+def measured(environment: dict) -> str:
+    """Return when, at which commit and with which versions a result was measured, as a sentence."""
+    commit = (environment["commit"] or "unknown")[:12]
+    return f"Measured {environment['time'][:10]}, commit {commit}: {results.versions(environment)}."
+
+
+def table(rows: list[dict], figures: tuple = FIGURES) -> list[str]:
     by_setting: dict[str, list[dict]] = {}
     for row in rows:
         by_setting.setdefault(row["setting"], []).append(row | {"softmax_pairs": softmax_pairs(row)})
-    order = ["teacher", *SETTINGS]
+    order = ["world", "teacher", *SETTINGS]
     windows = any(row.get("layers_window") for row in rows)
-    figures = [figure for figure in FIGURES if windows or figure[0] != "softmax_pairs"]
+    figures = [figure for figure in figures if windows or figure[0] != "softmax_pairs"]
     lines = ["| | " + " | ".join(heading for _, heading, _, _ in figures) + " | linear layers |"]
     lines.append("|---|" + "---:|" * len(figures) + "---|")
     for name in sorted(by_setting, key=order.index):

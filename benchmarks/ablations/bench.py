@@ -103,7 +103,7 @@ class Bench:
         _, videos = self.sample(self.pipeline.transformer, seed, len(captions))
         shape = (3, self.world.frames, self.world.size, self.world.size)
         noise = torch.stack([draw_noise(shape, "teacher", seed, i) for i in range(len(captions))])
-        _, others = self.sample_from(self.pipeline.transformer, noise.to(self.device), embeds, negative)
+        others = self.sample_videos(self.pipeline.transformer, noise.to(self.device), embeds, negative)
         write_safetensors(self.teacher_videos(seed), {"videos": videos, "others": others})
         write_safetensors(film(self.folder, "teacher", seed), {"videos": videos[:FILMED]})
         return {"setting": "teacher", "seed": seed, **self.figures(videos, seed)}
@@ -199,17 +199,18 @@ class Bench:
         return self.figures(videos, seed) | {"own_state_error": error, "psnr_to_teacher": psnr(videos, reference)}
 
     def figures(self, videos: torch.Tensor, seed: int) -> dict[str, float]:
-        """Return the figures that need only the videos, those of the teacher included."""
+        """Return the figures of the videos, with their distance to the teacher's if others of it were kept."""
         *_, captions = self.start(seed)
-        videos, others = videos.float().clamp(-1, 1), load_file(self.teacher_videos(seed))["others"].clamp(-1, 1)
-        numbers = self.world.caption_numbers(captions)
-        order = self.world.scenes_from_numbers(numbers, generator("order")).colour
-        scenes, others_scenes = (fit(each, self.world, order).scenes for each in (videos, others))
+        videos = videos.float().clamp(-1, 1)
         found = judge(videos, captions, self.world) | {"distance": self.distance(videos)}
-        found |= {"teacher_distance": self.distance.between(videos, others)}
-        found |= {"teacher_coverage": coverage(scenes, others_scenes)}
         if self.suite.noises > 1:
             found["diversity"] = diversity(videos, self.suite.noises)
+        if (others := load_file(self.teacher_videos(seed)).get("others")) is not None:
+            numbers = self.world.caption_numbers(captions)
+            colours = self.world.scenes_from_numbers(numbers, generator("colours")).colour
+            scenes = [fit(each, self.world, colours).scenes for each in (videos, others)]
+            found["teacher_coverage"] = coverage(*scenes)
+            found["teacher_distance"] = self.distance.between(videos, others.clamp(-1, 1))
         return found
 
     def probe(self, seed: int):
@@ -225,22 +226,37 @@ class Bench:
         self, student: torch.nn.Module, noise: torch.Tensor, embeds: torch.Tensor, negative: torch.Tensor
     ) -> tuple[float, torch.Tensor]:
         """Sample from this noise, with these prompts; returns the velocity error and the videos, on the CPU."""
-        steps, guidance = self.sampler.num_inference_steps, self.sampler.guidance_scale
-        first = slice(self.suite.compared)
+        first, sampler = slice(self.suite.compared), self.sampler
         models = student, self.pipeline.transformer
-        settings = self.pipeline.scheduler, steps, negative, guidance
+        settings = self.pipeline.scheduler, sampler.num_inference_steps, negative, sampler.guidance_scale
         error, videos = trajectory_error(*models, noise[first], embeds[first], *settings)
-        parts = [videos]
-        for start in range(len(videos), len(noise), AT_ONCE):
+        rest = slice(len(videos), None)
+        return error, torch.cat([videos.cpu(), self.sample_videos(student, noise[rest], embeds[rest], negative)])
+
+    @torch.no_grad()
+    def sample_videos(
+        self,
+        model: torch.nn.Module,
+        noise: torch.Tensor,
+        embeds: torch.Tensor,
+        negative: torch.Tensor,
+        scheduler: Any = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> torch.Tensor:
+        """Return videos sampled from this noise, on the CPU. None stands for the value that the teacher is sampled
+        with."""
+        scheduler = self.pipeline.scheduler if scheduler is None else scheduler
+        steps = self.sampler.num_inference_steps if steps is None else steps
+        guidance = self.sampler.guidance_scale if guidance is None else guidance
+        parts = [noise[:0].cpu()]
+        for start in range(0, len(noise), AT_ONCE):
             part = slice(start, start + AT_ONCE)
             under, without = Conditions(embeds[part]), Conditions(negative.expand_as(embeds[part]))
-            with torch.no_grad():
-                for step in sample_steps(
-                    student, self.pipeline.scheduler, steps, noise[part], under, without, guidance
-                ):
-                    pass
-            parts.append(step.x_next)
-        return error, torch.cat(parts).cpu()
+            for step in sample_steps(model, scheduler, steps, noise[part], under, without, guidance):
+                last = step.x_next
+            parts.append(last.cpu())
+        return torch.cat(parts)
 
     def _start(self, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
         """Return the noise, prompt embeddings, negative embedding and captions that all models of the seed share."""
@@ -266,7 +282,7 @@ class Bench:
 
 
 def diversity(videos: torch.Tensor, noises: int) -> float:
-    """Return the mean squared difference between two videos with the same caption; `noises` of them follow each other."""
+    """Return the mean squared difference between two videos with the same caption, of which `noises` stand together."""
     return 2 * videos.unflatten(0, (-1, noises)).var(1).mean().item()
 
 

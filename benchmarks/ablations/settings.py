@@ -102,7 +102,9 @@ def _tuned(label: str, objective: str) -> list[Setting]:
 def _longer(label: str, objective: str) -> Setting:
     """Return a setting with an objective on badly chosen layers for four times as long."""
     changes, tuned = {"objective.name": objective}, f"{label}, badly chosen layers"
-    return Setting(f"{label}, four times as long", ("longer",), changes, "sensitivity", "spread", tuned=tuned, length=4.0)
+    return Setting(
+        f"{label}, four times as long", ("longer",), changes, "sensitivity", "spread", tuned=tuned, length=4.0
+    )
 
 
 def _trajectories(label: str, **changes: Any) -> list[Setting]:
@@ -230,11 +232,20 @@ SETTINGS = {
             )
             for layers, rule in (("well-chosen", None), ("badly chosen", "spread"))
         ),
-        *(_longer(*pair) for pair in (("MSE", "mse"), ("ADM, small step", "adm"), ("ADM, one sampler step", "adm_step"))),
+        *(
+            _longer(*pair)
+            for pair in (("MSE", "mse"), ("ADM, small step", "adm"), ("ADM, one sampler step", "adm_step"))
+        ),
         *_trajectories("no negative prompts", negative_probability=0.0),
         *_trajectories("half negative prompts", negative_probability=0.5),
         *_trajectories("states without guidance", guidance_scale=1.0),
-        Setting("75.0% linear, lowest sensitivity", ("layers",), {"selection.method": "sensitivity"}, "sensitivity", share=0.75),
+        Setting(
+            "75.0% linear, lowest sensitivity",
+            ("layers",),
+            {"selection.method": "sensitivity"},
+            "sensitivity",
+            share=0.75,
+        ),
         Setting("75.0% linear, first layers", ("layers",), {}, "sensitivity", "first", share=0.75),
     )
 }

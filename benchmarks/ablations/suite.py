@@ -46,7 +46,9 @@ def run(suite: Suite, settings: list[str], seeds: int, teacher: Path, folder: Pa
     worlds = [("world_row", seed) for _, seed in missing([WORLD], range(seeds))]
     defaults = [("row", DEFAULT, seed) for _, seed in missing([DEFAULT.name], numbers)]
     run_rounds([first, [*worlds, *defaults]])
-    while trials := [(SETTINGS[name], factor) for name in tuned for factor in tuning.missing(work.rows, SETTINGS[name])]:
+    while trials := [
+        (SETTINGS[name], factor) for name in tuned for factor in tuning.missing(work.rows, SETTINGS[name])
+    ]:
         run_rounds([[("row", setting, TUNING_SEED, factor) for setting, factor in trials]])
     rest = [(SETTINGS[name], seed) for name, seed in missing(settings, range(seeds))]
     run_rounds([[("row", setting, seed, tuning.best(work.rows, setting)) for setting, seed in rest]])

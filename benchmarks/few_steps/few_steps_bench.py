@@ -18,8 +18,6 @@ from linvideo.run.data import open_data
 from linvideo.run.read_config import from_dict
 from linvideo.run.session import TrainingDiverged
 from linvideo.trajectories.atomic_files import read_json, write_json, write_safetensors
-from linvideo.trajectories.conditions import Conditions
-from linvideo.trajectories.flow import sample_steps
 from linvideo.transfer import TrainConfig, train
 
 STEPS = (1, 2, 4)
@@ -165,22 +163,10 @@ class FewStepBench(Bench):
         path = Path(self.transfer_config(seed).output_dir) / "pipeline"
         return load_pipeline(path, text_encoder=None, vae=None).transformer.to(self.device)
 
-    @torch.no_grad()
     def videos(self, model, scheduler, steps: int | None, seed: int, guidance: float | None = None) -> torch.Tensor:
-        """Sample videos; returns them on the CPU. None stands for the value that the teacher is sampled with."""
+        """Sample the videos of the seed, see `sample_videos`."""
         noise, embeds, negative, _ = self.start(seed)
-        scheduler = self.pipeline.scheduler if scheduler is None else scheduler
-        steps = self.sampler.num_inference_steps if steps is None else steps
-        guidance = self.sampler.guidance_scale if guidance is None else guidance
-        parts = []
-        for start in range(0, len(noise), 16):
-            part = slice(start, start + 16)
-            under = Conditions(embeds[part])
-            without = Conditions(negative.expand(len(noise[part]), -1, -1))
-            for step in sample_steps(model, scheduler, steps, noise[part], under, without, guidance):
-                last = step.x_next
-            parts.append(last.cpu())
-        return torch.cat(parts)
+        return self.sample_videos(model, noise, embeds, negative, scheduler, steps, guidance)
 
     def figured(self, name: str, steps: int | str, videos: torch.Tensor, full: torch.Tensor, seed: int) -> dict:
         """Return the row of a model; `full` are the teacher's videos in its full number of steps."""

@@ -295,13 +295,15 @@ def judge(videos: torch.Tensor, captions: list[str], world: World) -> dict[str, 
         "straightness_px": mean(found.straightness),
         "flicker": mean(found.flicker),
         "rerender_error": mean(found.rerender_error),
-        "coverage": coverage(found.scenes, world.scenes_from_numbers(numbers.repeat(50), torch.Generator().manual_seed(1))),
+        "coverage": coverage(
+            found.scenes, world.scenes_from_numbers(numbers.repeat(50), torch.Generator().manual_seed(1))
+        ),
     }
 
 
 def coverage(scenes: Scenes, truth: Scenes) -> float:
-    """Return the sum of the Wasserstein-1 distances of start x, start y and speed, over all shapes, to other scenes with
-    the same captions. Of these there is a multiple of the number of `scenes`."""
+    """Return the sum of the Wasserstein-1 distances of start x, start y and speed, over all shapes, to other scenes
+    with the same captions. Of these there is a multiple of the number of `scenes`."""
     pairs = [
         (scenes.start[..., 0], truth.start[..., 0]),
         (scenes.start[..., 1], truth.start[..., 1]),

@@ -1,0 +1,167 @@
+"""Compare the objectives over teachers that leave something to gain, and the rules that choose layers.
+
+`python -m benchmarks.ablations.headroom_report` writes docs/results/headroom.md from the results of the suite headroom.
+"""
+
+import math
+import statistics
+from pathlib import Path
+
+from benchmarks.ablations import ablations_report
+from benchmarks.ablations.settings import SETTINGS, TUNING_SEED
+from benchmarks.tables import table_line
+
+OBJECTIVES = ("MSE, own states", "ADM, small step", "ADM, one sampler step", "hybrid")
+LAYERS = ("well-chosen layers", "badly chosen layers")
+# pairs of settings whose difference in good videos is shown
+RULES = (
+    ("learned r, a half linear", "default", "lowest sensitivity"),
+    ("first half", "first half", "lowest sensitivity"),
+    ("learned r from 0.5", "r from 0.5", "lowest sensitivity"),
+    ("learning rate of r x 3", "learning rate of r x 3", "lowest sensitivity"),
+    ("learned r, three quarters linear", "75.0% linear", "75.0% linear, lowest sensitivity"),
+    ("first three quarters", "75.0% linear, first layers", "75.0% linear, lowest sensitivity"),
+)
+# the quantile 0.975 of Student's t by degrees of freedom
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
+FIGURES = (
+    ("learning_rate", "learning rate", ".1e", 1),
+    ("good", "good, %", ".1f", 100),
+    ("all_right", "all words right, %", ".1f", 100),
+    ("straightness_px", "straightness, px", ".3f", 1),
+    ("own_state_error", "velocity error x 1000", ".1f", 1000),
+    ("psnr_to_teacher", "PSNR, dB", ".1f", 1),
+    ("teacher_coverage", "coverage of the teacher's", ".2f", 1),
+    ("coverage", "coverage of the world's", ".2f", 1),
+    ("teacher_distance", "distance to the teacher's x 1000", ".0f", 1000),
+    ("distance", "distance to the world's x 1000", ".0f", 1000),
+    ("diversity", "diversity x 1000", ".1f", 1000),
+)
+HEAD = """# Teachers with headroom
+
+This page is written by `python -m benchmarks.ablations.headroom_report` from the files in
+[benchmarks/results/ablations](../../benchmarks/results/ablations). [docs/results.md](../results.md#the-objective) says
+what follows from it.
+
+On a teacher at 100% good, an objective can't show that it makes better videos than another. These teachers of the small
+world leave something to gain. Each table compares settings that share all stages before fine-tuning and are fine-tuned
+for the same time, each at the learning rate that gave it the most good videos on a seed of its own (TUNING_SEED in
+benchmarks/ablations/settings.py), which doesn't count. In well-chosen layers the half with the lowest sensitivities is
+linear, in badly chosen layers every second one.
+
+Besides the columns of [ablations.md](ablations.md), these tell matching a distribution from seeking its modes:
+
+- **all words right**: a student with more than its teacher has left out what the teacher does wrong.
+- **coverage** of the teacher's or the world's: the distance (Wasserstein-1) of positions and speeds to those of the
+  teacher's videos from other noise, or to the world's own. Lower is better.
+- **distance** to the teacher's or the world's: the kernel distance to the teacher's videos from other noise, or to the
+  world's own. Lower is better; compare with the teacher's row.
+- **diversity**: the mean squared difference between two videos with the same caption. A student that seeks modes has
+  less than its teacher.
+"""
+
+
+def interval(differences: list[float], by: float = 100) -> str:
+    """Return the mean of the differences with its 95% interval, "-" without any."""
+    values = [by * value for value in differences]
+    if not values:
+        return "-"
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:+.1f}"
+    half = T[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:+.1f} ± {half:.1f}"
+
+
+def differences(document: dict, name: str, base: str, key: str = "good") -> list[float]:
+    """Return, for each seed that has both settings, by how much `name` has more of a figure than `base`."""
+    found = {(row["setting"], row["seed"]): row[key] for row in document["rows"] if row.get(key) is not None}
+    seeds = sorted({seed for _, seed in found if seed != TUNING_SEED})
+    pairs = [((name, seed), (base, seed)) for seed in seeds]
+    return [found[a] - found[b] for a, b in pairs if a in found and b in found]
+
+
+def difference_table(documents: list[dict], pairs: list[tuple[str, str, str]]) -> list[str]:
+    """Return a table of differences of good videos. pairs: (label, setting, setting that it is compared with)."""
+    lines = [table_line(["", *(document["teacher"]["name"] for document in documents), "mean over teachers"])]
+    lines.append("|---|" + "---:|" * (len(documents) + 1))
+    for label, name, base in pairs:
+        each = [differences(document, name, base) for document in documents]
+        over = interval([statistics.fmean(values) for values in each if values])
+        lines.append(table_line([label, *map(interval, each), over]))
+    return lines
+
+
+def teachers(documents: list[dict]) -> list[str]:
+    lines = [table_line(["teacher", "made with", "parameters", "good, %", "all words right, %", "minutes"])]
+    lines.append("|---|---|---:|---:|---:|---:|")
+    for document in documents:
+        made = document["teacher"]
+        shares = [f"{100 * made[key]:.1f}" for key in ("good", "all_right")]
+        millions = f"{made['parameters'] / 1e6:.1f} M"
+        lines.append(table_line([made["name"], describe(made["run"]), millions, *shares, f"{made['minutes']:.0f}"]))
+    return lines
+
+
+def describe(run: dict) -> str:
+    """Return what a teacher's run had, as text."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in run.items() if name != "world")
+
+
+def tables(document: dict) -> list[str]:
+    """Return all tables of one teacher."""
+    rows = [row for row in document["rows"] if row["seed"] != TUNING_SEED]
+    seeds, suite = len({row["seed"] for row in rows}), document["suite"]
+    lines = [
+        f"## {document['teacher']['name']}\n",
+        f"These are {seeds} seeds with {suite['videos']} videos each, {suite['noises']} per caption. Fine-tuning takes"
+        f" the time of {suite['budget']} MSE steps at batch size {suite['batch_size']}."
+        f" {ablations_report.measured(document['environment'])}\n",
+    ]
+    always = [row for row in rows if row["setting"] in ("world", "teacher")]
+    for group, heading in (
+        ("tuned objective, well-chosen layers", "Objectives, well-chosen layers"),
+        ("tuned objective, badly chosen layers", "Objectives, badly chosen layers"),
+        ("longer", "Four times as long, badly chosen layers"),
+        ("guidance", "Guidance and negative prompts, badly chosen layers"),
+        ("layers", "Choice of layers"),
+    ):
+        names = [name for name, setting in SETTINGS.items() if group in setting.groups]
+        if group == "layers":
+            names += ["default", "r from 0.5", "learning rate of r x 3", "75.0% linear"]
+        chosen = [row for row in rows if row["setting"] in names]
+        if chosen:
+            lines += [f"### {heading}\n", *ablations_report.table([*always, *chosen], FIGURES), ""]
+    return lines
+
+
+def write(folder: Path, docs: Path) -> list[Path]:
+    """Write headroom.md to the folder `docs`; returns the file, none without results."""
+    documents = [document for document in ablations_report.load(folder) if "teacher" in document]
+    if not documents:
+        return []
+    pairs = [
+        (f"{objective}, {layers}", f"{objective}, {layers}", f"MSE, {layers}")
+        for layers in LAYERS
+        for objective in OBJECTIVES
+    ]
+    lines = [HEAD, "## The teachers\n", *teachers(documents), "", "## Objectives against MSE\n"]
+    lines += [
+        "By how many points each has more good videos than MSE has: the mean over seeds with its 95% interval"
+        " (Student's t over the differences of the seeds, which are paired: same captions, noise and earlier stages)."
+        " The last column is the mean over teachers, with the interval over these.\n",
+        *difference_table(documents, pairs),
+        "",
+        "## Choice of layers against the lowest sensitivities\n",
+        *difference_table(documents, list(RULES)),
+        "",
+    ]
+    for document in documents:
+        lines += tables(document)
+    target = docs / "headroom.md"
+    target.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return [target]
+
+
+if __name__ == "__main__":
+    print("\n".join(f"wrote {path}" for path in write(ablations_report.FOLDER, ablations_report.DOCS)))
