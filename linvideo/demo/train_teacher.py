@@ -115,12 +115,13 @@ class TeacherRun:
         batch: Videos per step.
         seed: Seed of all random draws.
         device: Device for rendering and training.
-        init_from: Folder of a teacher of the same world and size to start from; None starts from random weights.
+        init_from: Folder of a teacher of the same world to start from; None starts from random weights.
         caption_noise: Probability that a word of a caption is drawn anew, each by itself.
-        layers, heads: Size of the transformer; None means the world's.
+        layers, heads: Size of the transformer; None means the world's, or that of init_from.
 
     Raises:
-        ValueError: init_from holds a teacher of another world or size.
+        ValueError: init_from holds a teacher of another world or comes with a size, the size is below 1, or the
+            probability is not one.
     """
 
     def __init__(
@@ -140,14 +141,14 @@ class TeacherRun:
         self.identity = {"world": world.name, "steps": steps, "batch": batch, "seed": seed}
         changed = {"caption_noise": caption_noise or None, "layers": layers, "heads": heads}
         self.identity |= {name: value for name, value in changed.items() if value is not None}
-        size = resized(SETTINGS[world.name], layers, heads)
-        self.pipeline = load_pipeline(init_from) if init_from else build_pipeline(world, seed, size)
-        config = self.pipeline.transformer.config
-        if (config.num_layers, config.num_attention_heads) != (size.layers, size.heads):
-            raise ValueError(
-                f"expected {init_from} to hold a teacher of the {world.name} world with {size.layers} layers and"
-                f" {size.heads} heads, got {config.num_layers} layers and {config.num_attention_heads} heads"
-            )
+        if not 0 <= caption_noise <= 1:
+            raise ValueError(f"expected the caption noise to be a probability, got {caption_noise}")
+        if init_from is not None and (layers, heads) != (None, None):
+            raise ValueError(f"expected no number of layers or heads for a run from {init_from}, which has its own")
+        settings = resized(SETTINGS[world.name], layers, heads)
+        self.pipeline = load_pipeline(init_from) if init_from else build_pipeline(world, seed, settings)
+        if self.pipeline.tokenizer.model_max_length != settings.text_length:
+            raise ValueError(f"{init_from} is not a teacher of the {world.name} world")
         self.pipeline.to(self.device).set_progress_bar_config(disable=True)
         self.transformer = self.pipeline.transformer.train()
         self.ema = EMAModel(self.transformer.parameters(), decay=0.995, use_ema_warmup=True, foreach=True)

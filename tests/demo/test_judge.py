@@ -151,7 +151,9 @@ def test_coverage_sees_collapse():
     stuck = world.scenes_from_numbers(numbers, torch.Generator().manual_seed(2))
     stuck.start[:] = stuck.start[0]
     stuck.speed[:] = stuck.speed[0]
-    assert judge.coverage(stuck, numbers) > 4 * judge.coverage(free, numbers)
+    world_draws = world.scenes_from_numbers(numbers.repeat(50), torch.Generator().manual_seed(1))
+    assert judge.coverage(stuck, world_draws) > 4 * judge.coverage(free, world_draws)
+    assert judge.coverage(free, free) == 0
 
 
 def test_psnr_is_ten_log_ten():

@@ -58,7 +58,7 @@ def test_every_caption_has_its_tokens(world):
 )
 def test_sizes(name, layers, tokens, millions):
     with torch.device("meta"):
-        transformer = teacher.build_transformer(WORLDS[name])
+        transformer = teacher.build_transformer(teacher.SETTINGS[name])
     assert transformer.config.num_layers == layers and teacher.tokens(WORLDS[name]) == tokens
     assert sum(p.numel() for p in transformer.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 

@@ -121,3 +121,39 @@ def test_teachers_of_other_worlds_are_refused(tmp_path, capsys):
         train_teacher.main(flags(tmp_path / "run", "--init_from", str(teacher.FOLDER)))
     assert "is not a teacher of the middle world" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_of_another_size_with_noisy_captions(tmp_path):
+    more = ("--layers", "2", "--heads", "3", "--caption_noise", "0.5")
+    train_teacher.main(flags(tmp_path / "first", *more, world="small", steps=1))
+    run = json.loads((tmp_path / "first" / "teacher.json").read_text())["run"]
+    assert (run["layers"], run["heads"], run["caption_noise"]) == (2, 3, 0.5)
+    train_teacher.main(flags(tmp_path / "second", "--init_from", str(tmp_path / "first"), world="small", steps=1))
+    config = load_pipeline(tmp_path / "second").transformer.config
+    assert (config.num_layers, config.num_attention_heads, config.ffn_dim) == (2, 3, 96)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--caption_noise", "1.5"], "expected the caption noise to be a probability, got 1.5"),
+        (["--layers", "0"], "expected at least one layer and one head, got 0 layers"),
+        (["--heads", "3", "--init_from", str(teacher.FOLDER)], "expected no number of layers or heads"),
+    ],
+)
+def test_wrong_sizes_and_noise_are_refused(tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit):
+        train_teacher.main(flags(tmp_path / "run", *more, world="small", steps=1))
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_noisy_captions_change_words_independently():
+    scenes = WORLDS["small"].sample_scenes(20_000, torch.Generator().manual_seed(0))
+    noisy = train_teacher.noisy(scenes, 0.2, torch.Generator().manual_seed(1))
+    same = {name: getattr(noisy, name) == getattr(scenes, name) for name in ("colour", "shape", "direction")}
+    for name, choices in (("colour", 6), ("shape", 3), ("direction", 8)):
+        assert same[name].float().mean().item() == pytest.approx(1 - 0.2 * (1 - 1 / choices), abs=0.01)
+    both = (same["colour"] & same["direction"]).float().mean()
+    assert both == pytest.approx((same["colour"].float().mean() * same["direction"].float().mean()).item(), abs=0.01)
+    assert noisy.start is scenes.start and noisy.speed is scenes.speed  # the videos stay
+    assert torch.equal(train_teacher.noisy(scenes, 0.0, torch.Generator()).direction, scenes.direction)
