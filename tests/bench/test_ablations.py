@@ -8,13 +8,23 @@ import torch
 from tiny_run import PROMPTS, tiny_config, tiny_teacher
 from toy import AffineFlow, toy_prompts, toy_store
 
-from benchmarks.ablations import ablations_report, films, suite
+from benchmarks.ablations import ablations_report, films, headroom_report, suite, tuning
 from benchmarks.ablations.__main__ import main
 from benchmarks.ablations.ablate import ablate, start_after
-from benchmarks.ablations.bench import Bench
+from benchmarks.ablations.bench import Bench, diversity
 from benchmarks.ablations.distance import kernel_distance, labels
 from benchmarks.ablations.objectives import AblationStep, RecordingRollouts
-from benchmarks.ablations.settings import COST, DEFAULT, SETTINGS, SUITES, Setting, Suite, fixed_layers, steps
+from benchmarks.ablations.settings import (
+    COST,
+    DEFAULT,
+    SETTINGS,
+    SUITES,
+    TUNING_SEED,
+    Setting,
+    Suite,
+    fixed_layers,
+    steps,
+)
 from benchmarks.ablations.variants import RopeAfterBranch
 from linvideo.demo import teacher
 from linvideo.demo.world import WORLDS
@@ -40,10 +50,11 @@ def test_suites_name_settings_and_begin_with_the_default():
 def test_only_the_default_changes_nothing():
     def content(setting: Setting) -> tuple:
         changes = tuple(sorted(setting.changes.items()))
-        rules = setting.layers, setting.windows, setting.share
+        rules = setting.layers, setting.windows, setting.share, setting.length, setting.tuned
         return changes, *rules, setting.objective, setting.sampler_steps, setting.variant
 
     assert len({content(setting) for setting in SETTINGS.values()}) == len(SETTINGS)
+    assert all(setting.tuned in (None, *SETTINGS) for setting in SETTINGS.values())
 
 
 def test_objectives_get_the_same_time():
@@ -194,7 +205,42 @@ def test_rope_after_the_map_equals_its_formula_and_sees_only_distances():
     assert torch.allclose(branch(q, k, v, rope=tables(7)), expected, atol=1e-5)
 
 
+# Learning rates.
+
+
+def test_the_best_learning_rate_is_found_on_a_seed_that_does_not_count():
+    setting, good = SETTINGS["MSE, badly chosen layers"], {0.25: 0.5, 0.5: 0.6, 1.0: 0.7, 2.0: 0.7, 4.0: 0.65}
+    error = {0.25: 5.0, 0.5: 4.0, 1.0: 3.0, 2.0: 2.0, 4.0: 1.0}
+
+    def row(factor: float, seed: int = TUNING_SEED) -> dict:
+        found = {"setting": setting.name, "seed": seed, "rate_factor": factor, "good": good[factor]}
+        return found | {"own_state_error": error[factor]}
+
+    assert tuning.missing([], setting) == [0.25, 0.5, 1.0]
+    rows = [row(0.25), row(1.0), row(0.5, seed=0)]  # a row of another seed doesn't count
+    assert tuning.missing(rows, setting) == [0.5]
+    rows.append(row(0.5))
+    assert tuning.missing(rows, setting) == [2.0]  # the best one so far is the highest
+    rows.append(row(2.0))
+    assert tuning.best(rows, setting) == 2.0  # as good as 1, and closer to the teacher
+    assert tuning.missing(rows, setting) == [4.0]
+    rows.append(row(4.0))
+    assert tuning.missing(rows, setting) == [] and tuning.best(rows, setting) == 2.0
+    assert tuning.best(rows, SETTINGS["MSE, half negative prompts"]) == 2.0
+    assert tuning.best(rows, DEFAULT) is None
+    high = [row(factor) | {"good": factor} for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]
+    assert tuning.missing(high, setting) == []  # the limit
+
+
 # The distance.
+
+
+def test_diversity_is_the_distance_of_videos_with_the_same_caption():
+    videos = torch.randn(2, 3, 4, 5)  # two captions, three videos of each
+    pairs = [(a, b) for a in range(3) for b in range(a)]
+    expected = torch.stack([(videos[:, a] - videos[:, b]).square().mean() for a, b in pairs]).mean()
+    assert diversity(videos.flatten(0, 1), 3) == pytest.approx(expected.item())
+    assert diversity(videos[:, :1].expand(-1, 3, -1, -1).flatten(0, 1), 3) == 0
 
 
 def test_the_kernel_distance_is_that_of_its_definition():
@@ -232,6 +278,14 @@ def test_labels_name_every_object():
 # Whole runs.
 
 
+class FakeDistance:
+    def __call__(self, videos):
+        return 0.5
+
+    def between(self, videos, others):
+        return 0.25
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """A bench with an untrained teacher of four layers, which is sampled in three steps."""
@@ -241,14 +295,15 @@ def bench(tmp_path_factory):
         folder = tmp_path_factory.mktemp("suite")
         teacher.build_pipeline(WORLDS["small"]).save_pretrained(folder / "teacher")
         bench = Bench(TINY, folder / "teacher", folder, "cpu")
-        bench.distance = lambda videos: 0.5  # the test of the command trains its network
+        bench.distance = FakeDistance()  # the test of the command trains its network
         bench.rows = [bench.teacher_row(0), bench.row(DEFAULT, 0)]
         yield bench
 
 
 def test_the_teachers_row(bench):
     first, default = bench.rows
-    assert first["distance"] == 0.5 and "psnr_to_teacher" not in first
+    assert first["distance"] == 0.5 and first["teacher_distance"] == 0.25 and "psnr_to_teacher" not in first
+    assert bench.world_row(0)["good"] == 1
     assert len(default["layers_linear"]) == 2 and default["steps"] == 4
     assert [share for share, _ in default["curve"]] == [0, 0.25, 0.5, 0.75, 1.0]
     assert default["device_seconds"] > 0 and default["own_state_error"] > 0
@@ -257,6 +312,7 @@ def test_the_teachers_row(bench):
 @pytest.mark.parametrize(
     "name",
     [
+        *("MSE, half negative prompts", "MSE, four times as long", "75.0% linear, first layers"),
         *("no fine-tuning", "ADM, one step of 25", "ADM, re-noised", "ADM, score network", "DMD", "every second"),
         *("lowest sensitivity", "no L_reg", "100.0% linear", "t uniform in the MSE", "LoRA of rank 16", "elu"),
         "hybrid, ADM in the last fifth",
@@ -266,7 +322,11 @@ def test_the_teachers_row(bench):
 )
 def test_settings_run(bench, name):
     setting = SETTINGS[name]
-    row = bench.row(setting, 0)
+    row = bench.row(setting, 0, None if setting.tuned is None else 0.5)
+    assert row["steps"] == (16 if setting.length == 4 else row["steps"])
+    assert row["learning_rate"] == pytest.approx(
+        1e-3 * (0.5 if setting.tuned else setting.changes.get("optimizer.learning_rate", 1))
+    )
     assert row["setting"] == name and len(row["layers_linear"]) == round(4 * setting.share)
     if setting.windows is not None:
         assert row["layers_window"] == [2, 3] and 0 < row["softmax_pairs"] < 0.5
@@ -279,7 +339,7 @@ def test_settings_run(bench, name):
 @pytest.mark.full
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != DEFAULT.name])
 def test_every_setting_runs(bench, name):
-    assert bench.row(SETTINGS[name], 0)["setting"] == name
+    assert bench.row(SETTINGS[name], 0, SETTINGS[name].tuned and 0.5)["setting"] == name
 
 
 def test_pictures_of_kept_videos(bench, tmp_path):
@@ -308,12 +368,12 @@ def test_the_command_continues_and_reports(tmp_path, monkeypatch, capsys):
     arguments = ["--suite", "small", "--seeds", "1", "--output_dir", str(tmp_path / "work"), "--processes", "1"]
     main([*arguments, "--no_report"])
     rows = json.loads((tmp_path / "work" / "rows.json").read_text())
-    assert [row["setting"] for row in rows] == ["teacher", *names]
-    (tmp_path / "work" / "rows.json").write_text(json.dumps(rows[:2]))
+    assert [row["setting"] for row in rows] == ["teacher", "world", *names]
+    (tmp_path / "work" / "rows.json").write_text(json.dumps(rows[:3]))
     main(arguments)
     again = json.loads((tmp_path / "work" / "rows.json").read_text())
-    assert again[:2] == rows[:2] and again[2]["good"] == rows[2]["good"]
-    assert again[2]["own_state_error"] == rows[2]["own_state_error"]
+    assert again[:3] == rows[:3] and again[3]["good"] == rows[3]["good"]
+    assert again[3]["own_state_error"] == rows[3]["own_state_error"]
     assert "[1/1] no fine-tuning" in capsys.readouterr().out
     (result,) = (tmp_path / "results").glob("*.json")
     assert json.loads(result.read_text())["rows"] == again
@@ -385,3 +445,65 @@ def test_saving_keeps_what_is_there(tmp_path, monkeypatch):
     assert ablations_report.save([row("default", 0, 0.9)], "small", TINY) == first
     second = ablations_report.save([row("default", 0, 0.8)], "small", TINY)
     assert second != first and first.read_text() == content
+
+
+def test_the_suite_tunes_before_it_compares(tmp_path, monkeypatch, capsys):
+    """The order of the rows, the factors and the report, with rows that are made up in place of runs."""
+    good = {0.25: 0.5, 0.5: 0.7, 1.0: 0.6}
+
+    class Rows:
+        def __init__(self, *arguments):
+            pass
+
+        def teacher_row(self, seed):
+            return {"setting": "teacher", "seed": seed, "good": 0.8, "all_right": 0.8}
+
+        def world_row(self, seed):
+            return {"setting": "world", "seed": seed, "good": 1.0}
+
+        def row(self, setting, seed, factor=None):
+            found = {"setting": setting.name, "seed": seed, "good": good.get(factor, 0.4) + 0.01 * seed}
+            found |= {"layers_linear": [0], "own_state_error": 0.1, "learning_rate": 1e-3 * (factor or 1)}
+            return found if factor is None else found | {"rate_factor": factor}
+
+    def in_this_process(make, arguments, rounds, processes):
+        bench = make(*arguments)
+        yield from (getattr(bench, method)(*rest) for jobs in rounds for method, *rest in jobs)
+
+    monkeypatch.setattr(suite, "Bench", Rows)
+    monkeypatch.setattr(suite, "side_by_side", in_this_process)
+    names = [DEFAULT.name, "MSE, badly chosen layers", "ADM, small step, badly chosen layers", "lowest sensitivity"]
+    arguments = (SUITES["headroom"], names, 2, teacher.FOLDER, tmp_path / "work", 1)
+    rows = suite.run(*arguments)
+    tuned = [row for row in rows if row["seed"] == TUNING_SEED]
+    assert [row["setting"] for row in tuned[:2]] == ["teacher", "default"] and len(tuned) == 2 + 2 * 3
+    counted = [row for row in rows if row["seed"] != TUNING_SEED]
+    assert [row.get("rate_factor") for row in counted if row["setting"] in names[1:3]] == [0.5] * 4
+    assert rows.index(tuned[-1]) < rows.index(
+        next(row for row in rows if row["setting"] == names[1] and row["seed"] == 0)
+    )
+    assert len(rows) == 4 + len(tuned) + 4 * 2 and suite.run(*arguments) == rows
+
+    monkeypatch.setattr(ablations_report, "FOLDER", tmp_path / "results")
+    described = {
+        "name": "poor",
+        "parameters": 2_000_000,
+        "good": 0.8,
+        "all_right": 0.8,
+        "minutes": 30.0,
+        "run": {"steps": 9},
+    }
+    ablations_report.save(rows, "headroom", SUITES["headroom"], described)
+    assert not ablations_report.write(tmp_path / "results", tmp_path)[1:]  # the other page doesn't show it
+    (page,) = headroom_report.write(tmp_path / "results", tmp_path)
+    text = page.read_text()
+    assert (
+        "| ADM, small step, badly chosen layers | +0.0 ± 0.0 | +0.0 |" in text and "| poor | steps 9 | 2.0 M |" in text
+    )
+    assert "| learned r, a half linear | +0.0 ± 0.0 | +0.0 |" in text and "5.0e-04" in text
+
+
+def test_intervals_are_those_of_student():
+    assert headroom_report.interval([]) == "-"
+    assert headroom_report.interval([0.02]) == "+2.0"
+    assert headroom_report.interval([0.01, 0.02, 0.03]) == "+2.0 ± 2.5"  # 4.303 x 1 / sqrt(3)

@@ -13,7 +13,7 @@ def flow():
 
 @pytest.mark.parametrize("t", [0.0, 0.05, 0.4, 0.9, 1.0])
 def test_velocity_and_density_are_those_of_samples(flow, t):
-    """E[(eps - x_0) f(x_t)] = E[u(x_t) f(x_t)] for every f, here indicators of bins, and p_t is the samples' density."""
+    """E[(eps - x_0) f(x_t)] = E[u(x_t) f(x_t)] for indicators f of bins, and p_t is the density of the samples."""
     draws = torch.Generator().manual_seed(0)
     count = 400_000
     chosen = torch.multinomial(flow.teacher.weights, count, replacement=True, generator=draws)
@@ -61,13 +61,15 @@ def test_the_exact_divergence_of_a_shifted_normal(flow, monkeypatch):
     assert mixture.reverse_kl(flow, still).item() == pytest.approx(expected.item(), abs=2e-3)
 
 
-def test_a_sampler_step_narrows_the_modes_and_a_small_step_does_not(flow):
+def test_a_sampler_step_narrows_the_modes_and_a_small_step_does_not(monkeypatch):
+    monkeypatch.setattr(mixture, "PARTICLES", 301)
+    flow = mixture.Flow()
     start = mixture.mse(flow)
     teacher = mixture.measure(flow, flow.teacher_states()[-1])
     small, whole = (
-        mixture.measure(flow, flow.states(mixture.train(flow, start, loss, 150))[-1])
+        mixture.measure(flow, flow.states(mixture.train(flow, start, loss, 300))[-1])
         for loss in (mixture.small_step_loss, mixture.sampler_step_loss)
     )
-    assert teacher["w1"] == 0 and small["w1"] < 0.08 < whole["w1"]
+    assert teacher["w1"] == 0 and small["w1"] < 0.08 < 0.1 < whole["w1"]
     assert whole["deviation"] < 0.8 * teacher["deviation"] < small["deviation"]
     assert small["good"] < teacher["good"] < whole["good"]
