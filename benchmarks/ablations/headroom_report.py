@@ -15,11 +15,11 @@ OBJECTIVES = ("MSE, own states", "ADM, small step", "ADM, one sampler step", "hy
 LAYERS = ("well-chosen layers", "badly chosen layers")
 # pairs of settings whose difference in good videos is shown
 RULES = (
-    ("learned r, a half linear", "default", "lowest sensitivity"),
+    ("learned r", "default", "lowest sensitivity, longer"),
+    ("learned r from 0.5", "r from 0.5", "lowest sensitivity, longer"),
+    ("learned r, its learning rate x 3", "learning rate of r x 3", "lowest sensitivity, longer"),
     ("first half", "first half", "lowest sensitivity"),
-    ("learned r from 0.5", "r from 0.5", "lowest sensitivity"),
-    ("learning rate of r x 3", "learning rate of r x 3", "lowest sensitivity"),
-    ("learned r, three quarters linear", "75.0% linear", "75.0% linear, lowest sensitivity"),
+    ("learned r, three quarters linear", "75.0% linear", "75.0% linear, lowest sensitivity, longer"),
     ("first three quarters", "75.0% linear, first layers", "75.0% linear, lowest sensitivity"),
 )
 # the quantile 0.975 of Student's t by degrees of freedom

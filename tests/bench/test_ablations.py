@@ -500,7 +500,7 @@ def test_the_suite_tunes_before_it_compares(tmp_path, monkeypatch, capsys):
     assert (
         "| ADM, small step, badly chosen layers | +0.0 ± 0.0 | +0.0 |" in text and "| poor | steps 9 | 2.0 M |" in text
     )
-    assert "| learned r, a half linear | +0.0 ± 0.0 | +0.0 |" in text and "5.0e-04" in text
+    assert "| first half | - | - |" in text and "5.0e-04" in text
 
 
 def test_intervals_are_those_of_student():
