@@ -150,7 +150,7 @@ def _window(label: str, windows: str, chunk: int, overlap: int, layers: str | No
     return Setting(name, ("window",), changes, "trajectories", layers, windows, **more)
 
 
-# Length of fine-tuning that takes as long as learning r and then fine-tuning for 200 steps, measured on the small world:
+# Length of fine-tuning that takes as long as learning r and then fine-tuning for 200 steps. Measured on the small world:
 # 80 steps with both kinds of attention in every layer take as long as 260 of fine-tuning.
 LEARNING = 2.3
 # The rounding is top_k because after few steps it may be that no r is below 0.5.
@@ -176,7 +176,13 @@ SETTINGS = {
         Setting(
             "every second", ("objective, every second layer", "layers", "window"), after="sensitivity", layers="spread"
         ),
-        _second("no fine-tuning", {"max_train_steps": 0}),
+        Setting(
+            "every second, no fine-tuning",
+            ("objective, every second layer", "tuned objective, badly chosen layers"),
+            {"max_train_steps": 0},
+            "sensitivity",
+            "spread",
+        ),
         _second("MSE, own states", {"objective.name": "own_mse"} | SLOW),
         _second("ADM, small step", {"objective.name": "adm"} | SLOW),
         _second("ADM, one sampler step", {"objective.name": "adm_step"} | SLOW),
@@ -229,15 +235,11 @@ SETTINGS = {
         *_tuned("ADM, small step", "adm"),
         *_tuned("ADM, one sampler step", "adm_step"),
         *_tuned("hybrid", "hybrid"),
-        *(
-            Setting(
-                f"no fine-tuning, {layers} layers",
-                (f"tuned objective, {layers} layers",),
-                {"max_train_steps": 0} | ({} if rule else {"selection.method": "sensitivity"}),
-                "sensitivity",
-                rule,
-            )
-            for layers, rule in (("well-chosen", None), ("badly chosen", "spread"))
+        Setting(
+            "lowest sensitivity, no fine-tuning",
+            ("tuned objective, well-chosen layers",),
+            {"max_train_steps": 0, "selection.method": "sensitivity"},
+            "sensitivity",
         ),
         *(
             _longer(*pair)
