@@ -122,7 +122,8 @@ def tables(document: dict) -> list[str]:
     for group, heading in (
         ("tuned objective, well-chosen layers", "Objectives, well-chosen layers"),
         ("tuned objective, badly chosen layers", "Objectives, badly chosen layers"),
-        ("longer", "Four times as long, badly chosen layers"),
+        ("longer, well-chosen layers", "Four times as long, well-chosen layers"),
+        ("longer, badly chosen layers", "Four times as long, badly chosen layers"),
         ("guidance", "Guidance and negative prompts, badly chosen layers"),
         ("layers", "Choice of layers"),
     ):

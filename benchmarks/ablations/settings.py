@@ -4,7 +4,7 @@ A setting shares all stages before the change with the default run of the same s
 an objective whose step takes twice as long gets half as many steps (COST).
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -99,12 +99,12 @@ def _tuned(label: str, objective: str) -> list[Setting]:
     ]
 
 
-def _longer(label: str, objective: str) -> Setting:
-    """Return a setting with an objective on badly chosen layers for four times as long."""
-    changes, tuned = {"objective.name": objective}, f"{label}, badly chosen layers"
-    return Setting(
-        f"{label}, four times as long", ("longer",), changes, "sensitivity", "spread", tuned=tuned, length=4.0
-    )
+def _longer(label: str, objective: str) -> list[Setting]:
+    """Return the settings of `_tuned`, four times as long."""
+    return [
+        replace(setting, name=f"{setting.name}, four times as long", groups=(f"longer, {layers}",), length=4.0)
+        for setting, layers in zip(_tuned(label, objective), ("well-chosen layers", "badly chosen layers"), strict=True)
+    ]
 
 
 def _trajectories(label: str, **changes: Any) -> list[Setting]:
@@ -241,10 +241,9 @@ SETTINGS = {
             {"max_train_steps": 0, "selection.method": "sensitivity"},
             "sensitivity",
         ),
-        *(
-            _longer(*pair)
-            for pair in (("MSE", "mse"), ("ADM, small step", "adm"), ("ADM, one sampler step", "adm_step"))
-        ),
+        *_longer("MSE", "mse"),
+        *_longer("ADM, small step", "adm"),
+        *_longer("ADM, one sampler step", "adm_step"),
         *_trajectories("no negative prompts", negative_probability=0.0),
         *_trajectories("half negative prompts", negative_probability=0.5),
         *_trajectories("states without guidance", guidance_scale=1.0),
@@ -274,7 +273,7 @@ HEADROOM = (
     *("lowest sensitivity, longer", "75.0% linear", "75.0% linear, lowest sensitivity"),
     *("75.0% linear, lowest sensitivity, longer", "75.0% linear, first layers"),
 )
-MORE = tuple(name for name, setting in SETTINGS.items() if {"guidance", "longer"} & set(setting.groups))
+MORE = tuple(name for name, setting in SETTINGS.items() if setting.length == 4 or "guidance" in setting.groups)
 
 
 @dataclass(frozen=True)

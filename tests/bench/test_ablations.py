@@ -312,7 +312,7 @@ def test_the_teachers_row(bench):
 @pytest.mark.parametrize(
     "name",
     [
-        *("MSE, half negative prompts", "MSE, four times as long", "75.0% linear, first layers"),
+        *("MSE, half negative prompts", "MSE, badly chosen layers, four times as long", "75.0% linear, first layers"),
         *("no fine-tuning", "ADM, one step of 25", "ADM, re-noised", "ADM, score network", "DMD", "every second"),
         *("lowest sensitivity", "no L_reg", "100.0% linear", "t uniform in the MSE", "LoRA of rank 16", "elu"),
         "hybrid, ADM in the last fifth",
