@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks import worlds
 from benchmarks.ablations import ablations_report, headroom_report, suite
 from benchmarks.ablations.settings import GROUPS, SETTINGS, SUITES
+from benchmarks.results import slug
 from linvideo.models import load_pipeline
 from linvideo.trajectories.atomic_files import read_json
 
@@ -35,8 +36,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     scale = SUITES[args.suite]
     described = describe_teacher(args.teacher) if args.suite.startswith("headroom") and args.teacher else None
+    if described and scale.guidance_scale is not None:
+        described["name"] += ", unguided"
     if described and args.output_dir is None:
-        args.output_dir = Path("runs") / f"ablations-headroom-{described['name']}"
+        args.output_dir = Path("runs") / f"ablations-headroom-{slug(described['name'])}"
     worlds.check_options(parser, args, "ablations", scale.world)
     settings = [name for name in scale.settings if not args.groups or set(args.groups) & set(SETTINGS[name].groups)]
     try:

@@ -102,7 +102,7 @@ def save(rows: list[dict], name: str, suite: Suite, teacher: dict | None = None)
     document = {"format": 1, "environment": results.environment({}), "suite": {"name": name, **asdict(suite)}}
     if teacher is not None:
         document["teacher"] = teacher
-        name = f"{name}-{teacher['name']}"
+        name = f"{name}-{results.slug(teacher['name'])}"
     return results.keep(document | {"rows": rows}, FOLDER, name)
 
 

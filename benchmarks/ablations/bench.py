@@ -45,6 +45,8 @@ class Bench:
     def __init__(self, suite: Suite, teacher_folder: str | Path, folder: Path, device: str):
         self.suite, self.folder, self.device = suite, folder, device
         self.world, self.sampler = WORLDS[suite.world], teacher.SETTINGS[suite.world]
+        if suite.guidance_scale is not None:
+            self.sampler = replace(self.sampler, guidance_scale=suite.guidance_scale)
         dtype = torch.bfloat16 if suite.mixed_precision == "bf16" else torch.float32
         self.pipeline = load_pipeline(teacher_folder, dtype=dtype).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -166,7 +168,8 @@ class Bench:
             name = setting.objective if setting.objective in COST else objective["name"]
             second = "own_mse" if setting.objective == "own_mse_for_adm" else "adm"
             budget = round(setting.length * suite.budget)
-            values["max_train_steps"] = steps(name, budget, objective["mse_steps"], second)
+            guided = values["trajectories"]["guidance_scale"] > 1
+            values["max_train_steps"] = steps(name, budget, objective["mse_steps"], second, guided)
         config = from_dict(values, TrainConfig)
         if setting.after != "trajectories":
             return start_after(setting.after, base, config)

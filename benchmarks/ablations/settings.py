@@ -22,6 +22,7 @@ COST = {
     "adm_score_net": 3.0,
     "dmd": 3.0,
 }
+FORWARD = 0.3  # the same for a forward
 
 
 TUNING_SEED = 1000  # seed on which learning rates are tuned; it gives no figure of its own
@@ -294,6 +295,7 @@ class Suite:
         videos: Number of videos to judge per seed.
         noises: Number of videos with the same caption; above 1, the variety among them is measured.
         compared: Number of videos per seed on whose states the velocity error is measured. None means all.
+        guidance_scale: Guidance scale of the sampler, for trajectories and videos. None means the world's.
     """
 
     world: str
@@ -309,6 +311,7 @@ class Suite:
     videos: int = 168
     noises: int = 1
     compared: int | None = None
+    guidance_scale: float | None = None
 
     @property
     def scale(self) -> dict[str, Any]:
@@ -323,20 +326,23 @@ SUITES = {
     "small-all": Suite("small", tuple(SETTINGS), 200),
     "headroom": Suite("small", HEADROOM, 200, noises=3, compared=48),
     "headroom-all": Suite("small", (*HEADROOM, *MORE), 200, noises=3, compared=48),
+    "headroom-unguided": Suite("small", HEADROOM, 200, noises=3, compared=48, guidance_scale=1.0),
     "middle": Suite("middle", tuple(SETTINGS), **_GPU),
     "large": Suite("large", CORE, **_GPU),
 }
 
 
-def steps(objective: str, budget: int, mse_steps: int, second: str = "adm") -> int:
+def steps(objective: str, budget: int, mse_steps: int, second: str = "adm", guided: bool = True) -> int:
     """Return the number of optimizer steps that take as long as `budget` MSE steps.
 
-    "hybrid" begins with `mse_steps` MSE steps and then alternates between "mse" and `second`.
+    "hybrid" begins with `mse_steps` MSE steps and then alternates between "mse" and `second`. Rollouts without guidance
+    save one forward.
     """
+    cost = {name: value if guided or name == "mse" else value - FORWARD for name, value in COST.items()}
     if objective != "hybrid":
-        return round(budget / COST[objective])
+        return round(budget / cost[objective])
     begin = min(mse_steps, budget)
-    return begin + round(2 * (budget - begin) / (COST["mse"] + COST[second]))
+    return begin + round(2 * (budget - begin) / (cost["mse"] + cost[second]))
 
 
 def fixed_layers(rule: str, count: int, num_layers: int, seed: int) -> list[int]:

@@ -65,6 +65,8 @@ def test_objectives_get_the_same_time():
     assert sum(COST[name] for name in at) == pytest.approx(3000, rel=0.01)
     assert steps("hybrid", 40, 100) == 40
     assert steps("hybrid", 3000, 100, "own_mse") > hybrid
+    assert steps("adm", 3000, 100, guided=False) > steps("adm", 3000, 100)
+    assert steps("mse", 3000, 100, guided=False) == 3000
 
 
 @pytest.mark.parametrize("rule", ["first", "last", "spread", "random"])
