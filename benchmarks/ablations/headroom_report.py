@@ -24,6 +24,7 @@ RULES = (
 )
 # the quantile 0.975 of Student's t by degrees of freedom
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
+T |= {11: 2.201, 12: 2.179, 13: 2.160, 14: 2.145, 15: 2.131, 16: 2.120, 17: 2.110, 18: 2.101, 19: 2.093, 20: 2.086}
 FIGURES = (
     ("learning_rate", "learning rate", ".1e", 1),
     ("good", "good, %", ".1f", 100),
@@ -73,6 +74,23 @@ def interval(differences: list[float], by: float = 100) -> str:
     return f"{mean:+.1f} ± {half:.1f}"
 
 
+def pooled(groups: list[list[float]], by: float = 100) -> str:
+    """Return the mean of the groups' means with its 95% interval, from the variance within groups; "-" without any.
+
+    This is the interval for these groups. That for others would take the variance of the groups' means.
+    """
+    groups = [[by * value for value in group] for group in groups if group]
+    if not groups:
+        return "-"
+    means = [statistics.fmean(group) for group in groups]
+    mean, freedom = statistics.fmean(means), sum(len(group) - 1 for group in groups)
+    if not freedom:
+        return f"{mean:+.1f}"
+    squares = sum((value - m) ** 2 for group, m in zip(groups, means, strict=True) for value in group)
+    error = math.sqrt(squares / freedom * sum(1 / len(group) for group in groups)) / len(groups)
+    return f"{mean:+.1f} ± {T[freedom] * error:.1f}"
+
+
 def differences(document: dict, name: str, base: str, key: str = "good") -> list[float]:
     """Return, for each seed that has both settings, by how much `name` has more of a figure than `base`."""
     found = {(row["setting"], row["seed"]): row[key] for row in document["rows"] if row.get(key) is not None}
@@ -83,12 +101,13 @@ def differences(document: dict, name: str, base: str, key: str = "good") -> list
 
 def difference_table(documents: list[dict], pairs: list[tuple[str, str, str]]) -> list[str]:
     """Return a table of differences of good videos. pairs: (label, setting, setting that it is compared with)."""
-    lines = [table_line(["", *(document["teacher"]["name"] for document in documents), "mean over teachers"])]
-    lines.append("|---|" + "---:|" * (len(documents) + 1))
+    names = [document["teacher"]["name"] for document in documents]
+    lines = [table_line(["", *names, "mean, over seeds", "mean, over teachers"])]
+    lines.append("|---|" + "---:|" * (len(documents) + 2))
     for label, name, base in pairs:
         each = [differences(document, name, base) for document in documents]
         over = interval([statistics.fmean(values) for values in each if values])
-        lines.append(table_line([label, *map(interval, each), over]))
+        lines.append(table_line([label, *map(interval, each), pooled(each), over]))
     return lines
 
 
@@ -150,7 +169,8 @@ def write(folder: Path, docs: Path) -> list[Path]:
     lines += [
         "By how many points each has more good videos than MSE has: the mean over seeds with its 95% interval"
         " (Student's t over the differences of the seeds, which are paired: same captions, noise and earlier stages)."
-        " The last column is the mean over teachers, with the interval over these.\n",
+        " The last two columns are the mean over teachers. The first interval says how sure it is for these teachers,"
+        " the second what to expect of others.\n",
         *difference_table(documents, pairs),
         "",
         "## Choice of layers against the lowest sensitivities\n",

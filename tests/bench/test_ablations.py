@@ -500,12 +500,17 @@ def test_the_suite_tunes_before_it_compares(tmp_path, monkeypatch, capsys):
     (page,) = headroom_report.write(tmp_path / "results", tmp_path)
     text = page.read_text()
     assert (
-        "| ADM, small step, badly chosen layers | +0.0 ± 0.0 | +0.0 |" in text and "| poor | steps 9 | 2.0 M |" in text
+        "| ADM, small step, badly chosen layers | +0.0 ± 0.0 | +0.0 ± 0.0 | +0.0 |" in text
+        and "| poor | steps 9 | 2.0 M |" in text
     )
-    assert "| first half | - | - |" in text and "5.0e-04" in text
+    assert "| first half | - | - | - |" in text and "5.0e-04" in text
 
 
 def test_intervals_are_those_of_student():
     assert headroom_report.interval([]) == "-"
     assert headroom_report.interval([0.02]) == "+2.0"
     assert headroom_report.interval([0.01, 0.02, 0.03]) == "+2.0 ± 2.5"  # 4.303 x 1 / sqrt(3)
+    assert headroom_report.pooled([[], []]) == "-" and headroom_report.pooled([[0.01], [0.03]]) == "+2.0"
+    assert headroom_report.pooled([[0.01, 0.02, 0.03]]) == "+2.0 ± 2.5"
+    # Between the groups it varies much, within little: 2.776 x 1 / sqrt(6)
+    assert headroom_report.pooled([[0.01, 0.02, 0.03], [0.21, 0.22, 0.23]]) == "+12.0 ± 1.1"
