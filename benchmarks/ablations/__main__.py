@@ -18,6 +18,7 @@ from benchmarks.ablations.settings import GROUPS, SETTINGS, SUITES
 from benchmarks.results import slug
 from linvideo.models import load_pipeline
 from linvideo.trajectories.atomic_files import read_json
+from linvideo.trajectories.fingerprint import fingerprint
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -54,10 +55,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def describe_teacher(folder: Path) -> dict:
-    """Return what the results say of a teacher: its name, size and the metrics from its training."""
+    """Return what the results say of a teacher: its name, size, weights and the metrics from its training."""
     transformer = load_pipeline(folder, text_encoder=None, vae=None).transformer
     size = sum(parameter.numel() for parameter in transformer.parameters())
-    return {"name": folder.resolve().name, "parameters": size, **read_json(folder / "teacher.json")}
+    found = {"name": folder.resolve().name, "parameters": size, "weights": fingerprint(transformer)}
+    return found | read_json(folder / "teacher.json")
 
 
 if __name__ == "__main__":
