@@ -115,16 +115,23 @@ def teachers(documents: list[dict]) -> list[str]:
     lines = [table_line(["teacher", "made with", "parameters", "good, %", "all words right, %", "minutes"])]
     lines.append("|---|---|---:|---:|---:|---:|")
     for document in documents:
-        made = document["teacher"]
-        shares = [f"{100 * made[key]:.1f}" for key in ("good", "all_right")]
+        made, judged = document["teacher"], [row for row in document["rows"] if row["setting"] == "teacher"]
+        shares = [
+            ablations_report.spread([row.get(key) for row in judged], ".1f", 100) for key in ("good", "all_right")
+        ]
         millions = f"{made['parameters'] / 1e6:.1f} M"
-        lines.append(table_line([made["name"], describe(made["run"]), millions, *shares, f"{made['minutes']:.0f}"]))
+        cycles = [made]
+        while before := cycles[0].get("before"):
+            cycles.insert(0, before)
+        how, minutes = "; then ".join(describe(cycle["run"]) for cycle in cycles), sum(c["minutes"] for c in cycles)
+        lines.append(table_line([made["name"], how, millions, *shares, f"{minutes:.0f}"]))
     return lines
 
 
 def describe(run: dict) -> str:
     """Return what a teacher's run had, as text."""
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in run.items() if name != "world")
+    left_out = ("world", "batch")
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in run.items() if name not in left_out)
 
 
 def tables(document: dict) -> list[str]:

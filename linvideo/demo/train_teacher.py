@@ -48,9 +48,11 @@ from linvideo.demo.world import COLOURS, DIRECTIONS, SHAPES, WORLDS, Scenes, Wor
 from linvideo.models import load_pipeline, new_folder
 from linvideo.progress import bar
 from linvideo.run.checkpoint import list_checkpoints, load_checkpoint, remove_newer, save_checkpoint
-from linvideo.trajectories.atomic_files import write_json
+from linvideo.trajectories.atomic_files import read_json, write_json
 from linvideo.trajectories.devices import check_device, device_name
 from linvideo.workspace import locked, remove_dead
+
+METRICS = "teacher.json"
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,10 @@ class TeacherRun:
         self.pipeline = load_pipeline(init_from) if init_from else build_pipeline(world, seed, settings)
         if self.pipeline.tokenizer.model_max_length != settings.text_length:
             raise ValueError(f"{init_from} is not a teacher of the {world.name} world")
+        self.before = None  # the run that made init_from, and its minutes
+        if init_from is not None and (init_from / METRICS).is_file():
+            made = read_json(init_from / METRICS)
+            self.before = {name: made[name] for name in ("run", "minutes", "before") if name in made}
         self.pipeline.to(self.device).set_progress_bar_config(disable=True)
         self.transformer = self.pipeline.transformer.train()
         self.ema = EMAModel(self.transformer.parameters(), decay=0.995, use_ema_warmup=True, foreach=True)
@@ -262,9 +268,10 @@ class TeacherRun:
             "run": self.identity | {"steps": self.step},
             "loss": self.loss.item(),
             "minutes": self.seconds / 60,
+            **({} if self.before is None else {"before": self.before}),
             "device": device_name(str(self.device)),
         }
-        write_json(folder / "teacher.json", outcome)
+        write_json(folder / METRICS, outcome)
         return outcome
 
 

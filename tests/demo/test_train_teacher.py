@@ -129,6 +129,8 @@ def test_a_teacher_of_another_size_with_noisy_captions(tmp_path):
     run = json.loads((tmp_path / "first" / "teacher.json").read_text())["run"]
     assert (run["layers"], run["heads"], run["caption_noise"]) == (2, 3, 0.5)
     train_teacher.main(flags(tmp_path / "second", "--init_from", str(tmp_path / "first"), world="small", steps=1))
+    again = json.loads((tmp_path / "second" / "teacher.json").read_text())
+    assert again["before"]["run"] == run and "layers" not in again["run"]
     config = load_pipeline(tmp_path / "second").transformer.config
     assert (config.num_layers, config.num_attention_heads, config.ffn_dim) == (2, 3, 96)
 
