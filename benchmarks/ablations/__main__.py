@@ -16,6 +16,7 @@ from benchmarks import worlds
 from benchmarks.ablations import ablations_report, headroom_report, suite
 from benchmarks.ablations.settings import GROUPS, SETTINGS, SUITES
 from benchmarks.results import slug
+from linvideo.demo.train_teacher import METRICS
 from linvideo.models import load_pipeline
 from linvideo.trajectories.atomic_files import read_json
 from linvideo.trajectories.fingerprint import fingerprint
@@ -36,7 +37,12 @@ def main(arguments: list[str] | None = None) -> None:
     worlds.add_options(parser, "ablations", "a result file, tables and plots")
     args = parser.parse_args(arguments)
     scale = SUITES[args.suite]
-    described = describe_teacher(args.teacher) if args.suite.startswith("headroom") and args.teacher else None
+    described = None
+    if args.suite.startswith("headroom"):
+        try:
+            described = describe_teacher(args.teacher)
+        except ValueError as error:
+            parser.error(str(error))
     if described and scale.guidance_scale is not None:
         described["name"] += ", unguided"
     if described and args.output_dir is None:
@@ -54,12 +60,20 @@ def main(arguments: list[str] | None = None) -> None:
         print("\n".join(f"wrote {path}" for path in written))
 
 
-def describe_teacher(folder: Path) -> dict:
-    """Return what the results say of a teacher: its name, size, weights and the metrics from its training."""
+def describe_teacher(folder: Path | None) -> dict:
+    """Return what the results say of a teacher: its name, size, weights and the metrics from its training.
+
+    Raises:
+        ValueError: There is no folder, or train_teacher.py didn't write it.
+    """
+    if folder is None or not (folder / METRICS).is_file():
+        raise ValueError(
+            f"expected --teacher to be a folder from python -m linvideo.demo.train_teacher with {METRICS}, got {folder}"
+        )
     transformer = load_pipeline(folder, text_encoder=None, vae=None).transformer
     size = sum(parameter.numel() for parameter in transformer.parameters())
     found = {"name": folder.resolve().name, "parameters": size, "weights": fingerprint(transformer)}
-    return found | read_json(folder / "teacher.json")
+    return found | read_json(folder / METRICS)
 
 
 if __name__ == "__main__":

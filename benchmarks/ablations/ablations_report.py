@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.ablations import ablations_plots
-from benchmarks.ablations.settings import DEFAULT, GROUPS, SETTINGS, Suite
+from benchmarks.ablations.settings import DEFAULT, SETTINGS, TUNING_SEED, Suite
 from linvideo.demo.judge import STRAIGHT
 
 FOLDER = results.FOLDER / "ablations"
@@ -107,14 +107,16 @@ def save(rows: list[dict], name: str, suite: Suite, teacher: dict | None = None)
 
 
 def load(folder: Path) -> list[dict]:
-    """Return the newest result of each world, teacher and device."""
+    """Return the newest result of each world, teacher and device, without the rows of the tuning."""
     documents = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     documents.sort(key=lambda document: document["environment"]["time"])
 
     def key(document: dict) -> tuple:
-        return document["suite"]["world"], document.get("teacher", {}).get("name"), document["environment"]["device"]
+        made = document.get("teacher", {})
+        return document["suite"]["world"], made.get("name"), made.get("weights"), document["environment"]["device"]
 
-    return list({key(document): document for document in documents}.values())
+    newest = {key(document): document for document in documents}.values()
+    return [d | {"rows": [row for row in d["rows"] if row["seed"] != TUNING_SEED]} for d in newest]
 
 
 def write(folder: Path, docs: Path) -> list[Path]:
@@ -142,10 +144,10 @@ def section(document: dict) -> list[str]:
         f" {measured(environment)}\n",
     ]
     always = [row for row in rows if row["setting"] in ("teacher", DEFAULT.name)]
-    for group in GROUPS:
+    for group in NOTES:
         names = [name for name, setting in SETTINGS.items() if group in setting.groups]
         chosen = [row for row in rows if row["setting"] in names]
-        if group != DEFAULT.groups[0] and chosen:
+        if chosen:
             lines += [f"### {group.capitalize()}\n", f"{NOTES[group]}\n", *table([*always, *chosen]), ""]
     return lines
 

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks.ablations import ablations_report
-from benchmarks.ablations.settings import SETTINGS, TUNING_SEED
+from benchmarks.ablations.settings import CHOICE, SETTINGS
 from benchmarks.tables import table_line
 
 OBJECTIVES = ("MSE, own states", "ADM, small step", "ADM, one sampler step", "hybrid")
@@ -70,7 +70,7 @@ def interval(differences: list[float], by: float = 100) -> str:
     mean = statistics.fmean(values)
     if len(values) == 1:
         return f"{mean:+.1f}"
-    half = T[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    half = T[min(len(values) - 1, max(T))] * statistics.stdev(values) / math.sqrt(len(values))
     return f"{mean:+.1f} ± {half:.1f}"
 
 
@@ -88,13 +88,13 @@ def pooled(groups: list[list[float]], by: float = 100) -> str:
         return f"{mean:+.1f}"
     squares = sum((value - m) ** 2 for group, m in zip(groups, means, strict=True) for value in group)
     error = math.sqrt(squares / freedom * sum(1 / len(group) for group in groups)) / len(groups)
-    return f"{mean:+.1f} ± {T[freedom] * error:.1f}"
+    return f"{mean:+.1f} ± {T[min(freedom, max(T))] * error:.1f}"
 
 
 def differences(document: dict, name: str, base: str, key: str = "good") -> list[float]:
     """Return, for each seed that has both settings, by how much `name` has more of a figure than `base`."""
     found = {(row["setting"], row["seed"]): row[key] for row in document["rows"] if row.get(key) is not None}
-    seeds = sorted({seed for _, seed in found if seed != TUNING_SEED})
+    seeds = sorted({seed for _, seed in found})
     pairs = [((name, seed), (base, seed)) for seed in seeds]
     return [found[a] - found[b] for a, b in pairs if a in found and b in found]
 
@@ -136,8 +136,8 @@ def describe(run: dict) -> str:
 
 def tables(document: dict) -> list[str]:
     """Return all tables of one teacher."""
-    rows = [row for row in document["rows"] if row["seed"] != TUNING_SEED]
-    seeds, suite = len({row["seed"] for row in rows}), document["suite"]
+    rows, suite = document["rows"], document["suite"]
+    seeds = len({row["seed"] for row in rows})
     lines = [
         f"## {document['teacher']['name']}\n",
         f"These are {seeds} seeds with {suite['videos']} videos each, {suite['noises']} per caption. Fine-tuning takes"
@@ -151,11 +151,18 @@ def tables(document: dict) -> list[str]:
         ("longer, well-chosen layers", "Four times as long, well-chosen layers"),
         ("longer, badly chosen layers", "Four times as long, badly chosen layers"),
         ("guidance", "Guidance and negative prompts, badly chosen layers"),
-        ("layers", "Choice of layers"),
+        (CHOICE, "Choice of layers"),
     ):
         names = [name for name, setting in SETTINGS.items() if group in setting.groups]
-        if group == "layers":
-            names += ["default", "r from 0.5", "learning rate of r x 3", "75.0% linear"]
+        if group == CHOICE:
+            names += [
+                "default",
+                "lowest sensitivity",
+                "first half",
+                "r from 0.5",
+                "learning rate of r x 3",
+                "75.0% linear",
+            ]
         chosen = [row for row in rows if row["setting"] in names]
         if chosen:
             lines += [f"### {heading}\n", *ablations_report.table([*always, *chosen], FIGURES), ""]

@@ -134,8 +134,8 @@ def _selection(label: str, **changes: Any) -> Setting:
     return Setting(label, ("selection",), {f"selection.{k}": v for k, v in changes.items()}, "sensitivity")
 
 
-def _lowest(label: str, **more: Any) -> Setting:
-    return Setting(label, ("layers",), {"selection.method": "sensitivity"}, "sensitivity", **more)
+def _lowest(label: str, group: str = "layers", **more: Any) -> Setting:
+    return Setting(label, (group,), {"selection.method": "sensitivity"}, "sensitivity", **more)
 
 
 def _branch(label: str, variant: str | None = None, **changes: Any) -> Setting:
@@ -154,6 +154,7 @@ def _window(label: str, windows: str, chunk: int, overlap: int, layers: str | No
 # Length of fine-tuning that takes as long as learning r and then fine-tuning for 200 steps, measured on the small
 # world: 80 steps with both kinds of attention in every layer take as long as 260 of fine-tuning.
 LEARNING = 2.3
+CHOICE = "choice of layers"
 # The rounding is top_k because after few steps it may be that no r is below 0.5.
 PAPER = {"count": "rounded", "lambda_con": 0.01, "lambda_reg": 0.01, "rounding": "top_k"}
 DEFAULT = Setting("default", ("default",), after="trajectories")
@@ -248,10 +249,10 @@ SETTINGS = {
         *_trajectories("no negative prompts", negative_probability=0.0),
         *_trajectories("half negative prompts", negative_probability=0.5),
         *_trajectories("states without guidance", guidance_scale=1.0),
-        _lowest("lowest sensitivity, longer", length=LEARNING),
-        _lowest("75.0% linear, lowest sensitivity", share=0.75),
-        _lowest("75.0% linear, lowest sensitivity, longer", share=0.75, length=LEARNING),
-        Setting("75.0% linear, first layers", ("layers",), {}, "sensitivity", "first", share=0.75),
+        _lowest("lowest sensitivity, longer", CHOICE, length=LEARNING),
+        _lowest("75.0% linear, lowest sensitivity", CHOICE, share=0.75),
+        _lowest("75.0% linear, lowest sensitivity, longer", CHOICE, share=0.75, length=LEARNING),
+        Setting("75.0% linear, first layers", (CHOICE,), {}, "sensitivity", "first", share=0.75),
     )
 }
 GROUPS = tuple(dict.fromkeys(group for setting in SETTINGS.values() for group in setting.groups))
@@ -266,6 +267,7 @@ CORE = (
 )
 
 
+ALL = tuple(name for name, setting in SETTINGS.items() if setting.tuned is None and CHOICE not in setting.groups)
 # Teachers that leave something to gain, each of which takes about an hour on two CPU cores.
 HEADROOM = (
     DEFAULT.name,
@@ -323,11 +325,11 @@ _GPU = {"budget": 1000, "selection_steps": 300, "warmup_steps": 200, "num_trajec
 _GPU |= {"learning_rate": 5e-4, "mixed_precision": "bf16"}
 SUITES = {
     "small": Suite("small", CORE, 200),
-    "small-all": Suite("small", tuple(SETTINGS), 200),
+    "small-all": Suite("small", ALL, 200),
     "headroom": Suite("small", HEADROOM, 200, noises=3, compared=48),
     "headroom-all": Suite("small", (*HEADROOM, *MORE), 200, noises=3, compared=48),
     "headroom-unguided": Suite("small", HEADROOM, 200, noises=3, compared=48, guidance_scale=1.0),
-    "middle": Suite("middle", tuple(SETTINGS), **_GPU),
+    "middle": Suite("middle", ALL, **_GPU),
     "large": Suite("large", CORE, **_GPU),
 }
 
