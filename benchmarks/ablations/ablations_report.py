@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.ablations import ablations_plots
-from benchmarks.ablations.settings import DEFAULT, SETTINGS, TUNING_SEED, Suite
+from benchmarks.ablations.settings import DEFAULT, GROUPS, SETTINGS, TUNING_SEED, Suite
 from linvideo.demo.judge import STRAIGHT
 
 FOLDER = results.FOLDER / "ablations"
@@ -144,7 +144,7 @@ def section(document: dict) -> list[str]:
         f" {measured(environment)}\n",
     ]
     always = [row for row in rows if row["setting"] in ("teacher", DEFAULT.name)]
-    for group in NOTES:
+    for group in (group for group in GROUPS if group in NOTES):
         names = [name for name, setting in SETTINGS.items() if group in setting.groups]
         chosen = [row for row in rows if row["setting"] in names]
         if chosen:
