@@ -13,6 +13,7 @@ from benchmarks.ablations.settings import SETTINGS
 from benchmarks.ablations.suite import TEACHER
 from linvideo.demo.world import WORLDS
 from linvideo.reports.films import film_picture
+from linvideo.trajectories.atomic_files import read_json
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -32,10 +33,12 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.picture.exists():
         parser.error(f"expected a new file for the picture, but {args.picture} exists")
-    captions = WORLDS[args.world].evaluation_captions(args.video + 1, seed=901 + args.seed)
+    noises = read_json(args.folder / "request.json")["suite"].get("noises", 1)  # videos with the same caption
+    number = args.video // noises
+    captions = WORLDS[args.world].evaluation_captions(number + 1, seed=901 + args.seed)[number:]
     shown = slice(args.video, args.video + 1)
     films = {name: load_file(film(args.folder, name, args.seed))["videos"][shown] for name in args.settings}
-    args.picture.write_bytes(film_picture(films, captions[shown]))
+    args.picture.write_bytes(film_picture(films, captions))
 
 
 if __name__ == "__main__":

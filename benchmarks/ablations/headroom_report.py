@@ -37,6 +37,8 @@ FIGURES = (
     ("teacher_distance", "distance to the teacher's x 1000", ".0f", 1000),
     ("distance", "distance to the world's x 1000", ".0f", 1000),
     ("diversity", "diversity x 1000", ".1f", 1000),
+    ("device_seconds", "device-s", ".0f", 1),
+    ("steps", "steps", ".0f", 1),
 )
 HEAD = """# Teachers with headroom
 
@@ -46,19 +48,28 @@ what follows from it.
 
 On a teacher at 100% good, an objective can't show that it makes better videos than another. These teachers of the small
 world leave something to gain. Each table compares settings that share all stages before fine-tuning and are fine-tuned
-for the same time, each at the learning rate that gave it the most good videos on a seed of its own (TUNING_SEED in
-benchmarks/ablations/settings.py), which doesn't count. In well-chosen layers the half with the lowest sensitivities is
-linear, in badly chosen layers every second one.
+for the same time. Each objective has the learning rate that gave it the most good videos on a seed of its own
+(TUNING_SEED in benchmarks/ablations/settings.py), which doesn't count; runs of four times the length and with other
+trajectories have the same rate. The choice of layers is compared at the default rate. In well-chosen layers the half
+with the lowest sensitivities is linear, in badly chosen layers every second one.
 
 Besides the columns of [ablations.md](ablations.md), these tell matching a distribution from seeking its modes:
 
 - **all words right**: a student with more than its teacher has left out what the teacher does wrong.
 - **coverage** of the teacher's or the world's: the distance (Wasserstein-1) of positions and speeds to those of the
-  teacher's videos from other noise, or to the world's own. Lower is better.
+  teacher's videos from other noise, or to the world's own. Lower is better; the best to expect is in the rows of the
+  teacher and of the world.
 - **distance** to the teacher's or the world's: the kernel distance to the teacher's videos from other noise, or to the
   world's own. Lower is better; compare with the teacher's row.
 - **diversity**: the mean squared difference between two videos with the same caption. A student that seeks modes has
-  less than its teacher.
+  less than its teacher; so has one whose motion or shapes are blurred.
+"""
+
+AGAINST = """\
+By how many points each has more good videos than MSE: the mean over seeds with its 95% interval (Student's t over the
+differences of the seeds, which are paired: same captions, noise and earlier stages). The last two columns are the mean
+over teachers. The first interval says how sure it is for these teachers, the second what to expect of others. Neither
+includes the choice of the learning rate.
 """
 
 
@@ -179,18 +190,14 @@ def write(folder: Path, docs: Path) -> list[Path]:
         for layers in LAYERS
         for objective in OBJECTIVES
     ]
-    lines = [HEAD, "## The teachers\n", *teachers(documents), "", "## Objectives against MSE\n"]
-    lines += [
-        "By how many points each has more good videos than MSE has: the mean over seeds with its 95% interval"
-        " (Student's t over the differences of the seeds, which are paired: same captions, noise and earlier stages)."
-        " The last two columns are the mean over teachers. The first interval says how sure it is for these teachers,"
-        " the second what to expect of others.\n",
-        *difference_table(documents, pairs),
-        "",
-        "## Choice of layers against the lowest sensitivities\n",
-        *difference_table(documents, list(RULES)),
-        "",
-    ]
+    lines = [HEAD, "## The teachers\n", *teachers(documents), ""]
+    guided = [document for document in documents if document["suite"]["guidance_scale"] is None]
+    unguided = [document for document in documents if document["suite"]["guidance_scale"] is not None]
+    for chosen, how in ((guided, ""), (unguided, ", without guidance")):
+        if chosen:
+            lines += [f"## Objectives against MSE{how}\n", AGAINST, *difference_table(chosen, pairs), ""]
+            lines += [f"## Choice of layers against the lowest sensitivities{how}\n"]
+            lines += [*difference_table(chosen, list(RULES)), ""]
     for document in documents:
         lines += tables(document)
     target = docs / "headroom.md"

@@ -347,6 +347,7 @@ def test_every_setting_runs(bench, name):
 
 def test_pictures_of_kept_videos(bench, tmp_path):
     picture = tmp_path / "films.png"
+    (bench.folder / "request.json").write_text(json.dumps({"suite": TINY.scale}))
     films.main([str(bench.folder), str(picture), "teacher", DEFAULT.name])
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
