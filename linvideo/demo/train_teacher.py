@@ -145,6 +145,8 @@ class TeacherRun:
         self.identity |= {name: value for name, value in changed.items() if value is not None}
         if not 0 <= caption_noise <= 1:
             raise ValueError(f"expected the caption noise to be a probability, got {caption_noise}")
+        if caption_noise and world.objects > 1:  # two shapes of a video never have the same colour
+            raise ValueError(f"expected no caption noise in the {world.name} world, whose videos have several shapes")
         if init_from is not None and (layers, heads) != (None, None):
             raise ValueError(f"expected no number of layers or heads for a run from {init_from}, which has its own")
         settings = resized(SETTINGS[world.name], layers, heads)
