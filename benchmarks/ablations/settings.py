@@ -152,8 +152,8 @@ def _window(label: str, windows: str, chunk: int, overlap: int, layers: str | No
 
 
 # Length of fine-tuning that takes as long as learning r and then fine-tuning for 200 steps, measured on the small
-# world: 80 steps with both kinds of attention in every layer take as long as 260 of fine-tuning.
-LEARNING = 2.3
+# world: 80 steps with both kinds of attention in every layer take as long as 140 of fine-tuning.
+LEARNING = 1.7
 CHOICE = "choice of layers"
 # The rounding is top_k because after few steps it may be that no r is below 0.5.
 PAPER = {"count": "rounded", "lambda_con": 0.01, "lambda_reg": 0.01, "rounding": "top_k"}
