@@ -74,10 +74,8 @@ class Student(nn.Module):
 
     def __init__(self):
         super().__init__()
-        widths, layers = (2, WIDTH, WIDTH), []
-        for before, after in zip(widths, widths[1:], strict=False):
-            layers += [nn.Linear(before, after), nn.Tanh()]
-        self.layers = nn.Sequential(*layers, nn.Linear(WIDTH, 1)).double()
+        hidden = nn.Linear(2, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh()
+        self.layers = nn.Sequential(*hidden, nn.Linear(WIDTH, 1)).double()
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         s = t / (SHIFT - (SHIFT - 1) * t)  # evenly spaced over the sampler's steps
@@ -93,6 +91,7 @@ class Setup:
         self.teacher = Mixture(WEIGHTS, MEANS, DEVIATIONS)
         quantiles = (torch.arange(PARTICLES).double() + 0.5) / PARTICLES
         self.noise = torch.distributions.Normal(0.0, 1.0).icdf(quantiles)
+        self.teacher_states = self.states(self.teacher)  # [STEPS + 1, n]
 
     @property
     def t(self) -> torch.Tensor:
@@ -111,17 +110,19 @@ class Setup:
         """Return the states [STEPS, n] before each step of the student's own samples."""
         return self.states(student)[:-1]
 
+    def error(self, velocity: Callable, x: torch.Tensor) -> torch.Tensor:
+        """Return the velocity error on states x [STEPS, n] before each step."""
+        return (velocity(x, self.t) - self.teacher(x, self.t)).square().mean()
+
 
 def mse(setup: Setup, student: Student) -> torch.Tensor:
     """Return the velocity error on the teacher's states."""
-    x = setup.states(setup.teacher)[:-1]
-    return (student(x, setup.t) - setup.teacher(x, setup.t)).square().mean()
+    return setup.error(student, setup.teacher_states[:-1])
 
 
 def own_mse(setup: Setup, student: Student) -> torch.Tensor:
     """Return the velocity error on the student's own states."""
-    x = setup.own_states(student)
-    return (student(x, setup.t) - setup.teacher(x, setup.t)).square().mean()
+    return setup.error(student, setup.own_states(student))
 
 
 def small_step(setup: Setup, student: Student) -> torch.Tensor:
@@ -185,9 +186,9 @@ def train(setup: Setup, student: Student, loss: Callable, steps: int, rate: floa
 def measure(setup: Setup, velocity: Callable) -> dict[str, float]:
     """Compare the samples of a student, or of the teacher, with the teacher's."""
     with torch.no_grad():
-        states, teacher = setup.states(velocity), setup.states(setup.teacher)[-1]
-        x = states[-1]
-        error = velocity(states[:-1], setup.t) - setup.teacher(states[:-1], setup.t)
+        states = setup.states(velocity)
+        error = setup.error(velocity, states[:-1]).item()
+    x, teacher = states[-1], setup.teacher_states[-1]
     inside = [(x - MEANS[i]).abs() < GOOD * DEVIATIONS[i] for i in (0, 1)]
     good = (inside[0] | inside[1]).sum().item()
     squares = sum((x[mode] - x[mode].mean()).square().sum().item() for mode in inside if mode.any())
@@ -196,7 +197,7 @@ def measure(setup: Setup, velocity: Callable) -> dict[str, float]:
         "smaller_mode": inside[1].sum().item() / max(good, 1),
         "deviation": math.sqrt(squares / max(good, 1)),
         "w1": (x.sort().values - teacher.sort().values).abs().mean().item(),
-        "own_state_error": error.square().mean().item(),
+        "own_state_error": error,
     }
 
 
@@ -226,7 +227,7 @@ def draw(setup: Setup, found: dict[str, Callable], path: Path) -> None:
     figure = Figure(figsize=(13, 2.6 * math.ceil(len(found) / columns)), layout="constrained")
     axes = figure.subplots(math.ceil(len(found) / columns), columns, sharex=True, squeeze=False).flat
     bins = {"bins": 80, "range": (-3, 3)}
-    teacher = setup.states(setup.teacher)[-1].numpy()
+    teacher = setup.teacher_states[-1].numpy()
     for axis, (name, velocity) in zip(axes, found.items(), strict=False):
         with torch.no_grad():
             axis.hist(teacher, color="0.85", **bins)

@@ -103,9 +103,8 @@ class Bench:
         their distance to its distribution."""
         _, embeds, negative, captions = self.start(seed)
         _, videos = self.sample(self.pipeline.transformer, seed, len(captions))
-        shape = (3, self.world.frames, self.world.size, self.world.size)
-        noise = torch.stack([draw_noise(shape, "teacher", seed, i) for i in range(len(captions))])
-        others = self.sample_videos(self.pipeline.transformer, noise.to(self.device), embeds, negative)
+        noise = self.noise("teacher", seed, len(captions))
+        others = self.sample_videos(self.pipeline.transformer, noise, embeds, negative)
         write_safetensors(self.teacher_videos(seed), {"videos": videos, "others": others})
         write_safetensors(film(self.folder, "teacher", seed), {"videos": videos[:FILMED]})
         return {"setting": "teacher", "seed": seed, **self.figures(videos, seed)}
@@ -223,12 +222,7 @@ class Bench:
     def sample(self, student: torch.nn.Module, seed: int, count: int) -> tuple[float, torch.Tensor]:
         """Sample from the first `count` starts of the seed; returns the velocity error and the videos, on the CPU."""
         noise, embeds, negative, _ = self.start(seed)
-        return self.sample_from(student, noise[:count], embeds[:count], negative)
-
-    def sample_from(
-        self, student: torch.nn.Module, noise: torch.Tensor, embeds: torch.Tensor, negative: torch.Tensor
-    ) -> tuple[float, torch.Tensor]:
-        """Sample from this noise, with these prompts; returns the velocity error and the videos, on the CPU."""
+        noise, embeds = noise[:count], embeds[:count]
         first, sampler = slice(self.suite.compared), self.sampler
         models = student, self.pipeline.transformer
         settings = self.pipeline.scheduler, sampler.num_inference_steps, negative, sampler.guidance_scale
@@ -270,10 +264,13 @@ class Bench:
         captions = [caption for caption in captions for _ in range(self.suite.noises)]
         embeddings = encode_prompts(self.pipeline, captions)
         number = torch.arange(len(captions))
-        shape = (3, self.world.frames, self.world.size, self.world.size)
-        noise = torch.stack([draw_noise(shape, "ablations", seed, i) for i in range(len(captions))])
         negative = embeddings.take(number[:1], torch.ones(1, dtype=torch.bool), self.device)
-        return noise.to(self.device), embeddings.take(number, device=self.device), negative, captions
+        noise = self.noise("ablations", seed, len(captions))
+        return noise, embeddings.take(number, device=self.device), negative, captions
+
+    def noise(self, purpose: str, seed: int, count: int) -> torch.Tensor:
+        shape = (3, self.world.frames, self.world.size, self.world.size)
+        return torch.stack([draw_noise(shape, purpose, seed, i) for i in range(count)]).to(self.device)
 
     def trajectories(self, setting: Setting, seed: int) -> Path:
         """Return the folder of the trajectories, which a setting shares with the default run unless it changes them."""

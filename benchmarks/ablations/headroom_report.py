@@ -73,24 +73,17 @@ includes the choice of the learning rate.
 """
 
 
-def interval(differences: list[float], by: float = 100) -> str:
-    """Return the mean of the differences with its 95% interval, "-" without any."""
-    values = [by * value for value in differences]
-    if not values:
-        return "-"
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return f"{mean:+.1f}"
-    half = T[min(len(values) - 1, max(T))] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:+.1f} ± {half:.1f}"
+def interval(differences: list[float]) -> str:
+    """Return the mean of differences of shares with its 95% interval, in percent; "-" without any."""
+    return pooled([differences])
 
 
-def pooled(groups: list[list[float]], by: float = 100) -> str:
+def pooled(groups: list[list[float]]) -> str:
     """Return the mean of the groups' means with its 95% interval, from the variance within groups; "-" without any.
 
     This is the interval for these groups. That for others would take the variance of the groups' means.
     """
-    groups = [[by * value for value in group] for group in groups if group]
+    groups = [[100 * value for value in group] for group in groups if group]
     if not groups:
         return "-"
     means = [statistics.fmean(group) for group in groups]
@@ -102,9 +95,10 @@ def pooled(groups: list[list[float]], by: float = 100) -> str:
     return f"{mean:+.1f} ± {T[min(freedom, max(T))] * error:.1f}"
 
 
-def differences(document: dict, name: str, base: str, key: str = "good") -> list[float]:
-    """Return, for each seed that has both settings, by how much `name` has more of a figure than `base`."""
-    found = {(row["setting"], row["seed"]): row[key] for row in document["rows"] if row.get(key) is not None}
+def differences(document: dict, name: str, base: str) -> list[float]:
+    """Return, for each seed that has both settings, how much larger the share of good videos of `name` is than that of
+    `base`."""
+    found = {(row["setting"], row["seed"]): row["good"] for row in document["rows"]}
     seeds = sorted({seed for _, seed in found})
     pairs = [((name, seed), (base, seed)) for seed in seeds]
     return [found[a] - found[b] for a, b in pairs if a in found and b in found]
@@ -166,14 +160,7 @@ def tables(document: dict) -> list[str]:
     ):
         names = [name for name, setting in SETTINGS.items() if group in setting.groups]
         if group == CHOICE:
-            names += [
-                "default",
-                "lowest sensitivity",
-                "first half",
-                "r from 0.5",
-                "learning rate of r x 3",
-                "75.0% linear",
-            ]
+            names = [name for _, *pair in RULES for name in pair]
         chosen = [row for row in rows if row["setting"] in names]
         if chosen:
             lines += [f"### {heading}\n", *ablations_report.table([*always, *chosen], FIGURES), ""]
