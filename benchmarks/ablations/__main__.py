@@ -1,12 +1,12 @@
 """Run ablations of the recipe: `python -m benchmarks.ablations --suite small --seeds 3`.
 
 Every run adds a row to OUTPUT_DIR/rows.json, so that an interrupted suite continues where it stopped, and small-all
-continues small. At the end the rows are copied to benchmarks/results/ablations, and docs/results/ablations.md is
-written from all results.
+continues small. At the end the rows are copied to benchmarks/results/ablations, and docs/results/ablations.md and
+headroom.md are written from all results.
 
-small takes about an hour on two CPU cores. headroom takes as long for each teacher that leaves something to gain; the
-commands that make them are in docs/demo.md. middle and large need a GPU and a teacher from
-`python -m linvideo.demo.train_teacher --world middle`.
+small takes about an hour on two CPU cores. headroom takes as long for each teacher that leaves something to gain, and
+has a folder for each; the commands that make the teachers are in docs/demo.md. middle and large need a GPU and a
+teacher from `python -m linvideo.demo.train_teacher --world middle`.
 """
 
 import argparse
@@ -38,15 +38,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     scale = SUITES[args.suite]
     described = None
-    if args.suite.startswith("headroom"):
+    if scale.headroom:
         try:
             described = describe_teacher(args.teacher)
         except ValueError as error:
             parser.error(str(error))
-    if described and scale.guidance_scale is not None:
-        described["name"] += ", unguided"
-    if described and args.output_dir is None:
-        args.output_dir = Path("runs") / f"ablations-headroom-{slug(described['name'])}"
+        if args.output_dir is None:
+            guided = "" if scale.guidance_scale is None else "unguided-"
+            args.output_dir = Path("runs") / f"ablations-headroom-{guided}{slug(described['name'])}"
     worlds.check_options(parser, args, "ablations", scale.world)
     settings = [name for name in scale.settings if not args.groups or set(args.groups) & set(SETTINGS[name].groups)]
     try:

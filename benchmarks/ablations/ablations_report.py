@@ -112,8 +112,9 @@ def load(folder: Path) -> list[dict]:
     documents.sort(key=lambda document: document["environment"]["time"])
 
     def key(document: dict) -> tuple:
-        made = document.get("teacher", {})
-        return document["suite"]["world"], made.get("name"), made.get("weights"), document["environment"]["device"]
+        made, suite = document.get("teacher", {}), document["suite"]
+        which = suite["world"], suite.get("guidance_scale"), made.get("name"), made.get("weights")
+        return *which, document["environment"]["device"]
 
     newest = {key(document): document for document in documents}.values()
     return [d | {"rows": [row for row in d["rows"] if row["seed"] != TUNING_SEED]} for d in newest]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.ablations import ablations_report
 from benchmarks.ablations.settings import CHOICE, SETTINGS
+from benchmarks.ablations.tuning import LIMITS
 from benchmarks.tables import table_line
 
 OBJECTIVES = ("MSE, own states", "ADM, small step", "ADM, one sampler step", "hybrid")
@@ -40,7 +41,7 @@ FIGURES = (
     ("device_seconds", "device-s", ".0f", 1),
     ("steps", "steps", ".0f", 1),
 )
-HEAD = """# Teachers with headroom
+HEAD = f"""# Teachers with headroom
 
 This page is written by `python -m benchmarks.ablations.headroom_report` from the files in
 [benchmarks/results/ablations](../../benchmarks/results/ablations). [docs/results.md](../results.md#the-objective) says
@@ -50,8 +51,10 @@ On a teacher at 100% good, an objective can't show that it makes better videos t
 world leave something to gain. Each table compares settings that share all stages before fine-tuning and are fine-tuned
 for the same time. Each objective has the learning rate that gave it the most good videos on a seed of its own
 (TUNING_SEED in benchmarks/ablations/settings.py), which doesn't count; runs of four times the length and with other
-trajectories have the same rate. The choice of layers is compared at the default rate. In well-chosen layers the half
-with the lowest sensitivities is linear, in badly chosen layers every second one.
+trajectories have the same rate. Rates from {1e-3 * LIMITS[0]:.1e} to {1e-3 * LIMITS[1]:.1e} were tried, so that beyond
+these two there may be a better one. The choice of layers is compared at the default rate. In well-chosen layers the
+half with the lowest sensitivities is linear, in badly chosen layers every second one. A student whose videos have
+values that are not finite counts as 0% good and is left out of the other columns.
 
 Besides the columns of [ablations.md](ablations.md), these tell matching a distribution from seeking its modes:
 
@@ -95,25 +98,29 @@ def pooled(groups: list[list[float]]) -> str:
     return f"{mean:+.1f} ± {T[min(freedom, max(T))] * error:.1f}"
 
 
-def differences(document: dict, name: str, base: str) -> list[float]:
-    """Return, for each seed that has both settings, how much larger the share of good videos of `name` is than that of
-    `base`."""
+def differences(document: dict, setting: str, base: str) -> list[float]:
+    """Return, for each seed that has both settings, how much larger the share of good videos of `setting` is than that
+    of `base`."""
     found = {(row["setting"], row["seed"]): row["good"] for row in document["rows"]}
     seeds = sorted({seed for _, seed in found})
-    pairs = [((name, seed), (base, seed)) for seed in seeds]
+    pairs = [((setting, seed), (base, seed)) for seed in seeds]
     return [found[a] - found[b] for a, b in pairs if a in found and b in found]
 
 
 def difference_table(documents: list[dict], pairs: list[tuple[str, str, str]]) -> list[str]:
     """Return a table of differences of good videos. pairs: (label, setting, setting that it is compared with)."""
-    names = [document["teacher"]["name"] for document in documents]
-    lines = [table_line(["", *names, "mean, over seeds", "mean, over teachers"])]
+    lines = [table_line(["", *map(name, documents), "mean, over seeds", "mean, over teachers"])]
     lines.append("|---|" + "---:|" * (len(documents) + 2))
-    for label, name, base in pairs:
-        each = [differences(document, name, base) for document in documents]
+    for label, setting, base in pairs:
+        each = [differences(document, setting, base) for document in documents]
         over = interval([statistics.fmean(values) for values in each if values])
         lines.append(table_line([label, *map(interval, each), pooled(each), over]))
     return lines
+
+
+def name(document: dict) -> str:
+    """Return the name of the teacher and whether it was sampled without guidance."""
+    return document["teacher"]["name"] + ("" if document["suite"]["guidance_scale"] is None else ", unguided")
 
 
 def teachers(documents: list[dict]) -> list[str]:
@@ -129,7 +136,7 @@ def teachers(documents: list[dict]) -> list[str]:
         while before := cycles[0].get("before"):
             cycles.insert(0, before)
         how, minutes = "; then ".join(describe(cycle["run"]) for cycle in cycles), sum(c["minutes"] for c in cycles)
-        lines.append(table_line([made["name"], how, millions, *shares, f"{minutes:.0f}"]))
+        lines.append(table_line([name(document), how, millions, *shares, f"{minutes:.0f}"]))
     return lines
 
 
@@ -144,7 +151,7 @@ def tables(document: dict) -> list[str]:
     rows, suite = document["rows"], document["suite"]
     seeds = len({row["seed"] for row in rows})
     lines = [
-        f"## {document['teacher']['name']}\n",
+        f"## {name(document)}\n",
         f"These are {seeds} seeds with {suite['videos']} videos each, {suite['noises']} per caption. Fine-tuning takes"
         f" the time of {suite['budget']} MSE steps at batch size {suite['batch_size']}."
         f" {ablations_report.measured(document['environment'])}\n",
@@ -158,9 +165,9 @@ def tables(document: dict) -> list[str]:
         ("guidance", "Guidance and negative prompts, badly chosen layers"),
         (CHOICE, "Choice of layers"),
     ):
-        names = [name for name, setting in SETTINGS.items() if group in setting.groups]
+        names = [setting.name for setting in SETTINGS.values() if group in setting.groups]
         if group == CHOICE:
-            names = [name for _, *pair in RULES for name in pair]
+            names = [setting for _, *pair in RULES for setting in pair]
         chosen = [row for row in rows if row["setting"] in names]
         if chosen:
             lines += [f"### {heading}\n", *ablations_report.table([*always, *chosen], FIGURES), ""]

@@ -298,6 +298,8 @@ class Suite:
         noises: Number of videos with the same caption; above 1, the variety among them is measured.
         compared: Number of videos per seed on whose states the velocity error is measured. None means all.
         guidance_scale: Guidance scale of the sampler, for trajectories and videos. None means the world's.
+        headroom: Whether the teacher must come from train_teacher.py; the results then keep its record, and appear in
+            headroom.md in place of ablations.md.
     """
 
     world: str
@@ -314,6 +316,7 @@ class Suite:
     noises: int = 1
     compared: int | None = None
     guidance_scale: float | None = None
+    headroom: bool = False
 
     @property
     def scale(self) -> dict[str, Any]:
@@ -323,12 +326,13 @@ class Suite:
 
 _GPU = {"budget": 1000, "selection_steps": 300, "warmup_steps": 200, "num_trajectories": 512, "batch_size": 16}
 _GPU |= {"learning_rate": 5e-4, "mixed_precision": "bf16"}
+_HEADROOM = {"budget": 200, "noises": 3, "compared": 48, "headroom": True}
 SUITES = {
     "small": Suite("small", CORE, 200),
     "small-all": Suite("small", ALL, 200),
-    "headroom": Suite("small", HEADROOM, 200, noises=3, compared=48),
-    "headroom-all": Suite("small", (*HEADROOM, *MORE), 200, noises=3, compared=48),
-    "headroom-unguided": Suite("small", HEADROOM, 200, noises=3, compared=48, guidance_scale=1.0),
+    "headroom": Suite("small", HEADROOM, **_HEADROOM),
+    "headroom-all": Suite("small", (*HEADROOM, *MORE), **_HEADROOM),
+    "headroom-unguided": Suite("small", HEADROOM, **_HEADROOM, guidance_scale=1.0),
     "middle": Suite("middle", ALL, **_GPU),
     "large": Suite("large", CORE, **_GPU),
 }

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_run import PROMPTS, tiny_config, tiny_teacher
 from toy import AffineFlow, toy_prompts, toy_store
 
@@ -34,7 +35,7 @@ from linvideo.transfer import train
 from linvideo.transfer.objectives import ObjectiveConfig
 from linvideo.transfer.train_config import TrainConfig
 
-TINY = Suite("small", tuple(SETTINGS), 4, 2, 1, 4, num_trajectories=4, batch_size=2, videos=2)
+TINY = Suite("small", tuple(SETTINGS), 4, 2, 1, 4, num_trajectories=4, batch_size=2, videos=4, noises=2, compared=1)
 
 
 # Settings.
@@ -304,11 +305,35 @@ def bench(tmp_path_factory):
 
 def test_the_teachers_row(bench):
     first, default = bench.rows
+    assert first["diversity"] > 0 and default["diversity"] > 0
     assert first["distance"] == 0.5 and first["teacher_distance"] == 0.25 and "psnr_to_teacher" not in first
     assert bench.world_row(0)["good"] == 1
     assert len(default["layers_linear"]) == 2 and default["steps"] == 4
     assert [share for share, _ in default["curve"]] == [0, 0.25, 0.5, 0.75, 1.0]
     assert default["device_seconds"] > 0 and default["own_state_error"] > 0
+
+
+def test_what_the_models_of_a_seed_start_from(bench):
+    noise, _, _, captions = bench.start(0)
+    assert len(captions) == 4 and captions[0] == captions[1] != captions[2] == captions[3]
+    assert not torch.equal(noise[0], noise[1])
+    *_, tuning_captions = bench.start(TUNING_SEED)
+    assert len(tuning_captions) == 2  # half of the captions
+    # The error is that of the one compared video, and the videos don't depend on how many are compared.
+    student = bench.pipeline.transformer
+    error, videos = bench.sample(student, 0, 4)
+    assert error == 0 and torch.allclose(videos, load_file(bench.teacher_videos(0))["videos"], atol=1e-5)
+
+
+def test_a_suite_without_guidance(bench):
+    unguided = Bench(dataclasses.replace(TINY, guidance_scale=1.0), bench.folder / "teacher", bench.folder, "cpu")
+    noise, embeds, negative, _ = unguided.start(0)
+    videos = [each.sample_videos(each.pipeline.transformer, noise, embeds, negative) for each in (unguided, bench)]
+    assert not torch.allclose(*videos)
+    assert torch.equal(videos[0], bench.sample_videos(bench.pipeline.transformer, noise, embeds, negative, guidance=1))
+    setting = SETTINGS["every second, ADM, small step"]
+    assert unguided.config(setting, 0).trajectories.guidance_scale == 1.0
+    assert unguided.config(setting, 0).max_train_steps == steps("adm", 4, 0, guided=False)
 
 
 @pytest.mark.parametrize(
