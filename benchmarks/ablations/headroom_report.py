@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks.ablations import ablations_report
-from benchmarks.ablations.settings import CHOICE, SETTINGS
+from benchmarks.ablations.settings import CHOICE, LONGER, RATE, SETTINGS
 from benchmarks.ablations.tuning import LIMITS
 from benchmarks.tables import table_line
 
@@ -160,10 +160,10 @@ def tables(document: dict) -> list[str]:
     for group, heading in (
         ("tuned objective, well-chosen layers", "Objectives, well-chosen layers"),
         ("tuned objective, badly chosen layers", "Objectives, badly chosen layers"),
-        ("longer, well-chosen layers", "Four times as long, well-chosen layers"),
-        ("longer, badly chosen layers", "Four times as long, badly chosen layers"),
+        (LONGER, "Four times as long"),
         ("guidance", "Guidance and negative prompts, badly chosen layers"),
         (CHOICE, "Choice of layers"),
+        (RATE, "Learning rate, layers of the default"),
     ):
         names = [setting.name for setting in SETTINGS.values() if group in setting.groups]
         if group == CHOICE:

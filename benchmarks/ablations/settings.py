@@ -101,10 +101,12 @@ def _tuned(label: str, objective: str) -> list[Setting]:
 
 
 def _longer(label: str, objective: str) -> list[Setting]:
-    """Return the settings of `_tuned`, four times as long."""
+    """Return the settings of `_tuned`, and one with the first half of the layers, all four times as long."""
+    well, badly = _tuned(label, objective)
+    first = replace(badly, name=f"{label}, first half", layers="first", tuned=well.name)
     return [
-        replace(setting, name=f"{setting.name}, four times as long", groups=(f"longer, {layers}",), length=4.0)
-        for setting, layers in zip(_tuned(label, objective), ("well-chosen layers", "badly chosen layers"), strict=True)
+        replace(setting, name=f"{setting.name}, four times as long", groups=(LONGER,), length=4.0)
+        for setting in (well, badly, first)
     ]
 
 
@@ -134,6 +136,10 @@ def _selection(label: str, **changes: Any) -> Setting:
     return Setting(label, ("selection",), {f"selection.{k}": v for k, v in changes.items()}, "sensitivity")
 
 
+def _rate(label: str, **changes: Any) -> Setting:
+    return Setting(label, (RATE,), {f"optimizer.{name}": value for name, value in changes.items()})
+
+
 def _lowest(label: str, group: str = "layers", **more: Any) -> Setting:
     return Setting(label, (group,), {"selection.method": "sensitivity"}, "sensitivity", **more)
 
@@ -154,7 +160,7 @@ def _window(label: str, windows: str, chunk: int, overlap: int, layers: str | No
 # Length of fine-tuning that takes as long as learning r and then fine-tuning for 200 steps, measured on the small
 # world: 80 steps with both kinds of attention in every layer take as long as 140 of fine-tuning.
 LEARNING = 1.7
-CHOICE = "choice of layers"
+CHOICE, LONGER, RATE = "choice of layers", "four times as long", "learning rate"
 # The rounding is top_k because after few steps it may be that no r is below 0.5.
 PAPER = {"count": "rounded", "lambda_con": 0.01, "lambda_reg": 0.01, "rounding": "top_k"}
 DEFAULT = Setting("default", ("default",), after="trajectories")
@@ -245,7 +251,12 @@ SETTINGS = {
         ),
         *_longer("MSE", "mse"),
         *_longer("ADM, small step", "adm"),
-        *_longer("ADM, one sampler step", "adm_step"),
+        *_longer("ADM, one sampler step", "adm_step")[:1],
+        _rate("learning rate / 4", learning_rate=0.25),
+        _rate("learning rate / 2", learning_rate=0.5),
+        _rate("learning rate x 2", learning_rate=2.0),
+        _rate("50 steps of rising learning rate", lr_warmup_steps=50),
+        _rate("50 steps of rising learning rate, x 2", lr_warmup_steps=50, learning_rate=2.0),
         *_trajectories("no negative prompts", negative_probability=0.0),
         *_trajectories("half negative prompts", negative_probability=0.5),
         *_trajectories("states without guidance", guidance_scale=1.0),
@@ -267,7 +278,9 @@ CORE = (
 )
 
 
-ALL = tuple(name for name, setting in SETTINGS.items() if setting.tuned is None and CHOICE not in setting.groups)
+ALL = tuple(
+    name for name, setting in SETTINGS.items() if setting.tuned is None and not {CHOICE, RATE} & set(setting.groups)
+)
 # Teachers that leave something to gain, each of which takes about an hour on two CPU cores.
 HEADROOM = (
     DEFAULT.name,
@@ -276,7 +289,7 @@ HEADROOM = (
     *("lowest sensitivity, longer", "75.0% linear", "75.0% linear, lowest sensitivity"),
     *("75.0% linear, lowest sensitivity, longer", "75.0% linear, first layers"),
 )
-MORE = tuple(name for name, setting in SETTINGS.items() if setting.length == 4 or "guidance" in setting.groups)
+MORE = tuple(name for name, setting in SETTINGS.items() if {LONGER, RATE, "guidance"} & set(setting.groups))
 
 
 @dataclass(frozen=True)
