@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny_run import PROMPTS, tiny_config, tiny_teacher
 from toy import AffineFlow, toy_prompts, toy_store
 
 from benchmarks.ablations import ablations_report, films, headroom_report, suite, tuning
-from benchmarks.ablations.__main__ import main
+from benchmarks.ablations.__main__ import describe_teacher, main
 from benchmarks.ablations.ablate import ablate, start_after
 from benchmarks.ablations.bench import Bench, diversity
 from benchmarks.ablations.distance import kernel_distance, labels
@@ -28,7 +29,9 @@ from benchmarks.ablations.settings import (
 )
 from benchmarks.ablations.variants import RopeAfterBranch
 from linvideo.demo import teacher
+from linvideo.demo.train_teacher import METRICS
 from linvideo.demo.world import WORLDS
+from linvideo.models import load_pipeline
 from linvideo.ops.reference import features
 from linvideo.run.checkpoint import list_checkpoints, load_checkpoint
 from linvideo.transfer import train
@@ -423,6 +426,16 @@ def test_the_command_says_what_is_wrong(arguments, message, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_the_results_say_which_teacher_it_was(tmp_path):
+    folder = tmp_path / "mine"
+    shutil.copytree(teacher.FOLDER, folder)
+    (folder / METRICS).write_text(json.dumps({"good": 0.8, "minutes": 30}))
+    found = describe_teacher(folder)
+    weights = load_pipeline(folder).transformer.parameters()
+    assert found["name"] == "mine" and found["parameters"] == sum(weight.numel() for weight in weights)
+    assert found["good"] == 0.8 and found["minutes"] == 30 and len(found["weights"]) == 16
 
 
 def test_a_folder_of_another_scale_is_refused(tmp_path, capsys):
