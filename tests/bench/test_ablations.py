@@ -335,8 +335,10 @@ def test_a_suite_without_guidance(bench):
     assert not torch.allclose(*videos)
     assert torch.equal(videos[0], bench.sample_videos(bench.pipeline.transformer, noise, embeds, negative, guidance=1))
     setting = SETTINGS["every second, ADM, small step"]
-    assert unguided.config(setting, 0).trajectories.guidance_scale == 1.0
-    assert unguided.config(setting, 0).max_train_steps == steps("adm", 4, 0, guided=False)
+    config = unguided.config(setting, 0)
+    assert config.trajectories.guidance_scale == 1.0
+    assert config.max_train_steps == steps("adm", 4, 0, guided=False)
+    shutil.rmtree(config.output_dir)  # it starts as a copy of the default run's
 
 
 @pytest.mark.parametrize(
