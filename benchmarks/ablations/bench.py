@@ -15,8 +15,8 @@ from benchmarks.ablations.distance import WorldDistance
 from benchmarks.ablations.settings import COST, DEFAULT, TUNING_SEED, Setting, Suite, fixed_layers, steps
 from benchmarks.results import slug
 from linvideo.demo import teacher
-from linvideo.demo.judge import coverage, fit, judge, psnr
-from linvideo.demo.world import WORLDS
+from linvideo.demo.judge import coverage, explain, psnr, score
+from linvideo.demo.world import WORLDS, Scenes
 from linvideo.evaluation.velocity import trajectory_error
 from linvideo.models import load_pipeline
 from linvideo.run.read_config import from_dict
@@ -52,6 +52,7 @@ class Bench:
         self.pipeline.set_progress_bar_config(disable=True)
         self.prompts = self.world.training_captions()
         self.start = lru_cache(maxsize=1)(self._start)  # every point of a curve starts from it
+        self.others = lru_cache(maxsize=1)(self._others)  # every student is compared with them
 
     @cached_property
     def distance(self) -> WorldDistance:
@@ -204,16 +205,22 @@ class Bench:
         """Return the figures of the videos, with their distance to the teacher's if others of it were kept."""
         *_, captions = self.start(seed)
         videos = videos.float().clamp(-1, 1)
-        found = judge(videos, captions, self.world) | {"distance": self.distance(videos)}
+        explained = explain(videos, captions, self.world)
+        found = score(explained, captions, self.world) | {"distance": self.distance(videos)}
         if self.suite.noises > 1:
             found["diversity"] = diversity(videos, self.suite.noises)
-        if (others := load_file(self.teacher_videos(seed)).get("others")) is not None:
-            numbers = self.world.caption_numbers(captions)
-            colours = self.world.scenes_from_numbers(numbers, generator("colours")).colour
-            scenes = [fit(each, self.world, colours).scenes for each in (videos, others)]
-            found["teacher_coverage"] = coverage(*scenes)
-            found["teacher_distance"] = self.distance.between(videos, others.clamp(-1, 1))
+        if (kept := self.others(seed)) is not None:
+            others, scenes = kept
+            found["teacher_coverage"] = coverage(explained.scenes, scenes)
+            found["teacher_distance"] = self.distance.between(videos, others)
         return found
+
+    def _others(self, seed: int) -> tuple[torch.Tensor, Scenes] | None:
+        """Return the teacher's videos from other noise and their explanation, None if none were kept."""
+        if (others := load_file(self.teacher_videos(seed)).get("others")) is None:
+            return None
+        others = others.clamp(-1, 1)
+        return others, explain(others, self.start(seed)[-1], self.world).scenes
 
     def probe(self, seed: int):
         """Return the measure for the curve: the velocity error on the student's own states over a few videos."""

@@ -109,7 +109,7 @@ def differences(document: dict, setting: str, base: str) -> list[float]:
 
 def difference_table(documents: list[dict], pairs: list[tuple[str, str, str]]) -> list[str]:
     """Return a table of differences of good videos. pairs: (label, setting, setting that it is compared with)."""
-    lines = [table_line(["", *map(name, documents), "mean, over seeds", "mean, over teachers"])]
+    lines = [table_line(["", *map(teacher_name, documents), "mean, over seeds", "mean, over teachers"])]
     lines.append("|---|" + "---:|" * (len(documents) + 2))
     for label, setting, base in pairs:
         each = [differences(document, setting, base) for document in documents]
@@ -118,9 +118,13 @@ def difference_table(documents: list[dict], pairs: list[tuple[str, str, str]]) -
     return lines
 
 
-def name(document: dict) -> str:
+def guided(document: dict) -> bool:
+    return document["suite"]["guidance_scale"] is None  # otherwise it is 1
+
+
+def teacher_name(document: dict) -> str:
     """Return the name of the teacher and whether it was sampled without guidance."""
-    return document["teacher"]["name"] + ("" if document["suite"]["guidance_scale"] is None else ", unguided")
+    return document["teacher"]["name"] + ("" if guided(document) else ", unguided")
 
 
 def teachers(documents: list[dict]) -> list[str]:
@@ -136,7 +140,7 @@ def teachers(documents: list[dict]) -> list[str]:
         while before := cycles[0].get("before"):
             cycles.insert(0, before)
         how, minutes = "; then ".join(describe(cycle["run"]) for cycle in cycles), sum(c["minutes"] for c in cycles)
-        lines.append(table_line([name(document), how, millions, *shares, f"{minutes:.0f}"]))
+        lines.append(table_line([teacher_name(document), how, millions, *shares, f"{minutes:.0f}"]))
     return lines
 
 
@@ -151,7 +155,7 @@ def tables(document: dict) -> list[str]:
     rows, suite = document["rows"], document["suite"]
     seeds = len({row["seed"] for row in rows})
     lines = [
-        f"## {name(document)}\n",
+        f"## {teacher_name(document)}\n",
         f"These are {seeds} seeds with {suite['videos']} videos each, {suite['noises']} per caption. Fine-tuning takes"
         f" the time of {suite['budget']} MSE steps at batch size {suite['batch_size']}."
         f" {ablations_report.measured(document['environment'])}\n",
@@ -185,10 +189,8 @@ def write(folder: Path, docs: Path) -> list[Path]:
         for objective in OBJECTIVES
     ]
     lines = [HEAD, "## The teachers\n", *teachers(documents), ""]
-    guided = [document for document in documents if document["suite"]["guidance_scale"] is None]
-    unguided = [document for document in documents if document["suite"]["guidance_scale"] is not None]
-    for chosen, how in ((guided, ""), (unguided, ", without guidance")):
-        if chosen:
+    for with_guidance, how in ((True, ""), (False, ", without guidance")):
+        if chosen := [document for document in documents if guided(document) == with_guidance]:
             lines += [f"## Objectives against MSE{how}\n", AGAINST, *difference_table(chosen, pairs), ""]
             lines += [f"## Choice of layers against the lowest sensitivities{how}\n"]
             lines += [*difference_table(chosen, list(RULES)), ""]

@@ -281,7 +281,7 @@ CORE = (
 ALL = tuple(
     name for name, setting in SETTINGS.items() if setting.tuned is None and not {CHOICE, RATE} & set(setting.groups)
 )
-# Teachers that leave something to gain, each of which takes about an hour on two CPU cores.
+# Teachers that leave something to gain, each of which takes about 80 minutes on two CPU cores.
 HEADROOM = (
     DEFAULT.name,
     *(name for name, setting in SETTINGS.items() if any("tuned objective" in group for group in setting.groups)),

@@ -268,26 +268,40 @@ def closest_shapes(
 
 
 def judge(videos: torch.Tensor, captions: list[str], world: World) -> dict[str, float]:
-    """Judge a batch of videos that were made for these captions. Return the means over the batch:
-
-        colour, shape, direction: Fraction of the shapes for which this is right.
-        camera: Fraction of the videos for which it is right; only in worlds with a camera.
-        all_right: Fraction of the videos in which all of these are right.
-        good: Fraction of the videos that are all right, straight and clean.
-        straightness_px, flicker, rerender_error: See `Fit`.
-        coverage: Wasserstein-1 distances of start x, start y (pixels) and speed (pixels per frame) to the world's own
-            distribution under the same captions, summed. 0 is perfect. This metric shows mode collapse.
+    """Judge a batch of videos that were made for these captions: `score` of `explain`.
 
     Raises:
         ValueError: The world does not have the caption.
     """
-    numbers = world.caption_numbers(captions)
-    wanted = world.scenes_from_numbers(numbers, torch.Generator().manual_seed(0))
-    found = fit(videos, world, wanted.colour)
+    return score(explain(videos, captions, world), captions, world)
+
+
+def explain(videos: torch.Tensor, captions: list[str], world: World) -> Fit:
+    """Explain videos that were made for these captions. Raises as `judge`."""
+    return fit(videos, world, wanted_scenes(captions, world).colour)
+
+
+def wanted_scenes(captions: list[str], world: World) -> Scenes:
+    """Return scenes with these captions, of which only what the captions say matters."""
+    return world.scenes_from_captions(captions, torch.Generator().manual_seed(0))
+
+
+def score(found: Fit, captions: list[str], world: World) -> dict[str, float]:
+    """Compare the explanation of videos with their captions. Return the means over the batch:
+
+    colour, shape, direction: Fraction of the shapes for which this is right.
+    camera: Fraction of the videos for which it is right; only in worlds with a camera.
+    all_right: Fraction of the videos in which all of these are right.
+    good: Fraction of the videos that are all right, straight and clean.
+    straightness_px, flicker, rerender_error: See `Fit`.
+    coverage: Wasserstein-1 distances of start x, start y (pixels) and speed (pixels per frame) to the world's own
+        distribution under the same captions, summed. 0 is perfect. This metric shows mode collapse.
+    """
+    wanted, numbers = wanted_scenes(captions, world), world.caption_numbers(captions)
     right = {name: getattr(found.scenes, name) == getattr(wanted, name) for name in ("colour", "shape", "direction")}
     if world.camera:
         right["camera"] = found.scenes.camera == wanted.camera
-    all_right = torch.stack([values.view(len(videos), -1).all(1) for values in right.values()]).all(0)
+    all_right = torch.stack([values.view(len(captions), -1).all(1) for values in right.values()]).all(0)
     good = all_right & (found.straightness < STRAIGHT) & (found.rerender_error < CLEAN[world.name])
     return {name: mean(values) for name, values in right.items()} | {
         "all_right": mean(all_right),
