@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.ablations import ablations_plots
-from benchmarks.ablations.settings import DEFAULT, GROUPS, SETTINGS, TUNING_SEED, Suite
+from benchmarks.ablations.settings import CHOICE, DEFAULT, GROUPS, LEARNING, RATE, SETTINGS, TUNING_SEED, Suite
 from linvideo.demo.judge import STRAIGHT
 
 FOLDER = results.FOLDER / "ablations"
@@ -79,6 +79,10 @@ NOTES = {
     " real video.",
     "t law": "How much each time t counts in training. The default draws t from the sampler's grid.",
     "weights": "Which weights are trained. The default trains all of them.",
+    RATE: "The learning rate of fine-tuning. The default's is constant.",
+    CHOICE: "Learned layers against those with the lowest sensitivities and the first ones, at half and at three"
+    f" quarters of the layers. Longer settings fine-tune {LEARNING} times as long, which takes as long as learning the"
+    " layers and then fine-tuning.",
 }
 
 

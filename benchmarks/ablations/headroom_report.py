@@ -108,7 +108,15 @@ def differences(document: dict, setting: str, base: str) -> list[float]:
 
 
 def difference_table(documents: list[dict], pairs: list[tuple[str, str, str]]) -> list[str]:
-    """Return a table of differences of good videos. pairs: (label, setting, setting that it is compared with)."""
+    """Return a table of differences of good videos, without the teachers that have none; empty if all have none.
+
+    Args:
+        documents: Results to compare, one per teacher.
+        pairs: Rows of the table: (label, setting, setting that it is compared with).
+    """
+    documents = [document for document in documents if any(differences(document, *pair) for _, *pair in pairs)]
+    if not documents:
+        return []
     lines = [table_line(["", *map(teacher_name, documents), "mean, over seeds", "mean, over teachers"])]
     lines.append("|---|" + "---:|" * (len(documents) + 2))
     for label, setting, base in pairs:
@@ -190,10 +198,11 @@ def write(folder: Path, docs: Path) -> list[Path]:
     ]
     lines = [HEAD, "## The teachers\n", *teachers(documents), ""]
     for with_guidance, how in ((True, ""), (False, ", without guidance")):
-        if chosen := [document for document in documents if guided(document) == with_guidance]:
-            lines += [f"## Objectives against MSE{how}\n", AGAINST, *difference_table(chosen, pairs), ""]
-            lines += [f"## Choice of layers against the lowest sensitivities{how}\n"]
-            lines += [*difference_table(chosen, list(RULES)), ""]
+        chosen = [document for document in documents if guided(document) == with_guidance]
+        if table := difference_table(chosen, pairs):
+            lines += [f"## Objectives against MSE{how}\n", AGAINST, *table, ""]
+        if table := difference_table(chosen, list(RULES)):
+            lines += [f"## Choice of layers against the lowest sensitivities{how}\n", *table, ""]
     for document in documents:
         lines += tables(document)
     target = docs / "headroom.md"

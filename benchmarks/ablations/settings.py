@@ -101,12 +101,12 @@ def _tuned(label: str, objective: str) -> list[Setting]:
 
 
 def _longer(label: str, objective: str) -> list[Setting]:
-    """Return the settings of `_tuned`, and one with the first half of the layers, all four times as long."""
+    """Return the settings of `_tuned` on well-chosen layers and on the first half of them, four times as long."""
     well, badly = _tuned(label, objective)
     first = replace(badly, name=f"{label}, first half", layers="first", tuned=well.name)
     return [
         replace(setting, name=f"{setting.name}, four times as long", groups=(LONGER,), length=4.0)
-        for setting in (well, badly, first)
+        for setting in (well, first)
     ]
 
 
@@ -278,9 +278,7 @@ CORE = (
 )
 
 
-ALL = tuple(
-    name for name, setting in SETTINGS.items() if setting.tuned is None and not {CHOICE, RATE} & set(setting.groups)
-)
+ALL = tuple(name for name, setting in SETTINGS.items() if setting.tuned is None)
 # Teachers that leave something to gain, each of which takes about 80 minutes on two CPU cores.
 HEADROOM = (
     DEFAULT.name,

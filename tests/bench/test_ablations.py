@@ -344,7 +344,7 @@ def test_a_suite_without_guidance(bench):
 @pytest.mark.parametrize(
     "name",
     [
-        *("MSE, half negative prompts", "MSE, badly chosen layers, four times as long", "75.0% linear, first layers"),
+        *("MSE, half negative prompts", "MSE, first half, four times as long", "75.0% linear, first layers"),
         *("no fine-tuning", "ADM, one step of 25", "ADM, re-noised", "ADM, score network", "DMD", "every second"),
         *("lowest sensitivity", "no L_reg", "100.0% linear", "t uniform in the MSE", "LoRA of rank 16", "elu"),
         "hybrid, ADM in the last fifth",
@@ -518,6 +518,7 @@ def test_the_suite_tunes_before_it_compares(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suite, "Bench", Rows)
     monkeypatch.setattr(suite, "side_by_side", in_this_process)
     names = [DEFAULT.name, "MSE, badly chosen layers", "ADM, small step, badly chosen layers", "lowest sensitivity"]
+    names.append("first half")
     arguments = (SUITES["headroom"], names, 2, teacher.FOLDER, tmp_path / "work", 1)
     rows = suite.run(*arguments)
     tuned = [row for row in rows if row["seed"] == TUNING_SEED]
@@ -527,7 +528,7 @@ def test_the_suite_tunes_before_it_compares(tmp_path, monkeypatch, capsys):
     assert rows.index(tuned[-1]) < rows.index(
         next(row for row in rows if row["setting"] == names[1] and row["seed"] == 0)
     )
-    assert len(rows) == 4 + len(tuned) + 4 * 2 and suite.run(*arguments) == rows
+    assert len(rows) == 4 + len(tuned) + 5 * 2 and suite.run(*arguments) == rows
 
     monkeypatch.setattr(ablations_report, "FOLDER", tmp_path / "results")
     described = {
@@ -548,7 +549,12 @@ def test_the_suite_tunes_before_it_compares(tmp_path, monkeypatch, capsys):
         "| ADM, small step, badly chosen layers | +0.0 ± 0.0 | +0.0 ± 0.0 | +0.0 |" in text
         and "| poor | steps 9 | 2.0 M |" in text
     )
-    assert "| first half | - | - | - |" in text and "5.0e-04" in text
+    assert (
+        "| learned r | - | - | - |" in text
+        and "Objectives against MSE\n" in text
+        and "without guidance" not in text
+        and "5.0e-04" in text
+    )
 
 
 def test_intervals_are_those_of_student():
