@@ -1,10 +1,11 @@
 """Objectives where everything is known: `python -m benchmarks.mixture`, a few minutes on a CPU core.
 
 Does anytime distribution matching (ADM) move a student towards its teacher's distribution, or towards its modes? Here
-the teacher samples from a mixture of three Gaussians on a line, two narrow ones, the "good" samples, and a wide one
-between them. Its velocity and its score are known in closed form. The student is a network that is too small to be
-equal to the teacher. All students continue from the same one, which was trained shortly with MSE, as fine-tuning
-continues from a conversion. Expectations are means over the quantiles of the noise, so the sampling error is small.
+the teacher's data are a mixture of three Gaussians on a line, two narrow ones, the "good" samples, and a wide one
+between them. Its velocity and its score are known in closed form. The students are networks of two sizes, both too
+small to be equal to the teacher. All students of a size and a seed continue from the same one, which was trained
+shortly with MSE, as fine-tuning continues from a conversion. Expectations are means over the quantiles of the noise, so
+the sampling error is small.
 
 It prints a table, and writes the rows to benchmarks/results/mixture and a picture to docs/results/mixture.png.
 """
@@ -19,7 +20,8 @@ import torch
 from torch import nn
 
 from benchmarks import results
-from benchmarks.tables import table_line
+from benchmarks.ablations.ablations_report import spread
+from benchmarks.tables import table_head, table_line
 from linvideo.run.gradient import descend
 from linvideo.transfer.objectives import ObjectiveConfig, adm_gradient, score_weight
 
@@ -27,12 +29,17 @@ WEIGHTS, MEANS, DEVIATIONS = (0.60, 0.25, 0.15), (-1.5, 1.5, 0.0), (0.15, 0.15, 
 GOOD = 3.0  # standard deviations from the mean of a narrow Gaussian, within which a sample is good
 STEPS, SHIFT = 12, 4.0  # of the sampler, as in the small world
 PARTICLES = 501
-WIDTH = 8  # of the student's two hidden layers
+WIDTHS = (8, 3)  # of the students' two hidden layers
+SEEDS = 3
 START_STEPS, START_RATE = 300, 1e-2  # of the training that all students share
-RATE, LENGTHS = 3e-3, (300, 1200)
-HEADINGS = (
-    "", "good, %", "of these in the smaller mode, %", "deviation in the modes", "W1 to the teacher", "velocity error"
-)  # fmt: skip
+TRAIN_STEPS, RATE = 1200, 3e-3
+FIGURES = (
+    ("good", "good, %", ".1f", 100),
+    ("smaller_mode", "of these in the smaller mode, %", ".1f", 100),
+    ("w1_samples", "W1 to the teacher's samples", ".3f", 1),
+    ("w1_data", "W1 to the teacher's data", ".3f", 1),
+    ("own_state_error", "velocity error", ".3f", 1),
+)
 FOLDER, PICTURE = results.FOLDER / "mixture", Path(__file__).parents[1] / "docs" / "results" / "mixture.png"
 
 
@@ -56,6 +63,12 @@ class Mixture:
         clean = self.means + (1 - t[..., None]) * self.deviations.square() / variance * offset
         return (self._joint(x, t).softmax(-1) * (t[..., None] / variance * offset - clean)).sum(-1)
 
+    def quantiles(self, shares: torch.Tensor) -> torch.Tensor:
+        """Return the points [n] below which these shares [n] of the data (t = 0) lie, to within 1e-4."""
+        x = torch.arange(-8, 8, 1e-4).double()
+        below = (torch.distributions.Normal(self.means, self.deviations).cdf(x[:, None]) * self.weights).sum(-1)
+        return x[torch.searchsorted(below, shares)]
+
     def _variance(self, t: torch.Tensor) -> torch.Tensor:
         return ((1 - t[..., None]) * self.deviations).square() + t[..., None] ** 2
 
@@ -70,12 +83,12 @@ class Mixture:
 
 
 class Student(nn.Module):
-    """A small network for the velocity of x [...] at t [...]."""
+    """A network for the velocity of x [...] at t [...], with two hidden layers of `width` units."""
 
-    def __init__(self):
+    def __init__(self, width: int):
         super().__init__()
-        hidden = nn.Linear(2, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh()
-        self.layers = nn.Sequential(*hidden, nn.Linear(WIDTH, 1)).double()
+        hidden = nn.Linear(2, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()
+        self.layers = nn.Sequential(*hidden, nn.Linear(width, 1)).double()
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         s = t / (SHIFT - (SHIFT - 1) * t)  # evenly spaced over the sampler's steps
@@ -92,6 +105,7 @@ class Setup:
         quantiles = (torch.arange(PARTICLES).double() + 0.5) / PARTICLES
         self.noise = torch.distributions.Normal(0.0, 1.0).icdf(quantiles)
         self.teacher_states = self.states(self.teacher)  # [STEPS + 1, n]
+        self.data = self.teacher.quantiles(quantiles)  # [n]; what the teacher would sample in infinitely many steps
 
     @property
     def t(self) -> torch.Tensor:
@@ -161,6 +175,7 @@ def reverse_kl(setup: Setup, student: Student) -> torch.Tensor:
     return (log_density - setup.teacher.log_density(x, setup.times[-1])).mean()
 
 
+START = "start of all others"
 OBJECTIVES = {
     "MSE on the teacher's states": mse,
     "MSE on the student's own states": own_mse,
@@ -170,7 +185,7 @@ OBJECTIVES = {
 }
 
 
-def train(setup: Setup, student: Student, loss: Callable, steps: int, rate: float) -> Student:
+def fit(setup: Setup, student: Student, loss: Callable, steps: int, rate: float) -> Student:
     """Return a copy of the student after `steps` steps of Adam with a cosine schedule."""
     student = copy.deepcopy(student)
     optimizer = torch.optim.Adam(student.parameters(), lr=rate)
@@ -183,59 +198,60 @@ def train(setup: Setup, student: Student, loss: Callable, steps: int, rate: floa
     return student
 
 
-def measure(setup: Setup, velocity: Callable) -> dict[str, float]:
-    """Compare the samples of a student, or of the teacher, with the teacher's."""
-    with torch.no_grad():
-        states = setup.states(velocity)
-        error = setup.error(velocity, states[:-1]).item()
-    x, teacher = states[-1], setup.teacher_states[-1]
+def compare(setup: Setup, x: torch.Tensor) -> dict[str, float]:
+    """Compare samples x [n] with the teacher's samples and its data."""
     inside = [(x - MEANS[i]).abs() < GOOD * DEVIATIONS[i] for i in (0, 1)]
     good = (inside[0] | inside[1]).sum().item()
-    squares = sum((x[mode] - x[mode].mean()).square().sum().item() for mode in inside if mode.any())
+    ordered = x.sort().values
     return {
         "good": good / len(x),
         "smaller_mode": inside[1].sum().item() / max(good, 1),
-        "deviation": math.sqrt(squares / max(good, 1)),
-        "w1": (x.sort().values - teacher.sort().values).abs().mean().item(),
-        "own_state_error": error,
+        "w1_samples": (ordered - setup.teacher_states[-1].sort().values).abs().mean().item(),
+        "w1_data": (ordered - setup.data).abs().mean().item(),
     }
 
 
-def line(row: dict) -> str:
-    shares = [f"{100 * row[key]:.1f}" for key in ("good", "smaller_mode")]
-    rest = [f"{row[key]:.3f}" for key in ("deviation", "w1", "own_state_error")]
-    return table_line([row["setting"], *shares, *rest])
+@torch.no_grad()
+def measure(setup: Setup, student: Student) -> dict[str, float]:
+    """Return all figures of a student."""
+    states = setup.states(student)
+    return compare(setup, states[-1]) | {"own_state_error": setup.error(student, states[:-1]).item()}
 
 
-def students(setup: Setup) -> dict[str, Callable]:
-    """Return the teacher and all students by name."""
-    torch.manual_seed(0)
-    start = train(setup, Student(), mse, START_STEPS, START_RATE)
-    trained = {
-        f"{name}, {length:,} steps": train(setup, start, loss, length, RATE)
-        for name, loss in OBJECTIVES.items()
-        for length in LENGTHS
-    }
-    return {"teacher": setup.teacher, "start of all students": start, **trained}
+def students(setup: Setup, width: int, seed: int) -> dict[str, Student]:
+    """Return the student that all start from, and one trained with each objective, by name."""
+    torch.manual_seed(seed)
+    start = fit(setup, Student(width), mse, START_STEPS, START_RATE)
+    return {START: start} | {name: fit(setup, start, loss, TRAIN_STEPS, RATE) for name, loss in OBJECTIVES.items()}
 
 
-def draw(setup: Setup, found: dict[str, Callable], path: Path) -> None:
-    """Draw a histogram of the samples of each one, over the teacher's in grey."""
+def table(rows: list[dict]) -> list[str]:
+    """Return a table of the means over seeds ± their standard deviation."""
+    lines = table_head(["", *(heading for _, heading, _, _ in FIGURES)], texts=1)
+    for kind in dict.fromkeys((row["setting"], row["width"]) for row in rows):
+        chosen = [row for row in rows if (row["setting"], row["width"]) == kind]
+        name, width = kind
+        cells = [spread([row.get(key) for row in chosen], form, by) for key, _, form, by in FIGURES]
+        lines.append(table_line([name if width is None else f"width {width}: {name}", *cells]))
+    return lines
+
+
+def draw(setup: Setup, found: dict[int, dict[str, Student]], path: Path) -> None:
+    """Draw a histogram of each student's samples over the teacher's in grey, with a row for each width."""
     from matplotlib.figure import Figure
 
-    columns = 4
-    figure = Figure(figsize=(13, 2.6 * math.ceil(len(found) / columns)), layout="constrained")
-    axes = figure.subplots(math.ceil(len(found) / columns), columns, sharex=True, squeeze=False).flat
+    figure = Figure(figsize=(15, 2.5 * len(found)), layout="constrained")
+    axes = figure.subplots(len(found), 1 + len(OBJECTIVES), sharex=True, sharey=True, squeeze=False)
     bins = {"bins": 80, "range": (-3, 3)}
     teacher = setup.teacher_states[-1].numpy()
-    for axis, (name, velocity) in zip(axes, found.items(), strict=False):
-        with torch.no_grad():
+    for row, (width, students) in zip(axes, found.items(), strict=True):
+        for axis, (name, student) in zip(row, students.items(), strict=True):
+            with torch.no_grad():
+                samples = setup.states(student)[-1].numpy()
             axis.hist(teacher, color="0.85", **bins)
-            axis.hist(setup.states(velocity)[-1].numpy(), histtype="step", color="C0", **bins)
-        axis.set(yscale="log", ylim=(0.8, PARTICLES / 2), xlabel="x")
-        axis.set_title(name, fontsize=8)
-    for axis in list(axes):
-        axis.set_visible(False)
+            axis.hist(samples, histtype="step", color="C0", **bins)
+            axis.set(yscale="log", ylim=(0.8, PARTICLES / 2))
+            axis.set_title(f"width {width}: {name}", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -248,13 +264,20 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)  # the tensors are small
     setup = Setup()
-    found = students(setup)
-    rows = [{"setting": name} | measure(setup, velocity) for name, velocity in found.items()]
-    print("\n".join([table_line(HEADINGS), "|---|" + "---:|" * (len(HEADINGS) - 1), *map(line, rows)]))
+    rows = [{"setting": "teacher's data", "width": None} | compare(setup, setup.data)]
+    rows.append({"setting": "teacher's samples", "width": None} | compare(setup, setup.teacher_states[-1]))
+    first = {}
+    for width in WIDTHS:
+        for seed in range(SEEDS):
+            found = students(setup, width, seed)
+            first.setdefault(width, found)
+            which = {"width": width, "seed": seed}
+            rows += [{"setting": name} | which | measure(setup, student) for name, student in found.items()]
+    print("\n".join(table(rows)))
     if not args.no_report:
         document = {"format": 1, "environment": results.environment({}), "rows": rows}
         print(f"wrote {results.keep(document, FOLDER, 'mixture')}")
-        draw(setup, found, PICTURE)
+        draw(setup, first, PICTURE)
         print(f"wrote {PICTURE}")
 
 

@@ -139,6 +139,10 @@ def start_after(stage: str, source: Path, config: TrainConfig) -> TrainConfig:
         mark = ".attn1.linear_attn."
         kept = {f"blocks.{layer}" for layer in config.selection.layers}
         model = {name: value for name, value in model.items() if mark not in name or name.split(mark)[0] in kept}
+    if stage == "sensitivity":  # r isn't learned yet, and the source may start it elsewhere
+        for name, value in model.items():
+            if name.endswith(".linear_attn.r"):
+                model[name] = torch.full_like(value, config.selection.r_init)
     folder = Path(config.output_dir)
     shutil.rmtree(folder, ignore_errors=True)
     save_checkpoint(folder, state["global_step"], model, state | {"config": config.to_dict()})

@@ -16,7 +16,7 @@ from benchmarks.ablations.settings import COST, DEFAULT, TUNING_SEED, Setting, S
 from benchmarks.results import slug
 from linvideo.demo import teacher
 from linvideo.demo.judge import coverage, explain, psnr, score
-from linvideo.demo.world import WORLDS, Scenes
+from linvideo.demo.world import WORLDS, Scenes, World
 from linvideo.evaluation.velocity import trajectory_error
 from linvideo.models import load_pipeline
 from linvideo.run.read_config import from_dict
@@ -67,7 +67,8 @@ class Bench:
         Args:
             setting: Setting to run.
             seed: Seed of all random draws.
-            rate_factor: Learning rate, divided by the suite's. None means the setting's own.
+            rate_factor: Factor on the suite's learning rate, required if the setting's rate is tuned. None means the
+                setting's own.
         """
         if rate_factor is not None:
             setting = replace(setting, changes=setting.changes | {"optimizer.learning_rate": rate_factor})
@@ -100,13 +101,15 @@ class Bench:
         return row
 
     def teacher_row(self, seed: int) -> dict[str, Any]:
-        """Judge the teacher itself. Its videos are kept for the PSNR of the others, and as many from other noise for
-        their distance to its distribution."""
+        """Judge the teacher itself. Its videos are kept for the PSNR of the others and, if it leaves something to gain,
+        as many from other noise for their distance to its distribution."""
         _, embeds, negative, captions = self.start(seed)
         _, videos = self.sample(self.pipeline.transformer, seed, len(captions))
-        noise = self.noise("teacher", seed, len(captions))
-        others = self.sample_videos(self.pipeline.transformer, noise, embeds, negative)
-        write_safetensors(self.teacher_videos(seed), {"videos": videos, "others": others})
+        kept = {"videos": videos}
+        if self.suite.headroom:
+            noise = self.noise("teacher", seed, len(captions))
+            kept["others"] = self.sample_videos(self.pipeline.transformer, noise, embeds, negative)
+        write_safetensors(self.teacher_videos(seed), kept)
         write_safetensors(film(self.folder, "teacher", seed), {"videos": videos[:FILMED]})
         return {"setting": "teacher", "seed": seed, **self.figures(videos, seed)}
 
@@ -267,7 +270,7 @@ class Bench:
         count = self.suite.videos // self.suite.noises
         if seed == TUNING_SEED:
             count = max(1, count // 2)
-        captions = self.world.evaluation_captions(count, seed=901 + seed)  # other captions than the demo's
+        captions = judged_captions(self.world, count, seed)
         captions = [caption for caption in captions for _ in range(self.suite.noises)]
         embeddings = encode_prompts(self.pipeline, captions)
         number = torch.arange(len(captions))
@@ -291,6 +294,11 @@ class Bench:
 def diversity(videos: torch.Tensor, noises: int) -> float:
     """Return the mean squared difference between two videos with the same caption, of which `noises` stand together."""
     return 2 * videos.unflatten(0, (-1, noises)).var(1).mean().item()
+
+
+def judged_captions(world: World, count: int, seed: int) -> list[str]:
+    """Return the captions of a seed's videos, each once. They are others than the demo's."""
+    return world.evaluation_captions(count, seed=901 + seed)
 
 
 def film(folder: Path, name: str, seed: int) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from benchmarks.ablations.bench import film
+from benchmarks.ablations.bench import film, judged_captions
 from benchmarks.ablations.settings import SETTINGS
 from benchmarks.ablations.suite import TEACHER
 from linvideo.demo.world import WORLDS
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"expected a new file for the picture, but {args.picture} exists")
     noises = read_json(args.folder / "request.json")["suite"].get("noises", 1)  # videos with the same caption
     number = args.video // noises
-    captions = WORLDS[args.world].evaluation_captions(number + 1, seed=901 + args.seed)[number:]
+    captions = judged_captions(WORLDS[args.world], number + 1, args.seed)[number:]
     shown = slice(args.video, args.video + 1)
     films = {name: load_file(film(args.folder, name, args.seed))["videos"][shown] for name in args.settings}
     args.picture.write_bytes(film_picture(films, captions))

@@ -8,21 +8,34 @@ import statistics
 from pathlib import Path
 
 from benchmarks.ablations import ablations_report
-from benchmarks.ablations.settings import CHOICE, LONGER, RATE, SETTINGS
-from benchmarks.ablations.tuning import LIMITS
-from benchmarks.tables import table_line
+from benchmarks.ablations.settings import CHOICE, DEFAULT, LEARNING, LONGER, RATE, SETTINGS, in_groups
+from benchmarks.ablations.tuning import FACTORS, LIMITS
+from benchmarks.tables import table_head, table_line
 
 OBJECTIVES = ("MSE, own states", "ADM, small step", "ADM, one sampler step", "hybrid")
 LAYERS = ("well-chosen layers", "badly chosen layers")
-# pairs of settings whose difference in good videos is shown
-RULES = (
-    ("learned r", "default", "lowest sensitivity, longer"),
-    ("learned r from 0.5", "r from 0.5", "lowest sensitivity, longer"),
-    ("learned r, its learning rate x 3", "learning rate of r x 3", "lowest sensitivity, longer"),
-    ("first half", "first half", "lowest sensitivity"),
-    ("learned r, three quarters linear", "75.0% linear", "75.0% linear, lowest sensitivity, longer"),
-    ("first three quarters", "75.0% linear, first layers", "75.0% linear, lowest sensitivity"),
-)
+# Tables of differences: their heading -> rows (label, setting, setting that it is compared with).
+COMPARISONS = {
+    "Objectives against MSE": [
+        (f"{name}, {layers}", f"{name}, {layers}", f"MSE, {layers}") for layers in LAYERS for name in OBJECTIVES
+    ],
+    "ADM with a small step against MSE, both four times as long": [
+        (layers, f"ADM, small step, {layers}, {LONGER}", f"MSE, {layers}, {LONGER}")
+        for layers in (LAYERS[0], "first half")
+    ],
+    "Guidance and negative prompts against the default's, badly chosen layers": [
+        (name, name, SETTINGS[name].tuned) for name in in_groups("guidance")
+    ],
+    "Choice of layers against the lowest sensitivities": [
+        ("learned r", "default", "lowest sensitivity, longer"),
+        ("learned r from 0.5", "r from 0.5", "lowest sensitivity, longer"),
+        ("learned r, its learning rate x 3", "learning rate of r x 3", "lowest sensitivity, longer"),
+        ("first half", "first half", "lowest sensitivity"),
+        ("learned r, three quarters linear", "75.0% linear", "75.0% linear, lowest sensitivity, longer"),
+        ("first three quarters", "75.0% linear, first layers", "75.0% linear, lowest sensitivity"),
+    ],
+    "Learning rate against the default's": [(name, name, DEFAULT.name) for name in in_groups(RATE)],
+}
 # the quantile 0.975 of Student's t by degrees of freedom
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
 T |= {11: 2.201, 12: 2.179, 13: 2.160, 14: 2.145, 15: 2.131, 16: 2.120, 17: 2.110, 18: 2.101, 19: 2.093, 20: 2.086}
@@ -41,6 +54,7 @@ FIGURES = (
     ("device_seconds", "device-s", ".0f", 1),
     ("steps", "steps", ".0f", 1),
 )
+RATES = ", ".join(f"{1e-3 * factor:g}" for factor in FACTORS)
 HEAD = f"""# Teachers with headroom
 
 This page is written by `python -m benchmarks.ablations.headroom_report` from the files in
@@ -51,12 +65,14 @@ On a teacher at 100% good, an objective can't show that it makes better videos t
 world leave something to gain. Each table compares settings that share all stages before fine-tuning and are fine-tuned
 for the same time. Each objective has the learning rate that gave it the most good videos on a seed of its own
 (TUNING_SEED in benchmarks/ablations/settings.py), which doesn't count; runs of four times the length and with other
-trajectories have the same rate. Rates from {1e-3 * LIMITS[0]:.1e} to {1e-3 * LIMITS[1]:.1e} were tried, so that beyond
-these two there may be a better one. The choice of layers is compared at the default rate. In well-chosen layers the
-half with the lowest sensitivities is linear, in badly chosen layers every second one. A student whose videos have
-values that are not finite counts as 0% good and is left out of the other columns.
+trajectories have the same rate. The rates {RATES} were tried and, while the best was the
+lowest or the highest one, its half or its double, from {1e-3 * LIMITS[0]:g} to {1e-3 * LIMITS[1]:g}. The choice of
+layers is compared at the default rate. In well-chosen layers the half with the lowest sensitivities is linear, in badly
+chosen layers every second one. A student whose videos have values that are not finite counts as 0% good and is left out
+of the other columns.
 
-Besides the columns of [ablations.md](ablations.md), these tell matching a distribution from seeking its modes:
+In the tables with a row for each setting, a figure is the mean over seeds ± their standard deviation. Besides the
+columns of [ablations.md](ablations.md), these tell matching a distribution from seeking its modes:
 
 - **all words right**: a student with more than its teacher has left out what the teacher does wrong.
 - **coverage** of the teacher's or the world's: the distance (Wasserstein-1) of positions and speeds to those of the
@@ -68,34 +84,39 @@ Besides the columns of [ablations.md](ablations.md), these tell matching a distr
   less than its teacher; so has one whose motion or shapes are blurred.
 """
 
-AGAINST = """\
-By how many points each has more good videos than MSE: the mean over seeds with its 95% interval (Student's t over the
-differences of the seeds, which are paired: same captions, noise and earlier stages). The last two columns are the mean
-over teachers. The first interval says how sure it is for these teachers, the second what to expect of others. Neither
-includes the choice of the learning rate.
+DIFFERENCES = f"""\
+The tables of differences show by how many points one setting has more good videos than another. Each figure is the mean
+over seeds, which are paired (same captions, noise and earlier stages), with its 95% interval (Student's t). With three
+seeds the spread of one cell says little, so its variance is that of all cells of the table together, each around its
+own mean. The last column is the mean over teachers with an interval from the variance of the teachers' means, again of
+all rows of the table together: what to expect of other teachers like these. The intervals don't include the choice of
+the learning rate, and they aren't corrected for the number of comparisons: of 20, one is expected to miss 0 by chance.
+Learned layers are compared with the lowest sensitivities fine-tuned {LEARNING} times as long, which takes the same time
+as learning and then fine-tuning.
 """
 
 
-def interval(differences: list[float]) -> str:
-    """Return the mean of differences of shares with its 95% interval, in percent; "-" without any."""
-    return pooled([differences])
+def with_interval(values: list[float], errors: tuple[float, int]) -> str:
+    """Return the mean of values with its 95% interval, in percent; "-" without any.
 
-
-def pooled(groups: list[list[float]]) -> str:
-    """Return the mean of the groups' means with its 95% interval, from the variance within groups; "-" without any.
-
-    This is the interval for these groups. That for others would take the variance of the groups' means.
+    Args:
+        values: Shares or differences of shares.
+        errors: Their standard deviation and its degrees of freedom, see `deviation`.
     """
-    groups = [[100 * value for value in group] for group in groups if group]
-    if not groups:
+    if not values:
         return "-"
-    means = [statistics.fmean(group) for group in groups]
-    mean, freedom = statistics.fmean(means), sum(len(group) - 1 for group in groups)
+    mean, (sd, freedom) = 100 * statistics.fmean(values), errors
     if not freedom:
         return f"{mean:+.1f}"
-    squares = sum((value - m) ** 2 for group, m in zip(groups, means, strict=True) for value in group)
-    error = math.sqrt(squares / freedom * sum(1 / len(group) for group in groups)) / len(groups)
-    return f"{mean:+.1f} ± {T[min(freedom, max(T))] * error:.1f}"
+    return f"{mean:+.1f} ± {100 * T[min(freedom, max(T))] * sd / math.sqrt(len(values)):.1f}"
+
+
+def deviation(groups: list[list[float]]) -> tuple[float, int]:
+    """Return the standard deviation within groups, from all of them together, and its degrees of freedom."""
+    groups = [group for group in groups if group]
+    freedom = sum(len(group) - 1 for group in groups)
+    squares = sum((value - statistics.fmean(group)) ** 2 for group in groups for value in group)
+    return math.sqrt(squares / max(freedom, 1)), freedom
 
 
 def differences(document: dict, setting: str, base: str) -> list[float]:
@@ -108,7 +129,7 @@ def differences(document: dict, setting: str, base: str) -> list[float]:
 
 
 def difference_table(documents: list[dict], pairs: list[tuple[str, str, str]]) -> list[str]:
-    """Return a table of differences of good videos, without the teachers that have none; empty if all have none.
+    """Return a table of differences of good videos, without teachers and rows that have none; empty if all have none.
 
     Args:
         documents: Results to compare, one per teacher.
@@ -117,12 +138,14 @@ def difference_table(documents: list[dict], pairs: list[tuple[str, str, str]]) -
     documents = [document for document in documents if any(differences(document, *pair) for _, *pair in pairs)]
     if not documents:
         return []
-    lines = [table_line(["", *map(teacher_name, documents), "mean, over seeds", "mean, over teachers"])]
-    lines.append("|---|" + "---:|" * (len(documents) + 2))
-    for label, setting, base in pairs:
-        each = [differences(document, setting, base) for document in documents]
-        over = interval([statistics.fmean(values) for values in each if values])
-        lines.append(table_line([label, *map(interval, each), pooled(each), over]))
+    rows = {label: [differences(document, *pair) for document in documents] for label, *pair in pairs}
+    rows = {label: cells for label, cells in rows.items() if any(cells)}
+    means = {label: [statistics.fmean(cell) for cell in cells if cell] for label, cells in rows.items()}
+    over_seeds, over_teachers = deviation(sum(rows.values(), [])), deviation(list(means.values()))
+    lines = table_head(["", *map(teacher_name, documents), "mean over teachers"], texts=1)
+    for label, cells in rows.items():
+        each = [with_interval(cell, over_seeds) for cell in cells]
+        lines.append(table_line([label, *each, with_interval(means[label], over_teachers)]))
     return lines
 
 
@@ -136,8 +159,8 @@ def teacher_name(document: dict) -> str:
 
 
 def teachers(documents: list[dict]) -> list[str]:
-    lines = [table_line(["teacher", "made with", "parameters", "good, %", "all words right, %", "minutes"])]
-    lines.append("|---|---|---:|---:|---:|---:|")
+    columns = ["teacher", "made with", "parameters", "good, %", "all words right, %", "minutes"]
+    lines = table_head(columns, texts=2)
     for document in documents:
         made, judged = document["teacher"], [row for row in document["rows"] if row["setting"] == "teacher"]
         shares = [
@@ -178,11 +201,9 @@ def tables(document: dict) -> list[str]:
         (RATE, "Learning rate, layers of the default"),
     ):
         names = [setting.name for setting in SETTINGS.values() if group in setting.groups]
-        if group == CHOICE:
-            names = [setting for _, *pair in RULES for setting in pair]
-        chosen = [row for row in rows if row["setting"] in names]
-        if chosen:
-            lines += [f"### {heading}\n", *ablations_report.table([*always, *chosen], FIGURES), ""]
+        if chosen := [row for row in rows if row["setting"] in names]:
+            with_default = [row for row in rows if row["setting"] == DEFAULT.name and group in (CHOICE, RATE)]
+            lines += [f"### {heading}\n", *ablations_report.table([*always, *with_default, *chosen], FIGURES), ""]
     return lines
 
 
@@ -191,18 +212,12 @@ def write(folder: Path, docs: Path) -> list[Path]:
     documents = [document for document in ablations_report.load(folder) if "teacher" in document]
     if not documents:
         return []
-    pairs = [
-        (f"{objective}, {layers}", f"{objective}, {layers}", f"MSE, {layers}")
-        for layers in LAYERS
-        for objective in OBJECTIVES
-    ]
-    lines = [HEAD, "## The teachers\n", *teachers(documents), ""]
+    lines = [HEAD, "## The teachers\n", *teachers(documents), "", "## Differences\n", DIFFERENCES]
     for with_guidance, how in ((True, ""), (False, ", without guidance")):
         chosen = [document for document in documents if guided(document) == with_guidance]
-        if table := difference_table(chosen, pairs):
-            lines += [f"## Objectives against MSE{how}\n", AGAINST, *table, ""]
-        if table := difference_table(chosen, list(RULES)):
-            lines += [f"## Choice of layers against the lowest sensitivities{how}\n", *table, ""]
+        for heading, pairs in COMPARISONS.items():
+            if table := difference_table(chosen, pairs):
+                lines += [f"### {heading}{how}\n", *table, ""]
     for document in documents:
         lines += tables(document)
     target = docs / "headroom.md"

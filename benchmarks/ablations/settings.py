@@ -22,8 +22,7 @@ COST = {
     "adm_score_net": 3.0,
     "dmd": 3.0,
 }
-FORWARD = 0.3  # the same for a forward
-
+FORWARD = 0.3  # time of one forward, in the same unit
 
 TUNING_SEED = 1000  # seed on which learning rates are tuned; it gives no figure of its own
 SLOW = {"optimizer.learning_rate": 0.25}
@@ -47,8 +46,8 @@ class Setting:
         objective: Objective that exists only in the ablations, see objectives.py.
         sampler_steps: Number of steps of the student's own rollouts. None means the teacher's number.
         variant: Change of the model, see variants.py.
-        tuned: Name of the setting with whose learning rate this one trains; the setting's own if it is tuned itself, on
-            a seed that doesn't count (see tuning.py). None means the suite's rate.
+        tuned: Name of the setting on which the learning rate was tuned, which may be this one (see tuning.py). None
+            means the suite's rate.
         length: Length of fine-tuning relative to the suite's budget.
     """
 
@@ -132,16 +131,16 @@ def _hybrid(label: str, **changes: Any) -> Setting:
     return Setting(f"hybrid, {label}", ("t law",), {f"objective.{k}": v for k, v in changes.items()})
 
 
-def _selection(label: str, **changes: Any) -> Setting:
-    return Setting(label, ("selection",), {f"selection.{k}": v for k, v in changes.items()}, "sensitivity")
+def _selection(label: str, groups: tuple[str, ...] = ("selection",), **changes: Any) -> Setting:
+    return Setting(label, groups, {f"selection.{k}": v for k, v in changes.items()}, "sensitivity")
 
 
 def _rate(label: str, **changes: Any) -> Setting:
     return Setting(label, (RATE,), {f"optimizer.{name}": value for name, value in changes.items()})
 
 
-def _lowest(label: str, group: str = "layers", **more: Any) -> Setting:
-    return Setting(label, (group,), {"selection.method": "sensitivity"}, "sensitivity", **more)
+def _lowest(label: str, groups: tuple[str, ...], **more: Any) -> Setting:
+    return Setting(label, groups, {"selection.method": "sensitivity"}, "sensitivity", **more)
 
 
 def _branch(label: str, variant: str | None = None, **changes: Any) -> Setting:
@@ -197,8 +196,8 @@ SETTINGS = {
         _second("hybrid", {"objective.name": "hybrid"}),
         _second("hybrid, ADM in the last fifth", {"objective.name": "hybrid", "objective.mse_steps": 0.8}),
         _second("hybrid, own-state MSE for ADM", {"objective.name": "hybrid"}, objective="own_mse_for_adm"),
-        _lowest("lowest sensitivity"),
-        Setting("first half", ("layers",), after="sensitivity", layers="first"),
+        _lowest("lowest sensitivity", ("layers", CHOICE)),
+        Setting("first half", ("layers", CHOICE), after="sensitivity", layers="first"),
         Setting("last half", ("layers", "window"), after="sensitivity", layers="last"),
         Setting("random", ("layers",), after="sensitivity", layers="random"),
         _selection("no L_reg", lambda_reg=0.0),
@@ -206,19 +205,17 @@ SETTINGS = {
         _selection("the same with ADM, one sampler step", **PAPER, objective="adm_step"),
         _selection("alpha 2 throughout", alpha_start=2.0),
         _selection("alpha 20 throughout", alpha_end=20.0),
-        _selection("r from 0.5", r_init=0.5),
+        _selection("r from 0.5", ("selection", CHOICE), r_init=0.5),
         _selection("r from 0.95", r_init=0.95),
         _selection("r from the sensitivity", r_from_sensitivity=True),
         _selection("learning rate of r / 4", r_learning_rate=5e-3),
-        _selection("learning rate of r x 3", r_learning_rate=6e-2),
+        _selection("learning rate of r x 3", ("selection", CHOICE), r_learning_rate=6e-2),
         _selection("lambda_con / 10", lambda_con=0.02),
         _selection("lambda_con x 10", lambda_con=2.0),
         _selection("lambda_reg x 10", lambda_reg=0.15),
         *(
-            Setting(
-                f"{share:.1%} linear", ("target", *(["window"] if share == 1 else [])), {}, "sensitivity", share=share
-            )
-            for share in (0.125, 0.25, 0.375, 0.625, 0.75, 0.875, 1.0)
+            Setting(f"{share:.1%} linear", ("target", *also), {}, "sensitivity", share=share)
+            for share, *also in ((0.125,), (0.25,), (0.375,), (0.625,), (0.75, CHOICE), (0.875,), (1.0, "window"))
         ),
         _branch("hedgehog_joint", feature_map="hedgehog_joint"),
         _branch("elu", feature_map="elu"),
@@ -245,7 +242,7 @@ SETTINGS = {
         *_tuned("hybrid", "hybrid"),
         Setting(
             "lowest sensitivity, no fine-tuning",
-            ("tuned objective, well-chosen layers",),
+            ("layers", "tuned objective, well-chosen layers"),
             {"max_train_steps": 0, "selection.method": "sensitivity"},
             "sensitivity",
         ),
@@ -260,9 +257,9 @@ SETTINGS = {
         *_trajectories("no negative prompts", negative_probability=0.0),
         *_trajectories("half negative prompts", negative_probability=0.5),
         *_trajectories("states without guidance", guidance_scale=1.0),
-        _lowest("lowest sensitivity, longer", CHOICE, length=LEARNING),
-        _lowest("75.0% linear, lowest sensitivity", CHOICE, share=0.75),
-        _lowest("75.0% linear, lowest sensitivity, longer", CHOICE, share=0.75, length=LEARNING),
+        _lowest("lowest sensitivity, longer", (CHOICE,), length=LEARNING),
+        _lowest("75.0% linear, lowest sensitivity", (CHOICE,), share=0.75),
+        _lowest("75.0% linear, lowest sensitivity, longer", (CHOICE,), share=0.75, length=LEARNING),
         Setting("75.0% linear, first layers", (CHOICE,), {}, "sensitivity", "first", share=0.75),
     )
 }
@@ -279,15 +276,16 @@ CORE = (
 
 
 ALL = tuple(name for name, setting in SETTINGS.items() if setting.tuned is None)
+_TUNED = ("tuned objective, well-chosen layers", "tuned objective, badly chosen layers")
+
+
+def in_groups(*groups: str) -> tuple[str, ...]:
+    """Return the names of all settings in any of the groups."""
+    return tuple(name for name, setting in SETTINGS.items() if set(groups) & set(setting.groups))
+
+
 # Teachers that leave something to gain, each of which takes about 80 minutes on two CPU cores.
-HEADROOM = (
-    DEFAULT.name,
-    *(name for name, setting in SETTINGS.items() if any("tuned objective" in group for group in setting.groups)),
-    *("lowest sensitivity", "first half", "r from 0.5", "learning rate of r x 3"),
-    *("lowest sensitivity, longer", "75.0% linear", "75.0% linear, lowest sensitivity"),
-    *("75.0% linear, lowest sensitivity, longer", "75.0% linear, first layers"),
-)
-MORE = tuple(name for name, setting in SETTINGS.items() if {LONGER, RATE, "guidance"} & set(setting.groups))
+HEADROOM = in_groups("default", *_TUNED, CHOICE)
 
 
 @dataclass(frozen=True)
@@ -342,7 +340,7 @@ SUITES = {
     "small": Suite("small", CORE, 200),
     "small-all": Suite("small", ALL, 200),
     "headroom": Suite("small", HEADROOM, **_HEADROOM),
-    "headroom-all": Suite("small", (*HEADROOM, *MORE), **_HEADROOM),
+    "headroom-all": Suite("small", (*HEADROOM, *in_groups(LONGER, RATE, "guidance")), **_HEADROOM),
     "headroom-unguided": Suite("small", HEADROOM, **_HEADROOM, guidance_scale=1.0),
     "middle": Suite("middle", ALL, **_GPU),
     "large": Suite("large", CORE, **_GPU),

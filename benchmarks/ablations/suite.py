@@ -43,7 +43,7 @@ def run(suite: Suite, settings: list[str], seeds: int, teacher: Path, folder: Pa
     tuned = {SETTINGS[name].tuned: None for name in settings if SETTINGS[name].tuned is not None}
     numbers = [*range(seeds), *([TUNING_SEED] if tuned else [])]
     first = [("teacher_row", seed) for _, seed in missing([TEACHER], numbers)]
-    worlds = [("world_row", seed) for _, seed in missing([WORLD], range(seeds))]
+    worlds = [("world_row", seed) for _, seed in missing([WORLD], range(seeds) if suite.headroom else [])]
     defaults = [("row", DEFAULT, seed) for _, seed in missing([DEFAULT.name], numbers)]
     run_rounds([first, [*worlds, *defaults]])
     while trials := [

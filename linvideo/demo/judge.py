@@ -268,7 +268,7 @@ def closest_shapes(
 
 
 def judge(videos: torch.Tensor, captions: list[str], world: World) -> dict[str, float]:
-    """Judge a batch of videos that were made for these captions: `score` of `explain`.
+    """Return the metrics of a batch of videos that were made for these captions; see `score`.
 
     Raises:
         ValueError: The world does not have the caption.
@@ -277,7 +277,7 @@ def judge(videos: torch.Tensor, captions: list[str], world: World) -> dict[str, 
 
 
 def explain(videos: torch.Tensor, captions: list[str], world: World) -> Fit:
-    """Explain videos that were made for these captions. Raises as `judge`."""
+    """Return the scenes that fit the videos best. Raises as `judge`."""
     return fit(videos, world, wanted_scenes(captions, world).colour)
 
 
@@ -316,15 +316,18 @@ def score(found: Fit, captions: list[str], world: World) -> dict[str, float]:
 
 
 def coverage(scenes: Scenes, truth: Scenes) -> float:
-    """Return the sum of the Wasserstein-1 distances of start x, start y and speed, over all shapes, to other scenes
-    with the same captions. Of these there is a multiple of the number of `scenes`."""
+    """Return the sum of the Wasserstein-1 distances of start x, start y and speed, over all shapes.
+
+    Args:
+        scenes: Scenes to compare, B of them.
+        truth: Scenes with the same captions, n B of them for a whole number n.
+    """
     pairs = [
         (scenes.start[..., 0], truth.start[..., 0]),
         (scenes.start[..., 1], truth.start[..., 1]),
         (scenes.speed, truth.speed),
     ]
-    # Both are sorted and compared quantile by quantile; the truth has the same number of values for each one of the
-    # sample.
+    # Both are sorted and compared quantile by quantile: each value of the sample with n values of the truth.
     return sum(
         (a.flatten().sort().values[:, None] - b.flatten().sort().values.view(a.numel(), -1)).abs().mean().item()
         for a, b in pairs

@@ -87,14 +87,15 @@ def shifted_logit_normal(batch: int, shift: float, generator: torch.Generator) -
 
 
 def noisy(scenes: Scenes, probability: float, generator: torch.Generator) -> Scenes:
-    """Return scenes in which each colour, shape and direction is drawn anew with a probability, for their captions."""
+    """Return copies of scenes with other words in their captions: each colour, shape and direction is replaced, with
+    this probability, by one drawn uniformly, which may be the same."""
     words = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS}
     changed = {}
     for name, choices in words.items():
         value = getattr(scenes, name)
         drawn = torch.randint(len(choices), value.shape, generator=generator)
-        wrong = torch.rand(value.shape, generator=generator) < probability
-        changed[name] = torch.where(wrong, drawn, value)
+        replaced = torch.rand(value.shape, generator=generator) < probability
+        changed[name] = torch.where(replaced, drawn, value)
     return replace(scenes, **changed)
 
 
@@ -118,12 +119,12 @@ class TeacherRun:
         seed: Seed of all random draws.
         device: Device for rendering and training.
         init_from: Folder of a teacher of the same world to start from; None starts from random weights.
-        caption_noise: Probability that a word of a caption is drawn anew, each by itself.
+        caption_noise: Probability with which each colour, shape and direction in a caption is replaced by a random one.
         layers, heads: Size of the transformer; None means the world's, or that of init_from.
 
     Raises:
-        ValueError: init_from holds a teacher of another world or comes with a size, the size is below 1, or the
-            probability is not one.
+        ValueError: init_from holds a teacher of another world or comes with a size, the size is below 1,
+            caption_noise is not a probability, or it is above 0 in a world of several shapes.
     """
 
     def __init__(
@@ -146,9 +147,15 @@ class TeacherRun:
         if not 0 <= caption_noise <= 1:
             raise ValueError(f"expected the caption noise to be a probability, got {caption_noise}")
         if caption_noise and world.objects > 1:  # two shapes of a video never have the same colour
-            raise ValueError(f"expected no caption noise in the {world.name} world, whose videos have several shapes")
+            raise ValueError(
+                f"expected caption noise 0 in the {world.name} world, whose videos have several shapes, got"
+                f" {caption_noise}"
+            )
         if init_from is not None and (layers, heads) != (None, None):
-            raise ValueError(f"expected no number of layers or heads for a run from {init_from}, which has its own")
+            raise ValueError(
+                f"expected layers and heads to be None for a run from {init_from}, which has its own, got {layers} and"
+                f" {heads}"
+            )
         settings = resized(SETTINGS[world.name], layers, heads)
         self.pipeline = load_pipeline(init_from) if init_from else build_pipeline(world, seed, settings)
         if self.pipeline.tokenizer.model_max_length != settings.text_length:

@@ -1,5 +1,6 @@
 """The mixture of Gaussians on which objectives are compared: its closed forms, the losses and the command."""
 
+import json
 import math
 
 import pytest
@@ -33,6 +34,16 @@ def test_velocity_and_density_are_those_of_samples(setup, t):
         inner = torch.linspace(edges[number - 1], edges[number], 201).double()
         share = torch.trapezoid(setup.teacher.log_density(inner, time).exp(), inner)
         assert there.double().mean() == pytest.approx(share.item(), abs=0.003)
+
+
+def test_the_data_of_the_mixture(setup):
+    """The share of good samples is that of the Gaussians: 99.73% of two, and of the wide one what lies in them."""
+    normal = torch.distributions.Normal(0.0, 1.2)
+    edges = torch.tensor([1.05, 1.95]).double()
+    wide = 2 * (normal.cdf(edges[1]) - normal.cdf(edges[0])).item()
+    found = mixture.compare(setup, setup.data)
+    assert found["good"] == pytest.approx(0.85 * 0.9973 + 0.15 * wide, abs=0.002)
+    assert found["w1_data"] == 0
 
 
 def test_the_score_identity_of_adm_holds(setup):
@@ -93,15 +104,19 @@ def test_the_exact_divergence_of_normal_samples(setup, monkeypatch):
 def test_the_command_compares_all_objectives(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mixture, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(mixture, "PICTURE", tmp_path / "picture.png")
-    monkeypatch.setattr(mixture, "LENGTHS", (150,))
+    monkeypatch.setattr(mixture, "TRAIN_STEPS", 150)
+    monkeypatch.setattr(mixture, "WIDTHS", (8,))
+    monkeypatch.setattr(mixture, "SEEDS", 1)
     mixture.main([])
     text = capsys.readouterr().out
     (file,) = (tmp_path / "results").glob("*.json")
-    rows = {row["setting"]: row for row in mixture.results.json.loads(file.read_text())["rows"]}
-    assert len(rows) == 2 + len(mixture.OBJECTIVES) and all(name.replace("|", "\\|") in text for name in rows)
-    assert rows["teacher"]["w1"] == rows["teacher"]["own_state_error"] == 0
-    start = rows["start of all students"]
+    rows = {row["setting"]: row for row in json.loads(file.read_text())["rows"]}
+    assert len(rows) == 3 + len(mixture.OBJECTIVES)
+    assert all(name.replace("|", "\\|") in text for name in rows)
+    assert rows["teacher's samples"]["w1_samples"] == rows["teacher's data"]["w1_data"] == 0
+    start = rows[mixture.START]
     for name in ("MSE on the teacher's states", "MSE on the student's own states", "ADM, small step"):
-        assert rows[f"{name}, 150 steps"]["own_state_error"] < start["own_state_error"]
-    assert rows["ADM, one sampler step, 150 steps"]["own_state_error"] > start["own_state_error"]
+        assert rows[name]["own_state_error"] < start["own_state_error"]
+    assert rows["ADM, one sampler step"]["own_state_error"] > start["own_state_error"]
+    assert rows["exact KL(student || teacher)"]["w1_data"] < start["w1_data"]
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

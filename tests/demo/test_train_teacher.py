@@ -139,9 +139,9 @@ def test_a_teacher_of_another_size_with_noisy_captions(tmp_path):
     ("more", "message"),
     [
         (["--caption_noise", "1.5"], "expected the caption noise to be a probability, got 1.5"),
-        (["--caption_noise", "0.1", "--world", "middle"], "expected no caption noise in the middle world"),
+        (["--caption_noise", "0.1", "--world", "middle"], "expected caption noise 0 in the middle world"),
         (["--layers", "0"], "expected at least one layer and one head, got 0 layers"),
-        (["--heads", "3", "--init_from", str(teacher.FOLDER)], "expected no number of layers or heads"),
+        (["--heads", "3", "--init_from", str(teacher.FOLDER)], "expected layers and heads to be None"),
     ],
 )
 def test_wrong_sizes_and_noise_are_refused(tmp_path, capsys, more, message):
