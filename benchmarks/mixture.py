@@ -252,6 +252,8 @@ def draw(setup: Setup, found: dict[int, dict[str, Student]], path: Path) -> None
             axis.hist(samples, histtype="step", color="C0", **bins)
             axis.set(yscale="log", ylim=(0.8, PARTICLES / 2))
             axis.set_title(f"width {width}: {name}", fontsize=8)
+    figure.supxlabel("x", fontsize=8)
+    figure.supylabel("samples in a bin", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
