@@ -88,27 +88,25 @@ DIFFERENCES = f"""\
 The tables of differences show by how many points one setting has more good videos than another. Each figure is the mean
 over seeds, which are paired (same captions, noise and earlier stages), with its 95% interval (Student's t). With three
 seeds the spread of one cell says little, so its variance is that of all cells of the table together, each around its
-own mean. The last column is the mean over teachers with an interval from the variance of the teachers' means, again of
-all rows of the table together: what to expect of other teachers like these. The intervals don't include the choice of
-the learning rate, and they aren't corrected for the number of comparisons: of 20, one is expected to miss 0 by chance.
+own mean. The last two columns are the mean over teachers. The interval in the first is for these teachers, from the
+variance over seeds; that in the second is for other teachers like these, from the variance of the teachers' means,
+again of all rows together. The intervals don't include the choice of the learning rate, and they aren't corrected for
+the number of comparisons: of 20, one is expected to miss 0 by chance.
+
 Learned layers are compared with the lowest sensitivities fine-tuned {LEARNING} times as long, which takes the same time
 as learning and then fine-tuning.
 """
 
 
-def with_interval(values: list[float], errors: tuple[float, int]) -> str:
-    """Return the mean of values with its 95% interval, in percent; "-" without any.
+def with_interval(mean: float, error: float, freedom: int) -> str:
+    """Return a mean of shares or of their differences with its 95% interval, in percent.
 
     Args:
-        values: Shares or differences of shares.
-        errors: Their standard deviation and its degrees of freedom, see `deviation`.
+        mean: Mean.
+        error: Its standard error.
+        freedom: Degrees of freedom of the standard error; without any there is no interval.
     """
-    if not values:
-        return "-"
-    mean, (sd, freedom) = 100 * statistics.fmean(values), errors
-    if not freedom:
-        return f"{mean:+.1f}"
-    return f"{mean:+.1f} ± {100 * T[min(freedom, max(T))] * sd / math.sqrt(len(values)):.1f}"
+    return f"{100 * mean:+.1f}" + (f" ± {100 * T[min(freedom, max(T))] * error:.1f}" if freedom else "")
 
 
 def deviation(groups: list[list[float]]) -> tuple[float, int]:
@@ -141,11 +139,19 @@ def difference_table(documents: list[dict], pairs: list[tuple[str, str, str]]) -
     rows = {label: [differences(document, *pair) for document in documents] for label, *pair in pairs}
     rows = {label: cells for label, cells in rows.items() if any(cells)}
     means = {label: [statistics.fmean(cell) for cell in cells if cell] for label, cells in rows.items()}
-    over_seeds, over_teachers = deviation(sum(rows.values(), [])), deviation(list(means.values()))
-    lines = table_head(["", *map(teacher_name, documents), "mean over teachers"], texts=1)
+    sd, freedom = deviation(sum(rows.values(), []))
+    sd_of_means, freedom_of_means = deviation(list(means.values()))
+    several = len(documents) > 1
+    columns = [*map(teacher_name, documents), *(["mean, these teachers", "mean, others"] if several else [])]
+    lines = table_head(["", *columns], texts=1)
     for label, cells in rows.items():
-        each = [with_interval(cell, over_seeds) for cell in cells]
-        lines.append(table_line([label, *each, with_interval(means[label], over_teachers)]))
+        line = [with_interval(statistics.fmean(c), sd / math.sqrt(len(c)), freedom) if c else "-" for c in cells]
+        if several:
+            mean, count = statistics.fmean(means[label]), len(means[label])
+            error = sd * math.sqrt(sum(1 / len(cell) for cell in cells if cell)) / count
+            line.append(with_interval(mean, error, freedom))
+            line.append(with_interval(mean, sd_of_means / math.sqrt(count), freedom_of_means))
+        lines.append(table_line([label, *line]))
     return lines
 
 

@@ -555,30 +555,38 @@ def test_the_suite_tunes_before_it_compares(tmp_path, monkeypatch, capsys):
     (page,) = headroom_report.write(tmp_path / "results", tmp_path)
     text = page.read_text()
     assert "### Objectives against MSE\n" in text
-    assert "| ADM, small step, badly chosen layers | +5.0 ± 0.0 | +5.0 |" in text
-    assert "| first half | +0.0 ± 0.0 | +0.0 |" in text
+    assert "| ADM, small step, badly chosen layers | +5.0 ± 0.0 |" in text
+    assert "| first half | +0.0 ± 0.0 |" in text
     assert "| poor | steps 9 | 2.0 M |" in text
     assert "5.0e-04" in text
     assert "without guidance" not in text
 
 
 def test_intervals_are_those_of_student():
-    assert headroom_report.with_interval([], (0.01, 2)) == "-"
-    assert headroom_report.with_interval([0.02], headroom_report.deviation([[0.02], []])) == "+2.0"
-    one = [0.01, 0.02, 0.03]
-    assert headroom_report.with_interval(one, headroom_report.deviation([one])) == "+2.0 ± 2.5"  # 4.303 x 1 / sqrt(3)
-    # Between the groups it varies much, within little: 2.776 x 1 / sqrt(3)
-    assert headroom_report.with_interval(one, headroom_report.deviation([one, [0.21, 0.22, 0.23]])) == "+2.0 ± 1.6"
+    one, other = [0.01, 0.02, 0.03], [0.21, 0.22, 0.23]
+    assert headroom_report.deviation([one, [], [0.5]]) == (pytest.approx(0.01), 2)
+    assert headroom_report.deviation([one, other]) == (pytest.approx(0.01), 4)  # within the groups
+    assert headroom_report.deviation([[0.02], []]) == (0, 0)
+    assert headroom_report.with_interval(0.02, 0.01, 0) == "+2.0"
+    assert headroom_report.with_interval(0.02, 0.01 / 3**0.5, 2) == "+2.0 ± 2.5"  # 4.303 x 1 / sqrt(3)
 
 
 def test_differences_between_teachers():
     def document(name: str, ahead: float) -> dict:
-        good = {"MSE, badly chosen layers": 0.5, "ADM, small step, badly chosen layers": 0.5 + ahead}
-        rows = [{"setting": setting, "seed": seed, "good": value} for setting, value in good.items() for seed in (0, 1)]
+        adm = [0.5 + ahead - 0.01, 0.5 + ahead + 0.01]
+        good = {"MSE, badly chosen layers": [0.5, 0.5], "ADM, small step, badly chosen layers": adm}
+        rows = [
+            {"setting": setting, "seed": seed, "good": values[seed]}
+            for setting, values in good.items()
+            for seed in (0, 1)
+        ]
         return {"teacher": {"name": name}, "suite": {"guidance_scale": None}, "rows": rows}
 
     documents = [document("a", 0.01), document("b", 0.03), document("c", 0.0) | {"rows": []}]
     table = headroom_report.difference_table(documents, headroom_report.COMPARISONS["Objectives against MSE"])
-    assert table[0] == "|  | a | b | mean over teachers |"
-    assert table[2:] == ["| ADM, small step, badly chosen layers | +1.0 ± 0.0 | +3.0 ± 0.0 | +2.0 ± 12.7 |"]
+    assert table[0] == "|  | a | b | mean, these teachers | mean, others |"
+    # Each seed is 1 point off its mean: a standard deviation of sqrt(2), with 2 degrees of freedom.
+    assert table[2:] == [
+        "| ADM, small step, badly chosen layers | +1.0 ± 4.3 | +3.0 ± 4.3 | +2.0 ± 3.0 | +2.0 ± 12.7 |"
+    ]
     assert headroom_report.difference_table(documents[2:], headroom_report.COMPARISONS["Objectives against MSE"]) == []
