@@ -131,8 +131,10 @@ def _hybrid(label: str, **changes: Any) -> Setting:
     return Setting(f"hybrid, {label}", ("t law",), {f"objective.{k}": v for k, v in changes.items()})
 
 
-def _selection(label: str, groups: tuple[str, ...] = ("selection",), **changes: Any) -> Setting:
-    return Setting(label, groups, {f"selection.{k}": v for k, v in changes.items()}, "sensitivity")
+def _selection(
+    label: str, groups: tuple[str, ...] = ("selection",), share: float = Setting.share, **changes: Any
+) -> Setting:
+    return Setting(label, groups, {f"selection.{k}": v for k, v in changes.items()}, "sensitivity", share=share)
 
 
 def _rate(label: str, **changes: Any) -> Setting:
@@ -207,7 +209,7 @@ SETTINGS = {
         _selection("alpha 20 throughout", alpha_end=20.0),
         _selection("r from 0.5", ("selection", CHOICE), r_init=0.5),
         _selection("r from 0.95", r_init=0.95),
-        _selection("r from the sensitivity", r_from_sensitivity=True),
+        _selection("r from the sensitivity", ("selection", CHOICE), r_from_sensitivity=True),
         _selection("learning rate of r / 4", r_learning_rate=5e-3),
         _selection("learning rate of r x 3", ("selection", CHOICE), r_learning_rate=6e-2),
         _selection("lambda_con / 10", lambda_con=0.02),
@@ -260,6 +262,7 @@ SETTINGS = {
         _lowest("lowest sensitivity, longer", (CHOICE,), length=LEARNING),
         _lowest("75.0% linear, lowest sensitivity", (CHOICE,), share=0.75),
         _lowest("75.0% linear, lowest sensitivity, longer", (CHOICE,), share=0.75, length=LEARNING),
+        _selection("75.0% linear, r from the sensitivity", (CHOICE,), 0.75, r_from_sensitivity=True),
         Setting("75.0% linear, first layers", (CHOICE,), {}, "sensitivity", "first", share=0.75),
     )
 }
