@@ -101,7 +101,7 @@ def save(rows: list[dict], name: str, suite: Suite, teacher: dict | None = None)
         rows: Rows of the suite.
         name: Name of the suite.
         suite: The suite.
-        teacher: What `describe_teacher` returned; None for a suite without headroom.
+        teacher: Description of the teacher, from `describe_teacher`; None for a suite without headroom.
     """
     document = {"format": 1, "environment": results.environment({}), "suite": {"name": name, **asdict(suite)}}
     if teacher is not None:
