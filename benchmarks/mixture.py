@@ -244,8 +244,8 @@ def draw(setup: Setup, found: dict[int, dict[str, Student]], path: Path) -> None
     axes = figure.subplots(len(found), 1 + len(OBJECTIVES), sharex=True, sharey=True, squeeze=False)
     bins = {"bins": 80, "range": (-3, 3)}
     teacher = setup.teacher_states[-1].numpy()
-    for row, (width, students) in zip(axes, found.items(), strict=True):
-        for axis, (name, student) in zip(row, students.items(), strict=True):
+    for row, (width, of_this_width) in zip(axes, found.items(), strict=True):
+        for axis, (name, student) in zip(row, of_this_width.items(), strict=True):
             with torch.no_grad():
                 samples = setup.states(student)[-1].numpy()
             axis.hist(teacher, color="0.85", **bins)

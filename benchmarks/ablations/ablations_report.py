@@ -10,7 +10,17 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.ablations import ablations_plots
-from benchmarks.ablations.settings import CHOICE, DEFAULT, GROUPS, LEARNING, RATE, SETTINGS, TUNING_SEED, Suite
+from benchmarks.ablations.settings import (
+    CHOICE,
+    DEFAULT,
+    GROUPS,
+    LEARNING,
+    RATE,
+    SETTINGS,
+    TUNING_SEED,
+    Suite,
+    in_groups,
+)
 from linvideo.demo.judge import STRAIGHT
 
 FOLDER = results.FOLDER / "ablations"
@@ -150,8 +160,7 @@ def section(document: dict) -> list[str]:
     ]
     always = [row for row in rows if row["setting"] in ("teacher", DEFAULT.name)]
     for group in (group for group in GROUPS if group in NOTES):
-        names = [name for name, setting in SETTINGS.items() if group in setting.groups]
-        chosen = [row for row in rows if row["setting"] in names]
+        chosen = [row for row in rows if row["setting"] in in_groups(group)]
         if chosen:
             lines += [f"### {group.capitalize()}\n", f"{NOTES[group]}\n", *table([*always, *chosen]), ""]
     return lines

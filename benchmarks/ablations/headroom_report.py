@@ -212,8 +212,7 @@ def tables(document: dict) -> list[str]:
         (CHOICE, "Choice of layers"),
         (RATE, "Learning rate, layers of the default"),
     ):
-        names = [setting.name for setting in SETTINGS.values() if group in setting.groups]
-        if chosen := [row for row in rows if row["setting"] in names]:
+        if chosen := [row for row in rows if row["setting"] in in_groups(group)]:
             with_default = [row for row in rows if row["setting"] == DEFAULT.name and group in (CHOICE, RATE)]
             lines += [f"### {heading}\n", *ablations_report.table([*always, *with_default, *chosen], FIGURES), ""]
     return lines

@@ -526,8 +526,8 @@ def test_the_suite_tunes_before_it_compares(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(suite, "Bench", Rows)
     monkeypatch.setattr(suite, "side_by_side", in_this_process)
-    names = [DEFAULT.name, "MSE, badly chosen layers", "ADM, small step, badly chosen layers", "lowest sensitivity"]
-    names.append("first half")
+    names = [DEFAULT.name, "MSE, badly chosen layers", "ADM, small step, badly chosen layers"]
+    names += ["lowest sensitivity", "first half"]
     arguments = (SUITES["headroom"], names, 2, teacher.FOLDER, tmp_path / "work", 1)
     rows = suite.run(*arguments)
     tuned = [row for row in rows if row["seed"] == TUNING_SEED]
