@@ -47,7 +47,11 @@ def main(arguments: list[str] | None = None) -> None:
             guided = "" if scale.guidance_scale is None else "unguided-"
             args.output_dir = Path("runs") / f"ablations-headroom-{guided}{slug(described['name'])}"
     worlds.check_options(parser, args, "ablations", scale.world)
-    settings = [name for name in scale.settings if not args.groups or set(args.groups) & set(SETTINGS[name].groups)]
+    known = dict.fromkeys(group for name in scale.settings for group in SETTINGS[name].groups)
+    groups = args.groups or list(known)
+    if not set(groups) <= set(known):
+        parser.error(f"expected --groups of suite {args.suite}, which are {', '.join(known)}, got {', '.join(groups)}")
+    settings = [name for name in scale.settings if set(groups) & set(SETTINGS[name].groups)]
     try:
         rows = suite.run(scale, settings, args.seeds, args.teacher, args.output_dir, args.processes)
     except ValueError as error:

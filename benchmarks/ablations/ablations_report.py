@@ -168,8 +168,9 @@ def section(document: dict) -> list[str]:
 
 def measured(environment: dict) -> str:
     """Return when, at which commit and with which versions a result was measured, as a sentence."""
-    commit = (environment["commit"] or "unknown")[:12]
-    return f"Measured {environment['time'][:10]}, commit {commit}: {results.versions(environment)}."
+    commit = environment["commit"] or "unknown"
+    when = f"{environment['time'][:10]}, commit {commit[:12]}{commit[40:]}"
+    return f"Measured {when}, on {environment['device']}: {results.versions(environment)}."
 
 
 def table(rows: list[dict], figures: tuple = FIGURES) -> list[str]:

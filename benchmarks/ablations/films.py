@@ -1,6 +1,6 @@
 """Draw videos of several settings next to each other, one row each, from the same noise and captions.
 
-`python -m benchmarks.ablations.films runs/ablations-small docs/window.png teacher "default" "every second"`
+`python -m benchmarks.ablations.films runs/ablations-small runs/films.png teacher "default" "every second"`
 """
 
 import argparse

@@ -31,14 +31,18 @@ COMPARISONS = {
         ("learned r from 0.5", "r from 0.5", "lowest sensitivity, longer"),
         ("learned r, its learning rate x 3", "learning rate of r x 3", "lowest sensitivity, longer"),
         ("learned r from the sensitivity", "r from the sensitivity", "lowest sensitivity, longer"),
-        ("first half", "first half", "lowest sensitivity"),
         ("learned r, three quarters linear", "75.0% linear", "75.0% linear, lowest sensitivity, longer"),
         (
             "learned r from the sensitivity, three quarters linear",
             "75.0% linear, r from the sensitivity",
             "75.0% linear, lowest sensitivity, longer",
         ),
-        ("first three quarters", "75.0% linear, first layers", "75.0% linear, lowest sensitivity"),
+    ],
+    "Choice of layers against the first layers": [
+        ("learned r", "default", "first half, longer"),
+        ("learned r from the sensitivity", "r from the sensitivity", "first half, longer"),
+        ("lowest sensitivities", "lowest sensitivity", "first half"),
+        ("lowest sensitivities, three quarters linear", "75.0% linear, lowest sensitivity", "75.0% linear, first layers"),
     ],
     "Learning rate against the default's": [(name, name, DEFAULT.name) for name in in_groups(RATE)],
 }
@@ -94,13 +98,13 @@ DIFFERENCES = f"""\
 The tables of differences show by how many points one setting has more good videos than another. Each figure is the mean
 over seeds, which are paired (same captions, noise and earlier stages), with its 95% interval (Student's t). With three
 seeds the spread of one cell says little, so its variance is that of all cells of the table together, each around its
-own mean. The last two columns are the mean over teachers. The interval in the first is for these teachers, from the
-variance over seeds; that in the second is for other teachers like these, from the variance of the teachers' means,
-again of all rows together. The intervals don't include the choice of the learning rate, and they aren't corrected for
-the number of comparisons: of 20, one is expected to miss 0 by chance.
+own mean. The last two columns are the mean over teachers with two intervals. The one for these teachers has only the
+spread over seeds. The one for other teachers like these comes from how much the teachers of that row differ, and needs
+two of them or more. The intervals don't include the choice of the learning rate, and they aren't corrected for the
+number of comparisons: of 20, one is expected to miss 0 by chance.
 
-Learned layers are compared with the lowest sensitivities fine-tuned {LEARNING} times as long, which takes the same time
-as learning and then fine-tuning.
+Learned layers are compared with layers chosen by a rule and fine-tuned {LEARNING} times as long, which takes the same
+time as learning and then fine-tuning. Rows that compare two rules fine-tune both for the same number of steps.
 """
 
 
@@ -146,7 +150,6 @@ def difference_table(documents: list[dict], pairs: list[tuple[str, str, str]]) -
     rows = {label: cells for label, cells in rows.items() if any(cells)}
     means = {label: [statistics.fmean(cell) for cell in cells if cell] for label, cells in rows.items()}
     sd, freedom = deviation(sum(rows.values(), []))
-    sd_of_means, freedom_of_means = deviation(list(means.values()))
     several = len(documents) > 1
     columns = [*map(teacher_name, documents), *(["mean, these teachers", "mean, others"] if several else [])]
     lines = table_head(["", *columns], texts=1)
@@ -156,7 +159,10 @@ def difference_table(documents: list[dict], pairs: list[tuple[str, str, str]]) -
             mean, count = statistics.fmean(means[label]), len(means[label])
             error = sd * math.sqrt(sum(1 / len(cell) for cell in cells if cell)) / count
             line.append(with_interval(mean, error, freedom))
-            line.append(with_interval(mean, sd_of_means / math.sqrt(count), freedom_of_means))
+            if count > 1:
+                line.append(with_interval(mean, statistics.stdev(means[label]) / math.sqrt(count), count - 1))
+            else:
+                line.append("-")
         lines.append(table_line([label, *line]))
     return lines
 

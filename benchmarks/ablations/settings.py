@@ -260,6 +260,7 @@ SETTINGS = {
         *_trajectories("half negative prompts", negative_probability=0.5),
         *_trajectories("states without guidance", guidance_scale=1.0),
         _lowest("lowest sensitivity, longer", (CHOICE,), length=LEARNING),
+        Setting("first half, longer", (CHOICE,), {}, "sensitivity", "first", length=LEARNING),
         _lowest("75.0% linear, lowest sensitivity", (CHOICE,), share=0.75),
         _lowest("75.0% linear, lowest sensitivity, longer", (CHOICE,), share=0.75, length=LEARNING),
         _selection("75.0% linear, r from the sensitivity", (CHOICE,), 0.75, r_from_sensitivity=True),
@@ -286,7 +287,8 @@ CORE = (
 
 ALL = tuple(name for name, setting in SETTINGS.items() if setting.tuned is None)
 # Teachers that leave something to gain, each of which takes about 80 minutes on two CPU cores.
-HEADROOM = in_groups("default", "tuned objective, well-chosen layers", "tuned objective, badly chosen layers", CHOICE)
+OBJECTIVES = in_groups("default", "tuned objective, well-chosen layers", "tuned objective, badly chosen layers")
+HEADROOM = (*OBJECTIVES, *in_groups(CHOICE))
 
 
 @dataclass(frozen=True)
@@ -342,7 +344,7 @@ SUITES = {
     "small-all": Suite("small", ALL, 200),
     "headroom": Suite("small", HEADROOM, **_HEADROOM),
     "headroom-all": Suite("small", (*HEADROOM, *in_groups(LONGER, RATE, "guidance")), **_HEADROOM),
-    "headroom-unguided": Suite("small", HEADROOM, **_HEADROOM, guidance_scale=1.0),
+    "headroom-unguided": Suite("small", OBJECTIVES, **_HEADROOM, guidance_scale=1.0),
     "middle": Suite("middle", ALL, **_GPU),
     "large": Suite("large", CORE, **_GPU),
 }

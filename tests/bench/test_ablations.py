@@ -429,6 +429,7 @@ def test_the_command_continues_and_reports(tmp_path, monkeypatch, capsys):
         (["--seeds", "0"], "expected --seeds to be at least 1, got 0"),
         (["--processes", "0"], "expected --processes to be at least 1"),
         (["--suite", "middle"], "expected --teacher for the world middle"),
+        (["--groups", "layers", "guidance"], "got layers, guidance"),
         (["--suite", "headroom"], "expected --teacher to be a folder from python -m linvideo.demo.train_teacher"),
     ],
 )
@@ -556,7 +557,7 @@ def test_the_suite_tunes_before_it_compares(tmp_path, monkeypatch, capsys):
     text = page.read_text()
     assert "### Objectives against MSE\n" in text
     assert "| ADM, small step, badly chosen layers | +5.0 ± 0.0 |" in text
-    assert "| first half | +0.0 ± 0.0 |" in text
+    assert "| lowest sensitivities | +0.0 ± 0.0 |" in text
     assert "| poor | steps 9 | 2.0 M |" in text
     assert "5.0e-04" in text
     assert "without guidance" not in text
@@ -583,10 +584,16 @@ def test_differences_between_teachers():
         return {"teacher": {"name": name}, "suite": {"guidance_scale": None}, "rows": rows}
 
     documents = [document("a", 0.01), document("b", 0.03), document("c", 0.0) | {"rows": []}]
+    alone = document("d", 0.0)
+    alone["rows"] = [row | {"setting": row["setting"].replace("ADM, small step", "hybrid")} for row in alone["rows"]]
+    documents.append(alone)
     table = headroom_report.difference_table(documents, headroom_report.COMPARISONS["Objectives against MSE"])
-    assert table[0] == "|  | a | b | mean, these teachers | mean, others |"
-    # Each seed is 1 point off its mean: a standard deviation of sqrt(2), with 2 degrees of freedom.
+    assert table[0] == "|  | a | b | d | mean, these teachers | mean, others |"
+    # Each seed is 1 point off its mean: a standard deviation of sqrt(2), with 3 degrees of freedom for all cells. The
+    # means of the teachers a and b are 1 point off theirs, with 1 degree of freedom.
     assert table[2:] == [
-        "| ADM, small step, badly chosen layers | +1.0 ± 4.3 | +3.0 ± 4.3 | +2.0 ± 3.0 | +2.0 ± 12.7 |"
+        "| ADM, small step, badly chosen layers | +1.0 ± 3.2 | +3.0 ± 3.2 | - | +2.0 ± 2.3 | +2.0 ± 12.7 |",
+        "| hybrid, badly chosen layers | - | - | +0.0 ± 3.2 | +0.0 ± 3.2 | - |",
     ]
-    assert headroom_report.difference_table(documents[2:], headroom_report.COMPARISONS["Objectives against MSE"]) == []
+    none = documents[2:3]
+    assert headroom_report.difference_table(none, headroom_report.COMPARISONS["Objectives against MSE"]) == []
