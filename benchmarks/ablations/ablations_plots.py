@@ -43,7 +43,7 @@ def _target(rows: list[dict]):
     for found in _by_setting(rows, "target").values():
         for row in found:
             points.setdefault(len(row["layers_linear"]), []).append(row)
-    if len(points) < 2:
+    if len(points) < 3:  # two make a line, but no curve
         return None, ""
     counts = sorted(points)
     shown = (("good", "good, %", 100), ("psnr_to_teacher", "PSNR to the teacher, dB", 1))
@@ -100,7 +100,7 @@ def _ends(values: list[float]) -> tuple[float, float]:
 def _layers(rows: list[dict]):
     names = [DEFAULT.name, "lowest sensitivity", *_by_setting(rows, "selection")]
     names = [name for name in dict.fromkeys(names) if any(row["setting"] == name for row in rows)]
-    if not names:
+    if len(names) < 2:
         return None, ""
     found = {name: [set(row["layers_linear"]) for row in rows if row["setting"] == name] for name in names}
     num_layers = 1 + max(int(layer) for row in rows for layer in row.get("sensitivity", {}))

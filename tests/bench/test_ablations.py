@@ -480,6 +480,7 @@ def document(rows: list[dict], time: str = "2026-01-02T03:04:05Z") -> dict:
 def test_the_report_shows_mean_and_spread(tmp_path):
     rows = [row("default", 0, 0.9), row("default", 1, 1.0), row("elu", 0, 0.5), row("elu", 1, 0.5, diverged="x")]
     rows.append(row("100.0% linear", 0, 0.1, layers_linear=[0, 1, 2]))
+    rows += [row("12.5% linear", 0, 1.0, layers_linear=[0]), row("no L_reg", 0, 0.9)]
     (tmp_path / "a.json").write_text(json.dumps(document(rows)))
     (tmp_path / "older.json").write_text(json.dumps(document([row("default", 0, 0.1)], "2025-01-02T03:04:05Z")))
     files = ablations_report.write(tmp_path, tmp_path / "docs")
