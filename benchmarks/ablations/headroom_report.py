@@ -42,7 +42,7 @@ COMPARISONS = {
         ("learned r", "default", "first half, longer"),
         ("learned r from the sensitivity", "r from the sensitivity", "first half, longer"),
         ("lowest sensitivities", "lowest sensitivity", "first half"),
-        ("lowest sensitivities, three quarters linear", "75.0% linear, lowest sensitivity", "75.0% linear, first layers"),
+        ("lowest sensitivities, three quarters", "75.0% linear, lowest sensitivity", "75.0% linear, first layers"),
     ],
     "Learning rate against the default's": [(name, name, DEFAULT.name) for name in in_groups(RATE)],
 }

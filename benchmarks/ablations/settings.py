@@ -158,8 +158,8 @@ def _window(label: str, windows: str, chunk: int, overlap: int, layers: str | No
     return Setting(name, ("window",), changes, "trajectories", layers, windows, **more)
 
 
-# Length of fine-tuning that takes as long as learning r and then fine-tuning for 200 steps: the 80 steps with both kinds
-# of attention in every layer take as long as 92 of fine-tuning (the median of 70 runs on the small world).
+# Length of fine-tuning that takes as long as learning r and then fine-tuning for 200 steps: 80 steps with both kinds of
+# attention in every layer take as long as 92 of fine-tuning (the median of 70 runs on the small world).
 LEARNING = 1.45
 CHOICE, LONGER, RATE = "choice of layers", "four times as long", "learning rate"
 # The rounding is top_k because after few steps it may be that no r is below 0.5.
