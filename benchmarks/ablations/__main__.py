@@ -4,7 +4,7 @@ Every run adds a row to OUTPUT_DIR/rows.json, so that an interrupted suite conti
 continues small. At the end the rows are copied to benchmarks/results/ablations, and docs/results/ablations.md and
 headroom.md are written from all results.
 
-small takes about an hour on two CPU cores. headroom takes about 80 minutes for each teacher that leaves something to
+small takes about an hour on two CPU cores. headroom takes about 90 minutes for each teacher that leaves something to
 gain, and has a folder for each; the commands that make the teachers are in docs/demo.md. middle and large need a GPU
 and a teacher from `python -m linvideo.demo.train_teacher --world middle`.
 """

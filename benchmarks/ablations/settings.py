@@ -286,7 +286,7 @@ CORE = (
 
 
 ALL = tuple(name for name, setting in SETTINGS.items() if setting.tuned is None)
-# Teachers that leave something to gain, each of which takes about 80 minutes on two CPU cores.
+# Teachers that leave something to gain, each of which takes about 90 minutes on two CPU cores.
 OBJECTIVES = in_groups("default", "tuned objective, well-chosen layers", "tuned objective, badly chosen layers")
 HEADROOM = (*OBJECTIVES, *in_groups(CHOICE))
 
