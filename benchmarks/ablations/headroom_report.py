@@ -72,9 +72,9 @@ This page is written by `python -m benchmarks.ablations.headroom_report` from th
 what follows from it.
 
 On a teacher at 100% good, an objective can't show that it makes better videos than another. These teachers of the small
-world leave something to gain. Each table compares settings that share all stages before fine-tuning and are fine-tuned
-for the same time. Each objective has the learning rate that gave it the most good videos on a seed of its own
-(TUNING_SEED in benchmarks/ablations/settings.py), which doesn't count; runs of four times the length and with other
+world leave something to gain. The tables of objectives compare settings that share all stages before fine-tuning and
+are fine-tuned for the same time. Each objective has the learning rate that gave it the most good videos on a seed of
+its own (TUNING_SEED in benchmarks/ablations/settings.py), which doesn't count; runs of four times the length and with other
 trajectories have the same rate. The rates {RATES} were tried and, while the best was the
 lowest or the highest one, its half or its double, from {1e-3 * LIMITS[0]:g} to {1e-3 * LIMITS[1]:g}. The choice of
 layers is compared at the default rate. In well-chosen layers the half with the lowest sensitivities is linear, in badly
@@ -104,7 +104,9 @@ two of them or more. The intervals don't include the choice of the learning rate
 number of comparisons: of 20, one is expected to miss 0 by chance.
 
 Learned layers are compared with layers chosen by a rule and fine-tuned {LEARNING} times as long, which takes the same
-time as learning and then fine-tuning. Rows that compare two rules fine-tune both for the same number of steps.
+time as learning and then fine-tuning. Rows that compare two rules fine-tune both for the same number of steps. A
+teacher named after a processor is made by the same commands as the one without; where a row has both, they count
+as two.
 """
 
 

@@ -53,7 +53,7 @@ class SelectionConfig:
         r_init: Initial value of r. It must be below 1, where L_reg would hold every r in place.
         r_from_sensitivity: Whether to start r between 0.6 and 0.95 by rank in the sensitivity pass, instead of at
             r_init. With three quarters of the layers linear, this found better layers on three of four teachers and
-            worse ones on the fourth; with half of them, the same (docs/results.md).
+            worse ones on the fourth; with half of them, the same ones (docs/results.md).
         r_learning_rate: Learning rate of r, which has its own Adam. 2e-2 suits about 100 steps, about 1e-3 suits 3000.
         objective: Objective while r is learned (L_task), one of the names of objective.name.
     """
