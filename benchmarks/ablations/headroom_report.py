@@ -74,8 +74,8 @@ what follows from it.
 On a teacher at 100% good, an objective can't show that it makes better videos than another. These teachers of the small
 world leave something to gain. The tables of objectives compare settings that share all stages before fine-tuning and
 are fine-tuned for the same time. Each objective has the learning rate that gave it the most good videos on a seed of
-its own (TUNING_SEED in benchmarks/ablations/settings.py), which doesn't count; runs of four times the length and with other
-trajectories have the same rate. The rates {RATES} were tried and, while the best was the
+its own (TUNING_SEED in benchmarks/ablations/settings.py), which doesn't count; runs of four times the length and with
+other trajectories have the same rate. The rates {RATES} were tried and, while the best was the
 lowest or the highest one, its half or its double, from {1e-3 * LIMITS[0]:g} to {1e-3 * LIMITS[1]:g}. The choice of
 layers is compared at the default rate. In well-chosen layers the half with the lowest sensitivities is linear, in badly
 chosen layers every second one. A student whose videos have values that are not finite counts as 0% good and is left out
