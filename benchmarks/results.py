@@ -62,13 +62,23 @@ def versions(environment: dict) -> str:
     return ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
 
 
+def short_commit(environment: dict) -> str:
+    """Return the first 12 digits of the commit, followed by " with changes" if files differed from it."""
+    commit = environment["commit"] or "unknown"
+    return commit[:12] + commit[40:]
+
+
+def measured(environment: dict) -> str:
+    """Return when, at which commit and with which versions a result was measured, as a sentence."""
+    return f"Measured {environment['time'][:10]}, commit {short_commit(environment)}: {versions(environment)}."
+
+
 def runs(pairs: list[tuple[dict, dict]]) -> list[str]:
     """Return one line for each run that the rows are from, the oldest first: its time, commit and versions."""
     lines = set()
     for _, environment in pairs:
-        commit = environment["commit"] or "unknown"
         driver = f", driver {environment['driver']}" if environment["driver"] else ""
-        lines.add(f"{environment['time']}, commit {commit[:12]}{commit[40:]}{driver}: {versions(environment)}")
+        lines.add(f"{environment['time']}, commit {short_commit(environment)}{driver}: {versions(environment)}")
     return sorted(lines)
 
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 
+from benchmarks import results
 from benchmarks.peers import COMPILED, EAGER, is_exact_softmax
 from benchmarks.shapes import SHAPES, WINDOW, Shape
 
@@ -110,7 +111,7 @@ def _runs(environments: dict[str, dict]) -> list[str]:
     """Say which row is from which run, if there are several runs."""
     by_run = defaultdict(list)
     for name, environment in environments.items():
-        by_run[environment["time"], (environment["commit"] or "unknown")[:12]].append(name)
+        by_run[environment["time"], results.short_commit(environment)].append(name)
     if len(by_run) < 2:
         return []
     return [

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks import worlds
 from benchmarks.ablations import ablations_report, headroom_report, suite
-from benchmarks.ablations.settings import GROUPS, SETTINGS, SUITES
+from benchmarks.ablations.settings import GROUPS, SETTINGS, SUITES, in_groups
 from benchmarks.results import slug
 from linvideo.demo.train_teacher import METRICS
 from linvideo.models import load_pipeline
@@ -48,10 +48,11 @@ def main(arguments: list[str] | None = None) -> None:
             args.output_dir = Path("runs") / f"ablations-headroom-{guided}{slug(described['name'])}"
     worlds.check_options(parser, args, "ablations", scale.world)
     known = dict.fromkeys(group for name in scale.settings for group in SETTINGS[name].groups)
-    groups = args.groups or list(known)
+    groups = args.groups or known
     if not set(groups) <= set(known):
         parser.error(f"expected --groups of suite {args.suite}, which are {', '.join(known)}, got {', '.join(groups)}")
-    settings = [name for name in scale.settings if set(groups) & set(SETTINGS[name].groups)]
+    chosen = in_groups(*groups)
+    settings = [name for name in scale.settings if name in chosen]
     try:
         rows = suite.run(scale, settings, args.seeds, args.teacher, args.output_dir, args.processes)
     except ValueError as error:

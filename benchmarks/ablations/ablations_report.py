@@ -156,21 +156,15 @@ def section(document: dict) -> list[str]:
         f"## World {suite['world']}: {environment['device']}\n",
         f"These are {len(seeds)} seeds with {suite['videos']} videos each. Selection takes {suite['selection_steps']}"
         f" steps, and fine-tuning the time of {suite['budget']} MSE steps at batch size {suite['batch_size']}."
-        f" {measured(environment)}\n",
+        f" {results.measured(environment)}\n",
     ]
     always = [row for row in rows if row["setting"] in ("teacher", DEFAULT.name)]
     for group in (group for group in GROUPS if group in NOTES):
-        chosen = [row for row in rows if row["setting"] in in_groups(group)]
+        names = in_groups(group)
+        chosen = [row for row in rows if row["setting"] in names]
         if chosen:
             lines += [f"### {group.capitalize()}\n", f"{NOTES[group]}\n", *table([*always, *chosen]), ""]
     return lines
-
-
-def measured(environment: dict) -> str:
-    """Return when, at which commit and with which versions a result was measured, as a sentence."""
-    commit = environment["commit"] or "unknown"
-    when = f"{environment['time'][:10]}, commit {commit[:12]}{commit[40:]}"
-    return f"Measured {when}, on {environment['device']}: {results.versions(environment)}."
 
 
 def table(rows: list[dict], figures: tuple = FIGURES) -> list[str]:

@@ -7,6 +7,7 @@ import math
 import statistics
 from pathlib import Path
 
+from benchmarks import results
 from benchmarks.ablations import ablations_report
 from benchmarks.ablations.settings import CHOICE, DEFAULT, LEARNING, LONGER, RATE, SETTINGS, in_groups
 from benchmarks.ablations.tuning import FACTORS, LIMITS
@@ -203,13 +204,13 @@ def describe(run: dict) -> str:
 
 def tables(document: dict) -> list[str]:
     """Return all tables of one teacher."""
-    rows, suite = document["rows"], document["suite"]
+    rows, suite, environment = document["rows"], document["suite"], document["environment"]
     seeds = len({row["seed"] for row in rows})
     lines = [
         f"## {teacher_name(document)}\n",
         f"These are {seeds} seeds with {suite['videos']} videos each, {suite['noises']} per caption. Fine-tuning takes"
-        f" the time of {suite['budget']} MSE steps at batch size {suite['batch_size']}."
-        f" {ablations_report.measured(document['environment'])}\n",
+        f" the time of {suite['budget']} MSE steps at batch size {suite['batch_size']}, on {environment['device']}."
+        f" {results.measured(environment)}\n",
     ]
     always = [row for row in rows if row["setting"] in ("world", "teacher")]
     for group, heading in (
@@ -220,7 +221,8 @@ def tables(document: dict) -> list[str]:
         (CHOICE, "Choice of layers"),
         (RATE, "Learning rate, layers of the default"),
     ):
-        if chosen := [row for row in rows if row["setting"] in in_groups(group)]:
+        names = in_groups(group)
+        if chosen := [row for row in rows if row["setting"] in names]:
             with_default = [row for row in rows if row["setting"] == DEFAULT.name and group in (CHOICE, RATE)]
             lines += [f"### {heading}\n", *ablations_report.table([*always, *with_default, *chosen], FIGURES), ""]
     return lines

@@ -260,11 +260,11 @@ SETTINGS = {
         *_trajectories("half negative prompts", negative_probability=0.5),
         *_trajectories("states without guidance", guidance_scale=1.0),
         _lowest("lowest sensitivity, longer", (CHOICE,), length=LEARNING),
-        Setting("first half, longer", (CHOICE,), {}, "sensitivity", "first", length=LEARNING),
+        Setting("first half, longer", (CHOICE,), after="sensitivity", layers="first", length=LEARNING),
         _lowest("75.0% linear, lowest sensitivity", (CHOICE,), share=0.75),
         _lowest("75.0% linear, lowest sensitivity, longer", (CHOICE,), share=0.75, length=LEARNING),
         _selection("75.0% linear, r from the sensitivity", (CHOICE,), 0.75, r_from_sensitivity=True),
-        Setting("75.0% linear, first layers", (CHOICE,), {}, "sensitivity", "first", share=0.75),
+        Setting("75.0% linear, first layers", (CHOICE,), after="sensitivity", layers="first", share=0.75),
     )
 }
 GROUPS = tuple(dict.fromkeys(group for setting in SETTINGS.values() for group in setting.groups))

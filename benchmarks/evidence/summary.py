@@ -37,7 +37,7 @@ def write(folder: Path) -> Path:
         environment = document["environment"]
         rates = next(iter(environment["rates"].values()))
         lines.append(
-            f"- {environment['device']}, {environment['time']}, commit {(environment['commit'] or 'unknown')[:12]}: "
+            f"- {environment['device']}, {environment['time']}, commit {results.short_commit(environment)}: "
             f"{results.versions(environment)}; copy {rates['copy_gb_s']:,.0f} GB/s,"
             f" matmul {rates['matmul_tflop_s']:,.3g} TFLOP/s"
         )

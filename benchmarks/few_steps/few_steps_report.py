@@ -81,8 +81,7 @@ def section(document: dict) -> list[str]:
         f"These are {len({row['seed'] for row in rows})} seeds with {scale['transfer']['videos']} videos each."
         f" Regression takes {scale['regression_steps']} steps, and distribution matching {scale['dmd_steps']}, of which"
         f" every fifth trains the student. The batch size is {scale['transfer']['batch_size']}."
-        f" Measured {environment['time'][:10]}, commit {(environment['commit'] or 'unknown')[:12]}:"
-        f" {results.versions(environment)}.\n",
+        f" {results.measured(environment)}\n",
     ]
     for steps in (FULL, *STEPS):
         chosen = [row for row in rows if row["steps"] == steps]
