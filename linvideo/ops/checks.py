@@ -1,31 +1,49 @@
 """Checks of what `linear_attn` and its two halves accept. Each ValueError says what was expected and what came."""
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from linvideo.ops.reference import FEATURE_MAPS, WEIGHTED_MAPS
+from linvideo.ops.library import uses_kernels
+from linvideo.ops.reference import FEATURE_MAPS, WEIGHTED_MAPS, sum_dtype
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
 PRECISIONS = ("ieee", "tf32x3")
+TINY = torch.finfo(torch.float32).tiny
+
+
+def check_tensors(**arguments: Tensor) -> None:
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"expected {name} to be a tensor, got {type(x).__name__}")
 
 
 def check_rows(name: str, x: Tensor, like: Tensor | None = None) -> None:
     """Check that x is [B, N, H, D] of a supported dtype and head dimension and, if given, on the device of `like`."""
     if x.dim() != 4:
         raise ValueError(f"expected {name} of shape [B, N, H, D], got {x.dim()} dimensions")
-    if x.dtype not in DTYPES or (like is not None and x.dtype != like.dtype):
+    if not accepts(x.dtype, x) or (like is not None and x.dtype != like.dtype):
         other = "" if like is None else f"{like.dtype} and "
-        raise ValueError(f"expected q, k, v in one dtype of float32, float16, bfloat16, got {other}{name} {x.dtype}")
+        raise ValueError(
+            "expected q, k, v in one dtype of float32, float16, bfloat16 and, on the CPU without Triton's interpreter,"
+            f" float64, got {other}{name} {x.dtype}"
+        )
     if like is not None and x.device != like.device:
         raise ValueError(f"expected q, k, v on one device, got {like.device} and {name} on {x.device}")
     batch, length, heads, dim = x.shape
     if dim % 8 or not 8 <= dim <= MAX_HEAD_DIM:
         raise ValueError(f"expected a head dimension D that is a multiple of 8 up to {MAX_HEAD_DIM}, got {dim}")
-    if 0 in (batch, length, heads):
-        raise ValueError(f"expected at least one batch, row and head, got {name} {tuple(x.shape)}")
+    if not heads:
+        raise ValueError(f"expected at least one head, got {name} {tuple(x.shape)}")
+
+
+def accepts(dtype: torch.dtype, x: Tensor) -> bool:
+    """Return whether the op takes x with another tensor of that dtype; float64 is for float64 rows only."""
+    return dtype in DTYPES or (dtype == torch.float64 == x.dtype and x.device.type != "cuda" and not uses_kernels(x))
 
 
 def check_values(k: Tensor, v: Tensor) -> None:
@@ -56,9 +74,10 @@ def check_features(name: str, weight: Tensor | None, x: Tensor, feature_map: str
     shape = (*x.shape[2:], x.shape[3])
     if weight is None:
         raise ValueError(f"expected {name} of shape {list(shape)} with feature_map={feature_map!r}, got None")
+    check_tensors(**{name: weight})
     if tuple(weight.shape) != shape:
         raise ValueError(f"expected {name} of shape {list(shape)}, got {tuple(weight.shape)}")
-    if weight.dtype not in DTYPES:
+    if not accepts(weight.dtype, x):
         raise ValueError(f"expected {name} in float32, float16 or bfloat16, got {weight.dtype}")
     check_device(name, weight, x)
 
@@ -72,7 +91,7 @@ def check_rope(rope, x: Tensor) -> None:
     for name, table in zip(("cos", "sin"), rope, strict=True):
         if tuple(table.shape) != shape:
             raise ValueError(f"expected rope's {name} of shape {list(shape)}, [N, D/2], got {tuple(table.shape)}")
-        if table.dtype not in DTYPES:
+        if not accepts(table.dtype, x):
             raise ValueError(f"expected rope's {name} in float32, float16 or bfloat16, got {table.dtype}")
         check_device(f"rope's {name}", table, x)
 
@@ -94,7 +113,7 @@ def check_mix(mix: tuple[Tensor, Tensor] | None, q: Tensor) -> None:
             f"expected softmax_out like q, {tuple(q.shape)} {q.dtype}, got {tuple(softmax_out.shape)}"
             f" {softmax_out.dtype}"
         )
-    if r.numel() != 1 or r.dtype not in DTYPES:
+    if r.numel() != 1 or not accepts(r.dtype, q):
         raise ValueError(f"expected r to be one number in float32, float16 or bfloat16, got {tuple(r.shape)} {r.dtype}")
     check_device("softmax_out", softmax_out, q)
     check_device("r", r, q)
@@ -103,6 +122,7 @@ def check_mix(mix: tuple[Tensor, Tensor] | None, q: Tensor) -> None:
 def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
     if key_mask is None:
         return
+    check_tensors(key_mask=key_mask)
     if key_mask.dtype != torch.bool or key_mask.shape != k.shape[:2]:
         raise ValueError(
             f"expected key_mask to be bool of shape {list(k.shape[:2])}, [B, Nk], got {key_mask.dtype}"
@@ -115,17 +135,35 @@ def check_packed(name: str, cu_seqlens: Tensor | None, x: Tensor) -> None:
     """Check cu_seqlens of the rows x. Its values are checked on the CPU only: reading them would wait for a GPU."""
     if cu_seqlens is None:
         return
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+    check_tensors(**{name: cu_seqlens})
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
-            f"expected {name} to be int32 of shape [sequences + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            f"expected {name} to be int32 or int64 of shape [sequences + 1], got {cu_seqlens.dtype}"
+            f" {tuple(cu_seqlens.shape)}"
         )
     check_device(name, cu_seqlens, x)
     if x.shape[0] != 1:
         raise ValueError(f"expected a batch of 1 (or [total, H, D]) with {name}, got a batch of {x.shape[0]}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _readable(cu_seqlens):
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != x.shape[1] or ends != sorted(ends):
             raise ValueError(f"expected {name} to rise from 0 to {x.shape[1]}, got {ends[:8]}")
+
+
+def check_packed_pair(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
+    """Check that queries and keys are packed into as many sequences, or neither is packed."""
+    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if x is not None:
+            check_tensors(**{name: x})
+    shapes = [str(None if x is None else list(x.shape)) for x in (cu_seqlens_q, cu_seqlens_k)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"expected cu_seqlens_q and cu_seqlens_k of one shape, or neither, got {' and '.join(shapes)}")
+
+
+def _readable(x: Tensor) -> bool:
+    """Return whether x has values that can be read at once."""
+    unknown = torch.compiler.is_compiling() or isinstance(x, FakeTensor) or torch._C._functorch.is_batchedtensor(x)
+    return x.device.type == "cpu" and not unknown
 
 
 def check_state(state: Tensor, z: Tensor, q: Tensor, cu_seqlens: Tensor | None, feature_map: str) -> None:
@@ -140,18 +178,22 @@ def check_state(state: Tensor, z: Tensor, q: Tensor, cu_seqlens: Tensor | None, 
     if z.shape != state.shape[:3]:
         raise ValueError(f"expected z of shape {list(state.shape[:3])}, got {tuple(z.shape)}")
     for name, x in (("S", state), ("z", z)):
-        if x.dtype != torch.float32:
-            raise ValueError(f"expected {name} in float32, got {x.dtype}")
+        if x.dtype != sum_dtype(q):
+            raise ValueError(f"expected {name} in {sum_dtype(q)} for {q.dtype} queries, got {x.dtype}")
         check_device(name, x, q)
 
 
-def check_scaling(feature_map: str, scale: float | None, normalize: bool, eps: float) -> None:
-    if feature_map == "identity" and normalize:
-        raise ValueError("expected normalize=False with feature_map='identity' (its denominator can vanish), got True")
-    if not (math.isfinite(eps) and eps >= torch.finfo(torch.float32).tiny):
-        raise ValueError(f"expected a finite, normal float32 eps > 0, got {eps}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"expected a finite scale, got {scale}")
+def check_scaling(scale: float | None, eps: float) -> None:
+    for name, x in (("scale", 1.0 if scale is None else scale), ("eps", eps)):
+        if isinstance(x, Tensor) and x.requires_grad:
+            raise TypeError(f"expected {name} to be a number, which has no gradient, got a tensor that requires one")
+        if not (isinstance(x, int | float | numbers.Real) or (isinstance(x, Tensor) and x.dim() == 0)):
+            raise ValueError(f"expected {name} to be a number, got {type(x).__name__}")
+        # Comparisons and not math.isfinite, which torch.compile cannot trace with dynamic=True.
+        if not -math.inf < x < math.inf:
+            raise ValueError(f"expected a finite {name}, got {x}")
+    if eps < TINY:
+        raise ValueError(f"expected a normal float32 eps > 0, got {eps}")
 
 
 def check_device(name: str, x: Tensor, like: Tensor) -> None:

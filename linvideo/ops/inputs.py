@@ -5,7 +5,7 @@ from torch import Tensor
 
 from linvideo.ops import checks
 from linvideo.ops.library import uses_kernels
-from linvideo.ops.reference import rotate
+from linvideo.ops.unfused import rotated
 
 
 def autocast(*rows: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -25,4 +25,4 @@ def split_rope(rope, *rows: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None, 
     cos, sin = rope[0].detach(), rope[1].detach()
     if uses_kernels(rows[0]):
         return rows, cos, sin
-    return tuple(rotate(x, cos.float(), sin.float()) for x in rows), None, None
+    return rotated(cos, sin, *rows), None, None

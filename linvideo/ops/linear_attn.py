@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from linvideo.ops import checks, whole
+from linvideo.ops.halves import apply_op, state_op
 from linvideo.ops.inputs import autocast, split_rope
-from linvideo.ops.library import apply_op, state_op, uses_kernels
+from linvideo.ops.library import uses_kernels
+from linvideo.ops.unfused import mixed
 
 
 def linear_attn(
@@ -74,6 +76,7 @@ def linear_attn(
     Raises:
         ValueError: An argument does not fit this description.
     """
+    checks.check_tensors(q=q, k=k, v=v)
     checks.check_mix_pair(mix)
     q, k, v, mix = _autocast(q, k, v, mix)
     packed = cu_seqlens_q is not None and q.dim() == 3
@@ -82,21 +85,17 @@ def linear_attn(
     checks.check_rows("q", q)
     checks.check_rows("k", k, q)
     checks.check_pair(q, k)
-    if (cu_seqlens_q is None) != (cu_seqlens_k is None) or (
-        cu_seqlens_q is not None and cu_seqlens_q.shape != cu_seqlens_k.shape
-    ):
-        q_ends, k_ends = (None if x is None else list(x.shape) for x in (cu_seqlens_q, cu_seqlens_k))
-        raise ValueError(f"expected cu_seqlens_q and cu_seqlens_k of one shape, or neither, got {q_ends} and {k_ends}")
+    checks.check_packed_pair(cu_seqlens_q, cu_seqlens_k)
     _check_state_arguments(k, v, feature_map, k_weight, None, key_mask, cu_seqlens_k, fp32_precision)
     scaling = {"scale": scale, "normalize": normalize, "eps": eps}
     _check_apply_arguments(q, feature_map, q_weight, rope, mix, cu_seqlens_q, fp32_precision, **scaling)
     if rope is not None and k.shape[1] != q.shape[1]:
         raise ValueError(f"expected as many keys as queries with rope, got {k.shape[1]} keys, {q.shape[1]} queries")
     (q, k), cos, sin = split_rope(rope, q, k)
-    fused, ends = _fused(mix, q), (key_mask, cu_seqlens_q, cu_seqlens_k)
+    fused, ends = _fused(mix, q), (key_mask, _int32(cu_seqlens_q), _int32(cu_seqlens_k))
     settings = feature_map, 1.0 if scale is None else float(scale), normalize, float(eps), fp32_precision, False
     out = whole.forward_op(q, k, v, q_weight, k_weight, cos, sin, *fused, *ends, *settings)[0]
-    out = _mixed(out, mix)
+    out = _mixed(out, mix, fused)
     return out.squeeze(0) if packed else out
 
 
@@ -128,6 +127,7 @@ def linear_attn_state(
     Raises:
         ValueError: An argument does not fit this description.
     """
+    checks.check_tensors(k=k, v=v)
     k, v, _, _ = _autocast(k, v)
     if cu_seqlens_k is not None and k.dim() == 3:
         k, v = _unpacked(k), _unpacked(v)
@@ -135,7 +135,7 @@ def linear_attn_state(
     _check_state_arguments(k, v, feature_map, k_weight, rope, key_mask, cu_seqlens_k, fp32_precision)
     (k,), cos, sin = split_rope(rope, k)
     save_rotated = cos is not None and _needs_grad(k, v, k_weight)
-    arguments = k_weight, cos, sin, key_mask, cu_seqlens_k, feature_map, fp32_precision, save_rotated
+    arguments = k_weight, cos, sin, key_mask, _int32(cu_seqlens_k), feature_map, fp32_precision, save_rotated
     return state_op(k, v, *arguments)[:2]
 
 
@@ -173,6 +173,7 @@ def linear_attn_apply(
     Raises:
         ValueError: An argument does not fit this description.
     """
+    checks.check_tensors(q=q, S=S, z=z)
     checks.check_mix_pair(mix)
     q, _, _, mix = _autocast(q, mix=mix)
     packed = cu_seqlens_q is not None and q.dim() == 3
@@ -189,8 +190,8 @@ def linear_attn_apply(
     fused = _fused(mix, q)
     save_rotated = cos is not None and _needs_grad(q, S, z, q_weight, *fused)
     settings = feature_map, 1.0 if scale is None else float(scale), normalize, float(eps), fp32_precision, save_rotated
-    out, den, _ = apply_op(q, S, z, q_weight, cos, sin, *fused, cu_seqlens_q, *settings, return_normalizer)
-    out = _mixed(out, mix)
+    out, den, _ = apply_op(q, S, z, q_weight, cos, sin, *fused, _int32(cu_seqlens_q), *settings, return_normalizer)
+    out = _mixed(out, mix, fused)
     out, den = (out.squeeze(0), den.squeeze(0)) if packed else (out, den)
     return (out, den) if return_normalizer else out
 
@@ -210,7 +211,7 @@ def _check_apply_arguments(
     checks.check_rope(rope, q)
     checks.check_mix(mix, q)
     checks.check_packed("cu_seqlens_q", cu_seqlens, q)
-    checks.check_scaling(feature_map, scale, normalize, eps)
+    checks.check_scaling(scale, eps)
 
 
 def _fused(mix, q: Tensor):
@@ -218,12 +219,13 @@ def _fused(mix, q: Tensor):
     return mix if mix is not None and uses_kernels(q) else (None, None)
 
 
-def _mixed(out: Tensor, mix) -> Tensor:
+def _mixed(out: Tensor, mix, fused) -> Tensor:
     """Mix `out` with softmax_out, unless there is nothing to mix or a kernel has done it."""
-    if mix is None or uses_kernels(out):
-        return out
-    softmax_out, r = mix[0], mix[1].float().reshape(1)  # one axis, not zero: promotes the mixture to float32
-    return (r * softmax_out + (1 - r) * out).to(out.dtype)
+    return out if mix is None or fused[0] is not None else mixed(out, *mix)
+
+
+def _int32(cu_seqlens: Tensor | None) -> Tensor | None:
+    return None if cu_seqlens is None else cu_seqlens.to(torch.int32)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

@@ -6,6 +6,11 @@ FEATURE_MAPS = ("hedgehog", "hedgehog_joint", "elu", "relu", "softmax", "identit
 WEIGHTED_MAPS = ("hedgehog", "hedgehog_joint")
 
 
+def sum_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which the ops sum rows x: float64 for float64, otherwise float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def activate(x: torch.Tensor, feature_map: str) -> torch.Tensor:
     """Return the features [..., F] of logits [..., D]; F is 2D for the maps with weights and D for the others."""
     if feature_map == "hedgehog":

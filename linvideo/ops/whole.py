@@ -1,4 +1,4 @@
-"""`linear_attn` in torch.library: `linvideo::linear_attn` and its `_backward`, both halves of library.py in one.
+"""`linear_attn` in torch.library: `linvideo::linear_attn_v2` and its `_backward`, both halves of halves.py in one.
 
 One operator costs the host half as much as two. Its backward also reuses the weights and the state as the forward
 prepared them. The halves have to prepare the state again, because their state may be a sum of several.
@@ -9,21 +9,25 @@ from torch import Tensor
 
 from linvideo.ops import chunked
 from linvideo.ops.library import (
+    applied,
     below_autograd,
     differentiate,
+    differentiate_never,
     fake,
     given,
     kernels,
     new,
-    once,
     operator,
     tensors,
     uses_kernels,
 )
-from linvideo.ops.reference import WEIGHTED_MAPS
+from linvideo.ops.over_heads import SUMMED, over_heads
+from linvideo.ops.reference import sum_dtype
+from linvideo.ops.tangent import apply_tangent_op, state_tangent_op
+from linvideo.ops.unfused import mixed, rotated
 
 
-@operator("linear_attn")
+@operator("linear_attn_v2")
 def forward_op(
     q: Tensor,
     k: Tensor,
@@ -66,7 +70,7 @@ def forward_op(
     return o, [state, z, *prepared, *([] if rope is None else [rotated_q, rotated_k])]
 
 
-@operator("linear_attn_backward")
+@operator("linear_attn_v2_backward")
 def backward_op(
     do: Tensor,
     q: Tensor,
@@ -81,7 +85,10 @@ def backward_op(
     key_mask: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    kept: list[Tensor],
+    state: Tensor,
+    z: Tensor,
+    prepared: Tensor | None,
+    stats: Tensor | None,
     feature_map: str,
     scale: float,
     normalize: bool,
@@ -89,14 +96,13 @@ def backward_op(
     precision: str,
     keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv, dq_weight, dk_weight, dsoftmax_out and dr; the gradients of the weights are in fp32.
+    """Return dq, dk, dv, dq_weight, dk_weight, dsoftmax_out and dr, dq_weight and dk_weight in the sums' dtype.
 
     Args:
         q, k: Queries and keys as the forward has rotated them.
-        kept: The rest of the forward's list.
+        state, z, prepared, stats: The rest of the forward's list.
         keys: Whether to compute dk, dv and dk_weight; if not, they are empty.
     """
-    state, z, *prepared = kept
     dk = dv = dk_weight = dsoftmax = dr = None
     of_keys = {"key_mask": key_mask, "cu_seqlens": cu_seqlens_k, "feature_map": feature_map}
     of_queries = {"cu_seqlens": cu_seqlens_q, "feature_map": feature_map}
@@ -105,10 +111,10 @@ def backward_op(
         with torch.autocast(q.device.type, enabled=False):
             dq, dstate, dz, dq_weight = chunked.apply_backward(do, q, state, z, q_weight, **of_queries)
             if keys:
-                dk, dv, dk_weight = chunked.state_backward(dstate, dz, k, v, k_weight, **of_keys)
+                dk, dv, dk_weight = chunked.state_backward(dstate, dz, k, v, k_weight, state=state, z=z, **of_keys)
         return tensors(q, dq, dk, dv, dq_weight, dk_weight, None, None)
     rope, run = None if cos is None else (cos, sin), kernels(q)
-    of_queries |= {"softmax_out": softmax_out, "r": r, "prepared": prepared, "precision": precision}
+    of_queries |= {"softmax_out": softmax_out, "r": r, "prepared": (prepared, stats), "precision": precision}
     dq, dstate, dz, dq_weight, dsoftmax, dr = run.apply_backward(do, q, z, q_weight, rope, **of_queries)
     if keys:
         of_keys |= {"state": state, "z": z, "precision": precision}
@@ -122,11 +128,10 @@ def _(q, k, v, q_weight, k_weight, cos, sin, softmax_out, r, key_mask, cu_seqlen
     o, feature_map, training = q.new_empty(q.shape), settings[0], settings[-1]
     if not training:
         return o, []
-    heads, dim = k.shape[2:]
-    sequences = k.shape[0] if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1
-    features = 2 * dim if feature_map in WEIGHTED_MAPS else dim
-    kept = [k.new_empty((sequences, heads, features, *row), dtype=torch.float32) for row in ((dim,), ())]
+    shapes = chunked.state_shapes(k, cu_seqlens_k, feature_map)
+    kept = [k.new_empty(shape, dtype=sum_dtype(k)) for shape in shapes]
     if uses_kernels(q):
+        sequences, heads, _, dim = shapes[0]
         prepared, stats = kernels(q).prepared_shapes(sequences, heads, int(dim), feature_map)
         kept += [q.new_empty(prepared), q.new_empty(stats, dtype=torch.float32)]
         kept += [] if cos is None else [q.new_empty(q.shape), k.new_empty(k.shape)]
@@ -134,12 +139,12 @@ def _(q, k, v, q_weight, k_weight, cos, sin, softmax_out, r, key_mask, cu_seqlen
 
 
 @fake(backward_op)
-def _(do, q, k, v, q_weight, k_weight, cos, sin, softmax_out, r, key_mask, cu_seqlens_q, cu_seqlens_k, kept, *settings):
+def _(do, q, k, v, q_weight, k_weight, cos, sin, softmax_out, r, *inputs):
     def weight_grad(x: Tensor, weight: Tensor | None) -> Tensor:
         heads, dim = x.shape[2:]
-        return q.new_empty(0) if weight is None else x.new_empty((heads, dim, dim), dtype=torch.float32)
+        return q.new_empty(0) if weight is None else x.new_empty((heads, dim, dim), dtype=sum_dtype(x))
 
-    keys = settings[-1]
+    keys = inputs[-1]
     of_keys = [q.new_empty(0) for _ in range(3)]
     if keys:
         of_keys = k.new_empty(k.shape), v.new_empty(v.shape), weight_grad(k, k_weight)
@@ -147,38 +152,66 @@ def _(do, q, k, v, q_weight, k_weight, cos, sin, softmax_out, r, key_mask, cu_se
     return q.new_empty(q.shape), dk, dv, weight_grad(q, q_weight), dk_weight, new(q, softmax_out), new(q, r)
 
 
+HEADS = (2, 2, 2, 0, 0, None, None, 2, SUMMED, None, None, None)
+KEPT_HEADS = (1, 1, 1, 1, 2, 2)
+
+
+@over_heads(HEADS, (2, *KEPT_HEADS))
 class _LinearAttn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, q_weight, k_weight, *inputs):
-        others, settings = inputs[:7], inputs[7:-1]
-        weights = q_weight, k_weight
-        if q_weight is not None and uses_kernels(q):
-            weights = kernels(q).operand(q_weight, q), kernels(q).operand(k_weight, k)
-        o, kept = below_autograd(forward_op, q, k, v, *weights, *others, *settings, True)
-        q, k = kept[4:] or (q, k)
-        ctx.save_for_backward(q, k, v, *weights, *others, *kept[:4])
-        ctx.settings = settings
-        ctx.dtypes = [None if weight is None else weight.dtype for weight in (q_weight, k_weight)]
-        return o
+    def forward(*inputs):
+        o, kept = below_autograd(forward_op, *inputs[:-1], True)
+        return o, *kept
 
     @staticmethod
-    def backward(ctx, do):
+    def setup_context(ctx, inputs, output):
+        q, k, *others = inputs[:12]
+        state, z, *of_kernels = output[1:]
+        prepared, stats, *rotated = of_kernels or (None, None)
+        saved = *(rotated or (q, k)), *others, state, z, prepared, stats
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.settings = inputs[12:-1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, do, *_):
+        if do is None:
+            return (None,) * 18
         saved = ctx.saved_tensors  # read only once: under activation checkpointing a second read raises
         keys = any(ctx.needs_input_grad[i] for i in (1, 2, 4))
-        dq, dk, dv, dq_weight, dk_weight, dsoftmax, dr = once(
-            backward_op, do, *saved[:12], list(saved[12:]), *ctx.settings, keys
-        )
+        dq, dk, dv, *dweights, dsoftmax, dr = backward_op(do, *saved, *ctx.settings, keys)
         weights = [
-            grad.to(dtype) if needed else None
-            for grad, dtype, needed in zip((dq_weight, dk_weight), ctx.dtypes, ctx.needs_input_grad[3:5], strict=True)
+            grad.to(weight.dtype) if needed else None
+            for grad, weight, needed in zip(dweights, saved[3:5], ctx.needs_input_grad[3:5], strict=True)
         ]
         keys = (dk, dv) if keys else (None, None)
-        mixed = given(dsoftmax, saved[7]), given(dr, saved[8])
-        return dq, *keys, *weights, None, None, *mixed, *(None,) * 9
+        return dq, *keys, *weights, None, None, given(dsoftmax, saved[7]), given(dr, saved[8]), *(None,) * 9
+
+    @staticmethod
+    def jvp(ctx, dq, dk, dv, dq_weight, dk_weight, *_):
+        q, k, v, q_weight, k_weight, *_, key_mask, cu_seqlens_q, cu_seqlens_k, state, z, prepared, stats = (
+            ctx.saved_tensors
+        )
+        feature_map, *scaling, _ = ctx.settings
+        keys = k, v, k_weight, dk, dv, dk_weight
+        dstate, dz = state_tangent_op(*keys, key_mask, cu_seqlens_k, feature_map)
+        queries = q, state, z, q_weight, dq, dstate, dz, dq_weight
+        do, _ = apply_tangent_op(*queries, cu_seqlens_q, feature_map, *scaling, False)
+        return do, dstate, dz, *(torch.zeros_like(x) for x in (prepared, stats) if x is not None)
 
 
 def _with_gradient(*inputs) -> tuple[Tensor, list[Tensor]]:
-    return _LinearAttn.apply(*inputs), []  # autograd keeps what the backward reads
+    return _linear_attn(*inputs)[0], []  # autograd keeps what the backward reads
 
 
-differentiate(forward_op, _with_gradient)
+def _transformed(q, k, v, q_weight, k_weight, cos, sin, softmax_out, r, *others) -> tuple[Tensor, list[Tensor]]:
+    q, k = rotated(cos, sin, q, k)
+    nothing_fused = (None,) * 4
+    out, _ = _with_gradient(q, k, v, q_weight, k_weight, *nothing_fused, *others)
+    return mixed(out, softmax_out, r), []
+
+
+_linear_attn = applied(_LinearAttn)
+differentiate(forward_op, _with_gradient, _transformed)
+differentiate_never(backward_op, (2, *HEADS, *KEPT_HEADS[:4]), (2, 2, 2, 0, 0, 2, None))

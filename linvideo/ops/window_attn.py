@@ -76,6 +76,7 @@ def window_attn(
     Raises:
         ValueError: An argument does not fit this description.
     """
+    checks.check_tensors(q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
     checks.check_rows("q", q)
     checks.check_values(k, v)
@@ -85,7 +86,9 @@ def window_attn(
         raise ValueError(f"expected as many keys as queries, got {k.shape[1]} keys, {q.shape[1]} queries")
     for name, x, weight in (("q_weight", q, q_weight), ("k_weight", k, k_weight)):
         checks.check_features(name, weight, x, feature_map, fp32_precision)
-    checks.check_scaling(feature_map, scale, True, 1.0)
+    if feature_map == "identity":
+        raise ValueError("expected a feature_map whose features are not negative, got 'identity'")
+    checks.check_scaling(scale, 1.0)
     checks.check_rope(rope, q)
     text = prefix_tokens, suffix_tokens
     frames = _check_window(q.shape[1], frame_tokens, chunk, overlap, *text, anchors, causal)
@@ -126,7 +129,8 @@ def _check_window(tokens, frame_tokens, chunk, overlap, prefix_tokens, suffix_to
 
 
 def _check_log_gain(log_gain: Tensor, q: Tensor) -> None:
-    if not isinstance(log_gain, Tensor) or log_gain.dtype not in checks.DTYPES or log_gain.shape != (q.shape[2],):
+    fits = isinstance(log_gain, Tensor) and checks.accepts(log_gain.dtype, q) and log_gain.shape == (q.shape[2],)
+    if not fits:
         raise ValueError(
             f"expected log_gain in float32, float16 or bfloat16 of shape [{q.shape[2]}], got {_described(log_gain)}"
         )

@@ -14,17 +14,21 @@ from torch import Tensor
 
 from linvideo.ops import chunked, softmax_backends
 from linvideo.ops.library import (
+    applied,
     below_autograd,
     differentiate,
+    differentiate_never,
     fake,
     given,
     kernels,
     new,
-    once,
     operator,
     tensors,
     uses_kernels,
 )
+from linvideo.ops.over_heads import over_heads
+from linvideo.ops.reference import sum_dtype
+from linvideo.ops.unfused import rotated
 from linvideo.ops.window_layout import Layout, SoftmaxCall
 
 TINY = 1e-30  # instead of eps: the softmax part keeps the whole normaliser from vanishing
@@ -66,7 +70,7 @@ def forward_op(
         far = _Far(q, k, v, q_weight, k_weight, layout, feature_map, precision).forward() if layout.has_far else None
         if common or far:
             _merge(o, lse, common[0] if common else None, far, log_gain, layout)
-    return tensors(q, o, lse if training else None, *(rotated if training else (None, None)))
+    return o, lse if training else lse.new_empty(0), *tensors(q, *(rotated if training else (None, None)))
 
 
 @operator("window_attn_backward")
@@ -156,7 +160,7 @@ class _Softmax:
         batch, length, heads, _ = self.q.shape
         make = torch.zeros if self.layout.has_empty_window else torch.empty
         o = make(self.q.shape, dtype=self.q.dtype, device=self.q.device)
-        lse = torch.full((batch, heads, length), float("-inf"), device=self.q.device)
+        lse = torch.full((batch, heads, length), float("-inf"), dtype=sum_dtype(self.q), device=self.q.device)
         for call in calls:
             out, total = self.call(call)
             call.queries.put(o, out)
@@ -229,8 +233,8 @@ class _Far:
         if uses_kernels(do):
             dot, share = kernels(do).factors(do, o, lse, log_gain.contiguous())
         else:
-            dot = (do.float() * o.float()).sum(-1).transpose(1, 2)
-            share = (log_gain.float()[:, None] - lse).clamp(max=MAX_LOG_SHARE).exp()
+            dot = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1).transpose(1, 2)
+            share = (log_gain.to(lse.dtype)[:, None] - lse).clamp(max=MAX_LOG_SHARE).exp()
         numbers = (self._frames(x.transpose(1, 2)).transpose(1, 2) for x in (dot, share))
         rows = self._frames(do), *numbers, self.q, *self.far_state, self.q_weight
         keys = self.k, self.v, self.k_weight
@@ -243,7 +247,7 @@ class _Far:
         else:
             dq, *dstates, dq_weight, gains = chunked.part_backward(*rows, self.feature_map)
             dstates = [self._sum(self.far.T, x) for x in dstates]
-            dk, dv, dk_weight = chunked.state_backward(*dstates, *keys, None, None, self.feature_map)
+            dk, dv, dk_weight = chunked.state_backward(*dstates, *keys, None, None, *self.own_state, self.feature_map)
         dweights = [
             None if w is None else x.to(w.dtype) for x, w in ((dq_weight, self.q_weight), (dk_weight, self.k_weight))
         ]
@@ -260,9 +264,9 @@ def _merge(o, lse, common, far, log_gain, layout: Layout) -> None:
     else:
         parts = [(rows, numbers), *([] if common is None else [common])]
         if far is not None:
-            parts.append((far[0], far[1].log() + log_gain.float()[:, None]))
+            parts.append((far[0], far[1].log() + log_gain.to(numbers.dtype)[:, None]))
         total = torch.stack([x for _, x in parts]).logsumexp(0)
-        merged = sum((x - total).exp().transpose(1, 2).unsqueeze(-1) * out.float() for out, x in parts)
+        merged = sum((x - total).exp().transpose(1, 2).unsqueeze(-1) * out.to(total.dtype) for out, x in parts)
         rows.copy_(merged)
         numbers.copy_(total)
     lse[..., layout.video] = numbers
@@ -272,7 +276,7 @@ def _merge(o, lse, common, far, log_gain, layout: Layout) -> None:
 def _(q, k, v, log_gain, q_weight, k_weight, cos, *inputs):
     training = inputs[-1]
     batch, length, heads, _ = q.shape
-    lse = q.new_empty((batch, heads, length) if training else 0, dtype=torch.float32)
+    lse = q.new_empty((batch, heads, length) if training else 0, dtype=sum_dtype(q))
     rotated = [q.new_empty(x.shape if training and cos is not None else 0) for x in (q, k)]
     return q.new_empty(q.shape), lse, *rotated
 
@@ -283,28 +287,50 @@ def _(do, q, k, v, log_gain, q_weight, k_weight, *inputs):
     return *rows, log_gain.new_empty(log_gain.shape), new(q, q_weight), new(q, k_weight)
 
 
+HEADS = (2, 2, 2, 0, 0, 0, None, None, None)
+
+
+@over_heads(HEADS, (2, 1, 2, 2))
 class _WindowAttn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(*inputs):
+        return below_autograd(forward_op, *inputs[:-1], True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
         q, k, *others = inputs[:9]
-        o, lse, *rotated = below_autograd(forward_op, *inputs[:-1], True)
+        o, lse, *rotated = output
         q, k = rotated if others[4] is not None else (q, k)
         ctx.save_for_backward(q, k, *others, o, lse)
         ctx.settings = inputs[9:-1]
-        return o
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, do):
+    def backward(ctx, do, *_):
+        if do is None:
+            return (None,) * 15
         saved = ctx.saved_tensors  # read only once: under activation checkpointing a second read raises
         rows = any(ctx.needs_input_grad[:3])
-        *grads, dlog_gain, dq_weight, dk_weight = once(backward_op, do, *saved, *ctx.settings, rows)
+        *grads, dlog_gain, dq_weight, dk_weight = backward_op(do, *saved, *ctx.settings, rows)
         grads = grads if rows else (None, None, None)
         return *grads, dlog_gain, given(dq_weight, saved[4]), given(dk_weight, saved[5]), *(None,) * 9
 
+    @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError("window_attn has no forward-mode derivative: the softmax libraries that it calls have none")
+
 
 def _with_gradient(*inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    empty = inputs[0].new_empty(0)
-    return _WindowAttn.apply(*inputs), empty.float(), empty, empty  # autograd keeps what the backward reads
+    o, lse, *_ = _window_attn(*inputs)
+    empty = o.new_empty(0)
+    return o, lse.new_empty(0), empty, empty  # autograd keeps what the backward reads
 
 
-differentiate(forward_op, _with_gradient)
+def _transformed(q, k, v, log_gain, q_weight, k_weight, cos, sin, *others) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k = rotated(cos, sin, q, k)
+    return _with_gradient(q, k, v, log_gain, q_weight, k_weight, None, None, *others)
+
+
+_window_attn = applied(_WindowAttn)
+differentiate(forward_op, _with_gradient, _transformed)
+differentiate_never(backward_op, (2, *HEADS, 2, 1), (2, 2, 2, 0, 0, 0))

@@ -1,4 +1,4 @@
-"""Arguments of the six custom operators (linvideo/ops/library.py and whole.py) for a case."""
+"""Arguments of the custom operators (linvideo/ops/whole.py, halves.py and tangent.py) for a case."""
 
 import torch
 from cases import Case, make_inputs
@@ -10,7 +10,7 @@ OPS = torch.ops.linvideo
 
 
 def operator_arguments(case: Case, device: str) -> dict[str, tuple]:
-    """Return {name after "linear_attn": arguments} for the whole op, its two halves and their backwards.
+    """Return {name after "linear_attn": arguments} for the whole op, its two halves, their backwards and tangents.
 
     The tensors of the three forwards require gradients. Without kernels the operators never see a rotary embedding or a
     mixture.
@@ -40,18 +40,27 @@ def operator_arguments(case: Case, device: str) -> dict[str, tuple]:
     rows, weights = [inputs[x] for x in "qkv"], [inputs.get(f"{x}_weight") for x in "qk"]
     tensors = *weights, *rope, *mix, options.get("key_mask"), *(options.get(f"cu_seqlens_{x}") for x in "qk")
     with torch.no_grad():
-        _, kept = OPS.linear_attn(*rows, *tensors, name, *scaling, precision, True)
+        _, kept = OPS.linear_attn_v2(*rows, *tensors, name, *scaling, precision, True)
     rotated = [*kept[4:], *(() if kept[4:] else rows[:2]), rows[2]]
+    kept = [*kept[:4], None, None][:4]  # only the kernels return T and its statistics
     return {
-        "": (*rows, *tensors, name, *scaling, precision, False),
-        "_backward": _detached(grad, *rotated, *tensors, kept[:4], name, *scaling, precision, True),
+        "_v2": (*rows, *tensors, name, *scaling, precision, False),
+        "_v2_backward": _detached(grad, *rotated, *tensors, *kept, name, *scaling, precision, True),
         "_state": state_arguments,
         "_state_backward": _detached(*sums_grad, *rotated_keys, *ends, state, z, name, precision),
         "_apply_v2": apply_arguments,
         "_apply_v2_backward": _detached(
             grad, torch.randn_like(den) if normalizer else None, *rotated_queries, name, *scaling, precision
         ),
+        "_state_tangent": _detached(*keys[:3], *(_random_like(x) for x in keys[:3]), *ends, name),
+        "_apply_tangent": _detached(
+            *queries[:4], *(_random_like(x) for x in queries[:4]), queries[-1], name, *scaling, normalizer
+        ),
     }
+
+
+def _random_like(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else torch.randn_like(x)
 
 
 def _detached(*arguments):
@@ -65,11 +74,11 @@ FORWARD_CHECKS = (
     "test_aot_dispatch_static",
     "test_aot_dispatch_dynamic",
 )
-BACKWARD_CHECKS = ("test_schema", "test_faketensor")
+DERIVATIVE_CHECKS = ("test_schema", "test_faketensor")
 
 
 def check_operators(case: Case, device: str) -> None:
-    """Run torch.library.opcheck on all six operators."""
+    """Run torch.library.opcheck on all operators."""
     for name, arguments in operator_arguments(case, device).items():
-        checks = BACKWARD_CHECKS if name.endswith("backward") else FORWARD_CHECKS
+        checks = DERIVATIVE_CHECKS if name.endswith(("backward", "tangent")) else FORWARD_CHECKS
         torch.library.opcheck(getattr(OPS, f"linear_attn{name}").default, arguments, test_utils=checks)

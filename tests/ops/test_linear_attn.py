@@ -164,7 +164,7 @@ def test_operators_make_nothing_of_n_f(option, monkeypatch):
         state, z = chunked.state(k, v, *keys)
         chunked.apply(q, state, z, *queries)
         _, dstate, dz, _ = chunked.apply_backward(grad, q, state, z, *queries)
-        chunked.state_backward(dstate, dz, k, v, *keys)
+        chunked.state_backward(dstate, dz, k, v, *keys[:-1], state, z, "hedgehog")
     assert 0 < sizes.largest <= q.numel()
 
 
