@@ -1,15 +1,28 @@
 """What every op does with its inputs first: torch.autocast, and the rotary embedding where no kernel rotates."""
 
+import sys
+
 import torch
 from torch import Tensor
 
 from linvideo.ops import checks
-from linvideo.ops.library import uses_kernels
+from linvideo.ops.library import register, uses_kernels
 from linvideo.ops.unfused import rotated
 
 
+def is_dtensor(x: Tensor) -> bool:
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(x, tensor.DTensor)
+
+
 def autocast(*rows: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return the rows in torch.autocast's dtype if autocast is on; other dtypes are left for the checks to refuse."""
+    """Return the rows in torch.autocast's dtype if autocast is on; other dtypes are left for the checks to refuse.
+
+    This is also where calls outside of torch.compile see to it that the operators are registered with what PyTorch has
+    loaded.
+    """
+    if not torch.compiler.is_compiling():
+        register()
     kind = rows[0].device.type
     # torch.amp.is_autocast_available would cover meta too, but Dynamo in PyTorch 2.11 cannot trace it.
     if kind == "meta" or not torch.is_autocast_enabled(kind):

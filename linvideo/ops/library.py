@@ -10,7 +10,9 @@ no forward-mode derivative. Compiled graphs in a user's cache refer to operators
 or results change, or whose gradient calls another operator, needs a new name.
 """
 
+import importlib
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -25,6 +27,15 @@ def uses_kernels(x: Tensor) -> bool:
 
 
 LIBRARY = torch.library.Library("linvideo", "FRAGMENT")
+# What parts of PyTorch have to know about the operators. Importing these parts takes long, so it is left to the user.
+REGISTRATIONS = {"torch.distributed.tensor": "linvideo.ops.dtensor", "torch.utils.flop_counter": "linvideo.ops.flops"}
+
+
+def register() -> None:
+    """Register the operators with the parts of PyTorch in REGISTRATIONS that are in use."""
+    for part, registration in REGISTRATIONS.items():
+        if part in sys.modules and registration not in sys.modules:
+            importlib.import_module(registration)
 
 
 def operator(name: str) -> Callable[[Callable], torch._ops.OpOverload]:
@@ -57,6 +68,7 @@ def differentiate(op: torch._ops.OpOverload, function: Callable, transformed: Ca
     transformed = transformed or function
 
     def call(*inputs):
+        register()  # for torch.compile, which traces what a call from Python does before it
         if forward_ad._current_level >= 0:
             return transformed(*inputs)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from linvideo.ops import checks, whole
 from linvideo.ops.halves import apply_op, state_op
-from linvideo.ops.inputs import autocast, split_rope
+from linvideo.ops.inputs import autocast, is_dtensor, split_rope
 from linvideo.ops.library import uses_kernels
 from linvideo.ops.unfused import mixed
 
@@ -91,6 +91,11 @@ def linear_attn(
     _check_apply_arguments(q, feature_map, q_weight, rope, mix, cu_seqlens_q, fp32_precision, **scaling)
     if rope is not None and k.shape[1] != q.shape[1]:
         raise ValueError(f"expected as many keys as queries with rope, got {k.shape[1]} keys, {q.shape[1]} queries")
+    if is_dtensor(q):
+        common = {"feature_map": feature_map, "rope": rope, "fp32_precision": fp32_precision}
+        sums = linear_attn_state(k, v, k_weight=k_weight, key_mask=key_mask, cu_seqlens_k=cu_seqlens_k, **common)
+        out = linear_attn_apply(q, *sums, q_weight=q_weight, mix=mix, cu_seqlens_q=cu_seqlens_q, **scaling, **common)
+        return out.squeeze(0) if packed else out
     (q, k), cos, sin = split_rope(rope, q, k)
     fused, ends = _fused(mix, q), (key_mask, _int32(cu_seqlens_q), _int32(cu_seqlens_k))
     settings = feature_map, 1.0 if scale is None else float(scale), normalize, float(eps), fp32_precision, False

@@ -71,23 +71,28 @@ def apply_state(
         x = logits(u, w, WIDTH, PRECISION)
         acc = tl.zeros([BLOCK, WIDTH], tl.float32)
         den = tl.zeros([BLOCK], tl.float32)
+        unit = 1.0
         for half in tl.static_range(SIGNS):
             phi = features(x, 1 - 2 * half, FEATURE_SCALE, D, WIDTH, FEATURE_MAP)
+            if FEATURE_MAP == "elu" and u.dtype == tl.float16:
+                # A row's features may all be too small for fp16. A power of two brings the largest between 1 and 2.
+                unit = floor_power(tl.max(phi, axis=1))
+                phi /= unit[:, None]
             if Z_BY_DOT:
                 den = tl.sum(tl.dot(phi.to(u.dtype), z, input_precision=PRECISION), axis=1) * power
             elif NORMALIZE:
                 den += tl.sum(phi * tl.load(stats_ptr + half * WIDTH + cols)[None, :], axis=1)
             acc = times(phi.to(u.dtype), state if half == 0 else state2, acc, False, WIDTH, PRECISION)
         if NORMALIZE:
-            den *= 1.0 / FEATURE_SCALE
+            den *= unit / FEATURE_SCALE
             if den_ptr is not None:
                 tl.store(den_ptr + (batch * HEADS + head).to(tl.int64) * N + first + n, den, valid)
             a = 1.0 / (den + eps)
             center = tl.load(stats_ptr + 2 * SIGNS * WIDTH + cols)
             # o = c + (phi T - eps c) a, written so that it is exactly 0 if the query shares no feature with any key
-            acc = acc * (a * factor)[:, None] + center[None, :] * (den * a)[:, None]
+            acc = acc * (a * factor * unit)[:, None] + center[None, :] * (den * a)[:, None]
         else:
-            acc *= factor
+            acc *= (tl.zeros([BLOCK], tl.float32) + factor * unit)[:, None]
         if keep_ptr is not None:
             acc = tl.where(kept(keep_ptr, batch, N, first + n, valid)[:, None], acc, 0.0)
         if mix_ptr is not None:

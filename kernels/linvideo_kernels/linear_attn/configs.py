@@ -226,9 +226,9 @@ def deal_out(
         sm_count: SMs of the GPU.
         partials: Whether each program writes a partial sum.
     """
-    blocks = -(-length // tile.block)
+    blocks = max(1, -(-length // tile.block))
     slots = tile.resident * sm_count
-    per_split = programs * (batch if sequences is None else 1)
+    per_split = max(1, programs * (batch if sequences is None else 1))
 
     def time(splits: int) -> int:
         tiles = -(-blocks // splits)

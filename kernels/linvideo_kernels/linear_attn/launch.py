@@ -34,7 +34,12 @@ _recording_target = INTERPRETER
 
 
 def launch(kernel, programs: int, tile, device: torch.device, **arguments) -> None:
-    """Run `programs` programs of the kernel on `device`, where its tensors are; `arguments` are its parameters."""
+    """Run `programs` programs of the kernel on `device`, where its tensors are; `arguments` are its parameters.
+
+    No programs are no work: an input without rows.
+    """
+    if not programs:
+        return
     if _recording is not None:
         args = tuple(arguments.pop(p.name) for p in kernel.params if not p.is_constexpr)
         _recording.append(Launch(kernel, tile, args, arguments))

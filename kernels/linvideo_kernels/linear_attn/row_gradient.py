@@ -213,7 +213,7 @@ def row_gradient(
     )  # fmt: skip
     if side.weight is None:
         return dx, None
-    side = side._replace(cu_seqlens=None)
+    side = side._replace(keep=side.covered(), cu_seqlens=None)
     tile = side.tile("project_grad")
     work = side.work(tile, partials=True)
     dw_partial = torch.empty((work.items, heads, dim, dim), dtype=torch.float32, device=u.device)

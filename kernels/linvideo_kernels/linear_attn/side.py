@@ -41,6 +41,14 @@ class Side(NamedTuple):
         make = torch.empty if self.cu_seqlens is None else torch.zeros
         return make((*planes, batch, heads, length), dtype=torch.float32, device=self.u.device)
 
+    def covered(self) -> torch.Tensor | None:
+        """Return `keep` without the rows that no packed sequence covers: those before the first or after the last."""
+        if self.cu_seqlens is None:
+            return self.keep
+        rows = torch.arange(self.u.shape[1], dtype=torch.int32, device=self.u.device)
+        inside = ((rows >= self.cu_seqlens[0]) & (rows < self.cu_seqlens[-1])).to(torch.int8).unsqueeze(0)
+        return inside if self.keep is None else inside * self.keep
+
     @property
     def signs(self) -> int:
         return configs.signs(self.feature_map)

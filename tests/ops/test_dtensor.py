@@ -1,0 +1,107 @@
+"""DTensors sharded by batch, sequence or heads, on two processes, and the count of FlopCounterMode."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Case, make_inputs
+from numerics import call
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.utils.flop_counter import FlopCounterMode
+
+from linvideo.ops import linear_attn, window_attn
+from linvideo.ops.reference import linear_attn_reference
+
+RANKS = 2
+CASE = Case(head_dim=8, nq=8, dtype="fp32", heads=2, group=2, rope=True, mix=0.3, mask="some", map=("hedgehog", True))
+AXES = {"rows": (0, 1, 2), "weight": (None, None, 0), "table": (None, 0, None), "mask": (0, 1, None)}
+WINDOW = {"frame_tokens": 2, "chunk": 1, "overlap": 0}
+
+
+def kind(name: str) -> str:
+    return "weight" if name.endswith("weight") or name == "log_gain" else "rows" if name != "r" else "whole"
+
+
+def window(q, k, v, q_weight, k_weight, log_gain, **_):
+    return window_attn(q, k, v, q_weight=q_weight, k_weight=k_weight, log_gain=log_gain, **WINDOW)
+
+
+def assert_shards(mesh, axis: int | None, op, inputs: dict, options: dict, grad: torch.Tensor) -> None:
+    """Assert that the op gives the values and gradients of whole tensors, and shards of its output."""
+
+    def placed(x: torch.Tensor, kind: str):
+        axes = AXES.get(kind)
+        at = None if axis is None or axes is None else axes[axis]
+        return distribute_tensor(x.detach(), mesh, [Replicate() if at is None else Shard(at)])
+
+    sharded = {name: placed(x, kind(name)).requires_grad_() for name, x in inputs.items()}
+    sharded_options = dict(options)
+    if "rope" in options:
+        sharded_options["rope"] = tuple(placed(x, "table") for x in options["rope"])
+        sharded_options["key_mask"] = placed(options["key_mask"], "mask")
+    out, whole = call(op, sharded, sharded_options), call(op, inputs, options)
+    if op is linear_attn or axis != 1:
+        assert out.placements == sharded["q"].placements
+    grads = torch.autograd.grad(out, list(sharded.values()), placed(grad, "rows"))
+    expected = torch.autograd.grad(whole, list(inputs.values()), grad)
+    for x, y in zip((out, *grads), (whole, *expected), strict=True):
+        torch.testing.assert_close(x.full_tensor(), y, rtol=1e-4, atol=1e-5)
+
+
+def run_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=RANKS)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    inputs, grad = make_inputs(CASE, "cpu")
+    inputs = {name: x.detach().nan_to_num(0, 0, 0).requires_grad_() for name, x in inputs.items()}
+    for axis in (None, 0, 1, 2):
+        assert_shards(mesh, axis, linear_attn, inputs, CASE.options, grad)
+    rows = {name: torch.randn(2, 8, 2, 8, requires_grad=True) for name in "qkv"}
+    small = {name: inputs["k_weight"].detach().clone().requires_grad_() for name in ("q_weight", "k_weight")}
+    rows |= small | {"log_gain": torch.zeros(2, requires_grad=True)}
+    torch.manual_seed(0)
+    for axis in (None, 0, 1, 2):
+        assert_shards(mesh, axis, window, rows, {}, torch.randn(2, 8, 2, 8))
+    compiled = torch.compile(lambda q, k, v: linear_attn(q, k, v, feature_map="elu"), backend="aot_eager")
+    q, k, v = (distribute_tensor(rows[name].detach(), mesh, [Shard(2)]) for name in "qkv")
+    torch.testing.assert_close(compiled(q, k, v).full_tensor(), linear_attn(q, k, v, feature_map="elu").full_tensor())
+    dist.destroy_process_group()
+
+
+def test_dtensors(tmp_path):
+    torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=RANKS)
+
+
+def counted(op, inputs: dict) -> tuple[int, int]:
+    """Return the operations of a forward and of its backward."""
+    with FlopCounterMode(display=False) as counter:
+        out = op(**inputs)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    return forward, counter.get_total_flops() - forward
+
+
+@pytest.mark.parametrize("feature_map", ["hedgehog", "elu"])
+def test_the_count_of_operations(feature_map):
+    """It is that of the reference, without its sums over rows; the backward also computes the logits again."""
+    case = Case(head_dim=16, nq=60, nk=60, dtype="fp32", map=(feature_map, True))
+    inputs, _ = make_inputs(case, "cpu")
+
+    def of(op):
+        return counted(lambda **x: op(**x, feature_map=feature_map), inputs)
+
+    forward, backward = of(linear_attn)
+    expected = of(linear_attn_reference)
+    sums = 2 * case.batch * case.nq * case.heads * case.head_dim * (2 if feature_map == "hedgehog" else 1)
+    again = 2 * 2 * case.batch * case.nq * case.heads * case.head_dim**2 if feature_map == "hedgehog" else 0
+    assert forward == expected[0] - sums
+    assert backward == expected[1] - 2 * sums + again
+
+
+def test_the_count_of_a_window():
+    """Without a far part it is that of softmax attention, 4 N^2 D and 10 N^2 D in each head."""
+    rows = {name: torch.randn(2, 12, 3, 16, requires_grad=True) for name in "qkv"}
+    options = {"frame_tokens": 4, "feature_map": "elu", "log_gain": torch.zeros(3)}
+    pairs = 2 * 3 * 12**2 * 16
+    assert counted(lambda **x: window_attn(**x, **options), rows) == (4 * pairs, 10 * pairs)
+    near, _ = counted(lambda **x: window_attn(**x, **options, chunk=1, overlap=0), rows)
+    linear, _ = counted(lambda **x: linear_attn(**x, feature_map="elu"), rows)
+    assert near == 4 * pairs // 3 + linear
