@@ -162,16 +162,17 @@ def tokens_of_grid(model: LinearAttentionMixin, inputs: dict[str, Any]) -> int:
 
 def _forward_of(base: type) -> Callable:
     """Return the base model's forward, which also tells window layers how many tokens a latent frame has."""
-    names = list(inspect.signature(base.forward).parameters)[1:]
+    base_forward = base.forward  # torch.compile cannot trace the attribute of a class
+    names = list(inspect.signature(base_forward).parameters)[1:]
 
-    @functools.wraps(base.forward)  # diffusers' hooks read the signature
+    @functools.wraps(base_forward)  # diffusers' hooks read the signature
     def forward(self, *args, **kwargs):
         attentions = [getattr(block, name) for blocks, name in self.attention_paths for block in getattr(self, blocks)]
         if windows := [attn for attn in attentions if attn.attention_type == "window"]:
             frame_tokens = self.tokens_per_frame(dict(zip(names, args, strict=False)) | kwargs)
             for attn in windows:
                 attn.frame_tokens = frame_tokens
-        return base.forward(self, *args, **kwargs)
+        return base_forward(self, *args, **kwargs)
 
     return forward
 

@@ -6,6 +6,7 @@ import numbers
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from linvideo.ops.library import uses_kernels
 from linvideo.ops.reference import FEATURE_MAPS, WEIGHTED_MAPS, sum_dtype
@@ -155,15 +156,21 @@ def check_packed_pair(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) 
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if x is not None:
             check_tensors(**{name: x})
-    shapes = [str(None if x is None else list(x.shape)) for x in (cu_seqlens_q, cu_seqlens_k)]
+    shapes = [None if x is None else list(x.shape) for x in (cu_seqlens_q, cu_seqlens_k)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"expected cu_seqlens_q and cu_seqlens_k of one shape, or neither, got {' and '.join(shapes)}")
+        found = f"{shapes[0]} and {shapes[1]}"
+        raise ValueError(f"expected cu_seqlens_q and cu_seqlens_k of one shape, or neither, got {found}")
 
 
 def _readable(x: Tensor) -> bool:
     """Return whether x has values that can be read at once."""
-    unknown = torch.compiler.is_compiling() or isinstance(x, FakeTensor) or torch._C._functorch.is_batchedtensor(x)
-    return x.device.type == "cpu" and not unknown
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return not isinstance(x, FakeTensor)
 
 
 def check_state(state: Tensor, z: Tensor, q: Tensor, cu_seqlens: Tensor | None, feature_map: str) -> None:
@@ -185,7 +192,7 @@ def check_state(state: Tensor, z: Tensor, q: Tensor, cu_seqlens: Tensor | None, 
 
 def check_scaling(scale: float | None, eps: float) -> None:
     for name, x in (("scale", 1.0 if scale is None else scale), ("eps", eps)):
-        if isinstance(x, Tensor) and x.requires_grad:
+        if isinstance(x, Tensor) and _is_differentiated(x):
             raise TypeError(f"expected {name} to be a number, which has no gradient, got a tensor that requires one")
         if not (isinstance(x, int | float | numbers.Real) or (isinstance(x, Tensor) and x.dim() == 0)):
             raise ValueError(f"expected {name} to be a number, got {type(x).__name__}")
@@ -194,6 +201,13 @@ def check_scaling(scale: float | None, eps: float) -> None:
             raise ValueError(f"expected a finite {name}, got {x}")
     if eps < TINY:
         raise ValueError(f"expected a normal float32 eps > 0, got {eps}")
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    """Return whether a number given as a tensor takes part in a derivative or another transform."""
+    if x.requires_grad or torch.compiler.is_compiling():
+        return x.requires_grad
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None
 
 
 def check_device(name: str, x: Tensor, like: Tensor) -> None:

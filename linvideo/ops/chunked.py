@@ -11,51 +11,146 @@ the mixture, which unfused.py computes with plain operations when no kernel runs
     state_backward  dv = phi(k) dS, dphi(k) = v dS^T + dz
 The backward functions compute phi again instead of keeping it.
 
-As in the kernels, T = S - z c^T takes the place of S, so that a mean in v costs no precision; c = sum_f S_f / sum_f z_f
-is the overall mean of v. Then o = c + (phi T - eps c) / den, dphi(q) = a (do T^T - delta' z) with
-delta' = delta - do.c, and dphi(k) = (v - c) dS^T + (dz + dS c).
+A mean in v would cost the gradients precision. So the backward functions take the overall mean of v off first, as the
+kernels do: with c = sum_f S_f / sum_f z_f and T = S - z c^T, dphi(q) = a (do T^T - delta' z), where
+delta' = do.(o - c), and dphi(k) = (v - c) dS^T + (dz + dS c). T is a small difference then; so S is summed without the
+mean of v's first rows, which is added at the end.
+
+Within a slice the tensors have three axes, [B H, n, .], which is what a batched product takes. Features are a list of
+parts, which need not lie next to each other: "hedgehog" has two. What a slice computes on the way goes to memory that
+is kept from slice to slice and from call to call, because to fill fresh memory, which the system clears page by page,
+takes a CPU as long as to compute.
 """
 
+import threading
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from linvideo.ops.reference import WEIGHTED_MAPS, activate, spans, sum_dtype
+from linvideo.ops.reference import WEIGHTED_MAPS, spans, sum_dtype
 
-CHUNK_ELEMENTS = 1 << 20  # features in memory at a time: 4 MB, so that a slice stays in the cache
+CHUNK_ELEMENTS = 1 << 18  # features in memory at a time: 1 MB, so that what a slice works on stays in the cache
+_kept = threading.local()
+
+
+class Slice:
+    """A slice of rows, the states that it belongs to, and memory for what is computed from it.
+
+    Args:
+        like: Rows [B, N, H, D], which give the shape and dtype.
+        at: States of the slice: those of all batch entries, or that of one packed sequence.
+        rows: Rows of the slice.
+        first: Whether it is the first of several slices of its states.
+    """
+
+    def __init__(self, like: Tensor, at: slice, rows: slice, first: bool):
+        self.at, self.rows, self.first = at, rows, first
+        self.batch, _, self.heads, self.dim = like.shape
+        self.length = rows.stop - rows.start
+        self.dtype, self.device = sum_dtype(like), like.device
+        self.in_place = self.batch == 1 and like.dtype == self.dtype  # whether rows need no conversion
+        self.used = 0
+
+    def new(self, width: int | None = None) -> Tensor:
+        """Return memory [B H, n, width] that this slice has not used yet; the width is D if it is None."""
+        shape = self.batch * self.heads, self.length, self.dim if width is None else width
+        start, step = self.used, shape[1] * shape[2]
+        self.used += -(-shape[0] * step // 16) * 16  # in steps of a cache line
+        if self.device.type != "cpu":  # other devices' allocators keep memory themselves
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        memory = getattr(_kept, str(self.dtype), None)
+        if memory is None or memory.numel() < self.used:
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
+                memory = torch.empty(2 * self.used, dtype=self.dtype)
+            setattr(_kept, str(self.dtype), memory)
+        return memory.as_strided(shape, (step, shape[2], 1), start)
+
+    def take(self, x: Tensor) -> Tensor:
+        """Return the slice of rows x [B, N, H, D] as [B H, n, D], in the sums' dtype."""
+        x = x[:, self.rows].transpose(1, 2)
+        if self.in_place:
+            return x[0]
+        out = self.new()
+        out.view(x.shape).copy_(x)
+        return out
+
+    def target(self, x: Tensor) -> Tensor:
+        """Return where to compute the slice of rows x: in x itself if possible, else in memory for `put` to convert."""
+        return self.take(x) if self.in_place else self.new()
+
+    def put(self, x: Tensor, rows: Tensor) -> None:
+        """Write [B H, n, D] to the slice of rows x, unless it was computed there."""
+        if not self.in_place:
+            x[:, self.rows] = rows.view(self.batch, self.heads, self.length, self.dim).transpose(1, 2)
+
+    def numbers(self, x: Tensor) -> Tensor:
+        """Return the slice of numbers x [B, H, N] as [B H, n, 1]."""
+        return x[..., self.rows].reshape(self.batch * self.heads, self.length, 1)
+
+    def put_numbers(self, out: Tensor, x: Tensor) -> None:
+        out[..., self.rows] = x.reshape(self.batch, self.heads, self.length)
+
+    def sums(self, x: Tensor, group: int = 1) -> Tensor:
+        """Return the slice's S or z of x [B, Hk, ...] as [B H, ...], repeated for the query heads of each key head."""
+        x = x[self.at].flatten(0, 1)
+        return x if group == 1 else x.repeat_interleave(group, 0)
+
+    def add_sums(self, out: Tensor, x: Tensor, group: int) -> None:
+        """Add x [B H, ...] to the slice's sums `out` [B, Hk, ...]."""
+        x = x if group == 1 else x.unflatten(0, (-1, group)).sum(1)
+        out = out[self.at]
+        out += x.view(out.shape)
+
+    def masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Return x [B H, n, .] with 0 where mask [B, N] is False. A factor 0 would not do: masked keys may hold NaN."""
+        keep = mask[:, self.rows].repeat_interleave(self.heads, 0)
+        return torch.where(keep.unsqueeze(-1), x, 0.0)
 
 
 def state(k, v, weight, key_mask, cu_seqlens, feature_map: str):
     """Return S and z. B is the number of sequences if they are packed."""
     state, z = new_state(k, cu_seqlens, feature_map)
-    for at, rows in slices(k, cu_seqlens, feature_map):
-        _, phi = features(k[:, rows], weight, feature_map)
-        values = heads_first(v[:, rows])
+    weight = weight_of(k, weight)
+    shift = None
+    for part in slices(k, cu_seqlens, feature_map):
+        phi = features(part, part.take(k), weight, feature_map)
+        values = part.take(v)
         if key_mask is not None:
-            phi, values = (masked(x, key_mask[:, rows]) for x in (phi, values))
-        state[at] += phi.mT @ values
-        z[at] += phi.sum(-2)
-    return state, z
+            *phi, values = (part.masked(x, key_mask) for x in (*phi, values))
+        if part.first:
+            shift = torch.zeros_like(state[:, :, :1]) if shift is None else shift
+            spread, average = torch.std_mean(values, -2, keepdim=True)
+            part.sums(shift).copy_(torch.where(average.abs() > spread / 2, average, 0.0))
+        if shift is not None:
+            values = torch.sub(values, part.sums(shift), out=part.new())
+        for f, s, mass in zip(phi, split(part.sums(state), phi), split(part.sums(z), phi), strict=True):
+            s.baddbmm_(f.mT, values)
+            mass += f.sum(-2)
+    return state if shift is None else state.addcmul_(z.unsqueeze(-1), shift), z
 
 
 def state_backward(dstate, dz, k, v, weight, key_mask, cu_seqlens, state, z, feature_map: str):
     """Return dk and dv in the dtypes of k and v, and dweight in the sums' dtype (None without a weight)."""
     dk, dv, dweight = new_rows(k, cu_seqlens), new_rows(v, cu_seqlens), _new_weight_grad(k, weight)
-    center = mean(state, z, feature_map != "identity")
+    weight = weight_of(k, weight)
+    center = mean(state, z, True, feature_map)
     if center is not None:
         dz = dz + (dstate * center).sum(-1)
-    for at, rows in slices(k, cu_seqlens, feature_map):
-        x, phi = features(k[:, rows], weight, feature_map)
-        u, values = k[:, rows], heads_first(v[:, rows])
+    for part in slices(k, cu_seqlens, feature_map):
+        u, values = part.take(k), part.take(v)
+        phi = features(part, u, weight, feature_map)
         if center is not None:
-            values = values - center[at]
-        dphi = values @ dstate[at].mT + dz[at].unsqueeze(-2)
-        dvalues, dx = phi @ dstate[at], _activate_grad(x, phi, dphi, feature_map)
+            values = torch.sub(values, part.sums(center), out=part.new())
+        grads = list(zip(split(part.sums(dstate), phi), split(part.sums(dz), phi), strict=True))
+        dvalues = product(phi, [s for s, _ in grads], part.target(dv))
+        dphi = [torch.baddbmm(mass.unsqueeze(-2), values, s.mT, out=part.new(s.shape[1])) for s, mass in grads]
+        dx = _activate_grad(part, phi, dphi, feature_map)
         if key_mask is not None:
-            dvalues, dx = (masked(grad, key_mask[:, rows]) for grad in (dvalues, dx))
-            u = torch.where(key_mask[:, rows, None, None], u, 0.0)
-        dv[:, rows] = dvalues.transpose(1, 2)
-        _store_input_grad(dk[:, rows], dweight, dx, u, weight)
+            u, dx = (part.masked(x, key_mask) for x in (u, dx))
+            dvalues.copy_(part.masked(dvalues, key_mask))
+        part.put(dv, dvalues)
+        _put_input_grad(part, dk, dweight, dx, u, weight)
     return dk, dv, dweight
 
 
@@ -66,21 +161,18 @@ def apply(
     """Return o in q's dtype and, with return_normalizer, phi(q) z [B, H, N] (else None)."""
     group = q.shape[2] // state.shape[1]
     o, den = new_rows(q, cu_seqlens), new_numbers(q, cu_seqlens) if return_normalizer else None
-    center = mean(state, z, normalize)
-    state = centered(state, z, center)
-    for at, rows in slices(q, cu_seqlens, feature_map):
-        _, phi = features(q[:, rows], weight, feature_map)
-        out = phi @ over_group(state[at], group)
+    weight = weight_of(q, weight)
+    for part in slices(q, cu_seqlens, feature_map):
+        phi = features(part, part.take(q), weight, feature_map)
+        out = product(phi, split(part.sums(state, group), phi), part.target(o))
         if normalize:
-            mass, c = phi @ over_group(z[at], group).unsqueeze(-1), over_group(center[at], group)
-            a = 1 / (mass + eps)
-            # o = c + (phi T - eps c) a, written so that it is exactly 0 if the query shares no feature with any key
-            out = out * a + c * (mass * a)
+            mass = weighed(phi, split(part.sums(z, group), phi))
             if den is not None:
-                den[..., rows] = mass.squeeze(-1)
-        else:
-            out = out * scale
-        o[:, rows] = out.transpose(1, 2)
+                part.put_numbers(den, mass)
+            out *= (mass + eps).reciprocal_()
+        elif scale != 1:
+            out *= scale
+        part.put(o, out)
     return o, den
 
 
@@ -92,17 +184,17 @@ def apply_backward(
     den_grad [B, H, N] is the gradient of the denominator phi(q) z, if it was returned.
     """
 
-    def pull(rows, phi, g, dphi, z_rows, g_center):
+    def factors(part, phi, t, mass, g_center):
         if not normalize:
-            return scale * g, scale * dphi, None
-        den = phi @ z_rows.unsqueeze(-1) + eps
-        delta = ((phi * dphi).sum(-1, keepdim=True) - eps * g_center) / den
+            return scale, None
+        a = (weighed(phi, mass) + eps).reciprocal_()
+        delta = (_inner(phi, t) - eps * g_center).mul_(a)  # do.(o - c)
         if den_grad is not None:
-            delta = delta - den_grad[..., rows].unsqueeze(-1) * den
-        return g / den, (dphi - delta * z_rows.unsqueeze(-2)) / den, delta / den
+            delta -= part.numbers(den_grad) / a
+        return a, delta
 
     settings = {"cu_seqlens": cu_seqlens, "feature_map": feature_map, "normalize": normalize}
-    return _queries_backward(pull, do, q, state, z, weight, **settings)
+    return _queries_backward(factors, do, q, state, z, weight, **settings)
 
 
 def part_backward(do, dot, a, q, state, z, weight, feature_map: str):
@@ -113,38 +205,40 @@ def part_backward(do, dot, a, q, state, z, weight, feature_map: str):
     """
     gains = new_numbers(q, None)
 
-    def pull(rows, phi, g, dphi, z_rows, g_center):
-        weight, delta = (x[..., rows].unsqueeze(-1) for x in (a, dot))
-        delta = delta - g_center
-        dphi = weight * (dphi - delta * z_rows.unsqueeze(-2))
-        gains[..., rows] = (phi * dphi).sum(-1)
-        return weight * g, dphi, weight * delta
+    def factors(part, phi, t, mass, g_center):
+        share, delta = part.numbers(a), part.numbers(dot) - g_center
+        part.put_numbers(gains, share * (_inner(phi, t) - delta * weighed(phi, mass)))
+        return share, delta
 
     settings = {"cu_seqlens": None, "feature_map": feature_map, "normalize": True}
-    return *_queries_backward(pull, do, q, state, z, weight, **settings), gains
+    return *_queries_backward(factors, do, q, state, z, weight, **settings), gains
 
 
-def _queries_backward(pull, do, q, state, z, weight, *, cu_seqlens, feature_map: str, normalize: bool):
+def _queries_backward(factors, do, q, state, z, weight, *, cu_seqlens, feature_map: str, normalize: bool):
     """Return dq, dstate, dz and dweight.
 
-    pull(rows, phi, g, g T^T, z, g.c) returns the rows' gradient of phi T, that of phi, and minus that of phi z (or
-    None).
+    factors(slice, phi, t, z, g.c) with t = g T^T returns a and delta' of each row: dphi(q) = a (t - delta' z). Without
+    normalisation it returns the scale and None.
     """
     group = q.shape[2] // state.shape[1]
     dq, dweight = new_rows(q, cu_seqlens), _new_weight_grad(q, weight)
+    weight = weight_of(q, weight)
     dstate, dz = torch.zeros_like(state), torch.zeros_like(z)
-    center = mean(state, z, normalize)
+    center = mean(state, z, normalize, feature_map)
     state = centered(state, z, center)
-    for at, rows in slices(q, cu_seqlens, feature_map):
-        x, phi = features(q[:, rows], weight, feature_map)
-        g = heads_first(do[:, rows])
-        dphi = g @ over_group(state[at], group).mT
-        g_center = None if center is None else g @ over_group(center[at], group).mT
-        g, dphi, mass = pull(rows, phi, g, dphi, over_group(z[at], group), g_center)
-        if mass is not None:
-            dz[at] -= _sum_of_group((phi.mT @ mass).squeeze(-1), group)
-        dstate[at] += _sum_of_group(phi.mT @ g, group)
-        _store_input_grad(dq[:, rows], dweight, _activate_grad(x, phi, dphi, feature_map), q[:, rows], weight)
+    for part in slices(q, cu_seqlens, feature_map):
+        u, g = part.take(q), part.take(do)
+        phi = features(part, u, weight, feature_map)
+        mass = split(part.sums(z, group), phi)
+        t = [torch.bmm(g, s.mT, out=part.new(s.shape[1])) for s in split(part.sums(state, group), phi)]
+        a, delta = factors(part, phi, t, mass, 0.0 if center is None else torch.bmm(g, part.sums(center, group).mT))
+        if delta is not None:
+            t = [f.addcmul_(delta, y.unsqueeze(-2), value=-1) for f, y in zip(t, mass, strict=True)]
+            weights = (a * delta).neg_().mT
+            part.add_sums(dz, torch.cat([torch.bmm(weights, f) for f in phi], -1), group)
+        g = torch.mul(g, a, out=part.new())
+        part.add_sums(dstate, torch.cat([torch.bmm(f.mT, g) for f in phi], 1), group)
+        _put_input_grad(part, dq, dweight, _activate_grad(part, phi, t, feature_map).mul_(a), u, weight)
     if center is not None:
         dz -= (dstate * center).sum(-1)
     return dq, dstate, dz, dweight
@@ -182,9 +276,17 @@ def _new_weight_grad(x, weight):
     return None if weight is None else torch.zeros(weight.shape, dtype=sum_dtype(x), device=x.device)
 
 
-def mean(state, z, normalize: bool = True):
-    """Return c [B, Hk, 1, D], the mean of v over all keys, weighted by their features; None if not normalised."""
-    if not normalize:
+def weight_of(x, weight):
+    """Return the weight [H, D, D] of rows x [B, N, H, D] as [B H, D, D], rounded to their dtype."""
+    return None if weight is None else weight.to(x.dtype).to(sum_dtype(x)).repeat(x.shape[0], 1, 1)
+
+
+def mean(state, z, normalize: bool, feature_map: str):
+    """Return c [B, Hk, 1, D], the mean of v over all keys, weighted by their features.
+
+    It is None, for 0, if nothing is normalised, and for features that may be negative, whose sum can vanish.
+    """
+    if not normalize or feature_map == "identity":
         return None
     return state.sum(-2, keepdim=True) / z.sum(-1).clamp(min=1e-25)[..., None, None]
 
@@ -194,90 +296,100 @@ def centered(state, z, center):
     return state if center is None else torch.addcmul(state, z.unsqueeze(-1), center, value=-1)
 
 
-def over_group(x, group: int):
-    """Repeat x [B, Hk, ...] for the query heads of each key head."""
-    return x if group == 1 else x.repeat_interleave(group, 1)
+def split(x: Tensor, phi: list[Tensor]) -> tuple[Tensor, ...]:
+    """Split S or z, [B H, F, ...], by the parts of phi."""
+    return (x,) if len(phi) == 1 else x.split([f.shape[-1] for f in phi], 1)
 
 
-def _sum_of_group(x, group: int):
-    """Sum x [B, H, ...] over the query heads of each key head."""
-    return x if group == 1 else x.unflatten(1, (-1, group)).sum(2)
+def product(phi: list[Tensor], state: list[Tensor], out: Tensor) -> Tensor:
+    """Compute phi S in `out` [B H, n, D]."""
+    torch.bmm(phi[0], state[0], out=out)
+    for f, s in zip(phi[1:], state[1:], strict=True):
+        out.baddbmm_(f, s)
+    return out
 
 
-def masked(x, mask):
-    """Set x [B, H, n, .] to 0 where mask [B, n] is False. A factor 0 would not do: a masked key may hold NaN."""
-    return torch.where(mask[:, None, :, None], x, 0.0)
+def weighed(phi: list[Tensor], z: list[Tensor]) -> Tensor:
+    """Return phi z [B H, n, 1]."""
+    return sum(torch.bmm(mass.unsqueeze(-2), f.mT) for f, mass in zip(phi, z, strict=True)).mT
 
 
-def logits(x, weight):
-    """Return x W [B, H, n, D] of rows x [B, n, H, D]; W is rounded to their dtype."""
-    rows = heads_first(x)
-    return rows if weight is None else rows @ weight.to(x.dtype).to(rows.dtype)
+def _inner(phi: list[Tensor], t: list[Tensor]) -> Tensor:
+    """Return <phi, t> of each row, [B H, n, 1]."""
+    return sum(torch.linalg.vecdot(f, x) for f, x in zip(phi, t, strict=True)).unsqueeze(-1)
 
 
-def features(x, weight, feature_map: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits and features [B, H, n, .] of rows x [B, n, H, D]."""
-    x = logits(x, weight)
-    return x, activate(x, feature_map)
-
-
-def _activate_grad(x, phi, dphi, feature_map: str) -> torch.Tensor:
-    """Return the gradient with respect to the logits x, given that of phi = activate(x)."""
+def features(part: Slice, u: Tensor, weight: Tensor | None, feature_map: str) -> list[Tensor]:
+    """Return the parts of phi(u W). Their operations are those of `activate`, or faster ones."""
+    x = u if weight is None else torch.bmm(u, weight, out=part.new())
     if feature_map == "hedgehog":
-        (p, m), (dp, dm) = phi.chunk(2, -1), dphi.chunk(2, -1)
-        return _softmax_grad(p, dp) - _softmax_grad(m, dm)
+        plus = torch.softmax(x, -1, out=part.new())
+        return [plus, torch.softmax(x.neg_(), -1, out=part.new())]
     if feature_map == "hedgehog_joint":
-        plus, minus = _softmax_grad(phi, dphi).chunk(2, -1)
-        return 2 * (plus - minus)
-    return _map_grad(x, phi, dphi, feature_map)
-
-
-def activate_tangent(x, phi, dx, feature_map: str) -> torch.Tensor:
-    """Return the tangent of phi = activate(x), given that of the logits x."""
-    if feature_map == "hedgehog":
-        p, m = phi.chunk(2, -1)
-        return torch.cat([_softmax_grad(p, dx), -_softmax_grad(m, dx)], -1)
-    if feature_map == "hedgehog_joint":
-        return _softmax_grad(phi, torch.cat([2 * dx, -2 * dx], -1))
-    return _map_grad(x, phi, dx, feature_map)
-
-
-def _map_grad(x, phi, g, feature_map: str) -> torch.Tensor:
-    """Multiply g by the Jacobian of a map with one half, which is symmetric."""
+        both = part.new(2 * part.dim)
+        for x2, sign in zip(both.chunk(2, -1), (2, -2), strict=True):
+            torch.mul(x, sign, out=x2)
+        return [torch.softmax(both, -1, out=part.new(2 * part.dim))]
     if feature_map == "elu":
-        return g * phi.clamp(max=1)  # the slope is 1 above 0 and exp(x) = phi below
+        return [torch.clamp(x, max=0, out=part.new()).exp_().add_(torch.clamp(x, min=0, out=part.new()))]
     if feature_map == "relu":
-        return torch.where(x > 0, g, 0.0)
+        return [torch.clamp(x, min=0, out=part.new())]
     if feature_map == "softmax":
-        return _softmax_grad(phi, g)
+        return [torch.softmax(x, -1, out=part.new())]
+    return [x]
+
+
+def _activate_grad(part: Slice, phi: list[Tensor], dphi: list[Tensor], feature_map: str) -> Tensor:
+    """Return the gradient with respect to the logits, given that of phi, which it may overwrite."""
+    if feature_map == "hedgehog":
+        plus, minus = (_jacobian(part, f, g, "softmax") for f, g in zip(phi, dphi, strict=True))
+        return plus.sub_(minus)
+    if feature_map == "hedgehog_joint":
+        plus, minus = _jacobian(part, phi[0], dphi[0], "softmax").chunk(2, -1)
+        return torch.sub(plus, minus, out=part.new()).mul_(2)
+    return _jacobian(part, phi[0], dphi[0], feature_map)
+
+
+def activate_tangent(part: Slice, phi: list[Tensor], dx: Tensor, feature_map: str) -> list[Tensor]:
+    """Return the tangent of the parts of phi, given that of the logits, which it may overwrite."""
+    if feature_map == "hedgehog":
+        return [_jacobian(part, phi[0], dx, "softmax"), _jacobian(part, phi[1], -dx, "softmax")]
+    if feature_map == "hedgehog_joint":
+        return [_jacobian(part, phi[0], torch.cat([2 * dx, -2 * dx], -1), "softmax")]
+    return [_jacobian(part, phi[0], dx, feature_map)]
+
+
+def _jacobian(part: Slice, phi: Tensor, g: Tensor, feature_map: str) -> Tensor:
+    """Multiply g by the Jacobian of elu, relu, softmax or identity; it is symmetric. It may overwrite g."""
+    if feature_map == "elu":
+        return g.mul_(torch.clamp(phi, max=1, out=part.new()))  # the slope is 1 above 0 and exp(x) = phi below
+    if feature_map == "relu":
+        return torch.ops.aten.threshold_backward.grad_input(g, phi, 0, grad_input=part.new())
+    if feature_map == "softmax":
+        return torch._softmax_backward_data(g, phi, -1, phi.dtype, grad_input=part.new(phi.shape[-1]))
     return g
 
 
-def _softmax_grad(p, dp) -> torch.Tensor:
-    return p * (dp - (p * dp).sum(-1, keepdim=True))
+def _put_input_grad(part: Slice, du: Tensor, dweight: Tensor | None, dx: Tensor, u: Tensor, weight: Tensor | None):
+    """For x = u W, write dx W^T to the slice of du and add u^T dx to dweight [H, D, D]."""
+    if weight is None:
+        out = part.target(du).copy_(dx) if part.in_place else dx
+    else:
+        dweight += torch.bmm(u.mT, dx).unflatten(0, (part.batch, part.heads)).sum(0)
+        out = torch.bmm(dx, weight.mT, out=part.target(du))
+    part.put(du, out)
 
 
-def _store_input_grad(out, dweight, dx, u, weight) -> None:
-    """For x = u W, write du = dx W^T into out [B, n, H, D] and add u^T dx to dweight [H, D, D]."""
-    if weight is not None:
-        dweight += (heads_first(u).mT @ dx).sum(0)
-        dx = dx @ weight.to(u.dtype).to(dx.dtype).mT
-    out.copy_(dx.transpose(1, 2))
-
-
-def heads_first(x) -> torch.Tensor:
-    return x.transpose(1, 2).to(sum_dtype(x))
-
-
-def slices(x, cu_seqlens, feature_map: str) -> Iterator[tuple[slice, slice]]:
-    """Yield (states, rows): a slice of rows, and the states that it belongs to.
-
-    These are the states of all batch entries, or that of one packed sequence.
-    """
+def slices(x: Tensor, cu_seqlens: Tensor | None, feature_map: str) -> Iterator[Slice]:
+    """Divide rows x [B, N, H, D] into slices that have rows."""
+    if not x.numel():
+        return
     batch, _, heads, dim = x.shape
     features = 2 * dim if feature_map in WEIGHTED_MAPS else dim
-    step = max(64, CHUNK_ELEMENTS // max(1, batch * heads * features))
+    elements = CHUNK_ELEMENTS if x.device.type == "cpu" else 64 * CHUNK_ELEMENTS  # to keep a GPU busy
+    step = max(64, elements // (batch * heads * features))
     for sequence, span in enumerate(spans(x, cu_seqlens)):
         at = slice(None) if cu_seqlens is None else slice(sequence, sequence + 1)
         for start in range(span.start, span.stop, step):
-            yield at, slice(start, min(start + step, span.stop))
+            stop = min(start + step, span.stop)
+            yield Slice(x, at, slice(start, stop), start == span.start and stop < span.stop)

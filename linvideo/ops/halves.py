@@ -15,8 +15,10 @@ from linvideo.ops.library import (
     like_input,
     new,
     operator,
+    run,
     tensors,
     uses_kernels,
+    without_autocast,
 )
 from linvideo.ops.over_heads import SUMMED, over_heads
 from linvideo.ops.reference import sum_dtype
@@ -39,7 +41,7 @@ def state_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return S and z and, if `save_rotated`, the rotated k for the backward."""
     if not uses_kernels(k):
-        with torch.autocast(k.device.type, enabled=False):  # k's dtype is decided; sums stay in fp32
+        with without_autocast(k):
             return *chunked.state(k, v, weight, key_mask, cu_seqlens, feature_map), k.new_empty(0)
     rope = None if cos is None else (cos, sin)
     options = {"key_mask": key_mask, "cu_seqlens": cu_seqlens, "feature_map": feature_map, "precision": precision}
@@ -65,7 +67,7 @@ def state_backward_op(
     """Return dk, dv and dweight. k is the k that the forward has rotated."""
     options = {"key_mask": key_mask, "cu_seqlens": cu_seqlens, "state": state, "z": z, "feature_map": feature_map}
     if not uses_kernels(k):
-        with torch.autocast(k.device.type, enabled=False):
+        with without_autocast(k):
             grads = chunked.state_backward(dstate, dz, k, v, weight, **options)
     else:
         rope = None if cos is None else (cos, sin)
@@ -95,7 +97,7 @@ def apply_op(
     """Return o, den if `return_normalizer`, and the rotated q for the backward if `save_rotated`."""
     options = {"cu_seqlens": cu_seqlens, "feature_map": feature_map, "scale": scale, "normalize": normalize, "eps": eps}
     if not uses_kernels(q):
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             o, den = chunked.apply(q, state, z, weight, **options, return_normalizer=return_normalizer)
         return o, *tensors(state, den), *tensors(q, None)
     rope = None if cos is None else (cos, sin)
@@ -128,12 +130,12 @@ def apply_backward_op(
     """Return dq, dstate, dz, dweight, dsoftmax_out and dr. q is the q that the forward has rotated."""
     options = {"cu_seqlens": cu_seqlens, "feature_map": feature_map, "scale": scale, "normalize": normalize, "eps": eps}
     if not uses_kernels(q):
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             grads = *chunked.apply_backward(do, q, state, z, weight, **options, den_grad=den_grad), None, None
     else:
         rope = None if cos is None else (cos, sin)
         options |= {"softmax_out": softmax_out, "r": r, "precision": precision}
-        prepared = kernels(q).prepare(state.contiguous(), z.contiguous(), q.dtype, normalize)
+        prepared = kernels(q).prepare(state.contiguous(), z.contiguous(), q.dtype, feature_map, normalize)
         grads = kernels(q).apply_backward(do, q, z, weight, rope, prepared=prepared, **options, den_grad=den_grad)
     return tensors(q, *grads[:3], like_input(grads[3], weight), grads[4], like_input(grads[5], r))
 
@@ -191,14 +193,14 @@ class _State(torch.autograd.Function):
         state, z = saved[-2:]
         dstate = torch.zeros_like(state) if dstate is None else dstate
         dz = torch.zeros_like(z) if dz is None else dz
-        dk, dv, dweight = state_backward_op(dstate, dz, *saved, *ctx.settings)
+        dk, dv, dweight = run(state_backward_op, dstate, dz, *saved, *ctx.settings)
         return dk, dv, given(dweight, saved[2]), *(None,) * 7
 
     @staticmethod
     def jvp(ctx, dk, dv, dweight, *_):
         k, v, weight, _, _, key_mask, cu_seqlens, _, _ = ctx.saved_tensors
         rows = k, v, weight, dk, dv, dweight
-        return *state_tangent_op(*rows, key_mask, cu_seqlens, ctx.settings[0]), k.new_zeros(0)
+        return *run(state_tangent_op, *rows, key_mask, cu_seqlens, ctx.settings[0]), k.new_zeros(0)
 
 
 @over_heads(APPLY_HEADS, (2, 1, 2))
@@ -224,7 +226,7 @@ class _Apply(torch.autograd.Function):
             return (None,) * 16
         saved = ctx.saved_tensors
         do = torch.zeros_like(saved[0]) if do is None else do
-        dq, dstate, dz, dweight, dsoftmax, dr = apply_backward_op(do, den_grad, *saved, *ctx.settings)
+        dq, dstate, dz, dweight, dsoftmax, dr = run(apply_backward_op, do, den_grad, *saved, *ctx.settings)
         mixed = given(dsoftmax, saved[6]), given(dr, saved[7])
         return dq, dstate, dz, given(dweight, saved[3]), None, None, *mixed, *(None,) * 8
 
@@ -232,7 +234,7 @@ class _Apply(torch.autograd.Function):
     def jvp(ctx, dq, dstate, dz, dweight, *_):
         q, state, z, weight, *_, cu_seqlens = ctx.saved_tensors
         rows = q, state, z, weight, dq, dstate, dz, dweight
-        return *apply_tangent_op(*rows, cu_seqlens, *ctx.settings[:4], ctx.return_normalizer), q.new_zeros(0)
+        return *run(apply_tangent_op, *rows, cu_seqlens, *ctx.settings[:4], ctx.return_normalizer), q.new_zeros(0)
 
 
 def _unfused_state(k, v, weight, cos, sin, *others):

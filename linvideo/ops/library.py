@@ -10,6 +10,7 @@ no forward-mode derivative. Compiled graphs in a user's cache refer to operators
 or results change, or whose gradient calls another operator, needs a new name.
 """
 
+import contextlib
 import importlib
 import os
 import sys
@@ -38,6 +39,10 @@ def register() -> None:
             importlib.import_module(registration)
 
 
+_functions: dict[torch._ops.OpOverload, Callable] = {}  # what each operator computes
+_differentiable: dict[torch._ops.OpOverload, Callable] = {}  # the same for calls that need a gradient
+
+
 def operator(name: str) -> Callable[[Callable], torch._ops.OpOverload]:
     """Define linvideo::<name> as the decorated function, on every device. Dynamo does not look inside."""
 
@@ -45,9 +50,54 @@ def operator(name: str) -> Callable[[Callable], torch._ops.OpOverload]:
         schema = torch.library.infer_schema(function, mutates_args=())
         LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         LIBRARY.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
-        return getattr(torch.ops.linvideo, name).default
+        op = getattr(torch.ops.linvideo, name).default
+        _functions[op] = function
+        return op
 
     return define
+
+
+def run(op: torch._ops.OpOverload, *inputs):
+    """Call an operator; for ordinary CPU tensors without the dispatcher, which takes as long as hundreds of rows."""
+    if not _is_ordinary(inputs):
+        return op(*inputs)
+    return _differentiable[op](*inputs) if _needs_gradient(inputs) else _functions[op](*inputs)
+
+
+def _is_ordinary(inputs: tuple) -> bool:
+    """Return whether the inputs are CPU tensors that nothing but autograd watches: no transform, mode or tracer.
+
+    The tensors that a backward has saved may still be wrapped by a transform that has ended.
+    """
+    x = inputs[0]
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and x.is_cpu
+        and forward_ad._current_level < 0
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.jit.is_tracing()
+        and not any(isinstance(x, Tensor) and _is_wrapped(x) for x in inputs)
+    )
+
+
+def _is_wrapped(x: Tensor) -> bool:
+    """Return whether x is a tensor of torch.func, or of torch.autograd.grad(is_grads_batched=True)."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+def _in_forward_mode(inputs: tuple) -> bool:
+    """Return whether inputs may have tangents. Only the tensors tell when torch.compile traces, without the level."""
+    if forward_ad._current_level >= 0:
+        return True
+    return bool(torch._C._len_torch_dispatch_stack()) and any(
+        isinstance(x, Tensor) and torch._VF._unpack_dual(x, level=0)[1] is not None for x in inputs
+    )
+
+
+def _needs_gradient(inputs: tuple) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
 def fake(op: torch._ops.OpOverload) -> Callable:
@@ -69,12 +119,13 @@ def differentiate(op: torch._ops.OpOverload, function: Callable, transformed: Ca
 
     def call(*inputs):
         register()  # for torch.compile, which traces what a call from Python does before it
-        if forward_ad._current_level >= 0:
+        if _in_forward_mode(inputs):
             return transformed(*inputs)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        if _needs_gradient(inputs):
             return function(*inputs)
         return below_autograd(op, *inputs)
 
+    _differentiable[op] = function
     LIBRARY.impl(op.name(), torch._disable_dynamo(call), "Autograd")
     LIBRARY.impl(op.name(), torch._disable_dynamo(transformed), "FuncTorchDynamicLayerFrontMode")
 
@@ -93,6 +144,8 @@ def applied(function: type[torch.autograd.Function]) -> Callable:
 
 
 def below_autograd(op: torch._ops.OpOverload, *inputs):
+    if _is_ordinary(inputs):
+        return _functions[op](*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*inputs)
 
@@ -124,6 +177,12 @@ def differentiate_never(op: torch._ops.OpOverload, heads: tuple, result_heads: t
         jvp = backward
 
     differentiate(op, applied(Derivative))
+
+
+def without_autocast(x: Tensor):
+    """Return a context in which x's device computes in the dtypes of its tensors: sums stay in fp32."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def tensors(like: Tensor, *outputs: Tensor | None) -> tuple[Tensor, ...]:

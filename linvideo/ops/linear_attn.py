@@ -6,7 +6,7 @@ from torch import Tensor
 from linvideo.ops import checks, whole
 from linvideo.ops.halves import apply_op, state_op
 from linvideo.ops.inputs import autocast, is_dtensor, split_rope
-from linvideo.ops.library import uses_kernels
+from linvideo.ops.library import run, uses_kernels
 from linvideo.ops.unfused import mixed
 
 
@@ -99,7 +99,8 @@ def linear_attn(
     (q, k), cos, sin = split_rope(rope, q, k)
     fused, ends = _fused(mix, q), (key_mask, _int32(cu_seqlens_q), _int32(cu_seqlens_k))
     settings = feature_map, 1.0 if scale is None else float(scale), normalize, float(eps), fp32_precision, False
-    out = whole.forward_op(q, k, v, q_weight, k_weight, cos, sin, *fused, *ends, *settings)[0]
+    inputs = q, k, v, q_weight, k_weight, cos, sin
+    out = run(whole.forward_op, *inputs, *fused, *ends, *settings)[0]
     out = _mixed(out, mix, fused)
     return out.squeeze(0) if packed else out
 
@@ -141,7 +142,7 @@ def linear_attn_state(
     (k,), cos, sin = split_rope(rope, k)
     save_rotated = cos is not None and _needs_grad(k, v, k_weight)
     arguments = k_weight, cos, sin, key_mask, _int32(cu_seqlens_k), feature_map, fp32_precision, save_rotated
-    return state_op(k, v, *arguments)[:2]
+    return run(state_op, k, v, *arguments)[:2]
 
 
 def linear_attn_apply(
@@ -195,7 +196,8 @@ def linear_attn_apply(
     fused = _fused(mix, q)
     save_rotated = cos is not None and _needs_grad(q, S, z, q_weight, *fused)
     settings = feature_map, 1.0 if scale is None else float(scale), normalize, float(eps), fp32_precision, save_rotated
-    out, den, _ = apply_op(q, S, z, q_weight, cos, sin, *fused, _int32(cu_seqlens_q), *settings, return_normalizer)
+    inputs = q, S, z, q_weight, cos, sin
+    out, den, _ = run(apply_op, *inputs, *fused, _int32(cu_seqlens_q), *settings, return_normalizer)
     out = _mixed(out, mix, fused)
     out, den = (out.squeeze(0), den.squeeze(0)) if packed else (out, den)
     return (out, den) if return_normalizer else out

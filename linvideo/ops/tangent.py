@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from linvideo.ops import chunked
-from linvideo.ops.library import differentiate_never, fake, operator, tensors
+from linvideo.ops.library import differentiate_never, fake, operator, tensors, without_autocast
 from linvideo.ops.reference import sum_dtype
 
 
@@ -29,20 +29,21 @@ def state_tangent_op(
     feature_map: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the tangents of S and z."""
-    with torch.autocast(k.device.type, enabled=False):
+    with without_autocast(k):
         dstate, dz = chunked.new_state(k, cu_seqlens, feature_map)
-        for at, rows in chunked.slices(k, cu_seqlens, feature_map):
-            phi, dphi = _features(k, weight, dk, dweight, rows, feature_map)
-            values = chunked.heads_first(v[:, rows])
-            dvalues = None if dv is None else chunked.heads_first(dv[:, rows])
+        weights = [chunked.weight_of(k, w) for w in (weight, dweight)]
+        for part in chunked.slices(k, cu_seqlens, feature_map):
+            phi, dphi = _features(part, k, dk, *weights, feature_map)
+            values, dvalues = (None if x is None else part.take(x) for x in (v, dv))
             if key_mask is not None:
-                keep = key_mask[:, rows]
-                phi, dphi, values, dvalues = (chunked.masked(x, keep) for x in (phi, dphi, values, dvalues))
+                phi, dphi, values, dvalues = (
+                    None if x is None else part.masked(x, key_mask) for x in (phi, dphi, values, dvalues)
+                )
             if dphi is not None:
-                dstate[at] += dphi.mT @ values
-                dz[at] += dphi.sum(-2)
+                part.sums(dstate).baddbmm_(dphi.mT, values)
+                part.sums(dz).add_(dphi.sum(-2))
             if dvalues is not None:
-                dstate[at] += phi.mT @ dvalues
+                part.sums(dstate).baddbmm_(phi.mT, dvalues)
     return dstate, dz
 
 
@@ -66,37 +67,41 @@ def apply_tangent_op(
     """Return the tangents of o and, if `return_normalizer`, of phi(q) z."""
     group = q.shape[2] // state.shape[1]
     do, dden = chunked.new_rows(q, cu_seqlens), chunked.new_numbers(q, cu_seqlens) if return_normalizer else None
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
+        weights = [chunked.weight_of(q, w) for w in (weight, dweight)]
         dstate, dz = (torch.zeros_like(x) if dx is None else dx for x, dx in ((state, dstate), (z, dz)))
-        if normalize:  # as in `chunked`; then the tangent of den is multiplied by o - c
-            center = chunked.mean(state, z)
-            state, dstate = (chunked.centered(x, mass, center) for x, mass in ((state, z), (dstate, dz)))
-        for at, rows in chunked.slices(q, cu_seqlens, feature_map):
-            phi, dphi = _features(q, weight, dq, dweight, rows, feature_map)
-            s, ds, mass, dmass = (chunked.over_group(x[at], group) for x in (state, dstate, z, dz))
+        center = chunked.mean(state, z, normalize, feature_map)
+        # As in `chunked`. Then the tangent of den is multiplied by o - c.
+        state, dstate = (chunked.centered(x, mass, center) for x, mass in ((state, z), (dstate, dz)))
+        for part in chunked.slices(q, cu_seqlens, feature_map):
+            phi, dphi = _features(part, q, dq, *weights, feature_map)
+            s, ds, mass, dmass = (part.sums(x, group) for x in (state, dstate, z, dz))
             out = phi @ ds if dphi is None else dphi @ s + phi @ ds
             if normalize:
                 mass, dmass = mass.unsqueeze(-1), dmass.unsqueeze(-1)
                 den, change = phi @ mass + eps, phi @ dmass if dphi is None else dphi @ mass + phi @ dmass
-                rest = (phi @ s - eps * chunked.over_group(center[at], group)) / den  # o - c
-                out = (out - change * rest) / den
+                rest = phi @ s if center is None else phi @ s - eps * part.sums(center, group)
+                out = (out - change * rest / den) / den
                 if dden is not None:
-                    dden[..., rows] = change.squeeze(-1)
+                    part.put_numbers(dden, change)
             else:
                 out = out * scale
-            do[:, rows] = out.transpose(1, 2)
+            part.put(do, part.target(do).copy_(out))
     return do, *tensors(state, dden)
 
 
-def _features(u, weight, du, dweight, rows: slice, feature_map: str) -> tuple[Tensor, Tensor | None]:
-    """Return phi of some rows of u and its tangent, or None if that is 0."""
-    x, phi = chunked.features(u[:, rows], weight, feature_map)
+def _features(part: chunked.Slice, u, du, weight, dweight, feature_map: str) -> tuple[Tensor, Tensor | None]:
+    """Return phi [B H, n, F] of a slice of rows u and its tangent, or None if that is 0."""
+    rows = part.take(u)
+    phi = chunked.features(part, rows, weight, feature_map)
     terms = []
     if du is not None:
-        terms.append(chunked.logits(du[:, rows], weight))
+        terms.append(part.take(du) if weight is None else part.take(du) @ weight)
     if dweight is not None:
-        terms.append(chunked.logits(u[:, rows], dweight))
-    return phi, chunked.activate_tangent(x, phi, sum(terms), feature_map) if terms else None
+        terms.append(rows @ dweight)
+    dx = sum(terms[1:], terms[0].clone()) if terms else None
+    dphi = torch.cat(chunked.activate_tangent(part, phi, dx, feature_map), -1) if terms else None
+    return torch.cat(phi, -1), dphi
 
 
 @fake(state_tangent_op)

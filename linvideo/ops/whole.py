@@ -18,8 +18,10 @@ from linvideo.ops.library import (
     kernels,
     new,
     operator,
+    run,
     tensors,
     uses_kernels,
+    without_autocast,
 )
 from linvideo.ops.over_heads import SUMMED, over_heads
 from linvideo.ops.reference import sum_dtype
@@ -56,7 +58,7 @@ def forward_op(
     of_queries = {"cu_seqlens": cu_seqlens_q, "feature_map": feature_map}
     of_queries |= {"scale": scale, "normalize": normalize, "eps": eps}
     if not uses_kernels(q):
-        with torch.autocast(q.device.type, enabled=False):  # q's dtype is decided; sums stay in fp32
+        with without_autocast(q):
             sums = chunked.state(k, v, k_weight, **of_keys)
             o, _ = chunked.apply(q, *sums, q_weight, **of_queries)
         return o, list(sums) if training else []
@@ -108,7 +110,7 @@ def backward_op(
     of_queries = {"cu_seqlens": cu_seqlens_q, "feature_map": feature_map}
     of_queries |= {"scale": scale, "normalize": normalize, "eps": eps}
     if not uses_kernels(q):
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             dq, dstate, dz, dq_weight = chunked.apply_backward(do, q, state, z, q_weight, **of_queries)
             if keys:
                 dk, dv, dk_weight = chunked.state_backward(dstate, dz, k, v, k_weight, state=state, z=z, **of_keys)
@@ -180,7 +182,7 @@ class _LinearAttn(torch.autograd.Function):
             return (None,) * 18
         saved = ctx.saved_tensors  # read only once: under activation checkpointing a second read raises
         keys = any(ctx.needs_input_grad[i] for i in (1, 2, 4))
-        dq, dk, dv, *dweights, dsoftmax, dr = backward_op(do, *saved, *ctx.settings, keys)
+        dq, dk, dv, *dweights, dsoftmax, dr = run(backward_op, do, *saved, *ctx.settings, keys)
         weights = [
             grad.to(weight.dtype) if needed else None
             for grad, weight, needed in zip(dweights, saved[3:5], ctx.needs_input_grad[3:5], strict=True)
@@ -195,9 +197,9 @@ class _LinearAttn(torch.autograd.Function):
         )
         feature_map, *scaling, _ = ctx.settings
         keys = k, v, k_weight, dk, dv, dk_weight
-        dstate, dz = state_tangent_op(*keys, key_mask, cu_seqlens_k, feature_map)
+        dstate, dz = run(state_tangent_op, *keys, key_mask, cu_seqlens_k, feature_map)
         queries = q, state, z, q_weight, dq, dstate, dz, dq_weight
-        do, _ = apply_tangent_op(*queries, cu_seqlens_q, feature_map, *scaling, False)
+        do, _ = run(apply_tangent_op, *queries, cu_seqlens_q, feature_map, *scaling, False)
         return do, dstate, dz, *(torch.zeros_like(x) for x in (prepared, stats) if x is not None)
 
 

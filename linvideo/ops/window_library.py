@@ -23,8 +23,10 @@ from linvideo.ops.library import (
     kernels,
     new,
     operator,
+    run,
     tensors,
     uses_kernels,
+    without_autocast,
 )
 from linvideo.ops.over_heads import over_heads
 from linvideo.ops.reference import sum_dtype
@@ -59,8 +61,11 @@ def forward_op(
 
     `window` holds the fields of a `Layout`.
     """
+    if not q.shape[0]:
+        lse = q.new_empty((0, q.shape[2], q.shape[1]) if training else 0, dtype=sum_dtype(q))
+        return torch.empty_like(q), lse, *(x.new_empty(x.shape if training and cos is not None else 0) for x in (q, k))
     layout = Layout(*window)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         rotated = None, None
         if cos is not None:
             q, k = rotated = tuple(kernels(x).rotate(x, cos, sin) for x in (q, k))
@@ -99,8 +104,13 @@ def backward_op(
     q and k are those that the forward has rotated. Without `rows`, dq, dk and dv are empty: the softmax has no weights,
     so that fitting the weights needs no backward of it.
     """
+    if not q.shape[0]:
+        weights = (None if x is None else torch.zeros_like(x) for x in (q_weight, k_weight))
+        return tensors(
+            q, *([torch.empty_like(x) for x in (q, k, v)] if rows else [None] * 3), torch.zeros_like(log_gain), *weights
+        )
     layout = Layout(*window)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         if layout.has_far:
             far = _Far(q, k, v, q_weight, k_weight, layout, feature_map, precision)
             grads, small = far.backward(do, o, lse, log_gain)
@@ -311,7 +321,7 @@ class _WindowAttn(torch.autograd.Function):
             return (None,) * 15
         saved = ctx.saved_tensors  # read only once: under activation checkpointing a second read raises
         rows = any(ctx.needs_input_grad[:3])
-        *grads, dlog_gain, dq_weight, dk_weight = backward_op(do, *saved, *ctx.settings, rows)
+        *grads, dlog_gain, dq_weight, dk_weight = run(backward_op, do, *saved, *ctx.settings, rows)
         grads = grads if rows else (None, None, None)
         return *grads, dlog_gain, given(dq_weight, saved[4]), given(dk_weight, saved[5]), *(None,) * 9
 

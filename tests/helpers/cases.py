@@ -71,7 +71,7 @@ class Case:
         name, normalize = self.map
         options = {"feature_map": name, "normalize": normalize, "eps": self.eps}
         if not normalize:  # the output grows with Nk, and 1 / (4 Nk) keeps it in fp16's range
-            options["scale"] = 0.25 / self.nk
+            options["scale"] = 0.25 / max(1, self.nk)
         if self.rope:
             angles = torch.rand(self.nq, self.head_dim // 2, generator=torch.Generator().manual_seed(1)) * 6.3
             options["rope"] = angles.cos(), angles.sin()
@@ -93,9 +93,9 @@ class Case:
 
     def _key_mask(self) -> torch.Tensor:
         keep = torch.rand(self.batch, self.nk, generator=torch.Generator().manual_seed(2)) < 0.7
-        keep[-1, -1] = False
+        keep[-1:, -1:] = False
         if self.mask == "whole":
-            keep[0, self._ends()[1][-2] if self.packed != "no" else 0 :] = False
+            keep[:1, self._ends()[1][-2] if self.packed != "no" else 0 :] = False
         return keep
 
     def __str__(self) -> str:

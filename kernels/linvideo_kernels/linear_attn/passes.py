@@ -40,7 +40,7 @@ def state_backward(
 ):  # fmt: skip
     """Return dk, dv and dweight. k is the k that `state` has rotated."""
     side = Side.of(k, weight, feature_map, precision, None, key_mask, cu_seqlens)
-    grad, stats = prepare(state, z, k.dtype, feature_map != "identity", (dstate.contiguous(), dz.contiguous()))
+    grad, stats = prepare(state, z, k.dtype, feature_map, True, (dstate.contiguous(), dz.contiguous()))
     dv = apply_rows(side, grad, stats, normalize=False)
     dk, dweight = row_gradient(side, aligned(v), grad, stats, keys=True, normalize=False, rope=rope)
     return dk, dv, dweight
@@ -58,7 +58,7 @@ def apply(
     side = Side.of(q, weight, feature_map, precision, rope, None, cu_seqlens)
     rotate = training and rope is not None
     side = rotated(side) if rotate else side
-    prepared, stats = prepare(state.contiguous(), z.contiguous(), q.dtype, normalize)
+    prepared, stats = prepare(state.contiguous(), z.contiguous(), q.dtype, feature_map, normalize)
     den = side.new_numbers() if return_normalizer else None
     mix = {"softmax_out": softmax_out, "r": r}
     o = apply_rows(side, prepared, stats, normalize=normalize, eps=eps, scale=scale, den=den, **mix)
@@ -101,7 +101,7 @@ def part_backward(do, dot, a, q, state, z, weight, feature_map: str, precision: 
     """
     do, z = aligned(do), z.contiguous()
     side = Side.of(q, weight, feature_map, precision)
-    prepared, stats = prepare(state.contiguous(), z, q.dtype, True)
+    prepared, stats = prepare(state.contiguous(), z, q.dtype, feature_map, True)
     factors = side.new_numbers(3)
     factors[0] = a
     settings = {"keys": False, "normalize": True, "factors": factors, "dot": dot.contiguous()}

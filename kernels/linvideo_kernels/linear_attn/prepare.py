@@ -81,13 +81,14 @@ def prepare_state(
         tl.store(stats_ptr + (2 * SIGNS + 1) * WIDTH + d, tl.zeros([WIDTH], tl.float32) + power)
 
 
-def prepare(state, z, dtype, center: bool, grads=(None, None)):
+def prepare(state, z, dtype, feature_map: str, normalize: bool, grads=(None, None)):
     """Return T in `dtype` and the stats.
 
     Args:
         state, z: State [B, H, F, D] and z [B, H, F], both contiguous.
         dtype: Dtype of T, that of the rows.
-        center: Whether to subtract the mean c, as for a normalised output.
+        feature_map, normalize: Arguments of the op. The mean c is subtracted if the output is normalised, but not for
+            "identity", whose features may be negative, so that their sum can vanish.
         grads: (dS, dz), both contiguous, to prepare instead of the state.
     """
     batch, heads, features, dim = state.shape
@@ -101,6 +102,6 @@ def prepare(state, z, dtype, center: bool, grads=(None, None)):
     launch(
         prepare_state, batch * heads * signs * (width // rows), tile, state.device,
         state_ptr=state, z_ptr=z, grad_ptr=grads[0], z_grad_ptr=grads[1], out_ptr=out, stats_ptr=stats,
-        D=dim, WIDTH=width, SIGNS=signs, ROWS=rows, CENTER=center,
+        D=dim, WIDTH=width, SIGNS=signs, ROWS=rows, CENTER=normalize and feature_map != "identity",
     )  # fmt: skip
     return out, stats
