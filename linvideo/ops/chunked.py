@@ -30,7 +30,7 @@ from torch import Tensor
 
 from linvideo.ops.reference import WEIGHTED_MAPS, spans, sum_dtype
 
-CHUNK_ELEMENTS = 1 << 18  # features in memory at a time: 1 MB, so that what a slice works on stays in the cache
+CHUNK_ELEMENTS = 1 << 19  # features in memory at a time: 2 MB, enough that calls from Python cost little
 _kept = threading.local()
 
 
@@ -62,7 +62,7 @@ class Slice:
         memory = getattr(_kept, str(self.dtype), None)
         if memory is None or memory.numel() < self.used:
             with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
-                memory = torch.empty(2 * self.used, dtype=self.dtype)
+                memory = torch.empty(self.used, dtype=self.dtype)
             setattr(_kept, str(self.dtype), memory)
         return memory.as_strided(shape, (step, shape[2], 1), start)
 
@@ -120,7 +120,7 @@ def state(k, v, weight, key_mask, cu_seqlens, feature_map: str):
             *phi, values = (part.masked(x, key_mask) for x in (*phi, values))
         if part.first:
             shift = torch.zeros_like(state[:, :, :1]) if shift is None else shift
-            spread, average = torch.std_mean(values, -2, keepdim=True)
+            spread, average = torch.std_mean(values[:, :64], -2, keepdim=True)
             part.sums(shift).copy_(torch.where(average.abs() > spread / 2, average, 0.0))
         if shift is not None:
             values = torch.sub(values, part.sums(shift), out=part.new())
@@ -184,17 +184,17 @@ def apply_backward(
     den_grad [B, H, N] is the gradient of the denominator phi(q) z, if it was returned.
     """
 
-    def factors(part, phi, t, mass, g_center):
+    def row_factor(part, den):
+        return (den + eps).reciprocal_() if normalize else scale
+
+    def delta(part, a, inner, g_center, den):
         if not normalize:
-            return scale, None
-        a = (weighed(phi, mass) + eps).reciprocal_()
-        delta = (_inner(phi, t) - eps * g_center).mul_(a)  # do.(o - c)
-        if den_grad is not None:
-            delta -= part.numbers(den_grad) / a
-        return a, delta
+            return None
+        d = (inner - eps * g_center).mul_(a)
+        return d if den_grad is None else d.sub_(part.numbers(den_grad))
 
     settings = {"cu_seqlens": cu_seqlens, "feature_map": feature_map, "normalize": normalize}
-    return _queries_backward(factors, do, q, state, z, weight, **settings)
+    return _queries_backward(row_factor, delta, do, q, state, z, weight, **settings)
 
 
 def part_backward(do, dot, a, q, state, z, weight, feature_map: str):
@@ -205,20 +205,24 @@ def part_backward(do, dot, a, q, state, z, weight, feature_map: str):
     """
     gains = new_numbers(q, None)
 
-    def factors(part, phi, t, mass, g_center):
-        share, delta = part.numbers(a), part.numbers(dot) - g_center
-        part.put_numbers(gains, share * (_inner(phi, t) - delta * weighed(phi, mass)))
-        return share, delta
+    def row_factor(part, den):
+        return part.numbers(a)
+
+    def delta(part, share, inner, g_center, den):
+        d = (share * part.numbers(dot)).sub_(g_center)
+        part.put_numbers(gains, inner - d * den)
+        return d
 
     settings = {"cu_seqlens": None, "feature_map": feature_map, "normalize": True}
-    return *_queries_backward(factors, do, q, state, z, weight, **settings), gains
+    return *_queries_backward(row_factor, delta, do, q, state, z, weight, **settings), gains
 
 
-def _queries_backward(factors, do, q, state, z, weight, *, cu_seqlens, feature_map: str, normalize: bool):
+def _queries_backward(row_factor, delta, do, q, state, z, weight, *, cu_seqlens, feature_map: str, normalize: bool):
     """Return dq, dstate, dz and dweight.
 
-    factors(slice, phi, t, z, g.c) with t = g T^T returns a and delta' of each row: dphi(q) = a (t - delta' z). Without
-    normalisation it returns the scale and None.
+    row_factor(slice, phi z) returns a of each row. With g = a do and t = g T^T,
+    delta(slice, a, <phi, t>, g.c, phi z) returns a delta', or None if nothing is normalised:
+    dphi(q) = t - a delta' z.
     """
     group = q.shape[2] // state.shape[1]
     dq, dweight = new_rows(q, cu_seqlens), _new_weight_grad(q, weight)
@@ -227,18 +231,20 @@ def _queries_backward(factors, do, q, state, z, weight, *, cu_seqlens, feature_m
     center = mean(state, z, normalize, feature_map)
     state = centered(state, z, center)
     for part in slices(q, cu_seqlens, feature_map):
-        u, g = part.take(q), part.take(do)
+        u = part.take(q)
         phi = features(part, u, weight, feature_map)
         mass = split(part.sums(z, group), phi)
+        den = weighed(phi, mass) if normalize else None
+        a = row_factor(part, den)
+        g = torch.mul(part.take(do), a, out=part.new())
         t = [torch.bmm(g, s.mT, out=part.new(s.shape[1])) for s in split(part.sums(state, group), phi)]
-        a, delta = factors(part, phi, t, mass, 0.0 if center is None else torch.bmm(g, part.sums(center, group).mT))
-        if delta is not None:
-            t = [f.addcmul_(delta, y.unsqueeze(-2), value=-1) for f, y in zip(t, mass, strict=True)]
-            weights = (a * delta).neg_().mT
-            part.add_sums(dz, torch.cat([torch.bmm(weights, f) for f in phi], -1), group)
-        g = torch.mul(g, a, out=part.new())
+        g_center = 0.0 if center is None else torch.bmm(g, part.sums(center, group).mT)
+        d = delta(part, a, _inner(phi, t), g_center, den)
+        if d is not None:
+            t = [f.addcmul_(d, y.unsqueeze(-2), value=-1) for f, y in zip(t, mass, strict=True)]
+            part.add_sums(dz, torch.cat([torch.bmm(d.mT, f) for f in phi], -1).neg_(), group)
         part.add_sums(dstate, torch.cat([torch.bmm(f.mT, g) for f in phi], 1), group)
-        _put_input_grad(part, dq, dweight, _activate_grad(part, phi, t, feature_map).mul_(a), u, weight)
+        _put_input_grad(part, dq, dweight, _activate_grad(part, phi, t, feature_map), u, weight)
     if center is not None:
         dz -= (dstate * center).sum(-1)
     return dq, dstate, dz, dweight
@@ -278,7 +284,9 @@ def _new_weight_grad(x, weight):
 
 def weight_of(x, weight):
     """Return the weight [H, D, D] of rows x [B, N, H, D] as [B H, D, D], rounded to their dtype."""
-    return None if weight is None else weight.to(x.dtype).to(sum_dtype(x)).repeat(x.shape[0], 1, 1)
+    if weight is None:
+        return None
+    return weight.to(x.dtype).to(sum_dtype(x)).expand(x.shape[0], *weight.shape).flatten(0, 1)
 
 
 def mean(state, z, normalize: bool, feature_map: str):
