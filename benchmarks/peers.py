@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import windows
 from benchmarks.shapes import Shape
 from linvideo.ops import linear_attn, window_attn
-from linvideo.ops.reference import linear_attn_reference
+from linvideo.ops.reference import WEIGHTED_MAPS, linear_attn_reference
 from linvideo.ops.softmax_backends import BACKENDS
 
 SPARSITY = 0.85  # share of blocks that the block-sparse peers leave out
@@ -139,14 +139,16 @@ def _window(backend: str | None = None) -> Peer:
     return Peer(build, "window", learned, cuda_only=backend is not None, expected=windows.expected)
 
 
-def _eager(compiled: bool) -> Callable:
-    """Return a builder of what a user would write with PyTorch operations."""
+def _formula(feature_map: str, compiled: bool) -> Peer:
+    """Return what a user would write with PyTorch operations."""
+    weighted = feature_map in WEIGHTED_MAPS
 
     def build(x: Inputs):
         attention = torch.compile(linear_attn_reference, dynamic=False) if compiled else linear_attn_reference
-        return lambda: attention(x.q, x.k, x.v, q_weight=x.q_weight, k_weight=x.k_weight)
+        given = {"q_weight": x.q_weight, "k_weight": x.k_weight} if weighted else {}
+        return lambda: attention(x.q, x.k, x.v, feature_map=feature_map, **given)
 
-    return build
+    return Peer(build, "hedgehog" if weighted else "plain", HEDGEHOG if weighted else HEDGEHOG[:3])
 
 
 def _sdpa(backend: SDPBackend) -> Callable:
@@ -248,8 +250,10 @@ PEERS = {
     "linvideo identity": _ours("identity"),
     WINDOW: _window(),
     **{f"{WINDOW}, {backend}": _window(backend) for backend in BACKENDS if backend not in ("cpu", "flash")},
-    EAGER: Peer(_eager(compiled=False), "hedgehog", HEDGEHOG),
-    COMPILED: Peer(_eager(compiled=True), "hedgehog", HEDGEHOG),
+    EAGER: _formula("hedgehog", compiled=False),
+    COMPILED: _formula("hedgehog", compiled=True),
+    "eager elu": _formula("elu", compiled=False),
+    "compiled elu": _formula("elu", compiled=True),
     "flash_bla linear_attention (no map)": Peer(_flash_bla, "plain", cuda_only=True, heads_first=True),
     "softmax SDPA flash": Peer(_sdpa(SDPBackend.FLASH_ATTENTION), "softmax"),
     "softmax SDPA cuDNN": Peer(_sdpa(SDPBackend.CUDNN_ATTENTION), "softmax", cuda_only=True),
@@ -269,6 +273,11 @@ PEERS = {
 }
 
 
+def formulas(name: str) -> tuple[str, str]:
+    """Return the eager and the compiled peer that a peer is compared with: those of its map, if there are any."""
+    return ("eager elu", "compiled elu") if name.endswith(" elu") else (EAGER, COMPILED)
+
+
 def is_exact_softmax(name: str) -> bool:
     """Whether the peer is softmax attention over all tokens, without rounding to 8 bits."""
     return name.startswith("softmax") and "8 bit" not in name
@@ -286,6 +295,8 @@ SWEEP = (
     "linvideo elu",
     EAGER,
     COMPILED,
+    "eager elu",
+    "compiled elu",
     "softmax SDPA flash",
     "softmax SDPA cuDNN",
     "softmax flash-attn 3",

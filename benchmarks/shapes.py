@@ -35,10 +35,12 @@ MODELS = {
 TOKENS = {f"n{tokens // 1024}k": Shape(1, tokens, 12, 128) for tokens in (1024 << i for i in range(9))}
 DIMS = {f"d{dim}": Shape(1, 32768, 12, dim) for dim in (64, 96, 128)}
 CPU = {f"cpu-n{tokens}": Shape(1, tokens, 2, 64) for tokens in (256, 512, 1024, 2048, 4096)}
+# Softmax attention takes minutes here, so `--peers` should leave it out.
+CPU_LONG = {f"cpu-n{tokens}": Shape(1, tokens, 2, 64) for tokens in (16384, 65536)}
 # The frames and head size of Wan, with fewer heads and fewer tokens per frame.
 CPU_WAN = {f"cpu-wan-n{21 * size}": Shape(1, 21 * size, 2, 128, frames=21) for size in (13 * 15, 15 * 26)}
 TINY_SHAPE, INTERPRETED_SHAPE = "tiny", "interpreted"  # for tests; Triton's interpreter takes a second per tile
-SHAPES = MODELS | TOKENS | DIMS | CPU | CPU_WAN
+SHAPES = MODELS | TOKENS | DIMS | CPU | CPU_LONG | CPU_WAN
 SHAPES |= {TINY_SHAPE: Shape(1, 96, 2, 16, frames=8), INTERPRETED_SHAPE: Shape(1, 16, 1, 16)}
 
 

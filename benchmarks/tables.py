@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 from benchmarks import results
-from benchmarks.peers import COMPILED, EAGER, is_exact_softmax
+from benchmarks.peers import formulas, is_exact_softmax
 from benchmarks.shapes import SHAPES, WINDOW, Shape
 
 # From arXiv 2510.08318: seconds of the dense model, number of linear layers, seconds with these, seconds in 4 steps.
@@ -23,8 +23,9 @@ OP_NOTE = """\
 Each table compares one call of `linear_attn` ("linvideo", with each feature map) and of `window_attn` ("linvideo
 window", with the default window) with other implementations of attention, for one size of q, k and v. "% of pairs" is
 the share of all pairs of tokens for which softmax is computed. "Both" is a forward and a backward together. The last
-three columns are ratios, forward / both: the time of the fastest exact softmax attention, of hedgehog in PyTorch's
+three columns are ratios, forward / both: the time of the fastest exact softmax attention, of the formula in PyTorch's
 eager operations and of the same compiled by PyTorch, each divided by the time of the row. Above 1, the row is faster.
+The formula is that of elu for elu, and that of hedgehog for all other rows.
 GB/s and TFLOP/s are of the forward."""
 MODEL_NOTE = """\
 Each table shows the forward of one Wan model with random weights, on which the time doesn't depend: with no linear
@@ -98,7 +99,7 @@ def _op_table(pairs: list) -> list[str]:
             shown = [passes[w] for w in FORWARD_AND_BOTH if w in passes]
             cells.append(" / ".join(f"{row['peak_mib']:,.0f}" for row in shown if "peak_mib" in row))
             cells.append(" / ".join(three_digits(row["host_ms"]) for row in shown if "host_ms" in row))
-        for other in (fastest, medians.get(EAGER, {}), medians.get(COMPILED, {})):
+        for other in (fastest, *(medians.get(formula, {}) for formula in formulas(name))):
             shared = [w for w in FORWARD_AND_BOTH if w in passes and w in other]
             cells.append(" / ".join(f"{other[w] / medians[name][w]:.2f}" for w in shared))
         lines.append(table_line(cells))
