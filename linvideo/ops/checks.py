@@ -5,13 +5,13 @@ import numbers
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from linvideo.ops.library import uses_kernels
+from linvideo.ops.library import PLAIN, uses_kernels
 from linvideo.ops.reference import FEATURE_MAPS, WEIGHTED_MAPS, sum_dtype
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NAMES = "float32, float16 or bfloat16 (or float64 with float64 rows)"
 MAX_HEAD_DIM = 128
 PRECISIONS = ("ieee", "tf32x3")
 TINY = torch.finfo(torch.float32).tiny
@@ -79,7 +79,7 @@ def check_features(name: str, weight: Tensor | None, x: Tensor, feature_map: str
     if tuple(weight.shape) != shape:
         raise ValueError(f"expected {name} of shape {list(shape)}, got {tuple(weight.shape)}")
     if not accepts(weight.dtype, x):
-        raise ValueError(f"expected {name} in float32, float16 or bfloat16, got {weight.dtype}")
+        raise ValueError(f"expected {name} in {NAMES}, got {weight.dtype}")
     check_device(name, weight, x)
 
 
@@ -93,7 +93,7 @@ def check_rope(rope, x: Tensor) -> None:
         if tuple(table.shape) != shape:
             raise ValueError(f"expected rope's {name} of shape {list(shape)}, [N, D/2], got {tuple(table.shape)}")
         if not accepts(table.dtype, x):
-            raise ValueError(f"expected rope's {name} in float32, float16 or bfloat16, got {table.dtype}")
+            raise ValueError(f"expected rope's {name} in {NAMES}, got {table.dtype}")
         check_device(f"rope's {name}", table, x)
 
 
@@ -115,7 +115,7 @@ def check_mix(mix: tuple[Tensor, Tensor] | None, q: Tensor) -> None:
             f" {softmax_out.dtype}"
         )
     if r.numel() != 1 or not accepts(r.dtype, q):
-        raise ValueError(f"expected r to be one number in float32, float16 or bfloat16, got {tuple(r.shape)} {r.dtype}")
+        raise ValueError(f"expected r to be one number in {NAMES}, got {tuple(r.shape)} {r.dtype}")
     check_device("softmax_out", softmax_out, q)
     check_device("r", r, q)
 
@@ -163,14 +163,10 @@ def check_packed_pair(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) 
 
 
 def _readable(x: Tensor) -> bool:
-    """Return whether x has values that can be read at once."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    """Return whether x is an ordinary CPU tensor, whose values can be read here."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) not in PLAIN:
         return False
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.is_batchedtensor(x):
-            return False
-        x = torch._C._functorch.get_unwrapped(x)
-    return not isinstance(x, FakeTensor)
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def check_state(state: Tensor, z: Tensor, q: Tensor, cu_seqlens: Tensor | None, feature_map: str) -> None:
@@ -205,8 +201,8 @@ def check_scaling(scale: float | None, eps: float) -> None:
 
 def _is_differentiated(x: Tensor) -> bool:
     """Return whether a number given as a tensor takes part in a derivative or another transform."""
-    if x.requires_grad or torch.compiler.is_compiling():
-        return x.requires_grad
+    if torch.compiler.is_compiling() or x.requires_grad:
+        return x.requires_grad and torch.is_grad_enabled()
     return torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None
 
 

@@ -39,15 +39,16 @@ class Slice:
 
     Args:
         like: Rows [B, N, H, D], which give the shape and dtype.
-        at: States of the slice: those of all batch entries, or that of one packed sequence.
-        rows: Rows of the slice.
+        entries: Batch entries of the slice.
+        rows: Rows of the slice in each of them.
+        states: States of the slice: those of its entries, or that of one packed sequence.
         first: Whether it is the first of several slices of its states.
     """
 
-    def __init__(self, like: Tensor, at: slice, rows: slice, first: bool):
-        self.at, self.rows, self.first = at, rows, first
-        self.batch, _, self.heads, self.dim = like.shape
-        self.length = rows.stop - rows.start
+    def __init__(self, like: Tensor, entries: slice, rows: slice, states: slice, first: bool):
+        self.entries, self.rows, self.states, self.first = entries, rows, states, first
+        self.batch, self.length = entries.stop - entries.start, rows.stop - rows.start
+        self.heads, self.dim = like.shape[2:]
         self.dtype, self.device = sum_dtype(like), like.device
         self.in_place = self.batch == 1 and like.dtype == self.dtype  # whether rows need no conversion
         self.used = 0
@@ -62,13 +63,13 @@ class Slice:
         memory = getattr(_kept, str(self.dtype), None)
         if memory is None or memory.numel() < self.used:
             with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
-                memory = torch.empty(self.used, dtype=self.dtype)
+                memory = torch.empty(self.used, dtype=self.dtype, device="cpu")
             setattr(_kept, str(self.dtype), memory)
         return memory.as_strided(shape, (step, shape[2], 1), start)
 
     def take(self, x: Tensor) -> Tensor:
         """Return the slice of rows x [B, N, H, D] as [B H, n, D], in the sums' dtype."""
-        x = x[:, self.rows].transpose(1, 2)
+        x = self._view(x)
         if self.in_place:
             return x[0]
         out = self.new()
@@ -77,49 +78,59 @@ class Slice:
 
     def target(self, x: Tensor) -> Tensor:
         """Return where to compute the slice of rows x: in x itself if possible, else in memory for `put` to convert."""
-        return self.take(x) if self.in_place else self.new()
+        return self._view(x)[0] if self.in_place else self.new()
 
     def put(self, x: Tensor, rows: Tensor) -> None:
-        """Write [B H, n, D] to the slice of rows x, unless it was computed there."""
-        if not self.in_place:
-            x[:, self.rows] = rows.view(self.batch, self.heads, self.length, self.dim).transpose(1, 2)
+        """Write [B H, n, D] to the slice of rows x, unless they were computed there."""
+        out = self._view(x)
+        if rows.data_ptr() != out.data_ptr():
+            out.copy_(rows.view(out.shape))
+
+    def _view(self, x: Tensor) -> Tensor:
+        return x[self.entries, self.rows].transpose(1, 2)
 
     def numbers(self, x: Tensor) -> Tensor:
         """Return the slice of numbers x [B, H, N] as [B H, n, 1]."""
-        return x[..., self.rows].reshape(self.batch * self.heads, self.length, 1)
+        return x[self.entries, :, self.rows].reshape(self.batch * self.heads, self.length, 1)
 
     def put_numbers(self, out: Tensor, x: Tensor) -> None:
-        out[..., self.rows] = x.reshape(self.batch, self.heads, self.length)
+        out[self.entries, :, self.rows] = x.reshape(self.batch, self.heads, self.length)
+
+    def weight(self, weight: Tensor | None) -> Tensor | None:
+        """Return the weight [H, D, D] as [B H, D, D]."""
+        return None if weight is None else weight.expand(self.batch, *weight.shape).flatten(0, 1)
 
     def sums(self, x: Tensor, group: int = 1) -> Tensor:
         """Return the slice's S or z of x [B, Hk, ...] as [B H, ...], repeated for the query heads of each key head."""
-        x = x[self.at].flatten(0, 1)
+        x = x[self.states].flatten(0, 1)
         return x if group == 1 else x.repeat_interleave(group, 0)
 
     def add_sums(self, out: Tensor, x: Tensor, group: int) -> None:
         """Add x [B H, ...] to the slice's sums `out` [B, Hk, ...]."""
         x = x if group == 1 else x.unflatten(0, (-1, group)).sum(1)
-        out = out[self.at]
+        out = out[self.states]
         out += x.view(out.shape)
 
     def masked(self, x: Tensor, mask: Tensor) -> Tensor:
         """Return x [B H, n, .] with 0 where mask [B, N] is False. A factor 0 would not do: masked keys may hold NaN."""
-        keep = mask[:, self.rows].repeat_interleave(self.heads, 0)
+        keep = mask[self.entries, self.rows].repeat_interleave(self.heads, 0)
         return torch.where(keep.unsqueeze(-1), x, 0.0)
 
 
 def state(k, v, weight, key_mask, cu_seqlens, feature_map: str):
     """Return S and z. B is the number of sequences if they are packed."""
     state, z = new_state(k, cu_seqlens, feature_map)
-    weight = weight_of(k, weight)
+    weight = rounded(weight, k)
     shift = None
     for part in slices(k, cu_seqlens, feature_map):
-        phi = features(part, part.take(k), weight, feature_map)
+        phi = features(part, part.take(k), part.weight(weight), feature_map)
         values = part.take(v)
         if key_mask is not None:
             *phi, values = (part.masked(x, key_mask) for x in (*phi, values))
-        if part.first:
+        if part.first:  # of several slices: in a short sum the mean costs no more than the rounding of S itself
             shift = torch.zeros_like(state[:, :, :1]) if shift is None else shift
+            # Only a mean well above the noise: leaving out a smaller one would add an error to S. A few rows show it,
+            # and std_mean is slow.
             spread, average = torch.std_mean(values[:, :64], -2, keepdim=True)
             part.sums(shift).copy_(torch.where(average.abs() > spread / 2, average, 0.0))
         if shift is not None:
@@ -133,13 +144,14 @@ def state(k, v, weight, key_mask, cu_seqlens, feature_map: str):
 def state_backward(dstate, dz, k, v, weight, key_mask, cu_seqlens, state, z, feature_map: str):
     """Return dk and dv in the dtypes of k and v, and dweight in the sums' dtype (None without a weight)."""
     dk, dv, dweight = new_rows(k, cu_seqlens), new_rows(v, cu_seqlens), _new_weight_grad(k, weight)
-    weight = weight_of(k, weight)
-    center = mean(state, z, True, feature_map)
+    weight = rounded(weight, k)
+    center = mean(state, z, feature_map)
     if center is not None:
         dz = dz + (dstate * center).sum(-1)
     for part in slices(k, cu_seqlens, feature_map):
         u, values = part.take(k), part.take(v)
-        phi = features(part, u, weight, feature_map)
+        w = part.weight(weight)
+        phi = features(part, u, w, feature_map)
         if center is not None:
             values = torch.sub(values, part.sums(center), out=part.new())
         grads = list(zip(split(part.sums(dstate), phi), split(part.sums(dz), phi), strict=True))
@@ -150,7 +162,7 @@ def state_backward(dstate, dz, k, v, weight, key_mask, cu_seqlens, state, z, fea
             u, dx = (part.masked(x, key_mask) for x in (u, dx))
             dvalues.copy_(part.masked(dvalues, key_mask))
         part.put(dv, dvalues)
-        _put_input_grad(part, dk, dweight, dx, u, weight)
+        _put_input_grad(part, dk, dweight, dx, u, w)
     return dk, dv, dweight
 
 
@@ -161,9 +173,9 @@ def apply(
     """Return o in q's dtype and, with return_normalizer, phi(q) z [B, H, N] (else None)."""
     group = q.shape[2] // state.shape[1]
     o, den = new_rows(q, cu_seqlens), new_numbers(q, cu_seqlens) if return_normalizer else None
-    weight = weight_of(q, weight)
+    weight = rounded(weight, q)
     for part in slices(q, cu_seqlens, feature_map):
-        phi = features(part, part.take(q), weight, feature_map)
+        phi = features(part, part.take(q), part.weight(weight), feature_map)
         out = product(phi, split(part.sums(state, group), phi), part.target(o))
         if normalize:
             mass = weighed(phi, split(part.sums(z, group), phi))
@@ -226,13 +238,14 @@ def _queries_backward(row_factor, delta, do, q, state, z, weight, *, cu_seqlens,
     """
     group = q.shape[2] // state.shape[1]
     dq, dweight = new_rows(q, cu_seqlens), _new_weight_grad(q, weight)
-    weight = weight_of(q, weight)
+    weight = rounded(weight, q)
     dstate, dz = torch.zeros_like(state), torch.zeros_like(z)
-    center = mean(state, z, normalize, feature_map)
+    center = mean(state, z, feature_map, normalize)
     state = centered(state, z, center)
     for part in slices(q, cu_seqlens, feature_map):
         u = part.take(q)
-        phi = features(part, u, weight, feature_map)
+        w = part.weight(weight)
+        phi = features(part, u, w, feature_map)
         mass = split(part.sums(z, group), phi)
         den = weighed(phi, mass) if normalize else None
         a = row_factor(part, den)
@@ -244,7 +257,7 @@ def _queries_backward(row_factor, delta, do, q, state, z, weight, *, cu_seqlens,
             t = [f.addcmul_(d, y.unsqueeze(-2), value=-1) for f, y in zip(t, mass, strict=True)]
             part.add_sums(dz, torch.cat([torch.bmm(d.mT, f) for f in phi], -1).neg_(), group)
         part.add_sums(dstate, torch.cat([torch.bmm(f.mT, g) for f in phi], 1), group)
-        _put_input_grad(part, dq, dweight, _activate_grad(part, phi, t, feature_map), u, weight)
+        _put_input_grad(part, dq, dweight, _activate_grad(part, phi, t, feature_map), u, w)
     if center is not None:
         dz -= (dstate * center).sum(-1)
     return dq, dstate, dz, dweight
@@ -282,14 +295,12 @@ def _new_weight_grad(x, weight):
     return None if weight is None else torch.zeros(weight.shape, dtype=sum_dtype(x), device=x.device)
 
 
-def weight_of(x, weight):
-    """Return the weight [H, D, D] of rows x [B, N, H, D] as [B H, D, D], rounded to their dtype."""
-    if weight is None:
-        return None
-    return weight.to(x.dtype).to(sum_dtype(x)).expand(x.shape[0], *weight.shape).flatten(0, 1)
+def rounded(weight, x):
+    """Return the weight in the sums' dtype, rounded to the dtype of its rows x."""
+    return None if weight is None else weight.to(x.dtype).to(sum_dtype(x))
 
 
-def mean(state, z, normalize: bool, feature_map: str):
+def mean(state, z, feature_map: str, normalize: bool = True):
     """Return c [B, Hk, 1, D], the mean of v over all keys, weighted by their features.
 
     It is None, for 0, if nothing is normalised, and for features that may be negative, whose sum can vanish.
@@ -380,12 +391,10 @@ def _jacobian(part: Slice, phi: Tensor, g: Tensor, feature_map: str) -> Tensor:
 
 def _put_input_grad(part: Slice, du: Tensor, dweight: Tensor | None, dx: Tensor, u: Tensor, weight: Tensor | None):
     """For x = u W, write dx W^T to the slice of du and add u^T dx to dweight [H, D, D]."""
-    if weight is None:
-        out = part.target(du).copy_(dx) if part.in_place else dx
-    else:
+    if weight is not None:
         dweight += torch.bmm(u.mT, dx).unflatten(0, (part.batch, part.heads)).sum(0)
-        out = torch.bmm(dx, weight.mT, out=part.target(du))
-    part.put(du, out)
+        dx = torch.bmm(dx, weight.mT, out=part.target(du))
+    part.put(du, dx)
 
 
 def slices(x: Tensor, cu_seqlens: Tensor | None, feature_map: str) -> Iterator[Slice]:
@@ -393,11 +402,14 @@ def slices(x: Tensor, cu_seqlens: Tensor | None, feature_map: str) -> Iterator[S
     if not x.numel():
         return
     batch, _, heads, dim = x.shape
-    features = 2 * dim if feature_map in WEIGHTED_MAPS else dim
+    features = heads * (2 * dim if feature_map in WEIGHTED_MAPS else dim)
     elements = CHUNK_ELEMENTS if x.device.type == "cpu" else 64 * CHUNK_ELEMENTS  # to keep a GPU busy
-    step = max(64, elements // (batch * heads * features))
+    entries = min(batch, max(1, elements // (64 * features)))
+    step = max(64, elements // (entries * features))
     for sequence, span in enumerate(spans(x, cu_seqlens)):
-        at = slice(None) if cu_seqlens is None else slice(sequence, sequence + 1)
-        for start in range(span.start, span.stop, step):
-            stop = min(start + step, span.stop)
-            yield Slice(x, at, slice(start, stop), start == span.start and stop < span.stop)
+        for entry in range(0, batch, entries):
+            of_batch = slice(entry, min(entry + entries, batch))
+            states = of_batch if cu_seqlens is None else slice(sequence, sequence + 1)
+            for start in range(span.start, span.stop, step):
+                stop = min(start + step, span.stop)
+                yield Slice(x, of_batch, slice(start, stop), states, start == span.start and stop < span.stop)

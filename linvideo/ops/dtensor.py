@@ -4,12 +4,14 @@ With keys sharded by sequence, S and z are partial sums, which DTensor reduces b
 placements are redistributed, as for PyTorch's own operators. `linear_attn` runs DTensors as its two halves.
 """
 
-from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 
 from linvideo.ops import halves, window_library
 
-# The axis of a tensor that is sharded with the batch, the heads and the sequence; None where every rank has the whole
+WAYS = ("batch", "heads", "sequence")
+# The axis of a tensor that is sharded in each of these ways; None where every rank has the whole
 # tensor, "sum" where the tensor is a sum over the ranks.
 ROWS, WEIGHT, TABLE, MASK = (0, 2, 1), (None, 0, None), (None, None, 0), (0, None, 1)
 SUMS, NUMBERS, WHOLE = (0, 1, None), (0, 1, 2), (None, None, None)
@@ -17,9 +19,6 @@ SUMS_OF_ROWS, WEIGHT_GRAD, R_GRAD = (0, 1, "sum"), ("sum", 0, "sum"), ("sum", "s
 STATE = (ROWS, ROWS, WEIGHT, TABLE, TABLE, MASK, WHOLE)
 APPLY = (ROWS, SUMS, SUMS, WEIGHT, TABLE, TABLE, ROWS, WHOLE, WHOLE)
 WINDOW = (ROWS, ROWS, ROWS, WEIGHT, WEIGHT, WEIGHT, WHOLE, WHOLE, MASK)
-
-
-WAYS = ("batch", "heads", "sequence")
 
 
 def _register(op, ways: tuple[str, ...], tensors: tuple, results: tuple, exists) -> None:
@@ -47,6 +46,12 @@ def _register(op, ways: tuple[str, ...], tensors: tuple, results: tuple, exists)
             shardings.append((of_results, of_tensors + [None] * (len(arguments) - len(tensors))))
         return shardings
 
+    # DTensor remembers its choice for each shape, and for those other arguments that this names: all after the tensors.
+    # `register_sharding` would name integers only, and no bool such as `return_normalizer`.
+    DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[op] = RuntimeSchemaInfo(
+        len(tensors), needs_pytree=True
+    )
+
 
 def _placement(axes: tuple, way: str | None):
     axis = None if way is None else axes[WAYS.index(way)]
@@ -54,13 +59,11 @@ def _placement(axes: tuple, way: str | None):
 
 
 def _possible(way: str, given: dict) -> bool:
-    """Return whether each rank has the key heads of its query heads, or whole packed sequences."""
+    """Return whether each rank gets as many key heads, with their query heads, or whole packed sequences."""
     if way != "heads":
         return given.get("cu_seqlens") is None
-    if given.get("q") is None:
-        return True
-    heads, keys = given["q"].shape[2], given["k"].shape[2] if "k" in given else given["state"].shape[1]
-    return heads == keys or keys % given["q"].mesh.size() == 0
+    heads = given["k"].shape[2] if "k" in given else given["state"].shape[1]
+    return heads % given["k" if "k" in given else "q"].mesh.size() == 0
 
 
 _register(halves.state_op, WAYS, STATE, (SUMS_OF_ROWS, SUMS_OF_ROWS, ROWS), lambda x: (True, True, x["save_rotated"]))

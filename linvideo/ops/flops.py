@@ -92,4 +92,4 @@ def _window(q, k, layout: Layout, feature_map: str, *, softmax_products: int, **
 for mode in _get_current_dispatch_mode_stack():
     counter = getattr(mode, "counter", None)
     if isinstance(counter, FlopCounterMode):
-        counter.flop_registry |= flop_registry
+        counter.flop_registry = flop_registry | counter.flop_registry

@@ -14,7 +14,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -61,7 +61,10 @@ def run(op: torch._ops.OpOverload, *inputs):
     """Call an operator; for ordinary CPU tensors without the dispatcher, which takes as long as hundreds of rows."""
     if not _is_ordinary(inputs):
         return op(*inputs)
-    return _differentiable[op](*inputs) if _needs_gradient(inputs) else _functions[op](*inputs)
+    return _differentiable[op](*inputs) if needs_gradient(inputs) else _functions[op](*inputs)
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _is_ordinary(inputs: tuple) -> bool:
@@ -69,16 +72,15 @@ def _is_ordinary(inputs: tuple) -> bool:
 
     The tensors that a backward has saved may still be wrapped by a transform that has ended.
     """
-    x = inputs[0]
     return (
         not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and x.is_cpu
+        and inputs[0].is_cpu
         and forward_ad._current_level < 0
         and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()  # such as a default device
         and not torch._C._are_functorch_transforms_active()
         and not torch.jit.is_tracing()
-        and not any(isinstance(x, Tensor) and _is_wrapped(x) for x in inputs)
+        and not any(isinstance(x, Tensor) and (type(x) not in PLAIN or _is_wrapped(x)) for x in inputs)
     )
 
 
@@ -96,7 +98,7 @@ def _in_forward_mode(inputs: tuple) -> bool:
     )
 
 
-def _needs_gradient(inputs: tuple) -> bool:
+def needs_gradient(inputs: Iterable) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
@@ -121,7 +123,7 @@ def differentiate(op: torch._ops.OpOverload, function: Callable, transformed: Ca
         register()  # for torch.compile, which traces what a call from Python does before it
         if _in_forward_mode(inputs):
             return transformed(*inputs)
-        if _needs_gradient(inputs):
+        if needs_gradient(inputs):
             return function(*inputs)
         return below_autograd(op, *inputs)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from linvideo.ops import checks, whole
 from linvideo.ops.halves import apply_op, state_op
 from linvideo.ops.inputs import autocast, is_dtensor, split_rope
-from linvideo.ops.library import run, uses_kernels
+from linvideo.ops.library import needs_gradient, run, uses_kernels
 from linvideo.ops.unfused import mixed
 
 
@@ -33,9 +33,10 @@ def linear_attn(
     o_n = phi(q_n) S / (phi(q_n) z + eps) with S = sum_m phi(k_m)^T v_m and z = sum_m phi(k_m), summed over all Nk keys.
 
     Args:
-        q: Queries [B, Nq, H, D] in float32, float16 or bfloat16; D is a multiple of 8 up to 128. Any strides are
-            accepted, so a tensor of shape [B, H, N, D] can be passed as x.transpose(1, 2) at no cost. A copy is made
-            only if the last stride is not 1 or if rows do not start at multiples of 8 elements.
+        q: Queries [B, Nq, H, D] in float32, float16 or bfloat16, or float64 on the CPU; D is a multiple of 8 up to
+            128. B, Nq and Nk may be 0. Any strides are accepted, so a tensor of shape [B, H, N, D] can be passed as
+            x.transpose(1, 2) at no cost. A copy is made only if the last stride is not 1 or if rows do not start at
+            multiples of 8 elements.
         k, v: Keys and values [B, Nk, Hk, D] in q's dtype. H is a multiple of Hk, and query head h reads key head
             h // (H / Hk).
         feature_map: Name of phi:
@@ -43,22 +44,22 @@ def linear_attn(
             "hedgehog_joint": softmax([2xW, -2xW]), as in flash-linear-attention, but without the bias (initially 0)
             that its layer adds.
             "elu": elu(x) + 1. "relu": relu(x). "softmax": softmax(x) over D.
-            "identity": x, only with normalize=False.
+            "identity": x, for features computed beforehand; they must not be negative if the output is normalised.
             On CUDA the logits of a softmax must stay below 2^30.
         q_weight, k_weight: Weights W of the hedgehog maps, [H, D, D] for the queries and [Hk, D, D] for the keys; xW is
             [..., D] @ [D, D] in each head. Required with the hedgehog maps and refused with the others. They may have
-            any of the three dtypes; they are cast to q's, and their gradients come back in their own.
+            any of q's dtypes; they are rounded to q's, and their gradients come back in their own.
         rope: Rotary embedding as tables (cos, sin), each [N, D/2] with N = Nq = Nk. The channel pairs (2i, 2i + 1) of q
             and k are rotated in float32 before the feature map and rounded to q's dtype. The tables get no gradient.
         mix: Pair (softmax_out, r) to mix with, LinVideo's selective transfer: the result is
             r softmax_out + (1 - r) o, computed in float32. softmax_out has q's shape and dtype, r one element; both
             receive gradients. r = 1 gives exactly softmax_out and r = 0 exactly o, provided that both are finite.
         key_mask: Bool [B, Nk], False for keys to leave out. What a masked key holds does not matter, even NaN.
-        cu_seqlens_q, cu_seqlens_k: Boundaries of packed sequences, int32 [sequences + 1], given together or not at all.
-            As in FlashAttention, q [total, H, D] or [1, total, H, D] then holds one sequence after another, and
-            sequence i of q attends to sequence i of k. key_mask becomes [1, total], and rope has one row per packed
+        cu_seqlens_q, cu_seqlens_k: Boundaries of packed sequences, int32 or int64 [sequences + 1], given together or
+            not at all. As in FlashAttention, q [total, H, D] or [1, total, H, D] then holds one sequence after another,
+            and sequence i of q attends to sequence i of k. key_mask becomes [1, total], and rope has one row per packed
             token. The boundaries must rise from 0 to total. On CUDA this is not checked, since reading them would wait
-            for the GPU; rows that no sequence covers come back as 0.
+            for the GPU; rows that no sequence covers come back as 0 and have no part in any gradient.
         scale: Factor of phi(q); it has an effect only with normalize=False. None means 1.
         normalize: Whether to divide by phi(q) z + eps.
         eps: Number added to the denominator, which is a plain sum over Nk keys, not a mean.
@@ -69,12 +70,14 @@ def linear_attn(
         o [B, Nq, H, D] in q's dtype. Under torch.autocast the inputs are first cast to its dtype, as for
         scaled_dot_product_attention.
 
-    Sums are accumulated in float32, and reruns give the same bits. The op is differentiable once, with respect to q, k,
-    v, the weights and mix. On CUDA nothing waits for the GPU: a CUDA graph can capture the forward, alone or with its
+    Sums are accumulated in float32 (float64 for float64), and reruns give the same bits. The op is differentiable once,
+    backward or forward, with respect to q, k, v, the weights and mix; docs/op.md lists the transforms of PyTorch under
+    which it works. On CUDA nothing waits for the GPU: a CUDA graph can capture the forward, alone or with its
     backward, after the same call has been made once outside the capture to compile the kernels.
 
     Raises:
         ValueError: An argument does not fit this description.
+        TypeError: scale or eps is a tensor that requires a gradient.
     """
     checks.check_tensors(q=q, k=k, v=v)
     checks.check_mix_pair(mix)
@@ -126,8 +129,9 @@ def linear_attn_state(
         rope: Tables (cos, sin) of these keys, each [Nk, D/2].
 
     Returns:
-        (S, z), S [B, Hk, F, D] and z [B, Hk, F], both float32. F is 2D for the hedgehog maps and D for the others; with
-        cu_seqlens_k, B is the number of sequences. They are differentiable once, with respect to k, v and the weight.
+        (S, z), S [B, Hk, F, D] and z [B, Hk, F], both float32 (float64 for float64 keys). F is 2D for the hedgehog maps
+        and D for the others; with cu_seqlens_k, B is the number of sequences. They are differentiable once, backward or
+        forward, with respect to k, v and the weight.
         linear_attn_apply(q, *linear_attn_state(k, v)) equals linear_attn(q, k, v) bit for bit.
 
     Raises:
@@ -140,7 +144,7 @@ def linear_attn_state(
     checks.check_rows("k", k)
     _check_state_arguments(k, v, feature_map, k_weight, rope, key_mask, cu_seqlens_k, fp32_precision)
     (k,), cos, sin = split_rope(rope, k)
-    save_rotated = cos is not None and _needs_grad(k, v, k_weight)
+    save_rotated = cos is not None and needs_gradient((k, v, k_weight))
     arguments = k_weight, cos, sin, key_mask, _int32(cu_seqlens_k), feature_map, fp32_precision, save_rotated
     return run(state_op, k, v, *arguments)[:2]
 
@@ -165,7 +169,7 @@ def linear_attn_apply(
 
     Args:
         S, z: State of the keys as `linear_attn_state` returns it, or a sum of such states: S [B, Hk, F, D] and
-            z [B, Hk, F], both float32.
+            z [B, Hk, F], both float32 (float64 for float64 queries).
         rope: Tables (cos, sin) of these queries, each [Nq, D/2].
         q, feature_map, q_weight, mix, cu_seqlens_q, scale, normalize, eps, fp32_precision: Arguments of `linear_attn`.
         return_normalizer: Whether to return phi(q) z as well, with which o can be merged with other attention under
@@ -178,6 +182,7 @@ def linear_attn_apply(
 
     Raises:
         ValueError: An argument does not fit this description.
+        TypeError: scale or eps is a tensor that requires a gradient.
     """
     checks.check_tensors(q=q, S=S, z=z)
     checks.check_mix_pair(mix)
@@ -194,7 +199,7 @@ def linear_attn_apply(
         raise ValueError(f"expected no mix and normalize=True with return_normalizer=True, got {found}")
     (q,), cos, sin = split_rope(rope, q)
     fused = _fused(mix, q)
-    save_rotated = cos is not None and _needs_grad(q, S, z, q_weight, *fused)
+    save_rotated = cos is not None and needs_gradient((q, S, z, q_weight, *fused))
     settings = feature_map, 1.0 if scale is None else float(scale), normalize, float(eps), fp32_precision, save_rotated
     inputs = q, S, z, q_weight, cos, sin
     out, den, _ = run(apply_op, *inputs, *fused, _int32(cu_seqlens_q), *settings, return_normalizer)
@@ -233,10 +238,6 @@ def _mixed(out: Tensor, mix, fused) -> Tensor:
 
 def _int32(cu_seqlens: Tensor | None) -> Tensor | None:
     return None if cu_seqlens is None else cu_seqlens.to(torch.int32)
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _autocast(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, mix=None):

@@ -25,6 +25,10 @@ def over_heads(axes: tuple[int | str | None, ...], result_axes: tuple[int | None
     def decorate(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
         def vmap(info, in_dims, *inputs):
             size, tensors = info.batch_size, list(zip(inputs, in_dims, axes, strict=False))
+            if not size:  # one sample tells the shapes of none
+                sample = [x if dim is None else x.new_zeros(x.movedim(dim, 0).shape[1:]) for x, dim, _ in tensors]
+                results = function.apply(*sample, *inputs[len(axes) :])
+                return tuple(x.new_empty(0, *x.shape) for x in results), (0,) * len(results)
             if any(_alone(x, dim, axis) for x, dim, axis in tensors):
                 samples = ([x if dim is None else x.select(dim, i) for x, dim, _ in tensors] for i in range(size))
                 results = [function.apply(*sample, *inputs[len(axes) :]) for sample in samples]

@@ -1,4 +1,7 @@
-"""The definition of `linear_attn` as a short program in any floating dtype, with O(N F) memory, for tests."""
+"""The definition of `linear_attn` as a short program in any floating dtype, with O(N F) memory, for tests.
+
+Its parts that say what the feature maps, rotations and packed sequences are also serve the ops themselves.
+"""
 
 import torch
 
@@ -47,6 +50,8 @@ def spans(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[slice]:
     if cu_seqlens is None:
         return [slice(0, x.shape[1])]
     ends = cu_seqlens.tolist()
+    if ends != sorted(ends) or ends[0] < 0 or ends[-1] > x.shape[1]:
+        raise ValueError(f"expected cu_seqlens to rise from 0 to {x.shape[1]}, got {ends[:8]}")
     return [slice(*ends[i : i + 2]) for i in range(len(ends) - 1)]
 
 

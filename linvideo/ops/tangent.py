@@ -31,7 +31,7 @@ def state_tangent_op(
     """Return the tangents of S and z."""
     with without_autocast(k):
         dstate, dz = chunked.new_state(k, cu_seqlens, feature_map)
-        weights = [chunked.weight_of(k, w) for w in (weight, dweight)]
+        weights = [chunked.rounded(w, k) for w in (weight, dweight)]
         for part in chunked.slices(k, cu_seqlens, feature_map):
             phi, dphi = _features(part, k, dk, *weights, feature_map)
             values, dvalues = (None if x is None else part.take(x) for x in (v, dv))
@@ -68,9 +68,9 @@ def apply_tangent_op(
     group = q.shape[2] // state.shape[1]
     do, dden = chunked.new_rows(q, cu_seqlens), chunked.new_numbers(q, cu_seqlens) if return_normalizer else None
     with without_autocast(q):
-        weights = [chunked.weight_of(q, w) for w in (weight, dweight)]
+        weights = [chunked.rounded(w, q) for w in (weight, dweight)]
         dstate, dz = (torch.zeros_like(x) if dx is None else dx for x, dx in ((state, dstate), (z, dz)))
-        center = chunked.mean(state, z, normalize, feature_map)
+        center = chunked.mean(state, z, feature_map, normalize)
         # As in `chunked`. Then the tangent of den is multiplied by o - c.
         state, dstate = (chunked.centered(x, mass, center) for x, mass in ((state, z), (dstate, dz)))
         for part in chunked.slices(q, cu_seqlens, feature_map):
@@ -86,13 +86,13 @@ def apply_tangent_op(
                     part.put_numbers(dden, change)
             else:
                 out = out * scale
-            part.put(do, part.target(do).copy_(out))
+            part.put(do, out)
     return do, *tensors(state, dden)
 
 
 def _features(part: chunked.Slice, u, du, weight, dweight, feature_map: str) -> tuple[Tensor, Tensor | None]:
     """Return phi [B H, n, F] of a slice of rows u and its tangent, or None if that is 0."""
-    rows = part.take(u)
+    rows, weight, dweight = part.take(u), part.weight(weight), part.weight(dweight)
     phi = chunked.features(part, rows, weight, feature_map)
     terms = []
     if du is not None:

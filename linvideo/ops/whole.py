@@ -1,7 +1,7 @@
 """`linear_attn` in torch.library: `linvideo::linear_attn_v2` and its `_backward`, both halves of halves.py in one.
 
-One operator costs the host half as much as two. Its backward also reuses the weights and the state as the forward
-prepared them. The halves have to prepare the state again, because their state may be a sum of several.
+One operator costs the host half as much as two. Its backward also reuses the state as the forward prepared it. The
+halves have to prepare the state again, because their state may be a sum of several.
 """
 
 import torch

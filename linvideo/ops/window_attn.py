@@ -7,7 +7,7 @@ from torch import Tensor
 
 from linvideo.ops import checks, softmax_backends
 from linvideo.ops.inputs import autocast, split_rope
-from linvideo.ops.library import run
+from linvideo.ops.library import needs_gradient, run
 from linvideo.ops.window_library import forward_op
 
 ANCHORS = ("first", "last")
@@ -50,11 +50,11 @@ def window_attn(
     if frames have hundreds of tokens.
 
     Args:
-        q: Queries [B, N, H, D] in float32, float16 or bfloat16; D is a multiple of 8 up to 128. N is prefix_tokens +
-            F frame_tokens + suffix_tokens, for any number of frames F.
+        q: Queries [B, N, H, D] in float32, float16 or bfloat16, or float64 on the CPU; D is a multiple of 8 up to 128.
+            N is prefix_tokens + F frame_tokens + suffix_tokens, for any number of frames F.
         k, v: Keys and values [B, N, Hk, D] in q's dtype; H is a multiple of Hk.
         frame_tokens: Number of tokens per (latent) frame.
-        log_gain: Logarithm of the gain g of each query head, [H] in any of the three dtypes.
+        log_gain: Logarithm of the gain g of each query head, [H] in any of q's dtypes.
         chunk: Number of frames that share a window. The last chunk may be shorter.
         overlap: Number of frames on either side of a chunk that belong to its window.
         prefix_tokens, suffix_tokens: Number of tokens before and after the video's, such as a text's. They are keys of
@@ -97,7 +97,7 @@ def window_attn(
     if key_mask is not None:
         _check_key_mask(key_mask, q, sum(text))
     leaves = [q, k, v, log_gain, *(weight for weight in (q_weight, k_weight) if weight is not None)]
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+    training = needs_gradient(leaves)
     softmax_backends.choose(backend, q, masked=key_mask is not None, training=training)  # raises before any work
     (q, k), cos, sin = split_rope(rope, q, k)
     rows = q, k, v, log_gain, q_weight, k_weight, cos, sin, key_mask
@@ -132,9 +132,7 @@ def _check_window(tokens, frame_tokens, chunk, overlap, prefix_tokens, suffix_to
 def _check_log_gain(log_gain: Tensor, q: Tensor) -> None:
     fits = isinstance(log_gain, Tensor) and checks.accepts(log_gain.dtype, q) and log_gain.shape == (q.shape[2],)
     if not fits:
-        raise ValueError(
-            f"expected log_gain in float32, float16 or bfloat16 of shape [{q.shape[2]}], got {_described(log_gain)}"
-        )
+        raise ValueError(f"expected log_gain of shape [{q.shape[2]}] in {checks.NAMES}, got {_described(log_gain)}")
     checks.check_device("log_gain", log_gain, q)
 
 

@@ -1,5 +1,9 @@
 """DTensors sharded by batch, sequence or heads, on two processes, and the count of FlopCounterMode."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,7 +12,7 @@ from numerics import call
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
-from linvideo.ops import linear_attn, window_attn
+from linvideo.ops import linear_attn, linear_attn_apply, linear_attn_state, window_attn
 from linvideo.ops.reference import linear_attn_reference
 
 RANKS = 2
@@ -47,6 +51,21 @@ def assert_shards(mesh, axis: int | None, op, inputs: dict, options: dict, grad:
         torch.testing.assert_close(x.full_tensor(), y, rtol=1e-4, atol=1e-5)
 
 
+def assert_results_follow_arguments(rows: dict) -> None:
+    """Assert that a call with other flags is not taken for one before it with the same shapes."""
+    sums = linear_attn_state(rows["k"], rows["v"], feature_map="elu")
+    alone = linear_attn_apply(rows["q"], *sums, feature_map="elu")
+    out, den = linear_attn_apply(rows["q"], *sums, feature_map="elu", return_normalizer=True)
+    assert torch.equal(out.full_tensor(), alone.full_tensor()) and den.full_tensor().shape == (2, 2, 8)
+    gain = distribute_tensor(torch.zeros(2), rows["q"].device_mesh, [Shard(0)])
+    options = {"feature_map": "elu", "log_gain": gain} | WINDOW
+    with torch.no_grad():
+        window_attn(**rows, **options)
+    q = rows["q"].detach().requires_grad_()
+    window_attn(q, rows["k"], rows["v"], **options).sum().backward()
+    assert q.grad.full_tensor().isfinite().all()
+
+
 def run_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=RANKS)
     mesh = init_device_mesh("cpu", (RANKS,))
@@ -60,6 +79,11 @@ def run_rank(rank: int, folder: str) -> None:
     torch.manual_seed(0)
     for axis in (None, 0, 1, 2):
         assert_shards(mesh, axis, window, rows, {}, torch.randn(2, 8, 2, 8))
+    shard_heads = {name: distribute_tensor(x.detach(), mesh, [Shard(2)]) for name, x in rows.items() if name in "qkv"}
+    assert_results_follow_arguments(shard_heads)
+    uneven = [distribute_tensor(torch.randn(1, 4, 3, 8), mesh, [Shard(2)]) for _ in "qkv"]  # 2 heads and 1 head
+    whole = linear_attn(*(x.full_tensor() for x in uneven), feature_map="elu")
+    torch.testing.assert_close(linear_attn(*uneven, feature_map="elu").full_tensor(), whole)
     compiled = torch.compile(lambda q, k, v: linear_attn(q, k, v, feature_map="elu"), backend="aot_eager")
     q, k, v = (distribute_tensor(rows[name].detach(), mesh, [Shard(2)]) for name in "qkv")
     torch.testing.assert_close(compiled(q, k, v).full_tensor(), linear_attn(q, k, v, feature_map="elu").full_tensor())
@@ -68,6 +92,24 @@ def run_rank(rank: int, folder: str) -> None:
 
 def test_dtensors(tmp_path):
     torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=RANKS)
+
+
+def test_a_counter_that_is_made_first():
+    """Its own formulas stay, and it counts the first call."""
+    code = """
+import torch, linvideo.ops
+from torch.utils.flop_counter import FlopCounterMode
+q, k, v = torch.randn(3, 1, 10, 2, 16)
+with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mm: lambda *a, **k: 7}) as counter:
+    linvideo.ops.linear_attn(q, k, v, feature_map="elu")
+    print(counter.get_total_flops())
+    q[0, 0] @ q[0, 0].T
+print(counter.get_total_flops())
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    first, both = map(int, done.stdout.split())
+    assert first == 4 * 10 * 2 * 16**2 and both == first + 7
 
 
 def counted(op, inputs: dict) -> tuple[int, int]:

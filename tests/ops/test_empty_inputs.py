@@ -80,3 +80,27 @@ def test_fake_tensors(op, option):
     expected = [p.op(**p.tensors), tuple(p.leaves.values()), p.op(**p.tensors)]
     for some, like in zip(results, expected, strict=False):
         assert [(x.shape, x.dtype) for x in some] == [(x.shape, x.dtype) for x in like]
+
+
+def test_a_vmap_over_no_samples():
+    p = of("linear_attn", **ALL)
+    dims = dict.fromkeys(p.tensors, None) | dict.fromkeys(p.leaves, 0)
+    samples = p.tensors | {name: x.new_zeros(0, *x.shape) for name, x in p.leaves.items()}
+    (out,), (expected,) = vmap(named(p.op), in_dims=(dims,))(samples), p.op(**p.tensors)
+    assert out.shape == (0, *expected.shape)
+
+
+def test_kernels_take_no_rows_where_a_gpu_reads_them_by_descriptors():
+    """Triton refuses to describe an empty tensor. The launches are recorded for an H100, not run."""
+    pytest.importorskip("triton")
+    from linvideo_kernels import linear_attn as kernels
+    from linvideo_kernels.linear_attn import launch
+
+    weight = torch.randn(2, 128, 128, dtype=torch.bfloat16)
+    for shape in ((0, 8, 2, 128), (2, 0, 2, 128), (2, 8, 2, 128)):
+        rows = torch.randn(shape, dtype=torch.bfloat16)
+        with launch.recording(launch.Target(90, 132)) as launches:
+            state, z, _ = kernels.state(rows, rows, weight, None, None, None, "hedgehog", "ieee", False)
+            scaling = "hedgehog", 1.0, True, 1e-6, "ieee", False
+            kernels.apply(rows, state, z, weight, None, None, None, None, *scaling)
+        assert any(made.tile.tma for made in launches) == (0 not in shape)

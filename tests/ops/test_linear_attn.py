@@ -196,3 +196,30 @@ def test_keeps_rows_and_sums_only(name, monkeypatch):
         call(linear_attn, inputs, case.options)
     tables = sum(x.numel() for x in case.options.get("rope", ()))
     assert len(kept) >= 5 and sum(kept.values()) < (rows + 0.1) * inputs["q"].numel() + tables
+
+
+def test_a_default_device_of_another_kind():
+    """Memory that slices use is made where the rows are, and calls after that are as before."""
+    q, k, v = torch.randn(3, 1, 10, 2, 16)
+    before = linear_attn(q, k, v, feature_map="elu")
+    chunked._kept.__dict__.clear()
+    with torch.device("meta"):
+        assert torch.equal(linear_attn(q, k, v, feature_map="elu"), before)
+    assert torch.equal(linear_attn(q, k, v, feature_map="elu"), before)
+
+
+def test_memory_between_calls_is_bounded(monkeypatch):
+    """Many batch entries and heads are worked on one after another."""
+    monkeypatch.undo()
+    chunked._kept.__dict__.clear()
+    x = torch.randn(3, 40, 16, 20, 64, requires_grad=True)
+    linear_attn(*x, q_weight=torch.eye(64).repeat(20, 1, 1), k_weight=torch.eye(64).repeat(20, 1, 1)).sum().backward()
+    assert 0 < chunked._kept.__dict__["torch.float32"].numel() <= 8 * chunked.CHUNK_ELEMENTS
+
+
+def test_boundaries_that_no_check_has_seen():
+    """Where they have no values to check before, as in vmap, the work on the CPU checks them."""
+    q, k, v = torch.randn(3, 1, 6, 2, 16)
+    ends = torch.tensor([[0, 2, 6], [0, 4, 9]])
+    with pytest.raises(ValueError, match="cu_seqlens to rise from 0 to 6, got"):
+        torch.vmap(lambda e: linear_attn(q, k, v, feature_map="elu", cu_seqlens_q=e, cu_seqlens_k=e))(ends)

@@ -425,7 +425,7 @@ TRANSFORMS = [
     ("activation checkpointing", check_checkpointing),
     ("meta tensors, `FakeTensorMode`", check_without_values),
     ("`gradcheck` in float64 (CPU)", check_by_gradcheck),
-    ("a batch of 0 samples", check_gradient, {"batch": 0, "packed": "no", "masked": False}),
+    ("an empty batch (B = 0)", check_gradient, {"batch": 0, "packed": "no", "masked": False}),
 ]
 COLUMNS = {
     "`linear_attn`": ("linear_attn", {"packed": "rows"}),

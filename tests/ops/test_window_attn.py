@@ -235,8 +235,11 @@ BAD = {
     "anchors that can be read once": ({"anchors": (x for x in ["first"])}, "expected anchors to be .*, got <gener"),
     "causal as text": ({"causal": "no"}, "expected causal to be True or False, got 'no'"),
     "causal with last": ({"anchors": ("last",), "causal": True}, "expected no anchor 'last' with causal=True.*, got"),
-    "log_gain of one": ({"log_gain": torch.zeros(1)}, r"expected log_gain .* of shape \[2\], got torch.float32 \[1\]"),
-    "log_gain float64": ({"log_gain": torch.zeros(2).double()}, "expected log_gain in float32.*, got torch.float64"),
+    "log_gain of one": (
+        {"log_gain": torch.zeros(1)},
+        r"expected log_gain of shape \[2\] in .*, got torch.float32 \[1\]",
+    ),
+    "log_gain float64": ({"log_gain": torch.zeros(2).double()}, "expected log_gain .* in float32.*, got torch.float64"),
     "log_gain number": ({"log_gain": 0.0}, "expected log_gain .*, got float"),
     "log_gain device": ({"log_gain": torch.zeros(2, device="meta")}, "expected log_gain on .* cpu, got meta"),
     "key_mask of N": ({"key_mask": torch.ones(2, 25).bool()}, r"bool of shape \[2, 5\].*, got torch.bool \[2, 25\]"),

@@ -10,7 +10,6 @@ from linvideo_kernels.linear_attn.passes import (
     state_backward,
 )
 from linvideo_kernels.linear_attn.prepare import prepare
-from linvideo_kernels.linear_attn.side import operand
 from linvideo_kernels.linear_attn.window import factors, merge
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "apply_backward",
     "factors",
     "merge",
-    "operand",
     "part_backward",
     "prepare",
     "prepared_shapes",

@@ -10,7 +10,7 @@
                     map_grad, project_grad                                          dk, dW
 
 All take rows [B, N, H, D]. S [B, Hk, F, D] and z [B, Hk, F] are plain fp32 sums, so the states of parts of the keys add
-up. The weight may have any dtype, or may have been prepared by `operand`.
+up. The weight may have any dtype.
 
 With a rotary embedding, rotate_rows first rotates the keys and, in training, the queries. In training the forward
 functions return the rotated rows, and the backward functions take these instead of q and k. Without training,
@@ -40,7 +40,7 @@ def state_backward(
 ):  # fmt: skip
     """Return dk, dv and dweight. k is the k that `state` has rotated."""
     side = Side.of(k, weight, feature_map, precision, None, key_mask, cu_seqlens)
-    grad, stats = prepare(state, z, k.dtype, feature_map, True, (dstate.contiguous(), dz.contiguous()))
+    grad, stats = prepare(state, z, k.dtype, feature_map, grads=(dstate.contiguous(), dz.contiguous()))
     dv = apply_rows(side, grad, stats, normalize=False)
     dk, dweight = row_gradient(side, aligned(v), grad, stats, keys=True, normalize=False, rope=rope)
     return dk, dv, dweight
@@ -101,7 +101,7 @@ def part_backward(do, dot, a, q, state, z, weight, feature_map: str, precision: 
     """
     do, z = aligned(do), z.contiguous()
     side = Side.of(q, weight, feature_map, precision)
-    prepared, stats = prepare(state.contiguous(), z, q.dtype, feature_map, True)
+    prepared, stats = prepare(state.contiguous(), z, q.dtype, feature_map)
     factors = side.new_numbers(3)
     factors[0] = a
     settings = {"keys": False, "normalize": True, "factors": factors, "dot": dot.contiguous()}

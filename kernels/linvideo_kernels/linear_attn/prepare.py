@@ -81,7 +81,7 @@ def prepare_state(
         tl.store(stats_ptr + (2 * SIGNS + 1) * WIDTH + d, tl.zeros([WIDTH], tl.float32) + power)
 
 
-def prepare(state, z, dtype, feature_map: str, normalize: bool, grads=(None, None)):
+def prepare(state, z, dtype, feature_map: str, normalize: bool = True, grads=(None, None)):
     """Return T in `dtype` and the stats.
 
     Args:

@@ -213,6 +213,7 @@ def row_gradient(
     )  # fmt: skip
     if side.weight is None:
         return dx, None
+    # project_grad reads all rows as one sequence, and 0 times a NaN in a row of no sequence would reach dW.
     side = side._replace(keep=side.covered(), cu_seqlens=None)
     tile = side.tile("project_grad")
     work = side.work(tile, partials=True)

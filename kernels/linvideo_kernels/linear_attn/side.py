@@ -23,7 +23,7 @@ class Side(NamedTuple):
 
     @classmethod
     def of(cls, u, weight, feature_map, precision, rope=None, keep=None, cu_seqlens=None) -> "Side":
-        """Make a side from the op's arguments; the weight may have been through `operand` already."""
+        """Make a side from the op's arguments."""
         weight = None if weight is None else operand(weight, u)
         cos, sin = (None, None) if rope is None else (table.contiguous() for table in rope)
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
@@ -117,8 +117,8 @@ def descriptor(x: torch.Tensor, tile: configs.Tile, width: int) -> TensorDescrip
 
 
 def expanded(*tensors: torch.Tensor) -> bool:
-    """Return whether one of the tensors repeats elements in memory (a stride of 0), which TMA cannot read."""
-    return any(0 in _steps(x) for x in tensors)
+    """Return whether TMA cannot read one of the tensors: it repeats elements in memory (a stride of 0), or is empty."""
+    return any(0 in _steps(x) or not x.numel() for x in tensors)
 
 
 def _steps(x: torch.Tensor) -> tuple[int, ...]:
