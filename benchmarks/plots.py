@@ -5,14 +5,14 @@ from pathlib import Path
 
 from benchmarks.peers import OURS, SWEEP
 from benchmarks.results import slug
-from benchmarks.shapes import CPU, TOKENS, WINDOW
+from benchmarks.shapes import CPU, CPU_LONG, TOKENS, WINDOW
 from benchmarks.tables import BACKENDS
 
 
 def draw(device: str, pairs: list[tuple[dict, dict]], folder: Path) -> list[tuple[Path, str]]:
     """Draw each plot that the rows of one device allow; returns (file, title) of each. pairs: (row, environment)."""
     made = []
-    for shapes in (TOKENS, CPU):
+    for shapes in (TOKENS, CPU | CPU_LONG):
         sweep = [(row, env) for row, env in pairs if row["suite"] == "op" and row["shape"] in shapes and "ms" in row]
         for dtype in dict.fromkeys(row["dtype"] for row, _ in sweep):
             chosen = [(row, env) for row, env in sweep if row["dtype"] == dtype and row["name"] in SWEEP]
