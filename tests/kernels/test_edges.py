@@ -7,6 +7,7 @@ from linvideo_kernels.linear_attn import configs, launch
 from numerics import check, run, truth
 
 from linvideo.ops import linear_attn
+from linvideo.ops.reference import linear_attn_reference
 
 # maps with phi(0) > 0, which show padded rows or columns that are not masked
 MASKED = ("hedgehog", "hedgehog_joint", "elu", "softmax")
@@ -148,6 +149,20 @@ def test_queries_that_share_little_with_the_keys(name, dtype, nk, device):
     case = Case(head_dim=64, nq=33, nk=nk, map=(name, True), dtype=dtype, input_scale=16.0, v_mean=1.0)
     inputs, grad = make_inputs(case, device)
     check(case, inputs, grad, run(linear_attn, inputs, grad, case.options))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_queries_whose_elu_features_are_below_fp16(normalize, device):
+    """All channels are below -17, where exp(x) is 0 in fp16; a power of two per row keeps the features."""
+    case = Case(head_dim=24, nq=70, nk=80, map=("elu", normalize), dtype="fp16")
+    inputs, _ = make_inputs(case, device)
+    with torch.no_grad():
+        inputs["q"].abs_().neg_().sub_(17)
+        options = case.options | ({} if normalize else {"scale": 2.0**20})
+        actual = linear_attn(**inputs, **options).double()
+        expected = linear_attn_reference(**{name: x.double() for name, x in inputs.items()}, **options)
+    assert expected.abs().max() > 1e-3
+    assert (actual - expected).norm() <= 2e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("map", [("elu", True), ("relu", True), ("identity", False)])

@@ -73,11 +73,14 @@ def test_sequences_do_not_see_each_other(device):
 
 
 def test_rows_that_no_sequence_covers_are_zero(monkeypatch, device):
-    """On a GPU the values of cu_seqlens are not checked: rows outside the sequences must not affect any gradient."""
+    """On a GPU the values of cu_seqlens are not checked: rows outside the sequences, even NaN, affect no gradient."""
     monkeypatch.setattr(checks, "check_packed", lambda *args: None)
     case = Case(head_dim=16, nq=90, nk=90, batch=1, rope=True, mix=0.3)
     inputs, grad = make_inputs(case, device)
     covered = slice(10, 70)
+    with torch.no_grad():
+        for name in ("q", "k", "v", "softmax_out"):
+            inputs[name][:, :10] = inputs[name][:, 70:] = float("nan")
     ends = torch.tensor([10, 40, 70], dtype=torch.int32, device=device)
     out = run(linear_attn, inputs, grad, case.options | {"cu_seqlens_q": ends, "cu_seqlens_k": ends})
     part = {name: x.detach()[:, covered].clone() if x.dim() == 4 else x.detach().clone() for name, x in inputs.items()}
