@@ -68,7 +68,7 @@ class LinearAttentionMixin:
             return
         base = next(kind for kind in cls.__mro__[1:] if issubclass(kind, ModelMixin))
         cls.__init__ = _init_of(base)
-        cls.forward = _forward_of(base)
+        cls.forward = _forward_of(cls, base)
         cls._keep_in_fp32_modules = [*(base._keep_in_fp32_modules or []), "linear_attn"]
         cls._skip_layerwise_casting_patterns = [*(base._skip_layerwise_casting_patterns or []), "linear_attn"]
         FAMILIES[base] = cls
@@ -160,19 +160,18 @@ def tokens_of_grid(model: LinearAttentionMixin, inputs: dict[str, Any]) -> int:
     return (height // rows) * (width // columns)
 
 
-def _forward_of(base: type) -> Callable:
+def _forward_of(cls: type, base: type) -> Callable:
     """Return the base model's forward, which also tells window layers how many tokens a latent frame has."""
-    base_forward = base.forward  # torch.compile cannot trace the attribute of a class
-    names = list(inspect.signature(base_forward).parameters)[1:]
+    names = list(inspect.signature(base.forward).parameters)[1:]
 
-    @functools.wraps(base_forward)  # diffusers' hooks read the signature
+    @functools.wraps(base.forward)  # diffusers' hooks read the signature
     def forward(self, *args, **kwargs):
         attentions = [getattr(block, name) for blocks, name in self.attention_paths for block in getattr(self, blocks)]
         if windows := [attn for attn in attentions if attn.attention_type == "window"]:
             frame_tokens = self.tokens_per_frame(dict(zip(names, args, strict=False)) | kwargs)
             for attn in windows:
                 attn.frame_tokens = frame_tokens
-        return base_forward(self, *args, **kwargs)
+        return super(cls, self).forward(*args, **kwargs)  # torch.compile cannot trace base.forward
 
     return forward
 

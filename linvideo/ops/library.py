@@ -68,7 +68,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _is_ordinary(inputs: tuple) -> bool:
-    """Return whether the inputs are CPU tensors that nothing but autograd watches: no transform, mode or tracer.
+    """Return whether the inputs are CPU tensors that only autograd watches: no transform, mode, tracer or profiler.
 
     The tensors that a backward has saved may still be wrapped by a transform that has ended.
     """
@@ -80,6 +80,7 @@ def _is_ordinary(inputs: tuple) -> bool:
         and not torch._C._len_torch_function_stack()  # such as a default device
         and not torch._C._are_functorch_transforms_active()
         and not torch.jit.is_tracing()
+        and not torch.autograd._profiler_enabled()
         and not any(isinstance(x, Tensor) and (type(x) not in PLAIN or _is_wrapped(x)) for x in inputs)
     )
 
