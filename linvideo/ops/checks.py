@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from linvideo.ops.library import PLAIN, uses_kernels
-from linvideo.ops.reference import FEATURE_MAPS, WEIGHTED_MAPS, sum_dtype
+from linvideo.ops.reference import FEATURE_MAPS, WEIGHTED_MAPS, feature_count, sum_dtype
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = "float32, float16 or bfloat16 (or float64 with float64 rows)"
@@ -172,7 +172,7 @@ def _readable(x: Tensor) -> bool:
 def check_state(state: Tensor, z: Tensor, q: Tensor, cu_seqlens: Tensor | None, feature_map: str) -> None:
     batch = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     heads, dim = q.shape[2:]
-    features = 2 * dim if feature_map in WEIGHTED_MAPS else dim
+    features = feature_count(feature_map, dim)
     fits = state.dim() == 4 and state.shape[0] == batch and tuple(state.shape[2:]) == (features, dim)
     if not fits or not state.shape[1] or heads % state.shape[1]:
         raise ValueError(

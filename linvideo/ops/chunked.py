@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from linvideo.ops.reference import WEIGHTED_MAPS, spans, sum_dtype
+from linvideo.ops.reference import feature_count, spans, sum_dtype
 
 CHUNK_ELEMENTS = 1 << 19  # features in memory at a time: 2 MB, enough that calls from Python cost little
 _kept = threading.local()
@@ -100,10 +100,9 @@ class Slice:
         """Return the weight [H, D, D] as [B H, D, D]."""
         return None if weight is None else weight.expand(self.batch, *weight.shape).flatten(0, 1)
 
-    def sums(self, x: Tensor, group: int = 1) -> Tensor:
-        """Return the slice's S or z of x [B, Hk, ...] as [B H, ...], repeated for the query heads of each key head."""
-        x = x[self.states].flatten(0, 1)
-        return x if group == 1 else x.repeat_interleave(group, 0)
+    def sums(self, x: Tensor) -> Tensor:
+        """Return the slice's S or z of x [B, H, ...] as [B H, ...]."""
+        return x[self.states].flatten(0, 1)
 
     def add_sums(self, out: Tensor, x: Tensor, group: int) -> None:
         """Add x [B H, ...] to the slice's sums `out` [B, Hk, ...]."""
@@ -174,11 +173,12 @@ def apply(
     group = q.shape[2] // state.shape[1]
     o, den = new_rows(q, cu_seqlens), new_numbers(q, cu_seqlens) if return_normalizer else None
     weight = rounded(weight, q)
+    state, z = over_group(state, group), over_group(z, group)
     for part in slices(q, cu_seqlens, feature_map):
         phi = features(part, part.take(q), part.weight(weight), feature_map)
-        out = product(phi, split(part.sums(state, group), phi), part.target(o))
+        out = product(phi, split(part.sums(state), phi), part.target(o))
         if normalize:
-            mass = weighed(phi, split(part.sums(z, group), phi))
+            mass = weighed(phi, split(part.sums(z), phi))
             if den is not None:
                 part.put_numbers(den, mass)
             out *= (mass + eps).reciprocal_()
@@ -200,8 +200,6 @@ def apply_backward(
         return (den + eps).reciprocal_() if normalize else scale
 
     def delta(part, a, inner, g_center, den):
-        if not normalize:
-            return None
         d = (inner - eps * g_center).mul_(a)
         return d if den_grad is None else d.sub_(part.numbers(den_grad))
 
@@ -233,26 +231,27 @@ def _queries_backward(row_factor, delta, do, q, state, z, weight, *, cu_seqlens,
     """Return dq, dstate, dz and dweight.
 
     row_factor(slice, phi z) returns a of each row. With g = a do and t = g T^T,
-    delta(slice, a, <phi, t>, g.c, phi z) returns a delta', or None if nothing is normalised:
-    dphi(q) = t - a delta' z.
+    delta(slice, a, <phi, t>, g.c, phi z) returns a delta': dphi(q) = t - a delta' z. It is not called if nothing is
+    normalised.
     """
     group = q.shape[2] // state.shape[1]
     dq, dweight = new_rows(q, cu_seqlens), _new_weight_grad(q, weight)
     weight = rounded(weight, q)
     dstate, dz = torch.zeros_like(state), torch.zeros_like(z)
     center = mean(state, z, feature_map, normalize)
-    state = centered(state, z, center)
+    state = over_group(centered(state, z, center), group)
+    z, centers = over_group(z, group), over_group(center, group)
     for part in slices(q, cu_seqlens, feature_map):
         u = part.take(q)
         w = part.weight(weight)
         phi = features(part, u, w, feature_map)
-        mass = split(part.sums(z, group), phi)
+        mass = split(part.sums(z), phi)
         den = weighed(phi, mass) if normalize else None
         a = row_factor(part, den)
         g = torch.mul(part.take(do), a, out=part.new())
-        t = [torch.bmm(g, s.mT, out=part.new(s.shape[1])) for s in split(part.sums(state, group), phi)]
-        g_center = 0.0 if center is None else torch.bmm(g, part.sums(center, group).mT)
-        d = delta(part, a, _inner(phi, t), g_center, den)
+        t = [torch.bmm(g, s.mT, out=part.new(s.shape[1])) for s in split(part.sums(state), phi)]
+        g_center = 0.0 if center is None else torch.bmm(g, part.sums(centers).mT)
+        d = delta(part, a, _inner(phi, t), g_center, den) if normalize else None
         if d is not None:
             t = [f.addcmul_(d, y.unsqueeze(-2), value=-1) for f, y in zip(t, mass, strict=True)]
             part.add_sums(dz, torch.cat([torch.bmm(d.mT, f) for f in phi], -1).neg_(), group)
@@ -263,19 +262,17 @@ def _queries_backward(row_factor, delta, do, q, state, z, weight, *, cu_seqlens,
     return dq, dstate, dz, dweight
 
 
-def state_shapes(k, cu_seqlens, feature_map: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of S and z."""
+def empty_state(k, cu_seqlens, feature_map: str) -> tuple[Tensor, Tensor]:
+    """Allocate S and z of keys k."""
     heads, dim = k.shape[2:]
     sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    z = sequences, heads, 2 * dim if feature_map in WEIGHTED_MAPS else dim
-    return (*z, dim), z
+    z = sequences, heads, feature_count(feature_map, dim)
+    return tuple(k.new_empty(shape, dtype=sum_dtype(k)) for shape in ((*z, dim), z))
 
 
-def new_state(k, cu_seqlens, feature_map: str):
+def new_state(k, cu_seqlens, feature_map: str) -> tuple[Tensor, Tensor]:
     """Allocate S and z, which start at 0."""
-    return tuple(
-        torch.zeros(shape, dtype=sum_dtype(k), device=k.device) for shape in state_shapes(k, cu_seqlens, feature_map)
-    )
+    return tuple(x.zero_() for x in empty_state(k, cu_seqlens, feature_map))
 
 
 def new_rows(x, cu_seqlens):
@@ -313,6 +310,11 @@ def mean(state, z, feature_map: str, normalize: bool = True):
 def centered(state, z, center):
     """Return T = S - z c^T."""
     return state if center is None else torch.addcmul(state, z.unsqueeze(-1), center, value=-1)
+
+
+def over_group(x: Tensor | None, group: int) -> Tensor | None:
+    """Repeat x [B, Hk, ...] for the query heads of each key head."""
+    return x if x is None or group == 1 else x.repeat_interleave(group, 1)
 
 
 def split(x: Tensor, phi: list[Tensor]) -> tuple[Tensor, ...]:
@@ -402,7 +404,7 @@ def slices(x: Tensor, cu_seqlens: Tensor | None, feature_map: str) -> Iterator[S
     if not x.numel():
         return
     batch, _, heads, dim = x.shape
-    features = heads * (2 * dim if feature_map in WEIGHTED_MAPS else dim)
+    features = heads * feature_count(feature_map, dim)
     elements = CHUNK_ELEMENTS if x.device.type == "cpu" else 64 * CHUNK_ELEMENTS  # to keep a GPU busy
     entries = min(batch, max(1, elements // (64 * features)))
     step = max(64, elements // (entries * features))

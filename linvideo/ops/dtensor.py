@@ -11,8 +11,8 @@ from torch.distributed.tensor.experimental import register_sharding
 from linvideo.ops import halves, window_library
 
 WAYS = ("batch", "heads", "sequence")
-# The axis of a tensor that is sharded in each of these ways; None where every rank has the whole
-# tensor, "sum" where the tensor is a sum over the ranks.
+# The axis of a tensor that is sharded in each of these ways; None where every rank has the whole tensor, "sum" where
+# the tensor is a sum over the ranks.
 ROWS, WEIGHT, TABLE, MASK = (0, 2, 1), (None, 0, None), (None, None, 0), (0, None, 1)
 SUMS, NUMBERS, WHOLE = (0, 1, None), (0, 1, 2), (None, None, None)
 SUMS_OF_ROWS, WEIGHT_GRAD, R_GRAD = (0, 1, "sum"), ("sum", 0, "sum"), ("sum", "sum", "sum")
@@ -62,8 +62,8 @@ def _possible(way: str, given: dict) -> bool:
     """Return whether each rank gets as many key heads, with their query heads, or whole packed sequences."""
     if way != "heads":
         return given.get("cu_seqlens") is None
-    heads = given["k"].shape[2] if "k" in given else given["state"].shape[1]
-    return heads % given["k" if "k" in given else "q"].mesh.size() == 0
+    keys, axis = (given["k"], 2) if "k" in given else (given["state"], 1)
+    return keys.shape[axis] % keys.mesh.size() == 0
 
 
 _register(halves.state_op, WAYS, STATE, (SUMS_OF_ROWS, SUMS_OF_ROWS, ROWS), lambda x: (True, True, x["save_rotated"]))

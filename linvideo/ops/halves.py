@@ -9,21 +9,21 @@ from linvideo.ops.library import (
     below_autograd,
     differentiate,
     differentiate_never,
+    dispatch,
     fake,
     given,
+    keep,
     kernels,
     like_input,
     new,
     operator,
-    run,
     tensors,
     uses_kernels,
     without_autocast,
 )
 from linvideo.ops.over_heads import SUMMED, over_heads
-from linvideo.ops.reference import sum_dtype
 from linvideo.ops.tangent import apply_tangent_op, state_tangent_op
-from linvideo.ops.unfused import mixed, rotated
+from linvideo.ops.unfused import mix_rows, rotate_rows
 
 
 @operator("linear_attn_state")
@@ -142,8 +142,7 @@ def apply_backward_op(
 
 @fake(state_op)
 def _(k, v, weight, cos, sin, key_mask, cu_seqlens, feature_map, precision, save_rotated):
-    sums = (k.new_empty(x, dtype=sum_dtype(k)) for x in chunked.state_shapes(k, cu_seqlens, feature_map))
-    return *sums, k.new_empty(k.shape if save_rotated else 0)
+    return *chunked.empty_state(k, cu_seqlens, feature_map), k.new_empty(k.shape if save_rotated else 0)
 
 
 @fake(state_backward_op)
@@ -180,10 +179,8 @@ class _State(torch.autograd.Function):
         state, z, rotated = output
         save_rotated = inputs[-1]
         saved = rotated if save_rotated else k, *others, state, z
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        keep(ctx, *saved)
         ctx.settings = inputs[7:-1]
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dstate, dz, _drotated):
@@ -193,14 +190,14 @@ class _State(torch.autograd.Function):
         state, z = saved[-2:]
         dstate = torch.zeros_like(state) if dstate is None else dstate
         dz = torch.zeros_like(z) if dz is None else dz
-        dk, dv, dweight = run(state_backward_op, dstate, dz, *saved, *ctx.settings)
+        dk, dv, dweight = dispatch(state_backward_op, dstate, dz, *saved, *ctx.settings)
         return dk, dv, given(dweight, saved[2]), *(None,) * 7
 
     @staticmethod
     def jvp(ctx, dk, dv, dweight, *_):
         k, v, weight, _, _, key_mask, cu_seqlens, _, _ = ctx.saved_tensors
         rows = k, v, weight, dk, dv, dweight
-        return *run(state_tangent_op, *rows, key_mask, cu_seqlens, ctx.settings[0]), k.new_zeros(0)
+        return *dispatch(state_tangent_op, *rows, key_mask, cu_seqlens, ctx.settings[0]), k.new_zeros(0)
 
 
 @over_heads(APPLY_HEADS, (2, 1, 2))
@@ -211,12 +208,10 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, *tensors = inputs[:9]
+        q, *others = inputs[:9]
         *ctx.settings, save_rotated, ctx.return_normalizer = inputs[9:]
-        saved = output[2] if save_rotated else q, *tensors
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
-        ctx.set_materialize_grads(False)
+        saved = output[2] if save_rotated else q, *others
+        keep(ctx, *saved)
 
     @staticmethod
     def backward(ctx, do, den_grad, _drotated):
@@ -226,7 +221,7 @@ class _Apply(torch.autograd.Function):
             return (None,) * 16
         saved = ctx.saved_tensors
         do = torch.zeros_like(saved[0]) if do is None else do
-        dq, dstate, dz, dweight, dsoftmax, dr = run(apply_backward_op, do, den_grad, *saved, *ctx.settings)
+        dq, dstate, dz, dweight, dsoftmax, dr = dispatch(apply_backward_op, do, den_grad, *saved, *ctx.settings)
         mixed = given(dsoftmax, saved[6]), given(dr, saved[7])
         return dq, dstate, dz, given(dweight, saved[3]), None, None, *mixed, *(None,) * 8
 
@@ -234,20 +229,20 @@ class _Apply(torch.autograd.Function):
     def jvp(ctx, dq, dstate, dz, dweight, *_):
         q, state, z, weight, *_, cu_seqlens = ctx.saved_tensors
         rows = q, state, z, weight, dq, dstate, dz, dweight
-        return *run(apply_tangent_op, *rows, cu_seqlens, *ctx.settings[:4], ctx.return_normalizer), q.new_zeros(0)
+        return *dispatch(apply_tangent_op, *rows, cu_seqlens, *ctx.settings[:4], ctx.return_normalizer), q.new_zeros(0)
 
 
 def _unfused_state(k, v, weight, cos, sin, *others):
-    (k,) = rotated(cos, sin, k)
+    (k,) = rotate_rows(cos, sin, k)
     return _state(k, v, weight, None, None, *others[:-1], False)
 
 
 def _unfused_apply(q, state, z, weight, cos, sin, softmax_out, r, *others):
-    (q,) = rotated(cos, sin, q)
+    (q,) = rotate_rows(cos, sin, q)
     nothing_fused = (None,) * 4
     *others, _, return_normalizer = others
     out, *rest = _apply(q, state, z, weight, *nothing_fused, *others, False, return_normalizer)
-    return mixed(out, softmax_out, r), *rest
+    return mix_rows(out, softmax_out, r), *rest
 
 
 _state, _apply = applied(_State), applied(_Apply)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from linvideo.ops import checks
 from linvideo.ops.library import register, uses_kernels
-from linvideo.ops.unfused import rotated
+from linvideo.ops.unfused import rotate_rows
 
 
 def is_dtensor(x: Tensor) -> bool:
@@ -38,4 +38,4 @@ def split_rope(rope, *rows: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None, 
     cos, sin = rope[0].detach(), rope[1].detach()
     if uses_kernels(rows[0]):
         return rows, cos, sin
-    return rotated(cos, sin, *rows), None, None
+    return rotate_rows(cos, sin, *rows), None, None

@@ -57,7 +57,7 @@ def operator(name: str) -> Callable[[Callable], torch._ops.OpOverload]:
     return define
 
 
-def run(op: torch._ops.OpOverload, *inputs):
+def dispatch(op: torch._ops.OpOverload, *inputs):
     """Call an operator; for ordinary CPU tensors without the dispatcher, which takes as long as hundreds of rows."""
     if not _is_ordinary(inputs):
         return op(*inputs)
@@ -186,6 +186,13 @@ def without_autocast(x: Tensor):
     """Return a context in which x's device computes in the dtypes of its tensors: sums stay in fp32."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
+def keep(ctx, *saved: Tensor | None) -> None:
+    """Save tensors for both derivatives; gradients and tangents that do not exist reach them as None."""
+    ctx.save_for_backward(*saved)
+    ctx.save_for_forward(*saved)
+    ctx.set_materialize_grads(False)
 
 
 def tensors(like: Tensor, *outputs: Tensor | None) -> tuple[Tensor, ...]:

@@ -6,8 +6,8 @@ from torch import Tensor
 from linvideo.ops import checks, whole
 from linvideo.ops.halves import apply_op, state_op
 from linvideo.ops.inputs import autocast, is_dtensor, split_rope
-from linvideo.ops.library import needs_gradient, run, uses_kernels
-from linvideo.ops.unfused import mixed
+from linvideo.ops.library import dispatch, needs_gradient, uses_kernels
+from linvideo.ops.unfused import mix_rows
 
 
 def linear_attn(
@@ -103,7 +103,7 @@ def linear_attn(
     fused, ends = _fused(mix, q), (key_mask, _int32(cu_seqlens_q), _int32(cu_seqlens_k))
     settings = feature_map, 1.0 if scale is None else float(scale), normalize, float(eps), fp32_precision, False
     inputs = q, k, v, q_weight, k_weight, cos, sin
-    out = run(whole.forward_op, *inputs, *fused, *ends, *settings)[0]
+    out = dispatch(whole.forward_op, *inputs, *fused, *ends, *settings)[0]
     out = _mixed(out, mix, fused)
     return out.squeeze(0) if packed else out
 
@@ -146,7 +146,7 @@ def linear_attn_state(
     (k,), cos, sin = split_rope(rope, k)
     save_rotated = cos is not None and needs_gradient((k, v, k_weight))
     arguments = k_weight, cos, sin, key_mask, _int32(cu_seqlens_k), feature_map, fp32_precision, save_rotated
-    return run(state_op, k, v, *arguments)[:2]
+    return dispatch(state_op, k, v, *arguments)[:2]
 
 
 def linear_attn_apply(
@@ -202,7 +202,7 @@ def linear_attn_apply(
     save_rotated = cos is not None and needs_gradient((q, S, z, q_weight, *fused))
     settings = feature_map, 1.0 if scale is None else float(scale), normalize, float(eps), fp32_precision, save_rotated
     inputs = q, S, z, q_weight, cos, sin
-    out, den, _ = run(apply_op, *inputs, *fused, _int32(cu_seqlens_q), *settings, return_normalizer)
+    out, den, _ = dispatch(apply_op, *inputs, *fused, _int32(cu_seqlens_q), *settings, return_normalizer)
     out = _mixed(out, mix, fused)
     out, den = (out.squeeze(0), den.squeeze(0)) if packed else (out, den)
     return (out, den) if return_normalizer else out
@@ -233,7 +233,7 @@ def _fused(mix, q: Tensor):
 
 def _mixed(out: Tensor, mix, fused) -> Tensor:
     """Mix `out` with softmax_out, unless there is nothing to mix or a kernel has done it."""
-    return out if mix is None or fused[0] is not None else mixed(out, *mix)
+    return out if mix is None or fused[0] is not None else mix_rows(out, *mix)
 
 
 def _int32(cu_seqlens: Tensor | None) -> Tensor | None:

@@ -14,6 +14,11 @@ def sum_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def feature_count(feature_map: str, dim: int) -> int:
+    """Return the number F of features of D channels."""
+    return 2 * dim if feature_map in WEIGHTED_MAPS else dim
+
+
 def activate(x: torch.Tensor, feature_map: str) -> torch.Tensor:
     """Return the features [..., F] of logits [..., D]; F is 2D for the maps with weights and D for the others."""
     if feature_map == "hedgehog":

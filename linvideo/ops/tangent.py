@@ -13,7 +13,6 @@ from torch import Tensor
 
 from linvideo.ops import chunked
 from linvideo.ops.library import differentiate_never, fake, operator, tensors, without_autocast
-from linvideo.ops.reference import sum_dtype
 
 
 @operator("linear_attn_state_tangent")
@@ -73,14 +72,15 @@ def apply_tangent_op(
         center = chunked.mean(state, z, feature_map, normalize)
         # As in `chunked`. Then the tangent of den is multiplied by o - c.
         state, dstate = (chunked.centered(x, mass, center) for x, mass in ((state, z), (dstate, dz)))
+        state, dstate, z, dz, center = (chunked.over_group(x, group) for x in (state, dstate, z, dz, center))
         for part in chunked.slices(q, cu_seqlens, feature_map):
             phi, dphi = _features(part, q, dq, *weights, feature_map)
-            s, ds, mass, dmass = (part.sums(x, group) for x in (state, dstate, z, dz))
+            s, ds, mass, dmass = (part.sums(x) for x in (state, dstate, z, dz))
             out = phi @ ds if dphi is None else dphi @ s + phi @ ds
             if normalize:
                 mass, dmass = mass.unsqueeze(-1), dmass.unsqueeze(-1)
                 den, change = phi @ mass + eps, phi @ dmass if dphi is None else dphi @ mass + phi @ dmass
-                rest = phi @ s if center is None else phi @ s - eps * part.sums(center, group)
+                rest = phi @ s if center is None else phi @ s - eps * part.sums(center)
                 out = (out - change * rest / den) / den
                 if dden is not None:
                     part.put_numbers(dden, change)
@@ -106,7 +106,7 @@ def _features(part: chunked.Slice, u, du, weight, dweight, feature_map: str) -> 
 
 @fake(state_tangent_op)
 def _(k, v, weight, dk, dv, dweight, key_mask, cu_seqlens, feature_map):
-    return tuple(k.new_empty(x, dtype=sum_dtype(k)) for x in chunked.state_shapes(k, cu_seqlens, feature_map))
+    return chunked.empty_state(k, cu_seqlens, feature_map)
 
 
 @fake(apply_tangent_op)

@@ -5,7 +5,7 @@ from torch import Tensor
 from linvideo.ops.reference import rotate, sum_dtype
 
 
-def rotated(cos: Tensor | None, sin: Tensor | None, *rows: Tensor) -> tuple[Tensor, ...]:
+def rotate_rows(cos: Tensor | None, sin: Tensor | None, *rows: Tensor) -> tuple[Tensor, ...]:
     """Return the rows [B, N, H, D] rotated by the tables [N, D/2], or as they are without tables."""
     if cos is None:
         return rows
@@ -13,7 +13,7 @@ def rotated(cos: Tensor | None, sin: Tensor | None, *rows: Tensor) -> tuple[Tens
     return tuple(rotate(x, cos.to(dtype), sin.to(dtype)) for x in rows)
 
 
-def mixed(out: Tensor, softmax_out: Tensor | None, r: Tensor | None) -> Tensor:
+def mix_rows(out: Tensor, softmax_out: Tensor | None, r: Tensor | None) -> Tensor:
     """Return r softmax_out + (1 - r) out in out's dtype, or out without a softmax_out."""
     if softmax_out is None:
         return out

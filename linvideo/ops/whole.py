@@ -13,12 +13,13 @@ from linvideo.ops.library import (
     below_autograd,
     differentiate,
     differentiate_never,
+    dispatch,
     fake,
     given,
+    keep,
     kernels,
     new,
     operator,
-    run,
     tensors,
     uses_kernels,
     without_autocast,
@@ -26,7 +27,7 @@ from linvideo.ops.library import (
 from linvideo.ops.over_heads import SUMMED, over_heads
 from linvideo.ops.reference import sum_dtype
 from linvideo.ops.tangent import apply_tangent_op, state_tangent_op
-from linvideo.ops.unfused import mixed, rotated
+from linvideo.ops.unfused import mix_rows, rotate_rows
 
 
 @operator("linear_attn_v2")
@@ -130,10 +131,9 @@ def _(q, k, v, q_weight, k_weight, cos, sin, softmax_out, r, key_mask, cu_seqlen
     o, feature_map, training = q.new_empty(q.shape), settings[0], settings[-1]
     if not training:
         return o, []
-    shapes = chunked.state_shapes(k, cu_seqlens_k, feature_map)
-    kept = [k.new_empty(shape, dtype=sum_dtype(k)) for shape in shapes]
+    kept = [*chunked.empty_state(k, cu_seqlens_k, feature_map)]
     if uses_kernels(q):
-        sequences, heads, _, dim = shapes[0]
+        sequences, heads, _, dim = kept[0].shape
         prepared, stats = kernels(q).prepared_shapes(sequences, heads, int(dim), feature_map)
         kept += [q.new_empty(prepared), q.new_empty(stats, dtype=torch.float32)]
         kept += [] if cos is None else [q.new_empty(q.shape), k.new_empty(k.shape)]
@@ -171,10 +171,8 @@ class _LinearAttn(torch.autograd.Function):
         state, z, *of_kernels = output[1:]
         prepared, stats, *rotated = of_kernels or (None, None)
         saved = *(rotated or (q, k)), *others, state, z, prepared, stats
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        keep(ctx, *saved)
         ctx.settings = inputs[12:-1]
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, do, *_):
@@ -182,13 +180,13 @@ class _LinearAttn(torch.autograd.Function):
             return (None,) * 18
         saved = ctx.saved_tensors  # read only once: under activation checkpointing a second read raises
         keys = any(ctx.needs_input_grad[i] for i in (1, 2, 4))
-        dq, dk, dv, *dweights, dsoftmax, dr = run(backward_op, do, *saved, *ctx.settings, keys)
+        dq, dk, dv, *dweights, dsoftmax, dr = dispatch(backward_op, do, *saved, *ctx.settings, keys)
         weights = [
             grad.to(weight.dtype) if needed else None
             for grad, weight, needed in zip(dweights, saved[3:5], ctx.needs_input_grad[3:5], strict=True)
         ]
-        keys = (dk, dv) if keys else (None, None)
-        return dq, *keys, *weights, None, None, given(dsoftmax, saved[7]), given(dr, saved[8]), *(None,) * 9
+        of_keys = (dk, dv) if keys else (None, None)
+        return dq, *of_keys, *weights, None, None, given(dsoftmax, saved[7]), given(dr, saved[8]), *(None,) * 9
 
     @staticmethod
     def jvp(ctx, dq, dk, dv, dq_weight, dk_weight, *_):
@@ -197,9 +195,9 @@ class _LinearAttn(torch.autograd.Function):
         )
         feature_map, *scaling, _ = ctx.settings
         keys = k, v, k_weight, dk, dv, dk_weight
-        dstate, dz = run(state_tangent_op, *keys, key_mask, cu_seqlens_k, feature_map)
+        dstate, dz = dispatch(state_tangent_op, *keys, key_mask, cu_seqlens_k, feature_map)
         queries = q, state, z, q_weight, dq, dstate, dz, dq_weight
-        do, _ = run(apply_tangent_op, *queries, cu_seqlens_q, feature_map, *scaling, False)
+        do, _ = dispatch(apply_tangent_op, *queries, cu_seqlens_q, feature_map, *scaling, False)
         return do, dstate, dz, *(torch.zeros_like(x) for x in (prepared, stats) if x is not None)
 
 
@@ -208,10 +206,10 @@ def _with_gradient(*inputs) -> tuple[Tensor, list[Tensor]]:
 
 
 def _transformed(q, k, v, q_weight, k_weight, cos, sin, softmax_out, r, *others) -> tuple[Tensor, list[Tensor]]:
-    q, k = rotated(cos, sin, q, k)
+    q, k = rotate_rows(cos, sin, q, k)
     nothing_fused = (None,) * 4
     out, _ = _with_gradient(q, k, v, q_weight, k_weight, *nothing_fused, *others)
-    return mixed(out, softmax_out, r), []
+    return mix_rows(out, softmax_out, r), []
 
 
 _linear_attn = applied(_LinearAttn)

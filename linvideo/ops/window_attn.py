@@ -7,7 +7,7 @@ from torch import Tensor
 
 from linvideo.ops import checks, softmax_backends
 from linvideo.ops.inputs import autocast, split_rope
-from linvideo.ops.library import needs_gradient, run
+from linvideo.ops.library import dispatch, needs_gradient
 from linvideo.ops.window_library import forward_op
 
 ANCHORS = ("first", "last")
@@ -104,7 +104,7 @@ def window_attn(
     flags = int("first" in anchors), int("last" in anchors), int(causal)  # Dynamo takes no bool among symbolic numbers
     window = [frames, frame_tokens, chunk, overlap, *text, *flags]
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return run(forward_op, *rows, window, feature_map, scale, backend, fp32_precision, False)[0]
+    return dispatch(forward_op, *rows, window, feature_map, scale, backend, fp32_precision, False)[0]
 
 
 def _check_window(tokens, frame_tokens, chunk, overlap, prefix_tokens, suffix_tokens, anchors, causal) -> int:

@@ -18,19 +18,20 @@ from linvideo.ops.library import (
     below_autograd,
     differentiate,
     differentiate_never,
+    dispatch,
     fake,
     given,
+    keep,
     kernels,
     new,
     operator,
-    run,
     tensors,
     uses_kernels,
     without_autocast,
 )
 from linvideo.ops.over_heads import over_heads
 from linvideo.ops.reference import sum_dtype
-from linvideo.ops.unfused import rotated
+from linvideo.ops.unfused import rotate_rows
 from linvideo.ops.window_layout import Layout, SoftmaxCall
 
 TINY = 1e-30  # instead of eps: the softmax part keeps the whole normaliser from vanishing
@@ -311,9 +312,8 @@ class _WindowAttn(torch.autograd.Function):
         q, k, *others = inputs[:9]
         o, lse, *rotated = output
         q, k = rotated if others[4] is not None else (q, k)
-        ctx.save_for_backward(q, k, *others, o, lse)
+        keep(ctx, q, k, *others, o, lse)
         ctx.settings = inputs[9:-1]
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, do, *_):
@@ -321,7 +321,7 @@ class _WindowAttn(torch.autograd.Function):
             return (None,) * 15
         saved = ctx.saved_tensors  # read only once: under activation checkpointing a second read raises
         rows = any(ctx.needs_input_grad[:3])
-        *grads, dlog_gain, dq_weight, dk_weight = run(backward_op, do, *saved, *ctx.settings, rows)
+        *grads, dlog_gain, dq_weight, dk_weight = dispatch(backward_op, do, *saved, *ctx.settings, rows)
         grads = grads if rows else (None, None, None)
         return *grads, dlog_gain, given(dq_weight, saved[4]), given(dk_weight, saved[5]), *(None,) * 9
 
@@ -337,7 +337,7 @@ def _with_gradient(*inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _transformed(q, k, v, log_gain, q_weight, k_weight, cos, sin, *others) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k = rotated(cos, sin, q, k)
+    q, k = rotate_rows(cos, sin, q, k)
     return _with_gradient(q, k, v, log_gain, q_weight, k_weight, None, None, *others)
 
 
