@@ -206,7 +206,7 @@ def one_by_one(function: Callable, dims: dict) -> Callable:
 
 def waves(tensors) -> tuple[torch.Tensor, ...]:
     """Return fixed numbers of the shapes of tensors, without random numbers, which torch.vmap refuses."""
-    return tuple(torch.arange(x.numel(), dtype=x.dtype).sin().view(x.shape) for x in tensors)
+    return tuple(torch.arange(x.numel(), dtype=x.dtype, device=x.device).sin().view(x.shape) for x in tensors)
 
 
 def named(function: Callable) -> Callable:
