@@ -156,6 +156,15 @@ def window_truth(inputs: dict, grad: torch.Tensor, options: dict) -> dict[str, t
     return run_window(reference, exact, grad.double(), options)
 
 
+def in_float64(inputs: dict, device: torch.device, options: dict) -> tuple[dict, dict]:
+    """Return the inputs in float64, with q and k rotated as in `window_truth`, and the other options on `device`."""
+    u, options = {name: x.detach().double() for name, x in inputs.items()}, on(device, options)
+    rope = options.pop("rope", None)
+    if rope is not None:
+        u |= {name: rotated(u[name], rope, inputs["q"].dtype) for name in "qk"}
+    return u, options
+
+
 @torch.no_grad()
 def window_terms(inputs: dict, grad: torch.Tensor, options: dict, power: int) -> dict[str, torch.Tensor]:
     """Return, for each number of the results, (sum |term|^power)^(1/power) over the terms of the sums that lead to it.
@@ -163,11 +172,8 @@ def window_terms(inputs: dict, grad: torch.Tensor, options: dict, power: int) ->
     With weights w_ij and o = sum_j w_ij v_j, all gradients are sums of w_ij (do_i.v_j - do_i.o_i), which may cancel:
     with a single key, all but dv vanish. The terms don't.
     """
-    u, options = {name: x.detach().double() for name, x in inputs.items()}, on(grad.device, options)
-    rope, prefix = options.pop("rope", None), options["prefix_tokens"]
-    if rope is not None:
-        u |= {name: rotated(u[name], rope, inputs["q"].dtype) for name in "qk"}
-    keep = kept_keys(u["k"], options.get("key_mask"), prefix)[..., None, None]
+    u, options = in_float64(inputs, grad.device, options)
+    keep = kept_keys(u["k"], options.get("key_mask"), options["prefix_tokens"])[..., None, None]
     u |= {name: torch.where(keep, u[name], 0.0) for name in "kv"}
     group = u["q"].shape[2] // u["k"].shape[2]
     weights = {name: x for name, x in u.items() if name not in "qkv"}
@@ -223,11 +229,11 @@ def check_16_bits(case, inputs: dict, grad: torch.Tensor, actual: dict, softmax:
 
     softmax: {name: relative error} of PyTorch's own softmax attention on the same q, k, v and do. The other gradients
         have no counterpart there. They are sums of terms whose factors are rounded once each, so that their errors add
-        in quadrature, to u times the root of the sum of squares (see numerics.py); 2.5 u for single numbers, and for what
-        follows from rounding o (`of_rounded_o`), which is often the error of a few rows.
+        in quadrature, to u times the root of the sum of squares (see numerics.py); 2.5 u for single numbers, and for
+        what rounding o causes (`rounding_o`), which may come from a few rows.
     """
     true, terms = window_truth(inputs, grad, case.options), window_terms(inputs, grad, case.options, 2)
-    shared = of_rounded_o(inputs, grad, true["o"], case.options)
+    from_o = rounding_o(inputs, grad, true["o"], case.options)
     info, lines = torch.finfo(DTYPES[case.dtype]), []
     u = info.eps / 2
     for name, x in true.items():
@@ -237,35 +243,31 @@ def check_16_bits(case, inputs: dict, grad: torch.Tensor, actual: dict, softmax:
         else:
             single = 2.5 if name == "dlog_gain" else 1
             squares = size**2 + terms[name].norm().item() ** 2
-            bound = u * (single**2 * squares + (2.5 * shared[name]) ** 2) ** 0.5
+            bound = u * (single**2 * squares + (2.5 * from_o[name]) ** 2) ** 0.5
         bound += u * info.tiny * x.numel() ** 0.5  # half a step between subnormal results
         if not error <= bound:
             lines.append(f"{name}: error {error:.2e} of {size:.2e}, allowed {bound:.2e}")
     assert not lines, "\n".join([str(case), *lines])
 
 
-def of_rounded_o(inputs: dict, grad: torch.Tensor, o: torch.Tensor, options: dict, draws: int = 8) -> dict[str, float]:
-    """Return, for dlog_gain and the gradients of the weights, the error that rounding o causes, in units of u.
+def rounding_o(inputs: dict, grad: torch.Tensor, o: torch.Tensor, options: dict) -> dict[str, float]:
+    """Return the norms of the errors of dlog_gain and of the gradients of the weights that rounding o causes, over u.
 
-    A backward subtracts the same do.o, taken from the rounded o, for all keys of a query, so that these errors are not
-    independent. An error e_i of do_i.o_i changes the gradients by those of -sum_i e_i log T_i, T being the normaliser.
-    The e_i are independent, of size u |do_i o_i|; random signs give the root of the sum of squares.
+    A backward subtracts do_i.o_i, with the rounded o_i, for every key of query i, so that its errors do not average out
+    over the keys. An error e_i of do_i.o_i changes the gradients by those of -sum_i e_i log T_i, T being the
+    normaliser. The e_i are independent, and of size u |do_i o_i|: random signs give the root of the sum of squares.
     """
-    rows = {name: x.detach().double() for name, x in inputs.items() if name in "qkv"}
-    leaves = {name: x.detach().double().requires_grad_() for name, x in inputs.items() if name not in "qkv"}
-    options = on(grad.device, options)
-    if "rope" in options:
-        rope = options.pop("rope")
-        rows |= {name: rotated(rows[name], rope, inputs[name].dtype) for name in "qk"}
-    _, products, factor = window_weights(rows["q"], rows["k"], **leaves, **options)
-    far = (products > 0).any(-1)
-    log_t = (leaves["log_gain"][:, None] - factor[..., 0].log())[far]
-    sizes = (grad.double() * o).norm(dim=-1).transpose(1, 2)[far]
-    rng, squares = torch.Generator().manual_seed(3), dict.fromkeys(leaves, 0.0)
+    u, options = in_float64(inputs, grad.device, options)
+    small = {name: x.requires_grad_() for name, x in u.items() if name not in "qkv"}
+    _, products, factor = window_weights(u["q"], u["k"], **small, **options)
+    has_far = (products > 0).any(-1)
+    log_t = (small["log_gain"][:, None] - factor.squeeze(-1).log())[has_far]
+    sizes = (grad.double() * o).norm(dim=-1).transpose(1, 2)[has_far]
+    rng, draws, squares = torch.Generator().manual_seed(3), 8, dict.fromkeys(small, 0.0)
     for _ in range(draws):
         signs = torch.randint(2, sizes.shape, generator=rng).to(sizes) * 2 - 1
-        grads = torch.autograd.grad((signs * sizes * log_t).sum(), list(leaves.values()), retain_graph=True)
-        for name, dx in zip(leaves, grads, strict=True):
+        grads = torch.autograd.grad((signs * sizes * log_t).sum(), list(small.values()), retain_graph=True)
+        for name, dx in zip(small, grads, strict=True):
             squares[name] += dx.norm().item() ** 2 / draws
     return {f"d{name}": x**0.5 for name, x in squares.items()}
 
