@@ -30,12 +30,12 @@ INTERPRETED = [
 ]
 
 
-def check(case: WindowCase, device: str, backend: str | None = None) -> None:
+def check(case: WindowCase, device: str, backend: str | None = None, of_terms: bool = False) -> None:
     inputs, grad = make_window_inputs(case, device)
     options = case.options | ({} if backend is None else {"backend": backend})
     actual = run_window(window_attn, inputs, grad, options)
     if case.dtype == "fp32":
-        check_float32(case, inputs, grad, actual)
+        check_float32(case, inputs, grad, actual, of_terms)
     else:
         check_16_bits(case, inputs, grad, actual, softmax_errors(inputs, grad, case.options))
 
@@ -56,7 +56,9 @@ def test_every_backend(backend, dtype, gpu):
     except ValueError as error:
         pytest.skip(str(error))
     for case in CASES + LENGTHS:
-        check(dataclasses.replace(case, dtype=dtype, head_dim=128, feature_map="hedgehog"), gpu, backend)
+        # Logits of -39 take a softmax in fp32 to within 1e-5 of its largest value at best, and gradients cancel.
+        of_terms = case.far_apart > 0
+        check(dataclasses.replace(case, dtype=dtype, head_dim=128, feature_map="hedgehog"), gpu, backend, of_terms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
