@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from cases import DTYPES, WEIGHTED, _place
-from numerics import _features, rotated
+from numerics import _features, clean, rotated
 
 from linvideo.ops.window_reference import kept_keys, window_attn_reference, window_weights
 
@@ -156,13 +156,12 @@ def window_truth(inputs: dict, grad: torch.Tensor, options: dict) -> dict[str, t
     return run_window(reference, exact, grad.double(), options)
 
 
-def in_float64(inputs: dict, device: torch.device, options: dict) -> tuple[dict, dict]:
-    """Return the inputs in float64, with q and k rotated as in `window_truth`, and the other options on `device`."""
-    u, options = {name: x.detach().double() for name, x in inputs.items()}, on(device, options)
-    rope = options.pop("rope", None)
-    if rope is not None:
-        u |= {name: rotated(u[name], rope, inputs["q"].dtype) for name in "qk"}
-    return u, options
+def clean_window(inputs: dict, device: torch.device, options: dict) -> tuple[dict, dict]:
+    """Return the inputs as `clean` makes them, and the options other than rope on `device`."""
+    options = on(device, options)
+    rope = {"rope": options.pop("rope")} if "rope" in options else {}
+    keep = kept_keys(inputs["k"], options.get("key_mask"), options["prefix_tokens"])
+    return clean(inputs, rope | {"key_mask": keep}), options
 
 
 @torch.no_grad()
@@ -172,9 +171,7 @@ def window_terms(inputs: dict, grad: torch.Tensor, options: dict, power: int) ->
     With weights w_ij and o = sum_j w_ij v_j, all gradients are sums of w_ij (do_i.v_j - do_i.o_i), which may cancel:
     with a single key, all but dv vanish. The terms don't.
     """
-    u, options = in_float64(inputs, grad.device, options)
-    keep = kept_keys(u["k"], options.get("key_mask"), options["prefix_tokens"])[..., None, None]
-    u |= {name: torch.where(keep, u[name], 0.0) for name in "kv"}
+    u, options = clean_window(inputs, grad.device, options)
     group = u["q"].shape[2] // u["k"].shape[2]
     weights = {name: x for name, x in u.items() if name not in "qkv"}
     near, products, factor = window_weights(u["q"], u["k"], **weights, **options)
@@ -257,7 +254,7 @@ def rounding_o(inputs: dict, grad: torch.Tensor, o: torch.Tensor, options: dict)
     over the keys. An error e_i of do_i.o_i changes the gradients by those of -sum_i e_i log T_i, T being the
     normaliser. The e_i are independent, and of size u |do_i o_i|: random signs give the root of the sum of squares.
     """
-    u, options = in_float64(inputs, grad.device, options)
+    u, options = clean_window(inputs, grad.device, options)
     small = {name: x.requires_grad_() for name, x in u.items() if name not in "qkv"}
     _, products, factor = window_weights(u["q"], u["k"], **small, **options)
     has_far = (products > 0).any(-1)

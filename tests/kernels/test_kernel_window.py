@@ -24,8 +24,7 @@ INTERPRETED = [
     (dataclasses.replace(SMALL, causal=True, feature_map="hedgehog_joint", gain=3.0, layout="guarded"), "bf16"),
     (dataclasses.replace(SMALL, frames=3, frame_tokens=50, chunk=1, overlap=0, heads=1, feature_map="elu"), "fp16"),
     (dataclasses.replace(SMALL, frames=3, overlap=2, rope=True), "fp32"),  # the windows cover the video
-    *((case, "fp32") for case in CASES[-3:]),
-    *((case, "fp16") for case in CASES[-2:]),
+    *((case, dtype) for case in CASES[-3:] for dtype in ("fp32", "fp16")),
     (dataclasses.replace(CASES[-3], head_dim=128), "fp16"),  # the most that rounding o adds to the weights' gradients
 ]
 
